@@ -1,0 +1,93 @@
+"""Every error that tmlc raises on purpose: what happened, where, and what to do about it.
+
+`str(error)` is two lines: `what (where)` and `what to do`. The command line prints exactly these and exits with
+`exit_code`: 1 when a check failed (verify, budget), 2 when the input or the usage was wrong.
+"""
+
+
+class TmlcError(Exception):
+    """Base of all errors of tmlc.
+
+    Args:
+        what: what is wrong, one line, with the offending value.
+        where: file, tensor, method, pass or option it was found in ("" where there is no better place).
+        fix: what the person can do about it, one line.
+    """
+
+    exit_code = 2
+
+    def __init__(self, what: str, *, where: str = "", fix: str = "") -> None:
+        self.what, self.where, self.fix = what, where, fix
+        super().__init__(what)
+
+    def __str__(self) -> str:
+        head = f"{self.what} ({self.where})" if self.where else self.what
+        return f"{head}\n  {self.fix}" if self.fix else head
+
+
+class UsageError(TmlcError):
+    """A command line or API call that makes no sense as written."""
+
+
+class CheckpointError(TmlcError):
+    """A checkpoint folder that is incomplete, damaged, or of an architecture that tmlc does not know."""
+
+
+class FrontendError(TmlcError):
+    """A module that could not be traced into a Program."""
+
+
+class IRError(TmlcError):
+    """A Program that breaks the rules of the IR (verifier), or text that is not a Program (parser)."""
+
+
+class PipelineError(TmlcError):
+    """A pipeline file or pass selection that is wrong: unknown keys, unmet `requires`, `expect_matches`."""
+
+
+class EmitError(TmlcError):
+    """A Program that cannot be lowered to the target."""
+
+
+class TargetError(TmlcError):
+    """A target that is unknown, or not in this package, or not possible on this machine."""
+
+
+class PackageError(TmlcError):
+    """A `.tmlc` package that is cut short, altered, foreign, or of a newer format."""
+
+
+class PlanError(TmlcError):
+    """A CPU plan that the kernel library refuses: malformed, out of bounds, or unknown operations."""
+
+
+class MediaError(TmlcError):
+    """Audio, video or timed text that cannot be decoded, or has the wrong form."""
+
+
+class InputError(TmlcError):
+    """An argument of `append` or `tick` of the wrong shape, dtype or range."""
+
+
+class SessionError(TmlcError):
+    """A session used in a state that does not allow it (closed, poisoned), or a snapshot that does not fit."""
+
+
+class CapacityError(TmlcError):
+    """No free slot: every session that the engine reserved memory for is in use."""
+
+
+class ContextFullError(SessionError):
+    """The bounded context is used up and its declared policy is `end`."""
+
+
+class KernelError(TmlcError):
+    """A kernel stopped on data it must not use (an index out of range); the session is poisoned."""
+
+    exit_code = 1
+
+
+class CheckError(TmlcError):
+    """A comparison failed: a pass changed the outputs, `verify` found other numbers, a budget was missed."""
+
+    exit_code = 1
