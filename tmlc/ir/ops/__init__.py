@@ -1,0 +1,9 @@
+"""Canonical ops: importing this package registers all of them as `torch.ops.tmlc.<name>` and in `OPS`.
+
+Models call them through `tmlc.ir.ops.functional`.
+"""
+
+from tmlc.ir.ops import attention, dense, media, moe, random
+from tmlc.ir.ops.registry import OPS, OpSpec, spec_of
+
+__all__ = ["OPS", "OpSpec", "attention", "dense", "media", "moe", "random", "spec_of"]

@@ -1,0 +1,286 @@
+"""Attention with learned relative bias, the causal short convolution, and their streaming forms."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from tmlc.errors import ContextFullError
+from tmlc.ir.ops.registry import conv_taps, exact, matrix, need, op, wide
+from tmlc.ir.types import TensorType
+
+
+def _attention(
+    q: TensorType,
+    k: TensorType,
+    v: TensorType,
+    rel: TensorType | None,
+    rel_table: TensorType | None,
+    num_heads: int,
+    num_kv_heads: int,
+    scale: float,
+    window: int,
+    sinks: int,
+    log_floor: float,
+    log_alpha: float,
+) -> TensorType:
+    n, cols = matrix(q, "q")
+    d = exact(cols, num_heads, "columns of q per head")
+    need(
+        num_kv_heads > 0 and num_heads % num_kv_heads == 0, f"{num_heads} heads over {num_kv_heads} kv heads"
+    )
+    for t, name in ((k, "k"), (v, "v")):
+        rows, kv_cols = matrix(t, name)
+        need(rows == n and kv_cols == num_kv_heads * d, f"{name} must be [{n}, {num_kv_heads * d}], not {t}")
+    need((rel is None) == (rel_table is None), "rel and rel_table come together")
+    if rel is not None and rel_table is not None:
+        rows, rel_cols = matrix(rel, "rel")
+        ranks, _ = matrix(rel_table, "rel_table")
+        need(
+            rows == n and rel_cols == num_heads * ranks, f"rel must be [{n}, {num_heads}·{ranks}], not {rel}"
+        )
+    need(window >= 0 and sinks >= 0, f"window {window} and sinks {sinks} must not be negative")
+    return q
+
+
+_HEADS = (
+    "int num_heads, int num_kv_heads, float scale, int window, int sinks, float log_floor, float log_alpha"
+)
+
+
+@op(
+    f"attention(Tensor q, Tensor k, Tensor v, Tensor? rel, Tensor? rel_table, {_HEADS}) -> Tensor", _attention
+)
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rel: Tensor | None,
+    rel_table: Tensor | None,
+    num_heads: int,
+    num_kv_heads: int,
+    scale: float,
+    window: int,
+    sinks: int,
+    log_floor: float,
+    log_alpha: float,
+) -> Tensor:
+    """Causal attention over one sequence from position 0, with learned relative bias; window 0 = all keys."""
+    positions = torch.arange(q.shape[0], device=q.device)
+    return attend(
+        q,
+        k,
+        v,
+        rel,
+        rel_table,
+        positions,
+        positions,
+        num_heads,
+        num_kv_heads,
+        scale,
+        window,
+        sinks,
+        log_floor,
+        log_alpha,
+    )
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rel: Tensor | None,
+    rel_table: Tensor | None,
+    q_pos: Tensor,
+    k_pos: Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+    scale: float,
+    window: int,
+    sinks: int,
+    log_floor: float,
+    log_alpha: float,
+) -> Tensor:
+    """One dense masked softmax of queries at absolute positions q_pos[n] over keys at k_pos[m] (int64).
+
+    A key at j is visible from p when j <= p and (window = 0, or j > p - window, or j < sinks).
+    score = scale·(q·τ)·k_j + τ·(rel @ rel_table)[p - j] (0 beyond the table's extent),
+    τ = 1 + log_alpha·ln(max(1, (p + 1)/log_floor)), or 1 when log_floor is 0.
+    """
+    n, m, group = q.shape[0], k.shape[0], num_heads // num_kv_heads
+    heads = q.reshape(n, num_heads, -1).transpose(0, 1)
+    keys = k.reshape(m, num_kv_heads, -1).transpose(0, 1).repeat_interleave(group, 0)
+    values = v.reshape(m, num_kv_heads, -1).transpose(0, 1).repeat_interleave(group, 0)
+    distance = q_pos[:, None] - k_pos[None, :]
+    tau = torch.ones(n, 1, dtype=q.dtype, device=q.device)
+    if log_floor > 0:
+        tau = 1 + log_alpha * torch.log(((q_pos[:, None] + 1).to(q.dtype) / log_floor).clamp(min=1.0))
+    scores = scale * ((heads * tau) @ keys.transpose(1, 2))
+    if rel is not None and rel_table is not None:
+        extent = rel_table.shape[1]
+        table = rel.reshape(n, num_heads, -1).transpose(0, 1) @ wide(rel_table, q)
+        bias = table.gather(2, distance.clamp(0, extent - 1).expand(num_heads, n, m))
+        scores = scores + tau * torch.where(distance < extent, bias, 0.0)
+    visible = distance >= 0
+    if window > 0:
+        visible = visible & ((distance < window) | (k_pos[None, :] < sinks))
+    probabilities = torch.softmax(scores.masked_fill(~visible, -math.inf), dim=-1)
+    return (probabilities @ values).transpose(0, 1).reshape(n, -1)
+
+
+def _attention_state(
+    q: TensorType,
+    k: TensorType,
+    v: TensorType,
+    position: TensorType,
+    k_cache: TensorType,
+    v_cache: TensorType,
+    rel: TensorType | None,
+    rel_table: TensorType | None,
+    num_heads: int,
+    num_kv_heads: int,
+    scale: float,
+    window: int,
+    sinks: int,
+    log_floor: float,
+    log_alpha: float,
+) -> TensorType:
+    result = _attention(
+        q, k, v, rel, rel_table, num_heads, num_kv_heads, scale, window, sinks, log_floor, log_alpha
+    )
+    need(position == TensorType("i64", (1, 1)), f"position must be i64[1, 1], not {position}")
+    for t, name in ((k_cache, "k_cache"), (v_cache, "v_cache")):
+        rows, cols = matrix(t, name, ("f32", "bf16"))
+        need(cols == k.shape[1] and t == k_cache, f"{name} must be [C, {k.shape[1]}] like k_cache, not {t}")
+        need(
+            window == 0 or rows - sinks >= window,
+            f"a cache of {rows} rows cannot hold {sinks} sinks and {window}",
+        )
+    return result
+
+
+@op(
+    "attention_state(Tensor q, Tensor k, Tensor v, Tensor position, Tensor(a!) k_cache, Tensor(b!) v_cache, "
+    f"Tensor? rel, Tensor? rel_table, {_HEADS}) -> Tensor",
+    _attention_state,
+    from_pass=True,
+)
+def attention_state(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    position: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    rel: Tensor | None,
+    rel_table: Tensor | None,
+    num_heads: int,
+    num_kv_heads: int,
+    scale: float,
+    window: int,
+    sinks: int,
+    log_floor: float,
+    log_alpha: float,
+) -> Tensor:
+    """The attention of n new positions, whose keys and values are first written to the cache (linear or ring)."""
+    n, capacity, start = q.shape[0], k_cache.shape[0], int(position)
+    held = min(start + n, capacity) if window == 0 else min(window - 1 + n, start + n)
+    if held > capacity - (sinks if window else 0) or (window == 0 and start + n > capacity):
+        raise ContextFullError(
+            f"{n} new positions after {start} do not fit a cache of {capacity} rows (window {window}, sinks {sinks})",
+            fix="append fewer positions at a time, or compile with a larger context or max_append",
+        )
+    new = torch.arange(start, start + n, device=q.device)
+    at = cache_index(new, capacity, window, sinks)
+    k_cache[at] = k.to(k_cache.dtype)
+    v_cache[at] = v.to(v_cache.dtype)
+    first = 0 if window == 0 else max(0, start - window + 1)
+    seen = torch.arange(first, start + n, device=q.device)
+    if first > 0:
+        seen = torch.cat([torch.arange(min(sinks, first), device=q.device), seen])
+    at = cache_index(seen, capacity, window, sinks)
+    return attend(
+        q,
+        wide(k_cache[at], q),
+        wide(v_cache[at], q),
+        rel,
+        rel_table,
+        new,
+        seen,
+        num_heads,
+        num_kv_heads,
+        scale,
+        window,
+        sinks,
+        log_floor,
+        log_alpha,
+    )
+
+
+def cache_index(positions: Tensor, capacity: int, window: int, sinks: int) -> Tensor:
+    """Rows of the cache that hold the given absolute positions: linear (window 0), or sinks first and then a ring."""
+    if window == 0:
+        return positions
+    return torch.where(positions < sinks, positions, sinks + (positions - sinks) % (capacity - sinks))
+
+
+def _advance(position: TensorType, x: TensorType, limit: int) -> tuple[TensorType, ...]:
+    need(position == TensorType("i64", (1, 1)), f"position must be i64[1, 1], not {position}")
+    need(len(x.shape) == 2 and limit >= 0, f"limit {limit} must not be negative, x must be two-dimensional")
+    return ()
+
+
+@op("advance(Tensor(a!) position, Tensor x, int limit) -> ()", _advance, from_pass=True)
+def advance(position: Tensor, x: Tensor, limit: int) -> None:
+    """position += rows of x; with limit > 0 a call that would pass it fails."""
+    if limit > 0 and int(position) + x.shape[0] > limit:
+        raise ContextFullError(
+            f"{x.shape[0]} new positions after {int(position)} pass the context of {limit}",
+            fix="close the session, or compile with a larger context or the policy ring_with_sinks",
+        )
+    position += x.shape[0]
+
+
+def _short_conv(x: TensorType, weight: TensorType, residual: bool) -> TensorType:
+    _, cols = matrix(x, "x")
+    channels, _ = conv_taps(weight, "weight")
+    need(channels == cols, f"weight must have {cols} channels, not {channels}")
+    return x
+
+
+@op("short_conv(Tensor x, Tensor weight, bool residual) -> Tensor", _short_conv)
+def short_conv(x: Tensor, weight: Tensor, residual: bool) -> Tensor:
+    """Causal depthwise convolution Σ_j w[:, j]·x[t-(k-1)+j] (+ x[t]) of one sequence, zeros before its start."""
+    return _convolve(x, x.new_zeros(weight.shape[-1] - 1, x.shape[1]), weight, residual)
+
+
+def _convolve(x: Tensor, tail: Tensor, weight: Tensor, residual: bool) -> Tensor:
+    n, taps = x.shape[0], wide(weight.reshape(weight.shape[0], -1), x)
+    padded = torch.cat([tail, x])
+    out = torch.zeros_like(x)
+    for j in range(taps.shape[1]):
+        out = out + taps[:, j] * padded[j : j + n]
+    return out + x if residual else out
+
+
+def _short_conv_state(x: TensorType, weight: TensorType, tail: TensorType, residual: bool) -> TensorType:
+    channels, taps = conv_taps(weight, "weight")
+    need(
+        tail == TensorType("f32", (taps - 1, channels)),
+        f"tail must be f32[{taps - 1}, {channels}], not {tail}",
+    )
+    return _short_conv(x, weight, residual)
+
+
+@op(
+    "short_conv_state(Tensor x, Tensor weight, Tensor(a!) tail, bool residual) -> Tensor",
+    _short_conv_state,
+    from_pass=True,
+)
+def short_conv_state(x: Tensor, weight: Tensor, tail: Tensor, residual: bool) -> Tensor:
+    """short_conv that continues after the rows in `tail`, which becomes the last k-1 rows of x."""
+    out = _convolve(x, tail, weight, residual)
+    tail.copy_(torch.cat([tail, x])[x.shape[0] :])
+    return out

@@ -1,0 +1,144 @@
+"""Mixture of experts: the router with its shared-expert sink, and the experts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor
+
+from tmlc.ir.ops.registry import matrix, need, one_element, op, vector, wide
+from tmlc.ir.types import TensorType
+
+EXPERT = ("f32", "bf16")
+
+
+def _sink_router(
+    logits: TensorType, bias: TensorType, scale: TensorType, top_k: int, n_shared: int, route_scale: float
+) -> tuple[TensorType, ...]:
+    n, total = matrix(logits, "logits")
+    experts = vector(bias, "bias")
+    one_element(scale, "scale")
+    need(total == experts + n_shared, f"{total} logits are not {experts} experts and {n_shared} shared ones")
+    need(0 < top_k <= experts and n_shared >= 0, f"top_k {top_k} of {experts} experts, {n_shared} shared")
+    return TensorType("f32", (n, top_k + n_shared)), TensorType("i64", (n, top_k + n_shared))
+
+
+@op(
+    "sink_router(Tensor logits, Tensor bias, Tensor scale, int top_k, int n_shared, float route_scale)"
+    " -> (Tensor, Tensor)",
+    _sink_router,
+)
+def sink_router(
+    logits: Tensor, bias: Tensor, scale: Tensor, top_k: int, n_shared: int, route_scale: float
+) -> tuple[Tensor, Tensor]:
+    """(weights, experts): top_k by sigmoid(logit) + bias (ties: lowest index first), then the shared experts.
+
+    Weights are the softmax over the log-sigmoids of the chosen and the shared logits, times route_scale·scale.
+    """
+    n, routed = logits.shape[0], logits.shape[1] - n_shared
+    choice = torch.sigmoid(logits[:, :routed]) + wide(bias.reshape(1, -1), logits)
+    chosen = torch.sort(choice, dim=1, descending=True, stable=True).indices[:, :top_k]
+    shared = torch.arange(routed, routed + n_shared, device=logits.device).expand(n, n_shared)
+    experts = torch.cat([chosen, shared], 1)
+    weights = torch.softmax(nnf.logsigmoid(logits.gather(1, experts)), dim=1)
+    return weights * route_scale * wide(scale.reshape(1, 1), logits), experts
+
+
+def _router(
+    x: TensorType,
+    weight: TensorType,
+    bias: TensorType,
+    scale: TensorType,
+    top_k: int,
+    n_shared: int,
+    route_scale: float,
+) -> tuple[TensorType, ...]:
+    n, d = matrix(x, "x")
+    total, d_weight = matrix(weight, "weight")
+    need(d == d_weight, f"weight must have {d} columns, not {d_weight}")
+    return _sink_router(TensorType("f32", (n, total)), bias, scale, top_k, n_shared, route_scale)
+
+
+@op(
+    "router(Tensor x, Tensor weight, Tensor bias, Tensor scale, int top_k, int n_shared, float route_scale)"
+    " -> (Tensor, Tensor)",
+    _router,
+    from_pass=True,
+)
+def router(
+    x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor, top_k: int, n_shared: int, route_scale: float
+) -> tuple[Tensor, Tensor]:
+    """sink_router of the logits x · weightᵀ."""
+    return sink_router(nnf.linear(x, wide(weight, x)), bias, scale, top_k, n_shared, route_scale)
+
+
+def _moe(
+    x: TensorType, weights: TensorType, experts: TensorType, gate_up: TensorType, down: TensorType
+) -> TensorType:
+    n, d = matrix(x, "x")
+    _routes(n, weights, "weights", "f32")
+    _routes(n, experts, "experts", "i64")
+    need(weights.shape[1] == experts.shape[1], f"weights {weights} and experts {experts} differ in columns")
+    need(
+        gate_up.dtype in EXPERT and gate_up.dtype == down.dtype,
+        f"gate_up {gate_up} and down {down} differ in dtype",
+    )
+    need(len(gate_up.shape) == 3 and len(down.shape) == 3, f"experts must be stacked: {gate_up}, {down}")
+    count, wide_rows, cols = gate_up.shape
+    need(cols == d and wide_rows % 2 == 0, f"gate_up must be [E, 2f, {d}], not {gate_up}")
+    need(
+        tuple(down.shape) == (count, d, wide_rows // 2),
+        f"down must be [{count}, {d}, {wide_rows // 2}], not {down}",
+    )
+    return x
+
+
+def _routes(n: Any, t: TensorType, what: str, dtype: str) -> None:
+    rows, _ = matrix(t, what, (dtype,))
+    need(rows == n, f"{what} must have {n} rows, not {rows}")
+
+
+@op("moe(Tensor x, Tensor weights, Tensor experts, Tensor gate_up, Tensor down) -> Tensor", _moe)
+def moe(x: Tensor, weights: Tensor, experts: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """Σ_j weights_j · down_e(silu(gate_e x)·up_e x), e = experts_j, j ascending; each touched expert is read once."""
+    f = down.shape[2]
+    parts = x.new_zeros(*experts.shape, x.shape[1])
+    for e in experts.unique().tolist():
+        if not 0 <= e < gate_up.shape[0]:
+            raise IndexError(f"expert {e} outside 0..{gate_up.shape[0] - 1}")
+        row, j = torch.where(experts == e)
+        both = nnf.linear(x[row], wide(gate_up[e], x))
+        hidden = nnf.silu(both[:, :f]) * both[:, f:]
+        parts[row, j] = weights[row, j, None] * nnf.linear(hidden, wide(down[e], x))
+    out = torch.zeros_like(x)
+    for j in range(experts.shape[1]):
+        out = out + parts[:, j]
+    return out
+
+
+def _shared_experts(
+    x: TensorType, weights: TensorType, gate: TensorType, up: TensorType, down: TensorType
+) -> TensorType:
+    n, d = matrix(x, "x")
+    _routes(n, weights, "weights", "f32")
+    for t, name in ((gate, "gate"), (up, "up"), (down, "down")):
+        need(len(t.shape) == 3 and t.dtype in EXPERT, f"{name} must be a stack of experts, not {t}")
+    count, f = weights.shape[1], gate.shape[1]
+    need(tuple(gate.shape) == (count, f, d), f"gate must be [{count}, f, {d}], not {gate}")
+    need(tuple(up.shape) == (count, f, d), f"up must be [{count}, {f}, {d}], not {up}")
+    need(tuple(down.shape) == (count, d, f), f"down must be [{count}, {d}, {f}], not {down}")
+    return x
+
+
+@op(
+    "shared_experts(Tensor x, Tensor weights, Tensor gate, Tensor up, Tensor down) -> Tensor", _shared_experts
+)
+def shared_experts(x: Tensor, weights: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """Σ_s weights_s · down_s(silu(gate_s x)·up_s x): the experts that every position uses."""
+    out = torch.zeros_like(x)
+    for s in range(gate.shape[0]):
+        hidden = nnf.silu(nnf.linear(x, wide(gate[s], x))) * nnf.linear(x, wide(up[s], x))
+        out = out + weights[:, s, None] * nnf.linear(hidden, wide(down[s], x))
+    return out
