@@ -1,0 +1,145 @@
+"""Records golden calls: what the program itself, in eager PyTorch, answers to small fixed inputs.
+
+Weights are evaluated when an op needs them and dropped after it (unless all of them are small), so that
+recording needs no more memory than packing does.
+"""
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx
+
+from tmlc.ir.ops import spec_of
+from tmlc.ir.program import Method, Program, role, type_of
+from tmlc.ir.weights import TensorSource
+from tmlc.package.golden import GoldenCall
+
+KEEP_BYTES = 256 * 2**20  # weights of a program are kept between calls up to this size
+CALL_SIZES = (5, 3, 1)  # new positions of the calls of one sequence, so that states and chunking are shown
+
+# How far an engine's floats may be from the recorded ones, as a part of the largest recorded value.
+TOLERANCE = {"fp32": 2e-4, "bf16": 3e-2}
+
+
+class _Recorder:
+    """Runs methods over one set of states, with weights that come and go."""
+
+    def __init__(self, program: Program, source: TensorSource) -> None:
+        self.program, self.source = program, source
+        total = sum(program.weights[name].type.nbytes() for name in program.used_weights())
+        self.kept: dict[str, torch.Tensor] | None = {} if total <= KEEP_BYTES else None
+        specs = program.states.values()
+        self.states = {s.name: torch.zeros(s.shape, dtype=s.type.torch_dtype) for s in specs}
+
+    def weight(self, name: str) -> torch.Tensor:
+        if self.kept is None:
+            return self.program.weights.evaluate(name, self.source)
+        if name not in self.kept:
+            self.kept[name] = self.program.weights.evaluate(name, self.source)
+        return self.kept[name]
+
+    @torch.no_grad()
+    def call(self, method: Method, inputs: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        values: dict[fx.Node, Any] = dict(zip(method.inputs, inputs, strict=True))
+        values |= {node: self.states[role(node)[1]] for node in method.placeholders("state")}
+        left = {node: len(node.users) for node in method.graph.nodes}
+
+        def value(node: fx.Node) -> Any:
+            if node not in values:
+                values[node] = self.weight(role(node)[1])
+            return values[node]
+
+        for node in method.graph.nodes:
+            if node.op != "call_function":
+                continue
+            args = fx.node.map_arg(node.args, value)
+            spec = spec_of(node.target)
+            values[node] = args[0][args[1]] if node.target is operator.getitem else spec.reference(*args)  # type: ignore[union-attr]
+            for used in node.all_input_nodes:
+                left[used] -= 1
+                if not left[used]:
+                    del values[used]
+        return tuple(values[node] for node in method.outputs)
+
+
+def record_golden(
+    program: Program, source: TensorSource, on_progress: Callable[[str], None] | None = None
+) -> list[GoldenCall]:
+    """A short sequence of calls of every method of a stateful program, with the answers.
+
+    Arrays have the dtypes of engines (ids, levels: i32). Inputs come from one fixed random stream.
+    """
+    rng = np.random.default_rng(20260)
+    calls = []
+    for number, method in enumerate(program.methods.values()):
+        if on_progress is not None:
+            on_progress(method.name)
+        recorder = _Recorder(program, source)
+        for n in [size for size in CALL_SIZES if size <= method.max_n]:
+            inputs = [_example(program, node, n, rng) for node in method.inputs]
+            outputs = recorder.call(method, [torch.from_numpy(array) for array in inputs])
+            given = tuple(
+                _engine_form(node, array) for node, array in zip(method.inputs, inputs, strict=True)
+            )
+            answers = tuple(_narrow(out.detach().contiguous().numpy()) for out in outputs)
+            calls.append(GoldenCall(number, method.name, n, given, answers))
+    return calls
+
+
+def tolerances(calls: list[GoldenCall], precision: str) -> dict[str, float]:
+    """For each method how far its floats may be off, in absolute terms."""
+    largest: dict[str, float] = {}
+    for call in calls:
+        for array in call.outputs:
+            if array.dtype.kind == "f" and array.size:
+                largest[call.method] = max(largest.get(call.method, 0.0), float(np.abs(array).max()))
+    return {name: float(f"{TOLERANCE[precision] * max(size, 1e-3):.3g}") for name, size in largest.items()}
+
+
+def _is_key(node: fx.Node) -> bool:
+    for user in node.users:
+        spec = spec_of(user.target)
+        if spec is not None and "key" in spec.args and user.args[spec.args.index("key")] is node:
+            return True
+    return False
+
+
+def _engine_form(node: fx.Node, array: np.ndarray) -> np.ndarray:
+    return array if _is_key(node) else _narrow(array)
+
+
+def _narrow(array: np.ndarray) -> np.ndarray:
+    return array.astype(np.int32) if array.dtype == np.int64 else array
+
+
+def _example(program: Program, node: fx.Node, n: int, rng: np.random.Generator) -> np.ndarray:
+    """A plausible value of an input: sound for samples, ids inside the vocabulary, arg-max for the choice of
+    tokens."""
+    kind, name = type_of(node), role(node)[1]
+    shape = kind.at(n)
+    if kind.dtype == "u8":
+        return rng.integers(0, 256, shape, dtype=np.uint8)
+    if _is_key(node):
+        return np.stack([np.full(shape[0], 7), np.arange(shape[0]) // 3, np.arange(shape[0])], 1).astype(
+            np.int64
+        )
+    if kind.dtype == "i64":
+        return rng.integers(0, _id_limit(program, node), shape, dtype=np.int64)
+    if name == "temperature":
+        return np.zeros(shape, np.float32)
+    scale = 0.1 if name == "pcm" else 1.0
+    return (scale * rng.standard_normal(shape)).astype(np.float32)
+
+
+def _id_limit(program: Program, node: fx.Node) -> int:
+    """Ids must be rows of every table that is looked up with them."""
+    tables = [user.args[0] for user in node.users if spec_of(user.target) is not None]
+    sizes = [
+        int(table.meta["type"].shape[0])
+        for table in tables
+        if isinstance(table, fx.Node) and table is not node
+    ]
+    return min(sizes, default=1)

@@ -1,0 +1,200 @@
+"""One entry for each canonical op: the kernel that runs it on the CPU, and how its arguments become
+operands."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+from torch import fx
+
+if TYPE_CHECKING:
+    from tmlc.emit.cpu import Value, _MethodEmitter
+
+BLOCK = 16
+
+# Ops that never reach an engine, and what takes their place.
+REFUSED = {
+    "attention": "it is stateless, state.insert makes it attention_state",
+    "short_conv": "it is stateless, state.insert makes it short_conv_state",
+    "dmel": "it is stateless, state.insert makes it dmel_state",
+    "overlap_add": "it is stateless, state.insert makes it overlap_add_state",
+    "shared_experts": "route.stack_experts joins it with moe",
+}
+
+
+@dataclass(frozen=True)
+class Call:
+    """One node that is being lowered: its arguments by name, and where its outputs go."""
+
+    emitter: "_MethodEmitter"
+    node: fx.Node
+    args: dict[str, Any]
+    outputs: "list[Value]"
+
+    def x(self, name: str) -> "Value":
+        """An activation; a weight where the model adds one to activations."""
+        node = self.args[name]
+        if node.meta.get("role", ("",))[0] == "weight":
+            return self.weight(name)
+        return self.emitter.value(node)
+
+    def weight(self, name: str, form: str = "plain") -> "Value":
+        return self.emitter.weight(self.args[name], form)
+
+    def optional(self, name: str) -> "list[Value]":
+        return [] if self.args.get(name) is None else [self.x(name)]
+
+    def state(self, name: str) -> "Value":
+        """A state in the shape in which the program has it."""
+        kind = self.args[name].meta["type"]
+        rows, cols = (int(size) for size in kind.shape)
+        return self.emitter.state(self.args[name], kind.dtype, rows, cols)
+
+    def emit(
+        self, op: str, t: "list[Value]", i: list[int] | None = None, f: list[float] | None = None
+    ) -> None:
+        self.emitter.call(op, [*self.outputs, *t], i or [], f or [])
+
+
+@dataclass(frozen=True)
+class Lowering:
+    """The kernel's name in the library, and what writes the call."""
+
+    kernel: str
+    lower: Callable[[Call], None]
+
+
+def _elementwise(kernel: str, operands: list[str], numbers: tuple[str, ...] = ()) -> Lowering:
+    def lower(c: Call) -> None:
+        c.emit(kernel, [c.x(name) for name in operands], f=[c.args[name] for name in numbers])
+
+    return Lowering(kernel, lower)
+
+
+def _rms_norm(c: Call) -> None:
+    c.emit("rms_norm", [c.x("x"), c.weight("weight")], f=[c.args["eps"]])
+
+
+def _add_rms_norm(c: Call) -> None:
+    c.emit("add_rms_norm", [c.x("x"), c.x("residual"), c.weight("weight")], f=[c.args["eps"]])
+
+
+def _embedding(c: Call) -> None:
+    c.emit("embedding", [c.x("ids"), c.weight("table")])
+
+
+def _bag_embedding(c: Call) -> None:
+    c.emit("bag_embedding", [c.x("levels"), c.weight("table")], [c.args["per_bin"]])
+
+
+def _linear(c: Call) -> None:
+    c.emit("linear", [c.x("x"), c.weight("weight", "k16"), *c.optional("bias")])
+
+
+def _scale_by(c: Call) -> None:
+    c.emit("scale_by", [c.x("x"), c.weight("s")])
+
+
+def _add_row(c: Call) -> None:
+    c.emit("add_row", [c.x("x"), c.weight("rows")], [c.args["index"]])
+
+
+def _short_conv(c: Call) -> None:
+    t = [c.x("x"), c.weight("weight", "taps"), c.state("tail")]
+    c.emit("short_conv", t, [int(c.args["residual"])])
+
+
+def _attention(c: Call) -> None:
+    heads, groups = int(c.args["num_heads"]), int(c.args["num_kv_heads"])
+    cache = c.args["k_cache"].meta["type"]
+    capacity, width = (int(size) for size in cache.shape)
+    if capacity % BLOCK or int(c.args["sinks"]) % BLOCK:
+        raise c.emitter.fail(c.node, f"a cache of {capacity} positions is not a multiple of {BLOCK}")
+    d = width // groups
+    k_cache = c.emitter.state(c.args["k_cache"], cache.dtype, groups * capacity // BLOCK, d * BLOCK)
+    v_cache = c.emitter.state(c.args["v_cache"], cache.dtype, groups * capacity, d)
+    t = [c.x("q"), c.x("k"), c.x("v"), c.state("position"), k_cache, v_cache]
+    t += c.optional("rel") + c.optional("rel_table")
+    i = [heads, groups, c.args["window"], c.args["sinks"], capacity]
+    c.emit("attention", t, i, [c.args["scale"], c.args["log_floor"], c.args["log_alpha"]])
+
+
+def _advance(c: Call) -> None:
+    c.emit("advance", [c.state("position")], [c.args["limit"]])
+
+
+def _sink_router(c: Call) -> None:
+    t = [c.x("logits"), c.weight("bias"), c.weight("scale")]
+    c.emit("sink_router", t, [c.args["top_k"], c.args["n_shared"]], [c.args["route_scale"]])
+
+
+def _router(c: Call) -> None:
+    t = [c.x("x"), c.weight("weight", "k16"), c.weight("bias"), c.weight("scale")]
+    c.emit("router", t, [c.args["top_k"], c.args["n_shared"]], [c.args["route_scale"]])
+
+
+def _moe(c: Call) -> None:
+    experts, _, f = (int(size) for size in c.args["down"].meta["type"].shape)
+    t = [c.x("x"), c.x("weights"), c.x("experts")]
+    t += [c.weight("gate_up", "k16.gate_up"), c.weight("down", "k16.experts")]
+    c.emit("moe", t, [experts, f])
+
+
+def _dmel(c: Call) -> None:
+    t = [c.x("pcm"), c.weight("window"), c.weight("filters"), c.state("tail")]
+    c.emit("dmel", t, [c.args["levels"]], [c.args["lo"], c.args["hi"]])
+
+
+def _patchify(c: Call) -> None:
+    folds = list(c.args["folds"])
+    i = [c.args["frames"], c.args["height"], c.args["patch"], len(folds) // 2, *folds]
+    if prod(folds[0::2]) != c.args["frames"]:
+        raise c.emitter.fail(c.node, f"folds {folds} do not make clips of {c.args['frames']} frames")
+    c.emit("patchify", [c.x("video")], i, [*c.args["mean"], *c.args["std"]])
+
+
+def _philox_normal(c: Call) -> None:
+    c.emit("philox_normal", [c.x("key")])
+
+
+def _overlap_add(c: Call) -> None:
+    c.emit("overlap_add", [c.x("frames"), c.weight("window"), c.state("overlap")])
+
+
+LOWERINGS: dict[str, Lowering] = {
+    "embedding": Lowering("embedding", _embedding),
+    "bag_embedding": Lowering("bag_embedding", _bag_embedding),
+    "rms_norm": Lowering("rms_norm", _rms_norm),
+    "add_rms_norm": Lowering("add_rms_norm", _add_rms_norm),
+    "linear": Lowering("linear", _linear),
+    "add": _elementwise("add", ["a", "b"]),
+    "mul": _elementwise("mul", ["a", "b"]),
+    "add_scaled": _elementwise("add_scaled", ["a", "b"], ("alpha",)),
+    "scale": _elementwise("scale", ["x"], ("alpha",)),
+    "scale_by": Lowering("scale_by", _scale_by),
+    "add_row": Lowering("add_row", _add_row),
+    "silu": _elementwise("silu", ["x"]),
+    "gelu": _elementwise("gelu", ["x"]),
+    "swiglu": _elementwise("swiglu", ["gate", "up"]),
+    "modulate": _elementwise("modulate", ["x", "scale", "shift"]),
+    "short_conv_state": Lowering("short_conv", _short_conv),
+    "attention_state": Lowering("attention", _attention),
+    "advance": Lowering("advance", _advance),
+    "sink_router": Lowering("sink_router", _sink_router),
+    "router": Lowering("router", _router),
+    "moe": Lowering("moe", _moe),
+    "dmel_state": Lowering("dmel", _dmel),
+    "patchify": Lowering("patchify", _patchify),
+    "philox_normal": Lowering("philox_normal", _philox_normal),
+    "sample": _elementwise("sample", ["logits", "key", "temperature"]),
+    "overlap_add_state": Lowering("overlap_add", _overlap_add),
+}
+
+# Views cost nothing: another entry of the tensor table over the same bytes.
+VIEWS = {"columns": "(view)", "reshape": "(view)"}
+
+
+def kernel_names() -> dict[str, str]:
+    """The kernel behind each op that the CPU can run."""
+    return {op: lowering.kernel for op, lowering in LOWERINGS.items()} | VIEWS
