@@ -1,0 +1,252 @@
+"""The engine: a package loaded for one target, with all session memory reserved, shared by many sessions."""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib import import_module
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from tmlc.errors import InputError, PackageError, SessionError, TargetError, UsageError
+from tmlc.package.manifest import Manifest
+from tmlc.package.reader import Package, open_package
+from tmlc.runtimes.core.backend import Backend
+from tmlc.runtimes.core.model import Model
+from tmlc.runtimes.core.session import LogSink, Session
+from tmlc.runtimes.core.slots import SlotPool
+from tmlc.runtimes.core.snapshot import read_snapshot
+from tmlc.runtimes.core.text import Tokenizer, load_tokenizer
+from tmlc.runtimes.core.tick import DRIVERS, Conversation, Driver, finite_temperature
+
+BACKENDS = {"cpu": "tmlc.runtimes.cpu.backend"}
+"""Modules with `open_backend(package, threads, isa) -> Backend`, by target."""
+MAX_THREADS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Capacity:
+    """What an engine holds and can still admit; sizes in bytes.
+
+    Attributes:
+        sessions, free: slots in all, and not taken.
+        session_bytes: state of one session; `reserved_bytes` is what all slots take.
+        weight_bytes, arena_bytes, scratch_bytes: shared by all sessions.
+        context_limit, context_policy: positions a session keeps, and what happens at the bound.
+        max_append: positions that go through the model in one piece.
+    """
+
+    sessions: int
+    free: int
+    session_bytes: int
+    reserved_bytes: int
+    weight_bytes: int
+    arena_bytes: int
+    scratch_bytes: int
+    context_limit: int
+    context_policy: str
+    max_append: int
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Engine:
+    """Made by `load`. Thread-safe: one thread at a time is on the device, sessions take turns call by
+    call.
+
+    Attributes:
+        manifest: the package's manifest.
+        kind: "interaction" or "tokens".
+        target, isa, threads: what the engine runs on ("cpu"), the variant of its kernels, its threads.
+        digest: the package's digest; snapshots and tick logs are bound to it.
+        tokenizer: of the package, or None when it has none.
+        backend, model, driver, slots: the parts that sessions use.
+    """
+
+    def __init__(
+        self, backend: Backend, manifest: Manifest, digest: str, tokenizer: Tokenizer | None, sessions: int
+    ) -> None:
+        self.manifest, self.digest, self.tokenizer, self.backend = manifest, digest, tokenizer, backend
+        self.kind = manifest.model.kind
+        self.target, self.isa, self.threads = backend.target, backend.isa, backend.threads
+        if manifest.session_bytes != backend.slot_bytes:
+            raise PackageError(
+                f"the manifest says {manifest.session_bytes} bytes a session, the plan {backend.slot_bytes}",
+                fix="compile the checkpoint again with this version of tmlc",
+            )
+        self.model = Model(backend, manifest)
+        self.driver: Driver = DRIVERS[self.kind](self.model)
+        self.slots = SlotPool(sessions, backend.slot_bytes)
+        self._package: Package | None = None
+        self._device = threading.Lock()
+        self._closed = False
+        self._sessions: weakref.WeakSet[Session] = weakref.WeakSet()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def capacity(self) -> Capacity:
+        """What the engine holds and can still admit."""
+        memory, context = self.backend.memory(), self.manifest.context
+        return Capacity(
+            sessions=self.slots.count,
+            free=self.slots.free,
+            session_bytes=self.slots.slot_bytes,
+            reserved_bytes=self.slots.reserved_bytes,
+            weight_bytes=memory["weights"],
+            arena_bytes=memory["arena"],
+            scratch_bytes=memory["scratch"],
+            context_limit=context.limit,
+            context_policy=context.policy,
+            max_append=self.model.chunk,
+        )
+
+    @contextmanager
+    def device(self) -> Iterator[None]:
+        """Holds the device; whoever has it may use `model` and `driver`."""
+        with self._device:
+            self._check_open()
+            yield
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise SessionError("the engine is closed", fix="load the package again")
+
+    def session(self, seed: int = 0, temperature: float = 0.0, log: LogSink | None = None) -> Session:
+        """Opens a conversation.
+
+        Args:
+            seed: of all random choices, 0 to 2⁶³-1.
+            temperature: of the choice of tokens; 0 takes the most likely one.
+            log: called with one JSON-able record for each append and tick (`tmlc.runtimes.core.ticklog`).
+
+        Raises:
+            CapacityError: all slots are taken.
+        """
+        if not isinstance(seed, int | np.integer) or isinstance(seed, bool) or not 0 <= seed < 2**63:
+            raise InputError(f"seed must be a whole number from 0 to 2^63 - 1, not {seed!r}")
+        self._check_open()
+        talk = self._conversation(int(seed), finite_temperature(temperature))
+        return self._admit(talk, log, None)
+
+    def restore(self, blob: bytes, log: LogSink | None = None) -> Session:
+        """The session that `Session.snapshot` described, in a slot of this engine.
+
+        Raises:
+            SessionError: damaged, or of another package or target.
+            CapacityError: all slots are taken.
+        """
+        self._check_open()
+        return self._admit(self._conversation(0, 0.0), log, bytes(blob))
+
+    def _admit(self, talk: Conversation, log: LogSink | None, blob: bytes | None) -> Session:
+        index = self.slots.take()
+        try:
+            if blob is not None:
+                slot = self.slots.view(index)
+                read_snapshot(blob, slot, talk, self.digest, self.target, self.tokenizer)
+            session = Session(self, index, talk, log)
+        except BaseException:
+            self.slots.give_back(index)
+            raise
+        self._sessions.add(session)
+        return session
+
+    def _conversation(self, seed: int, temperature: float) -> Conversation:
+        decoder = self.tokenizer.decoder() if self.tokenizer is not None else None
+        heard = np.zeros((1, self.model.hop), np.float32)
+        hidden = np.zeros((1, self.model.width), np.float32)
+        return Conversation(seed, temperature, heard, hidden, decoder)
+
+    def close(self) -> None:
+        """Closes every session, waits for the call that runs, and frees the target; twice does nothing."""
+        for session in list(self._sessions):
+            session.close()
+        with self._device:
+            if self._closed:
+                return
+            self._closed = True
+            self.backend.close()
+            if self._package is not None:
+                self._package.close()
+
+
+def default_threads() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return min(len(os.sched_getaffinity(0)), MAX_THREADS)
+    return min(os.cpu_count() or 1, MAX_THREADS)
+
+
+def load(
+    path: str | Path,
+    target: str | None = None,
+    threads: int | None = None,
+    sessions: int = 4,
+    isa: str | None = None,
+) -> Engine:
+    """Loads a package and reserves everything its sessions will need.
+
+    Args:
+        path: a `.tmlc` file or folder.
+        target: which of the package's targets; None takes the only one there is.
+        threads: kernel threads; None takes every core that this process may use.
+        sessions: how many conversations may be open at once.
+        isa: instruction-set variant of the kernels (see `tmlc doctor`); None takes the best this machine
+        has.
+
+    Raises:
+        PackageError, PlanError: the package is damaged, altered, foreign, newer, or its plan is refused.
+        TargetError: the package has not this target, or this machine cannot run it.
+        CapacityError: the memory for the sessions cannot be reserved.
+        UsageError: threads or sessions out of range.
+    """
+    count = default_threads() if threads is None else threads
+    if not isinstance(count, int) or not 1 <= count <= MAX_THREADS:
+        raise UsageError(f"threads must be 1 to {MAX_THREADS}, not {threads}")
+    if not isinstance(sessions, int):
+        raise UsageError(f"sessions must be a whole number, not {sessions!r}")
+    package = open_package(path)
+    try:
+        backend = _open_target(package, target, count, isa)
+        try:
+            named = package.manifest.tokenizer
+            tokenizer = load_tokenizer(package.read(named)) if named else None
+            engine = Engine(backend, package.manifest, package.digest, tokenizer, sessions)
+        except BaseException:
+            backend.close()
+            raise
+    except BaseException:
+        package.close()
+        raise
+    engine._package = package
+    return engine
+
+
+def _open_target(package: Package, target: str | None, threads: int, isa: str | None) -> Backend:
+    held = list(package.manifest.targets)
+    name = target if target is not None else next((t for t in held if t in BACKENDS), "")
+    if name not in held:
+        raise TargetError(
+            f"the package has no engine for {name or 'any target that this tmlc runs'}",
+            where=str(package.path),
+            fix=f"it has: {', '.join(held) or 'none'}; compile the checkpoint for the target you want",
+        )
+    if name not in BACKENDS:
+        raise TargetError(f"this tmlc cannot run target {name}", fix=f"it runs: {', '.join(BACKENDS)}")
+    module = import_module(BACKENDS[name])
+    backend: Backend = module.open_backend(package, threads, isa)
+    return backend

@@ -1,0 +1,310 @@
+"""One conversation on an engine: its slot, what it remembers beside it, and the states it goes through.
+
+NEW ──append/tick──▶ OPEN ◀──attach/detach──▶ DETACHED
+ any ──close──▶ CLOSING (while a call still runs) ──▶ CLOSED
+ a kernel error in a call ──▶ POISONED ──close──▶ CLOSED        context used up ──▶ CLOSED
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from enum import StrEnum
+from time import perf_counter_ns
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tmlc.errors import ContextFullError, InputError, SessionError
+from tmlc.runtimes.core import ticklog
+from tmlc.runtimes.core.snapshot import write_snapshot
+from tmlc.runtimes.core.tick import (
+    MAX_QUEUED_TOKENS,
+    Conversation,
+    Staged,
+    TickInput,
+    TickOutput,
+    check_audio,
+    check_tokens,
+    check_video,
+)
+
+if TYPE_CHECKING:
+    from tmlc.runtimes.core.engine import Engine
+
+LogSink = Callable[[dict[str, Any]], None]
+
+
+class SessionState(StrEnum):
+    """Where a session is in its life."""
+
+    NEW = "new"
+    OPEN = "open"
+    DETACHED = "detached"
+    CLOSING = "closing"
+    CLOSED = "closed"
+    POISONED = "poisoned"
+
+
+class Session:
+    """Made by `Engine.session`, `Engine.restore` and `fork`. One call at a time; many sessions may run at
+    once.
+
+    A call with bad arguments raises InputError and changes nothing. A session that is garbage-collected
+    gives its slot back as if it had been closed.
+
+    Attributes:
+        engine: the engine that it runs on.
+    """
+
+    def __init__(self, engine: Engine, index: int, talk: Conversation, log: LogSink | None) -> None:
+        self.engine = engine
+        self._talk, self._log = talk, log
+        self._slot = engine.slots.view(index)
+        self._release = weakref.finalize(self, engine.slots.give_back, index)
+        self._release.atexit = False
+        self._lock = threading.Lock()
+        self._busy = False
+        self._state = SessionState.OPEN if talk.positions else SessionState.NEW
+        layout = engine.model.layout
+        self._pcm = np.zeros((layout.audio_in, layout.hop), np.float32)
+        clip = (layout.clip_frames, layout.frame_height, layout.frame_width * 3)
+        self._clip = np.zeros(clip if layout.video_positions else (0, 0, 0), np.uint8)
+        if log is not None:
+            log(ticklog.opened(engine.digest, talk))
+
+    @property
+    def state(self) -> SessionState:
+        return self._state
+
+    @property
+    def seed(self) -> int:
+        return self._talk.seed
+
+    @property
+    def ticks(self) -> int:
+        """Ticks done so far, which is the index of the next one."""
+        return self._talk.tick
+
+    @property
+    def positions(self) -> int:
+        """Positions appended so far."""
+        return self._talk.positions
+
+    def __repr__(self) -> str:
+        return f"<Session {self._state} seed={self.seed} ticks={self.ticks} positions={self.positions}>"
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def append(
+        self,
+        tokens: Sequence[int] = (),
+        audio: np.ndarray | None = None,
+        video: np.ndarray | None = None,
+    ) -> np.ndarray:
+        """Appends positions outside a tick: audio first, then video, then tokens.
+
+        Args:
+            tokens: token ids.
+            audio: float32 mono at the model's rate, a whole number of positions (`hop` samples each).
+            video: uint8 [frames, height, width, 3], a whole number of clips.
+
+        Returns:
+            float32 [positions, vocab]: the logits at each appended position.
+
+        Raises:
+            InputError: wrong shape, dtype or range; nothing was changed.
+            SessionError: the session is not open, or another call of it is running.
+            ContextFullError: the bounded context is used up and the policy is `end`; the session is
+            closed.
+            KernelError: a kernel stopped; the session is poisoned.
+        """
+        model, layout = self.engine.model, self.engine.model.layout
+        ids = check_tokens(tokens, model.vocab)
+        pcm = None if audio is None else self._whole_positions(check_audio(audio, layout))
+        clips = None if video is None else self._whole_clips(check_video(video, layout))
+        count = len(ids) + (0 if pcm is None else pcm.shape[0])
+        if clips is not None:
+            count += clips.shape[0] // (layout.clip_frames * layout.frame_height) * layout.video_positions
+        if not count:
+            raise InputError("append needs at least one position of tokens, audio or video")
+        logits = np.empty((count, model.vocab), np.float32)
+        done = 0
+
+        def sink(hidden: np.ndarray) -> None:
+            nonlocal done
+            model.logits(hidden, logits[done : done + hidden.shape[0]])
+            done += hidden.shape[0]
+
+        with self._running(), self.engine.device():
+            model.begin(self._slot, sink)
+            if pcm is not None:
+                model.put_audio(pcm)
+            if clips is not None:
+                model.put_video(clips)
+            model.put_text(ids)
+            self._talk.hidden[:] = model.flush()
+            self._talk.positions += model.appended
+        if self._log is not None:
+            self._log(ticklog.appended(ids, audio, video))
+        return logits
+
+    def _whole_positions(self, audio: np.ndarray) -> np.ndarray:
+        hop = self.engine.model.hop
+        if audio.size % hop:
+            raise InputError(f"audio must be a whole number of positions of {hop} samples, not {audio.size}")
+        return np.require(audio, requirements=["C", "A"]).reshape(-1, hop)
+
+    def _whole_clips(self, video: np.ndarray) -> np.ndarray:
+        layout = self.engine.model.layout
+        if video.shape[0] % layout.clip_frames:
+            raise InputError(
+                f"video must be whole clips of {layout.clip_frames} frames, not {video.shape[0]}"
+            )
+        return np.ascontiguousarray(video).reshape(-1, layout.frame_width * 3)
+
+    def tick(self, tick: TickInput | None = None) -> TickOutput:
+        """One tick: 200 ms of input in, 200 ms of output out (see `tmlc.runtimes.core.tick`).
+
+        Raises what `append` raises, in the same cases.
+        """
+        given = tick if tick is not None else TickInput()
+        checked = self._check(given)
+        with self._running():
+            staged = self._fill(given, checked)
+            begun = perf_counter_ns()
+            with self.engine.device():
+                waited = perf_counter_ns() - begun
+                out = self.engine.driver.tick(self._slot, self._talk, staged)
+        out.timings["wait"] = waited / 1e6
+        if self._log is not None:
+            self._log(ticklog.ticked(given, out))
+        return out
+
+    def _check(self, given: TickInput) -> list[int]:
+        """Checks one tick's input; returns its tokens, text first."""
+        engine, layout = self.engine, self.engine.model.layout
+        if given.audio is not None and check_audio(given.audio, layout).size > layout.audio_in * layout.hop:
+            raise InputError(
+                f"a tick takes at most {layout.audio_in * layout.hop} samples, not {given.audio.size}",
+                fix=f"cut the audio into pieces of {layout.duration_ms} ms",
+            )
+        frames = 1 if given.video is None else check_video(given.video, layout).shape[0]
+        if frames not in (1, layout.clip_frames):
+            raise InputError(f"a tick takes 1 or {layout.clip_frames} frames, not {frames}")
+        tokens = check_tokens(given.tokens, engine.model.vocab)
+        if given.text:
+            if engine.tokenizer is None:
+                raise InputError("this package has no tokenizer: it takes tokens, not text")
+            tokens = check_tokens(engine.tokenizer.encode(given.text), engine.model.vocab) + tokens
+        if tokens and engine.kind == "interaction":
+            if not layout.text_in:
+                raise InputError("this model does not read: it takes no text")
+            if len(self._talk.queue) + len(tokens) > MAX_QUEUED_TOKENS:
+                raise InputError(f"more than {MAX_QUEUED_TOKENS} typed tokens are waiting")
+        if not tokens and engine.kind == "tokens" and not self._talk.positions:
+            raise InputError("the first tick of a token model needs at least one token")
+        return tokens
+
+    def _fill(self, given: TickInput, tokens: list[int]) -> Staged:
+        """Copies a checked input into the session's own buffers, padded to a whole tick and a whole clip."""
+        staged = Staged(self._pcm, tokens=tokens)
+        samples = 0
+        if given.audio is not None:
+            samples = given.audio.size
+            self._pcm.reshape(-1)[:samples] = given.audio
+        self._pcm.reshape(-1)[samples:] = 0.0
+        staged.padded = self._pcm.size - samples
+        if given.video is not None:
+            self._clip[:] = given.video.reshape(given.video.shape[0], *self._clip.shape[1:])
+            staged.clip = self._clip.reshape(-1, self._clip.shape[2])
+        return staged
+
+    @contextmanager
+    def _running(self) -> Iterator[None]:
+        """Around the part of a call that changes the session: one at a time, and failing inside is final."""
+        self._begin({SessionState.NEW, SessionState.OPEN})
+        with self._lock:
+            if self._state is SessionState.NEW:
+                self._state = SessionState.OPEN
+        try:
+            yield
+        except ContextFullError:
+            self._end(SessionState.CLOSED)
+            raise
+        except BaseException:
+            # Anything else, an interrupt included, may have left the slot between two positions.
+            self._end(SessionState.POISONED)
+            raise
+        self._end()
+
+    def _begin(self, allowed: set[SessionState]) -> None:
+        with self._lock:
+            if self._state not in allowed:
+                raise SessionError(f"the session is {self._state}", fix=_ADVICE.get(self._state, ""))
+            if self._busy:
+                raise SessionError("another call of this session is running", fix="wait for it to return")
+            self._busy = True
+
+    def _end(self, state: SessionState | None = None) -> None:
+        with self._lock:
+            self._busy = False
+            if self._state is SessionState.CLOSING:
+                state = SessionState.CLOSED
+            if state is not None:
+                self._state = state
+            if state is SessionState.CLOSED:
+                self._release()
+
+    def snapshot(self) -> bytes:
+        """Everything the session remembers; `Engine.restore` continues from it bit for bit."""
+        self._begin({SessionState.NEW, SessionState.OPEN, SessionState.DETACHED})
+        try:
+            return write_snapshot(self._slot, self._talk, self.engine.digest, self.engine.target)
+        finally:
+            self._end()
+
+    def fork(self) -> Session:
+        """A twin in a slot of its own, equal bit for bit; from here on the two are independent.
+
+        Raises CapacityError when no slot is free.
+        """
+        return self.engine.restore(self.snapshot())
+
+    def detach(self) -> None:
+        """The owner left: the session keeps its slot and takes no calls until `attach`."""
+        self._move({SessionState.NEW, SessionState.OPEN}, SessionState.DETACHED)
+
+    def attach(self) -> None:
+        """A new owner took over a detached session."""
+        self._move({SessionState.DETACHED}, SessionState.OPEN)
+
+    def _move(self, allowed: set[SessionState], state: SessionState) -> None:
+        self._begin(allowed)
+        self._end(state)
+
+    def close(self) -> None:
+        """Ends the session and frees its slot, after a call that still runs. Closing twice does nothing."""
+        with self._lock:
+            if self._busy:
+                self._state = SessionState.CLOSING
+            elif self._state is not SessionState.CLOSED:
+                self._state = SessionState.CLOSED
+                self._release()
+
+
+_ADVICE = {
+    SessionState.DETACHED: "attach() it first",
+    SessionState.CLOSING: "open a new session",
+    SessionState.CLOSED: "open a new session, or restore a snapshot",
+    SessionState.POISONED: "close it, and open a new session or restore a snapshot",
+}

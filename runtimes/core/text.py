@@ -1,0 +1,158 @@
+"""Text to tokens and back, piece by piece, from the `tokenizer.json` in the package.
+
+A byte-level vocabulary without merges (the models of this project's zoo) is built in; any other tokenizer
+needs the `tokenizers` package. Typed text can never produce a special token: what the user types is text,
+not control.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from tmlc.errors import InputError, PackageError
+
+
+class Tokenizer(ABC):
+    """Both directions of one vocabulary."""
+
+    @abstractmethod
+    def encode(self, text: str) -> list[int]:
+        """The tokens of `text`; never a special token."""
+
+    @abstractmethod
+    def decoder(self, state: Sequence[int] = ()) -> TextDecoder:
+        """An incremental decoder, at its start or where `TextDecoder.state` was taken."""
+
+
+class TextDecoder(ABC):
+    """Turns tokens into text as they come; a character split over tokens appears when it is whole."""
+
+    @abstractmethod
+    def push(self, tokens: Iterable[int]) -> str:
+        """The new text that these tokens make certain; special tokens give none."""
+
+    @abstractmethod
+    def state(self) -> list[int]:
+        """What the decoder remembers, for snapshots: a few numbers that only its tokenizer understands."""
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """The printable character that byte-level vocabularies write for each byte, as GPT-2 defined it."""
+    kept = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    alphabet = {chr(b): b for b in kept}
+    alphabet |= {chr(256 + i): b for i, b in enumerate(b for b in range(256) if b not in set(kept))}
+    return alphabet
+
+
+class ByteTokenizer(Tokenizer):
+    """One token a byte of UTF-8; `byte_of` maps token ids to bytes, other ids are special."""
+
+    def __init__(self, byte_of: dict[int, int]) -> None:
+        self._byte_of = byte_of
+        self._token_of = [0] * 256
+        for token, byte in byte_of.items():
+            self._token_of[byte] = token
+
+    def encode(self, text: str) -> list[int]:
+        try:
+            data = text.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(f"text is not valid Unicode at character {error.start}") from None
+        return [self._token_of[b] for b in data]
+
+    def decoder(self, state: Sequence[int] = ()) -> TextDecoder:
+        return _ByteDecoder(self._byte_of, self._token_of, state)
+
+
+class _ByteDecoder(TextDecoder):
+    def __init__(self, byte_of: dict[int, int], token_of: list[int], state: Sequence[int]) -> None:
+        self._byte_of, self._token_of = byte_of, token_of
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self.push(state)
+
+    def push(self, tokens: Iterable[int]) -> str:
+        byte_of = self._byte_of
+        return self._utf8.decode(bytes(byte_of[t] for t in tokens if t in byte_of))
+
+    def state(self) -> list[int]:
+        return [self._token_of[b] for b in self._utf8.getstate()[0]]
+
+
+class LibraryTokenizer(Tokenizer):
+    """Any other `tokenizer.json`, through the `tokenizers` package."""
+
+    def __init__(self, text: str) -> None:
+        try:
+            import tokenizers
+        except ImportError:
+            raise PackageError(
+                "this package's tokenizer is not byte-level and the `tokenizers` package is not installed",
+                fix="pip install 'tmlc[text]'",
+            ) from None
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_str(text)
+        except Exception as error:  # the library raises plain Exception for whatever is wrong in the file
+            what = f"the package's tokenizer cannot be read: {error}"
+            raise PackageError(what, where="tokenizer.json") from None
+        self._tokenizer.encode_special_tokens = True
+
+    def encode(self, text: str) -> list[int]:
+        try:
+            return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+        except UnicodeEncodeError as error:
+            raise InputError(f"text is not valid Unicode at character {error.start}") from None
+
+    def decoder(self, state: Sequence[int] = ()) -> TextDecoder:
+        return _LibraryDecoder(self._tokenizer, state)
+
+
+class _LibraryDecoder(TextDecoder):
+    """Decodes a short window of tokens twice, with and without the new ones: the difference is the new
+    text.
+
+    The window keeps the tokens of the last piece, because a decoder may join words across tokens.
+    """
+
+    def __init__(self, tokenizer: Any, state: Sequence[int]) -> None:
+        self._tokenizer = tokenizer
+        self._done, *self._window = state or (0,)
+
+    def push(self, tokens: Iterable[int]) -> str:
+        self._window += tokens
+        before = self._tokenizer.decode(self._window[: self._done], skip_special_tokens=True)
+        after = self._tokenizer.decode(self._window, skip_special_tokens=True)
+        if len(after) <= len(before) or after.endswith("�"):
+            return ""
+        self._window = self._window[self._done :]
+        self._done = len(self._window)
+        return after[len(before) :]
+
+    def state(self) -> list[int]:
+        return [self._done, *self._window]
+
+
+def load_tokenizer(data: bytes) -> Tokenizer:
+    """The tokenizer that the bytes of a `tokenizer.json` describe; PackageError when they are not one."""
+    where = "tokenizer.json"
+    try:
+        text = data.decode()
+        spec = json.loads(text)
+        model = spec["model"]
+        kind, vocab, merges = model["type"], dict(model["vocab"]), model.get("merges", [])
+        special = {t["content"] for t in spec.get("added_tokens") or []}
+        split = spec.get("pre_tokenizer") or {}
+        plain = not split.get("add_prefix_space") and not spec.get("normalizer")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise PackageError(f"the package's tokenizer cannot be read: {error!r}", where=where) from None
+    if kind != "BPE" or merges or split.get("type") != "ByteLevel" or not plain:
+        return LibraryTokenizer(text)
+    alphabet = _byte_alphabet()
+    byte_of = {i: alphabet[c] for c, i in vocab.items() if c in alphabet and c not in special}
+    others = [c for c in vocab if c not in alphabet and c not in special]
+    if others or len(byte_of) != 256 or not all(type(i) is int and i >= 0 for i in byte_of):
+        return LibraryTokenizer(text)
+    return ByteTokenizer(byte_of)

@@ -1,0 +1,87 @@
+"""Runs a package's CPU plan: one kernel library, one thread pool, one plan, and output buffers made once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from tmlc.errors import CapacityError, InputError
+from tmlc.kernels.cpu import Plan, Pool, load_library
+from tmlc.package.reader import Package
+from tmlc.runtimes.core.backend import Backend, MethodSpec, check_inputs
+from tmlc.runtimes.cpu.plan import plan_words
+
+TARGET = "cpu"
+
+
+class CpuBackend(Backend):
+    """A plan, ready to run.
+
+    Args:
+        package: an open package with a CPU target; it must stay open as long as the backend.
+        threads: size of the kernel thread pool, the caller included.
+        isa: instruction-set variant, None for the best that this machine has.
+    """
+
+    def __init__(self, package: Package, threads: int, isa: str | None = None) -> None:
+        library = load_library(isa)
+        info = package.manifest.targets[TARGET]
+        words = plan_words(package.json(info.plan), package.tensors, library.ops)
+        self.target = TARGET
+        self.isa, self.threads = library.isa, threads
+        self.slot_bytes = words.slot_bytes
+        self.methods: dict[str, MethodSpec] = {spec.name: spec for spec in words.methods}
+        self._index = {spec.name: i for i, spec in enumerate(words.methods)}
+        self._weights = package.weights
+        try:
+            self._outputs = {
+                spec.name: [out.allocate(spec.max_n) for out in spec.outputs] for spec in words.methods
+            }
+        except (MemoryError, ValueError) as error:
+            raise CapacityError("cannot reserve the output buffers of the plan") from error
+        self._views: dict[tuple[str, int], list[np.ndarray]] = {}
+        self._plan = Plan(library, words.words, package.weights, threads)
+        self._pool = Pool(library, threads)
+
+    def call(
+        self, method: str, n: int, slot: np.ndarray, inputs: Sequence[np.ndarray]
+    ) -> Sequence[np.ndarray]:
+        spec = self.methods[method]
+        check_inputs(spec, n, inputs)
+        if slot.nbytes != self.slot_bytes:
+            raise InputError(f"a slot of this plan has {self.slot_bytes} bytes, not {slot.nbytes}")
+        outputs = self._views.get((method, n))
+        if outputs is None:
+            buffers = zip(self._outputs[method], spec.outputs, strict=True)
+            outputs = self._views[method, n] = [buffer[: out.rows(n)] for buffer, out in buffers]
+        self._plan.run(self._pool, self._index[method], n, slot, list(inputs), outputs)
+        return outputs
+
+    def profile(self, on: bool) -> None:
+        """Starts or stops timing every kernel call of the plan."""
+        self._plan.profile(on)
+
+    def times(self, method: str) -> np.ndarray:
+        """Nanoseconds spent so far in each kernel call of `method`, in the order of the plan."""
+        return self._plan.times(self._index[method])
+
+    def memory(self) -> dict[str, int]:
+        outputs = sum(array.nbytes for arrays in self._outputs.values() for array in arrays)
+        return {
+            "weights": self._weights.nbytes,
+            "arena": self._plan.arena_bytes,
+            "scratch": self._plan.scratch_bytes,
+            "outputs": outputs,
+        }
+
+    def close(self) -> None:
+        self._plan.close()
+        self._pool.close()
+        self._views.clear()
+        self._weights = np.empty(0, np.uint8)
+
+
+def open_backend(package: Package, threads: int, isa: str | None = None) -> CpuBackend:
+    """The CPU engine of `package`. Raises PlanError, PackageError, TargetError or CapacityError."""
+    return CpuBackend(package, threads, isa)

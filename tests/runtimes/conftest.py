@@ -1,0 +1,182 @@
+"""A small backend in plain numpy behind the real engine: what the runtime does is seen by what it calls, and when."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from tmlc.errors import ContextFullError, KernelError
+from tmlc.package.manifest import ContextInfo, Manifest, MemoryInfo, ModelInfo, TickLayout
+from tmlc.runtimes.core.backend import Backend, MethodSpec, TensorSpec, check_inputs
+from tmlc.runtimes.core.engine import Engine
+from tmlc.runtimes.core.text import ByteTokenizer
+
+WIDTH, VOCAB, HOP, MEL = 4, 260, 8, 3
+SILENCE, END = 257, 258
+BAD_TOKEN = 255  # the fake's kernels stop on it
+LAYOUT = TickLayout(
+    duration_ms=200,
+    audio_in=2,
+    video_every=2,
+    text_in=2,
+    text_out=2,
+    audio_out=2,
+    silence_token_id=SILENCE,
+    end_of_tick_token_id=END,
+    eos_token_ids=(256,),
+    sample_rate=80,
+    hop=HOP,
+    clip_frames=2,
+    frame_height=2,
+    frame_width=3,
+    video_positions=3,
+    out_sample_rate=80,
+    out_hop=HOP,
+    frames_per_position=2,
+    n_mel=MEL,
+    silence_level=-7.0,
+)
+
+
+def row(dtype: str, a: int, cols: int) -> TensorSpec:
+    return TensorSpec(dtype, a, 0, cols)
+
+
+HIDDEN, KEY, IDS, PCM = row("f32", 1, WIDTH), row("i64", 1, 3), row("i32", 1, 1), row("f32", 1, HOP)
+METHODS = {
+    "embed_text": ([IDS], HIDDEN),
+    "embed_audio": ([PCM], HIDDEN),
+    "embed_speech": ([PCM], HIDDEN),
+    "embed_video": ([row("u8", 4, 9)], row("f32", 3, WIDTH)),
+    "decode": ([HIDDEN], HIDDEN),
+    "unembed": ([HIDDEN], row("f32", 1, VOCAB)),
+    "next_token": ([HIDDEN, KEY, row("f32", 1, 1)], IDS),
+    "speak": ([HIDDEN, KEY], row("f32", 2, MEL)),
+    "vocode": ([row("f32", 2, MEL)], PCM),
+}
+
+
+class FakeBackend(Backend):
+    """Embeddings are (kind, value, 0, 0); decode keeps a leaky sum in the slot, so hidden states depend on the order
+    of all positions and on nothing else.
+
+    `said` lists (kind, value) of every decoded position, `calls` every (method, n), `keys` the random keys asked for,
+    `script` the tokens that next_token answers (then it answers <silence>).
+    """
+
+    def __init__(self, max_n: int = 8, limit: int = 1 << 30) -> None:
+        self.target, self.isa, self.threads, self.limit = "fake", "numpy", 1, limit
+        self.methods = {
+            name: MethodSpec(name, max_n, tuple(inputs), (output,)) for name, (inputs, output) in METHODS.items()
+        }
+        self.slot_bytes = 8 * (1 + WIDTH)
+        self.said: list[tuple[str, float]] = []
+        self.calls: list[tuple[str, int]] = []
+        self.keys: list[tuple[str, tuple[int, ...]]] = []
+        self.mels: list[np.ndarray] = []
+        self.script: deque[int] = deque()
+        self.closed = False
+        self.on_call: Callable[[str], None] = lambda method: None
+
+    def call(self, method: str, n: int, slot: np.ndarray, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
+        assert not self.closed
+        spec = self.methods[method]
+        check_inputs(spec, n, inputs)
+        assert slot.ctypes.data % 64 == 0 and slot.nbytes == self.slot_bytes
+        self.calls.append((method, n))
+        self.on_call(method)
+        return [getattr(self, f"_{method}")(n, slot.view(np.float64), *inputs)]
+
+    @staticmethod
+    def _tag(kind: int, values: np.ndarray) -> np.ndarray:
+        out = np.zeros((values.shape[0], WIDTH), np.float32)
+        out[:, 0], out[:, 1] = kind, values
+        return out
+
+    def _embed_text(self, n, state, ids):
+        if (ids == BAD_TOKEN).any():
+            raise KernelError("index out of range")
+        return self._tag(0, ids[:, 0])
+
+    def _embed_audio(self, n, state, pcm):
+        return self._tag(1, pcm.sum(1))
+
+    def _embed_speech(self, n, state, pcm):
+        return self._tag(2, pcm.sum(1))
+
+    def _embed_video(self, n, state, video):
+        return self._tag(3, np.repeat(video.reshape(n, -1).astype(np.float32).sum(1), 3))
+
+    def _decode(self, n, state, x):
+        if state[0] + n > self.limit:
+            raise ContextFullError("the context is used up")
+        out = np.empty_like(x)
+        for i, position in enumerate(x):
+            self.said.append((("text", "audio", "speech", "video")[int(position[0])], float(position[1])))
+            state[0] += 1
+            state[1:] = 0.5 * state[1:] + position
+            out[i] = state[1:]
+        return out
+
+    def _unembed(self, n, state, hidden):
+        return np.repeat(hidden.sum(1, keepdims=True), VOCAB, 1)
+
+    def _next_token(self, n, state, hidden, key, temperature):
+        self.keys.append(("token", tuple(key[0].tolist())))
+        return np.full((n, 1), self.script.popleft() if self.script else SILENCE, np.int32)
+
+    def _speak(self, n, state, hidden, key):
+        self.keys.append(("audio", tuple(key[0].tolist())))
+        return np.full((2 * n, MEL), 0.01 * hidden.sum(), np.float32)
+
+    def _vocode(self, n, state, mel):
+        self.mels.append(mel.copy())
+        return np.repeat(mel.reshape(n, -1)[:, :1], HOP, 1) * np.float32(0.25)
+
+    def memory(self) -> dict[str, int]:
+        return {"weights": 0, "arena": 0, "scratch": 0}
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def make_manifest(kind: str = "interaction", layout: TickLayout = LAYOUT, max_append: int = 8) -> Manifest:
+    return Manifest(
+        model=ModelInfo("fake", kind),
+        methods=(),
+        states=(),
+        session_bytes=8 * (1 + WIDTH),
+        tick=layout,
+        context=ContextInfo(limit=1024, policy="end", sinks=0, max_append=max_append),
+        memory=MemoryInfo(0, 0, 0),
+        targets={},
+        tolerances={},
+    )
+
+
+@pytest.fixture
+def backend() -> FakeBackend:
+    return FakeBackend()
+
+
+@pytest.fixture
+def make_engine():
+    """Engines over fake backends: make(backend=…, kind=…, sessions=…, max_append=…, **changes of the layout)."""
+    engines = []
+
+    def make(backend=None, kind="interaction", sessions=3, max_append=8, **layout) -> Engine:
+        manifest = make_manifest(kind, replace(LAYOUT, **layout), max_append)
+        tokenizer = ByteTokenizer({b: b for b in range(256)})
+        digest = hashlib.sha256(repr(manifest).encode()).hexdigest()
+        engine = Engine(backend or FakeBackend(), manifest, digest, tokenizer, sessions)
+        engines.append(engine)
+        return engine
+
+    yield make
+    for engine in engines:
+        engine.close()
