@@ -1,6 +1,7 @@
 """Row counts of tensors: affine functions of `n`, the number of new positions in a call of a method.
 
-A size that does not depend on `n` is a plain `int` wherever the IR stores it; arithmetic on `Dim` keeps that form.
+A size that does not depend on `n` is a plain `int` wherever the IR stores it; arithmetic on `Dim` keeps that
+form.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ __all__ = ["Dim", "Size", "at", "parse_size"]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Dim:
-    """The size `a·n + b`. Every operation is exact; one that is not (n·n, an uneven division) raises IRError."""
+    """The size `a·n + b`. Arithmetic is exact; where it cannot be (n·n, an uneven division) it raises IRError."""
 
     a: int
     b: int = 0

@@ -1,8 +1,8 @@
-"""Programs: methods (graphs of canonical ops) over one set of weights and states, and the edits that passes make.
+"""Programs: methods (graphs of canonical ops) over one set of weights and states; the edits passes make.
 
-A method's graph holds placeholders, calls of canonical ops, `operator.getitem` on ops with two results, and the
-output. A placeholder carries `meta["role"] = ("input" | "weight" | "state", name)`; every node but the output carries
-`meta["type"]`. Call arguments are always all positional, in schema order.
+A method's graph holds placeholders, calls of canonical ops, `operator.getitem` on ops with two results, and
+the output. A placeholder carries `meta["role"] = ("input" | "weight" | "state", name)`; every node but the
+output carries `meta["type"]`. Call arguments are always all positional, in schema order.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ ROLES = ("input", "weight", "state")
 
 
 class Fact(StrEnum):
-    """What is known to hold of a program: passes require and provide facts, the verifier checks those it can."""
+    """What holds of a program: passes require and provide facts, the verifier checks those it can."""
 
     CANONICAL = "canonical"  # dead code is gone
     ROUTER_FUSED = "router_fused"  # router logits are computed inside the router wherever that was possible
@@ -145,8 +145,9 @@ class Method:
         return Method(self.name, graph, self.max_n)
 
     def sweep(self) -> int:
-        """Erases calls whose results nobody uses (but never one that changes a state), then weights that nothing
-        reads. Returns how many nodes went."""
+        """Erases calls without readers (never one that changes a state), then weights that nothing reads.
+
+        Returns how many nodes went."""
         erased = 0
         for node in reversed(list(self.graph.nodes)):
             spec = spec_of(node.target)
@@ -198,7 +199,7 @@ class Program:
         return list(dict.fromkeys(names))
 
     def add_weight_input(self, method: str | Method, weight: str) -> fx.Node:
-        """The placeholder of `weight` in a method, made if there is none. IRError if the map lacks the weight."""
+        """The placeholder of `weight` in a method, made if there is none. IRError if the map lacks it."""
         if weight not in self.weights:
             raise IRError(f"no weight {weight!r} in the program", fix="add it to program.weights first")
         return self._placeholder(method, "weight", weight, self.weights[weight].type)
@@ -254,7 +255,7 @@ def uses(node: fx.Node) -> list[fx.Node]:
 
 
 def items(node: fx.Node) -> tuple[fx.Node, ...]:
-    """The getitem nodes of a call with several results, one for each; missing ones are made right behind it."""
+    """The getitem nodes of a call with several results, in order; missing ones are made behind it."""
     types = node.meta["type"]
     found = {user.args[1]: user for user in node.users if user.target is operator.getitem}
     for index in reversed(range(len(types))):
@@ -277,7 +278,7 @@ def replace(old: fx.Node, new: fx.Node) -> None:
 
 
 def positional(spec: OpSpec, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
-    """All arguments of a call in schema order; absent optional tensors become None. IRError if they do not fit."""
+    """All arguments of a call in schema order, absent optional tensors as None; IRError if they misfit."""
     schema = spec.overload._schema.arguments
     if len(args) > len(schema):
         raise IRError(f"{spec.name} takes {len(schema)} arguments, not {len(args)}", where=spec.schema)

@@ -1,4 +1,4 @@
-"""Runs a program in eager PyTorch through the reference ops: the meaning against which passes and engines are checked."""
+"""Runs a program in eager PyTorch through the reference ops: what passes and engines are checked against."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ class RunnerSession:
     def call(self, method: str, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Runs one method; inputs in the order of its placeholders. States are kept for the next call.
 
-        n may exceed the method's max_n as far as the ring caches allow. Raises InputError for inputs that do not fit,
-        and ContextFullError before any state changes when the bounded context would be passed.
+        n may exceed the method's max_n as far as the ring caches allow. Raises InputError for inputs that do
+        not fit, and ContextFullError before any state changes when the bounded context would be passed.
         """
         program = self._runner.program
         if method not in program.methods:

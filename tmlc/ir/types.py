@@ -32,7 +32,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 @dataclass(frozen=True, slots=True)
 class TensorType:
-    """dtype (`f32 bf16 i32 i64 u8`) and shape. While a method is traced the sizes may also be torch.SymInt."""
+    """dtype (`f32 bf16 i32 i64 u8`) and shape; while a method is traced sizes may be torch.SymInt."""
 
     dtype: str
     shape: tuple[Any, ...]

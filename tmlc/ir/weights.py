@@ -1,7 +1,8 @@
-"""Weights as data: each weight says how it is made of checkpoint tensors, and is made only when it is asked for.
+"""Weights as data: each says how it is made of checkpoint tensors, and is made only when it is asked for.
 
-Passes add entries (shapes and dtypes are inferred at once); the packer evaluates one output tensor at a time, so that
-compiling needs memory for the largest weight and not for the model. Engine layouts (packing) are the emitters'.
+Passes add entries (shapes and dtypes are inferred at once); the packer evaluates one output tensor at a time,
+so that compiling needs memory for the largest weight and not for the model. Engine layouts (packing) are the
+emitters'.
 """
 
 from __future__ import annotations
@@ -29,8 +30,9 @@ class TensorSource(Protocol):
 class WeightEntry:
     """One weight: `dst` = `op`(`srcs`, `args`), of the given type.
 
-    `source` has one src, the name of a checkpoint tensor; the srcs of every other op are earlier entries. Args:
-    concat {axis}, stack {} (a new first axis), transpose {axes}, slice {axis, start, stop}, reshape {shape}, cast {dtype}.
+    `source` has one src, the name of a checkpoint tensor; the srcs of every other op are earlier entries.
+    Args: concat {axis}, stack {} (a new first axis), transpose {axes}, slice {axis, start, stop}, reshape
+        {shape}, cast {dtype}.
     """
 
     dst: str
@@ -135,10 +137,10 @@ class WeightMap:
         return list(dict.fromkeys(entry.srcs[0] for entry in entries if entry.op == "source"))
 
     def evaluate(self, name: str, source: TensorSource) -> torch.Tensor:
-        """The weight's value, of its entry's dtype and shape. A plain `source` entry is returned as it is stored.
+        """The weight's value, of its entry's dtype and shape; a plain `source` entry as it is stored.
 
-        Memory: the result, and at most one intermediate beside it. Raises CheckpointError for a checkpoint tensor that
-        is missing or not as declared.
+        Memory: the result, and at most one intermediate beside it. Raises CheckpointError for a checkpoint
+        tensor that is missing or not as declared.
         """
         entry = self[name]
         if entry.op == "source":
@@ -157,7 +159,7 @@ class WeightMap:
         return tensor
 
     def _fill(self, entry: WeightEntry, source: TensorSource, out: torch.Tensor) -> None:
-        """Writes the entry's value into `out`, of the same shape, converted to its dtype (`out` may be a view)."""
+        """Writes the entry's value into `out` (same shape, perhaps a view), converted to its dtype."""
         if entry.op == "source":
             out.copy_(self._stored(entry, source))
         elif entry.op == "concat":

@@ -184,12 +184,13 @@ def attention_state(
     log_floor: float,
     log_alpha: float,
 ) -> Tensor:
-    """The attention of n new positions, whose keys and values are first written to the cache (linear or ring)."""
+    """attention of n new positions, whose keys and values are first written to the cache (linear or ring)."""
     n, capacity, start = q.shape[0], k_cache.shape[0], int(position)
     held = min(start + n, capacity) if window == 0 else min(window - 1 + n, start + n)
     if held > capacity - (sinks if window else 0) or (window == 0 and start + n > capacity):
         raise ContextFullError(
-            f"{n} new positions after {start} do not fit a cache of {capacity} rows (window {window}, sinks {sinks})",
+            f"{n} new positions after {start} do not fit a cache of {capacity} rows "
+            f"(window {window}, sinks {sinks})",
             fix="append fewer positions at a time, or compile with a larger context or max_append",
         )
     new = torch.arange(start, start + n, device=q.device)
@@ -220,7 +221,7 @@ def attention_state(
 
 
 def cache_index(positions: Tensor, capacity: int, window: int, sinks: int) -> Tensor:
-    """Rows of the cache that hold the given absolute positions: linear (window 0), or sinks first and then a ring."""
+    """Cache rows of the given absolute positions: linear (window 0), or sinks first and then a ring."""
     if window == 0:
         return positions
     return torch.where(positions < sinks, positions, sinks + (positions - sinks) % (capacity - sinks))
@@ -252,7 +253,7 @@ def _short_conv(x: TensorType, weight: TensorType, residual: bool) -> TensorType
 
 @op("short_conv(Tensor x, Tensor weight, bool residual) -> Tensor", _short_conv)
 def short_conv(x: Tensor, weight: Tensor, residual: bool) -> Tensor:
-    """Causal depthwise convolution Σ_j w[:, j]·x[t-(k-1)+j] (+ x[t]) of one sequence, zeros before its start."""
+    """Causal depthwise convolution Σ_j w[:, j]·x[t-(k-1)+j] (+ x[t]), zeros before the first row."""
     return _convolve(x, x.new_zeros(weight.shape[-1] - 1, x.shape[1]), weight, residual)
 
 

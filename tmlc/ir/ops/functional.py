@@ -1,8 +1,8 @@
-"""The canonical ops as plain functions: what models are written with (`from tmlc.ir.ops import functional as F`).
+"""The canonical ops as plain functions, for models to call: `from tmlc.ir.ops import functional as F`.
 
-While a model is exported, or on the meta device, a call becomes `torch.ops.tmlc.<name>`; otherwise it runs the
-reference directly, so that the same model trains under autograd. Arguments are those of docs/ir.md, in its order;
-shapes and arithmetic are documented with the references.
+While a model is exported, or on the meta device, a call becomes `torch.ops.tmlc.<name>`; otherwise it runs
+the reference directly, so that the same model trains under autograd. Arguments are those of docs/ir.md, in
+its order; shapes and arithmetic are documented with the references.
 """
 
 from __future__ import annotations

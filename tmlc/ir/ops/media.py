@@ -26,7 +26,7 @@ def _dmel(
 
 @op("dmel(Tensor pcm, Tensor window, Tensor filters, float lo, float hi, int levels) -> Tensor", _dmel)
 def dmel(pcm: Tensor, window: Tensor, filters: Tensor, lo: float, hi: float, levels: int) -> Tensor:
-    """Levels of the log-mel spectrum of the `W` samples that end at each row; silence before the first one."""
+    """Levels of the log-mel spectrum of the W samples that end at each row; silence before the first."""
     return _levels(pcm, pcm.new_zeros(1, window.shape[-1] - pcm.shape[1]), window, filters, lo, hi, levels)
 
 
@@ -61,7 +61,8 @@ def _dmel_state(
 
 
 @op(
-    "dmel_state(Tensor pcm, Tensor window, Tensor filters, Tensor(a!) tail, float lo, float hi, int levels) -> Tensor",
+    "dmel_state(Tensor pcm, Tensor window, Tensor filters, Tensor(a!) tail, float lo, float hi, int levels)"
+    " -> Tensor",
     _dmel_state,
     from_pass=True,
 )
@@ -96,7 +97,8 @@ def _patchify(
 
 
 @op(
-    "patchify(Tensor video, int frames, int height, int patch, int[] folds, float[] mean, float[] std) -> Tensor",
+    "patchify(Tensor video, int frames, int height, int patch, int[] folds, float[] mean, float[] std)"
+    " -> Tensor",
     _patchify,
 )
 def patchify(
@@ -108,10 +110,11 @@ def patchify(
     mean: Sequence[float],
     std: Sequence[float],
 ) -> Tensor:
-    """(v/255 - mean)/std of clips, cut into patches whose pixels are in nested fold order (folds = t_1,s_1,t_2,s_2,…).
+    """(v/255 - mean)/std of clips, cut into patches whose pixels are in nested fold order.
 
-    Rows: clip, patch (row-major), then the folds from the outermost to the second, each over (t, y, x). A row is one
-    block of the first fold, in (t, y, x, channel) order; so after fold i the next input is a plain reshape.
+    `folds` is t_1, s_1, t_2, s_2, … inner to outer. Rows: clip, patch (row-major), then the folds from the
+    outermost to the second, each over (t, y, x). A row is one block of the first fold, in (t, y, x, channel)
+    order; so after fold i the next input is a plain reshape.
     """
     times, spaces = (
         list(folds[0::2])[::-1],
@@ -143,7 +146,7 @@ def overlap_add(frames: Tensor, window: Tensor, hop: int) -> Tensor:
 
 
 def _lay(frames: Tensor, window: Tensor, hop: int, overlap: Tensor) -> tuple[Tensor, Tensor]:
-    """(pcm[n, hop], the samples still open [1, W-hop]); every sample sums its frames from the oldest to the newest."""
+    """(pcm[n, hop], the samples still open [1, W-hop]); a sample sums its frames oldest first."""
     n, width = frames.shape
     pieces = -(-width // hop)
     windowed = torch.nn.functional.pad(
@@ -170,7 +173,7 @@ def _overlap_add_state(frames: TensorType, window: TensorType, overlap: TensorTy
     from_pass=True,
 )
 def overlap_add_state(frames: Tensor, window: Tensor, overlap: Tensor, hop: int) -> Tensor:
-    """overlap_add that begins with the samples in `overlap` and leaves there those that later frames still add to."""
+    """overlap_add that begins with the open samples in `overlap` and leaves the new ones there."""
     pcm, rest = _lay(frames, window, hop, overlap)
     overlap.copy_(rest)
     return pcm

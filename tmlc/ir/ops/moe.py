@@ -35,7 +35,8 @@ def sink_router(
 ) -> tuple[Tensor, Tensor]:
     """(weights, experts): top_k by sigmoid(logit) + bias (ties: lowest index first), then the shared experts.
 
-    Weights are the softmax over the log-sigmoids of the chosen and the shared logits, times route_scale·scale.
+    Weights are the softmax over the log-sigmoids of the chosen and the shared logits, times
+    route_scale·scale.
     """
     n, routed = logits.shape[0], logits.shape[1] - n_shared
     choice = torch.sigmoid(logits[:, :routed]) + wide(bias.reshape(1, -1), logits)
@@ -102,7 +103,7 @@ def _routes(n: Any, t: TensorType, what: str, dtype: str) -> None:
 
 @op("moe(Tensor x, Tensor weights, Tensor experts, Tensor gate_up, Tensor down) -> Tensor", _moe)
 def moe(x: Tensor, weights: Tensor, experts: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    """Σ_j weights_j · down_e(silu(gate_e x)·up_e x), e = experts_j, j ascending; each touched expert is read once."""
+    """Σ_j weights_j · down_e(silu(gate_e x)·up_e x), e = experts_j, j ascending."""
     f = down.shape[2]
     parts = x.new_zeros(*experts.shape, x.shape[1])
     for e in experts.unique().tolist():
@@ -113,8 +114,8 @@ def moe(x: Tensor, weights: Tensor, experts: Tensor, gate_up: Tensor, down: Tens
         hidden = nnf.silu(both[:, :f]) * both[:, f:]
         parts[row, j] = weights[row, j, None] * nnf.linear(hidden, wide(down[e], x))
     out = torch.zeros_like(x)
-    for j in range(experts.shape[1]):
-        out = out + parts[:, j]
+    for column in range(experts.shape[1]):
+        out = out + parts[:, column]
     return out
 
 

@@ -18,7 +18,7 @@ GUMBEL_STREAM = 0x80000000  # keeps the words of `sample` apart from those of `p
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-    """Four 32-bit words (as int64) for each counter of four words under a key of two; all broadcast together."""
+    """Four 32-bit words (as int64) for each counter of four words under a key of two; all broadcast."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):
@@ -37,7 +37,7 @@ def _multiply(x: Tensor, constant: int) -> tuple[Tensor, Tensor]:
 
 
 def _words(key: Tensor, count: int, stream: int) -> Tensor:
-    """[n, count] random words for key rows (seed, tick, position): word v is word v mod 4 of block v div 4."""
+    """[n, count] words for key rows (seed, tick, position): word v is word v mod 4 of block v div 4."""
     seed, tick, position = (key[:, i : i + 1] for i in range(3))
     block = torch.arange((count + 3) // 4, device=key.device)[None, :]
     counter = (block, (position & MASK) | stream, tick & MASK, (tick >> 32) & MASK)
@@ -63,7 +63,7 @@ def _philox_normal(key: TensorType, size: int) -> TensorType:
 
 @op("philox_normal(Tensor key, int size) -> Tensor", _philox_normal)
 def philox_normal(key: Tensor, size: int) -> Tensor:
-    """Standard normals (Box-Muller in float64) for key rows (seed, tick, position); block b fills elements 4b..4b+3."""
+    """Standard normals for key rows (seed, tick, position), by Box-Muller in float64."""
     u = _uniform(_words(key, 4 * ((size + 3) // 4), 0)).reshape(key.shape[0], -1, 2)
     radius, angle = torch.sqrt(-2 * torch.log(u[..., 0])), 2 * math.pi * u[..., 1]
     pairs = torch.stack([radius * torch.cos(angle), radius * torch.sin(angle)], -1)
@@ -79,7 +79,7 @@ def _sample(logits: TensorType, key: TensorType, temperature: TensorType) -> Ten
 
 @op("sample(Tensor logits, Tensor key, Tensor temperature) -> Tensor", _sample)
 def sample(logits: Tensor, key: Tensor, temperature: Tensor) -> Tensor:
-    """Arg-max of logits/T + Gumbel(key), in float64; of the logits where T = 0. The lowest index wins a tie."""
+    """Arg-max of logits/T + Gumbel(key) in float64; of the logits where T = 0. Ties: the lowest index."""
     gumbel = -torch.log(-torch.log(_uniform(_words(key, logits.shape[1], GUMBEL_STREAM))))
     t = temperature.double()
     noisy = logits.double() / torch.where(t > 0, t, 1.0) + gumbel

@@ -1,8 +1,8 @@
-"""The table of canonical ops, and the decorator that puts one into it and into torch as `torch.ops.tmlc.<name>`.
+"""The table of canonical ops, and the decorator that registers one there and as `torch.ops.tmlc.<name>`.
 
 An op is registered once: its schema, its shape function, and a plain PyTorch body which *is* its meaning, its
-fallback and the oracle of every kernel test. Schemas have no default values, so that a traced call always carries
-every argument, in the order of docs/ir.md.
+fallback and the oracle of every kernel test. Schemas have no default values, so that a traced call always
+carries every argument, in the order of docs/ir.md.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ class OpSpec:
         name: as in docs/ir.md.
         schema: torch schema without the namespace.
         reference: plain PyTorch, differentiable where the op is; computes in the dtype of its activations.
-        shapes: types of the arguments (TensorType for tensors, None for absent ones, plain values for the rest) → type
-            of the result; works on ints, Dim and SymInt; raises IRError for arguments that do not fit.
+        shapes: types of the arguments (TensorType for tensors, None for absent ones, plain values for the
+            rest) → type of the result; works on ints, Dim and SymInt; raises IRError for arguments that do
+            not fit.
         mutates: names of the state arguments that the op changes in place.
         doc: one line of what it computes.
         from_pass: True for ops that only passes may introduce.
@@ -72,7 +73,7 @@ def op(
     def register(reference: Callable[..., Any]) -> Callable[..., Any]:
         name = schema.partition("(")[0]
         _LIBRARY.define(schema)
-        # A view op may return its input's memory, which a torch op must not do without saying so in its schema.
+        # A view may be its input's memory, which a torch op must not return without a schema that says so.
         body = (lambda *args: reference(*args).clone()) if view else reference
         _LIBRARY.impl(name, body, "CompositeExplicitAutograd")
 
