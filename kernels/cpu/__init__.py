@@ -1,0 +1,331 @@
+"""The CPU kernel library from Python: the variants that run here; plans and thread pools as objects.
+
+The library is built once per instruction set (setup.py); `load_library` takes the best that this machine
+can run. Needs numpy only (the library is called through ctypes). Nothing here knows models or packages:
+`Plan` takes the words of docs/plan-format.md and runs them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import platform
+import sysconfig
+import threading
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from tmlc.errors import ContextFullError, KernelError, PlanError, TargetError, UsageError
+
+ABI = 1
+MAGIC = 0x544D4C43504C414E
+VERSION = 1
+
+_V3 = {"avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe"}
+_V4 = _V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx512_bf16", "avx512_vnni"}
+# Variants, best first, and the flags (as /proc/cpuinfo names them) that each needs.
+_VARIANTS: dict[str, dict[str, set[str]]] = {
+    "x86_64": {"v4": _V4, "v3": _V3, "portable": set()},
+    "aarch64": {"neon": {"asimd", "asimddp"}, "portable": set()},
+}
+
+_STATUS_CONTEXT_FULL = 2
+_STATUS_BAD_CALL = 3
+
+
+def _machine() -> str:
+    name = platform.machine().lower()
+    return {"amd64": "x86_64", "arm64": "aarch64"}.get(name, name)
+
+
+def _cpu_flags() -> set[str]:
+    """Feature flags as Linux names them; empty where they cannot be read (then only `portable` runs)."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return set()
+    for line in text.splitlines():
+        key, _, value = line.partition(":")
+        if key.strip().lower() in ("flags", "features"):
+            return set(value.split())
+    return set()
+
+
+def _library_file(isa: str) -> Path | None:
+    here = Path(__file__).parent
+    suffix = sysconfig.get_config_var("EXT_SUFFIX") or ".so"
+    exact = here / f"_tmlc_cpu_{isa}{suffix}"
+    if exact.exists():
+        return exact
+    return next(iter(sorted(here.glob(f"_tmlc_cpu_{isa}.*"))), None)
+
+
+def _known_isas() -> dict[str, set[str]]:
+    return _VARIANTS.get(_machine(), {"portable": set()})
+
+
+def available_isas() -> list[str]:
+    """The variants that are built and that this CPU can run, best first."""
+    flags = _cpu_flags()
+    return [isa for isa, needs in _known_isas().items() if needs <= flags and _library_file(isa) is not None]
+
+
+class Library:
+    """One loaded variant of the kernel library.
+
+    Attributes:
+        isa: the variant's name (`v4`, `v3`, `neon`, `portable`).
+        ops: opcode of each operation, by name.
+        path: the shared library.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._c = _declare(ctypes.CDLL(str(path)))
+        if self._c.tmlc_abi() != ABI:
+            raise TargetError(
+                f"the kernel library has interface {self._c.tmlc_abi()}, this tmlc needs {ABI}",
+                where=str(path),
+                fix="build it again: pip install --force-reinstall tmlc",
+            )
+        self.isa: str = self._c.tmlc_isa().decode()
+        self.ops: dict[str, int] = {
+            self._c.tmlc_op_name(k).decode(): k for k in range(self._c.tmlc_op_count())
+        }
+
+
+def load_library(isa: str | None = None) -> Library:
+    """Loads a variant of the kernel library (each once per process).
+
+    Args:
+        isa: a variant; None takes `TMLC_CPU_ISA` from the environment, else the best that runs here.
+
+    Raises:
+        TargetError: the variant is unknown, not built, or this CPU cannot run it.
+    """
+    wanted = isa or os.environ.get("TMLC_CPU_ISA") or None
+    available = available_isas()
+    if not available:
+        raise TargetError(
+            f"no CPU kernel library is built for {_machine()}",
+            fix="install a C++17 compiler and run: pip install --force-reinstall tmlc",
+        )
+    if wanted is not None and wanted not in available:
+        known = wanted in _known_isas()
+        built = known and _library_file(wanted) is not None
+        why = (
+            "this CPU cannot run it" if built else "it is not built" if known else "there is no such variant"
+        )
+        raise TargetError(
+            f"instruction set {wanted!r}: {why}",
+            where="isa" if isa else "TMLC_CPU_ISA",
+            fix=f"use one of: {', '.join(available)}",
+        )
+    return _load(wanted or available[0])
+
+
+@functools.cache
+def _load(isa: str) -> Library:
+    path = _library_file(isa)
+    assert path is not None  # available_isas saw it
+    return Library(path)
+
+
+class Pool:
+    """A persistent pool of threads; `threads` counts the caller. May serve several plans."""
+
+    def __init__(self, library: Library, threads: int) -> None:
+        self.library = library
+        self._handle = library._c.tmlc_pool_create(threads)
+        if not self._handle:
+            raise UsageError(f"cannot make a pool of {threads} threads", where="threads", fix="use 1 to 1024")
+        self.threads: int = library._c.tmlc_pool_threads(self._handle)
+        self._finalizer = weakref.finalize(self, library._c.tmlc_pool_destroy, self._handle)
+
+    def close(self) -> None:
+        """Ends the threads (also done when the pool is collected)."""
+        self._finalizer()
+        self._handle = None
+
+
+class Plan:
+    """A validated plan with its arena and scratch memory. One run at a time.
+
+    Args:
+        library: the kernels.
+        words: int64, the flat form of docs/plan-format.md.
+        weights: uint8, used in place (kept alive here); 64-byte aligned for speed, 8-byte aligned at least.
+        threads: the largest pool that will run it.
+
+    Raises:
+        PlanError: the plan is malformed or would touch memory that is not its own.
+    """
+
+    def __init__(self, library: Library, words: np.ndarray, weights: np.ndarray, threads: int) -> None:
+        if words.dtype != np.int64 or words.ndim != 1 or not words.flags.c_contiguous:
+            raise PlanError("the words of a plan are a flat int64 array", fix="compile the package again")
+        if weights.dtype != np.uint8 or weights.ndim != 1 or not weights.flags.c_contiguous:
+            raise PlanError("the weights of a plan are a flat uint8 array", fix="compile the package again")
+        self.library, self._weights, self._c = library, weights, library._c
+        error = ctypes.create_string_buffer(512)
+        self._handle = self._c.tmlc_plan_create(
+            words.ctypes.data, words.size, weights.ctypes.data, weights.size, threads, error, len(error)
+        )
+        if not self._handle:
+            raise PlanError(
+                f"the CPU plan is refused: {error.value.decode(errors='replace')}",
+                fix="compile the package again with this version of tmlc",
+            )
+        self._finalizer = weakref.finalize(self, self._c.tmlc_plan_destroy, self._handle)
+        self._error = error
+        self.arena_bytes: int = self._c.tmlc_plan_arena_bytes(self._handle)
+        self.slot_bytes: int = self._c.tmlc_plan_slot_bytes(self._handle)
+        self.scratch_bytes: int = self._c.tmlc_plan_scratch_bytes(self._handle)
+        self._calls: dict[int, _Arguments] = {}
+        self._busy = threading.Lock()
+
+    def run(
+        self,
+        pool: Pool | None,
+        method: int,
+        n: int,
+        slot: np.ndarray,
+        inputs: Sequence[np.ndarray],
+        outputs: Sequence[np.ndarray],
+    ) -> None:
+        """Runs one method on n positions; outputs are written in place.
+
+        Args:
+            pool: None runs on the caller alone (the results are the same).
+            method: number of the method in the plan.
+            n: new positions, 1 to the method's max_n.
+            slot: uint8, the session's memory (at least `slot_bytes`, 8-byte aligned), changed in place.
+            inputs, outputs: C-contiguous arrays, at least as large as the plan says for n.
+
+        Raises:
+            ContextFullError: the bounded context has no room for n positions; nothing was changed.
+            KernelError: an index out of range; the slot must not be used any more.
+            UsageError: wrong n, sizes or arrays; nothing was changed.
+        """
+        if slot.dtype != np.uint8 or not slot.flags.c_contiguous or not slot.flags.writeable:
+            raise UsageError("a slot is a writable flat uint8 array", where="slot")
+        if not self._busy.acquire(blocking=False):
+            raise UsageError("the plan is running already", fix="give each thread its own Plan")
+        try:
+            call = self._calls.get(method) or self._arguments(method)
+            call.fill(inputs, outputs)
+            status = self._c.tmlc_plan_run(
+                self._handle,
+                pool._handle if pool is not None else None,
+                method,
+                n,
+                slot.ctypes.data,
+                slot.nbytes,
+                *call.pointers,
+                self._error,
+                len(self._error),
+            )
+        finally:
+            self._busy.release()
+        if status == 0:
+            return
+        what = self._error.value.decode(errors="replace")
+        if status == _STATUS_CONTEXT_FULL:
+            raise ContextFullError(
+                what, fix="close the session, or compile with the context policy ring_with_sinks"
+            )
+        if status == _STATUS_BAD_CALL:
+            raise UsageError(what, where=f"method {method}")
+        raise KernelError(what, fix="the session is poisoned; check the package with tmlc verify")
+
+    def profile(self, on: bool) -> None:
+        """Starts (from zero) or stops measuring the operations."""
+        self._c.tmlc_plan_profile(self._handle, int(on))
+
+    def times(self, method: int) -> np.ndarray:
+        """float64 nanoseconds spent in each operation of a method since `profile(True)`."""
+        count = self._c.tmlc_plan_times(self._handle, method, None, 0, None)
+        if count < 0:
+            raise UsageError(f"the plan has no method {method}")
+        ns = np.zeros(count, np.float64)
+        self._c.tmlc_plan_times(self._handle, method, ns.ctypes.data, count, None)
+        return ns
+
+    def calls(self, method: int) -> int:
+        """Runs of a method since `profile(True)`."""
+        calls = ctypes.c_int64(0)
+        if self._c.tmlc_plan_times(self._handle, method, None, 0, ctypes.byref(calls)) < 0:
+            raise UsageError(f"the plan has no method {method}")
+        return calls.value
+
+    def close(self) -> None:
+        """Frees the arena (also done when the plan is collected)."""
+        self._finalizer()
+        self._handle = None
+
+    def _arguments(self, method: int) -> _Arguments:
+        n_inputs = self._c.tmlc_plan_inputs(self._handle, method)
+        if n_inputs < 0:
+            raise UsageError(f"the plan has no method {method}")
+        call = _Arguments(n_inputs, self._c.tmlc_plan_outputs(self._handle, method))
+        self._calls[method] = call
+        return call
+
+
+class _Arguments:
+    """The C arrays of one method's arguments, made once and filled for every call."""
+
+    def __init__(self, n_inputs: int, n_outputs: int) -> None:
+        def arrays(count: int) -> tuple[ctypes.Array, ctypes.Array]:
+            return (ctypes.c_void_p * max(count, 1))(), (ctypes.c_int64 * max(count, 1))()
+
+        self.counts = (n_inputs, n_outputs)
+        (self._in, self._in_bytes), (self._out, self._out_bytes) = arrays(n_inputs), arrays(n_outputs)
+        self.pointers = (self._in, self._in_bytes, self._out, self._out_bytes)
+
+    def fill(self, inputs: Sequence[np.ndarray], outputs: Sequence[np.ndarray]) -> None:
+        if (len(inputs), len(outputs)) != self.counts:
+            raise UsageError(
+                f"{len(inputs)} inputs and {len(outputs)} outputs, "
+                f"where the method has {self.counts[0]} and {self.counts[1]}"
+            )
+        for k, array in enumerate(inputs):
+            if not array.flags.c_contiguous:
+                raise UsageError(f"input {k} is not C-contiguous")
+            self._in[k], self._in_bytes[k] = array.ctypes.data, array.nbytes
+        for k, array in enumerate(outputs):
+            if not array.flags.c_contiguous or not array.flags.writeable:
+                raise UsageError(f"output {k} is not C-contiguous and writable")
+            self._out[k], self._out_bytes[k] = array.ctypes.data, array.nbytes
+
+
+def _declare(c: ctypes.CDLL) -> ctypes.CDLL:
+    ptr, i64, i32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+    text = ctypes.c_char_p
+    signatures = {
+        "tmlc_abi": (i32, []),
+        "tmlc_isa": (text, []),
+        "tmlc_op_count": (i32, []),
+        "tmlc_op_name": (text, [i32]),
+        "tmlc_pool_create": (ptr, [i32]),
+        "tmlc_pool_threads": (i32, [ptr]),
+        "tmlc_pool_destroy": (None, [ptr]),
+        "tmlc_plan_create": (ptr, [ptr, i64, ptr, i64, i32, ptr, i64]),
+        "tmlc_plan_arena_bytes": (i64, [ptr]),
+        "tmlc_plan_slot_bytes": (i64, [ptr]),
+        "tmlc_plan_scratch_bytes": (i64, [ptr]),
+        "tmlc_plan_inputs": (i32, [ptr, i32]),
+        "tmlc_plan_outputs": (i32, [ptr, i32]),
+        "tmlc_plan_run": (i32, [ptr, ptr, i32, i64, ptr, i64, ptr, ptr, ptr, ptr, ptr, i64]),
+        "tmlc_plan_profile": (None, [ptr, i32]),
+        "tmlc_plan_times": (i32, [ptr, i32, ptr, i64, ptr]),
+        "tmlc_plan_destroy": (None, [ptr]),
+    }
+    for name, (result, arguments) in signatures.items():
+        function = getattr(c, name)
+        function.restype, function.argtypes = result, arguments
+    return c

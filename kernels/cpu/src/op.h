@@ -24,7 +24,8 @@ inline int64_t size_of(DType t) {
 }
 
 // One row of the plan's tensor table. The executor has already checked that the bytes it names lie inside its space
-// for every n, that 0 <= a, b <= 2^24, 1 <= cols <= 2^31, cols <= stride <= 2^31, and that weights are never written.
+// for every n, that 0 <= a, b <= 2^24, 1 <= cols <= 2^31, cols <= stride <= 2^31, that a = 0 in slot and weights, that
+// weights and inputs are never written, and that nothing written shares bytes with another operand of its call.
 struct TensorInfo {
     Space space;
     DType dtype;
@@ -97,6 +98,7 @@ struct OpDef {
     int64_t (*scratch)(const Call&, int threads);
     int (*run)(const RunArgs&);
     int n_outputs;                              // the first n_outputs operands (and slot operands) are written
+    bool in_place = false;                      // an output may be exactly one of the inputs (no other overlap ever)
 };
 
 // The tables that the kernel files define; plan.cpp chains them into one numbering.

@@ -1,0 +1,92 @@
+// The C interface of the library: everything that the Python binding calls. Nothing throws across it.
+#include <cstdio>
+#include <string>
+
+#include "plan.h"
+#include "pool.h"
+
+#define TMLC_API extern "C" __attribute__((visibility("default")))
+
+using tmlc::Buffer;
+using tmlc::Plan;
+using tmlc::Pool;
+
+TMLC_API int tmlc_abi() { return 1; }
+TMLC_API const char* tmlc_isa() { return TMLC_ISA; }
+TMLC_API int tmlc_op_count() { return tmlc::op_count(); }
+TMLC_API const char* tmlc_op_name(int opcode) {
+    const tmlc::OpDef* op = tmlc::op_at(opcode);
+    return op == nullptr ? nullptr : op->name;
+}
+
+// NULL when the threads cannot be had.
+TMLC_API void* tmlc_pool_create(int threads) {
+    if (threads < 1 || threads > 1024) return nullptr;
+    try {
+        return new Pool(threads);
+    } catch (...) {
+        return nullptr;
+    }
+}
+TMLC_API int tmlc_pool_threads(void* pool) { return static_cast<Pool*>(pool)->threads(); }
+TMLC_API void tmlc_pool_destroy(void* pool) { delete static_cast<Pool*>(pool); }
+
+TMLC_API void* tmlc_plan_create(const int64_t* words, int64_t n_words, const void* weights, int64_t weight_bytes,
+                                int threads, char* err, int64_t err_len) {
+    const auto say = [&](const char* what) {
+        if (err != nullptr && err_len > 0) std::snprintf(err, static_cast<size_t>(err_len), "%s", what);
+    };
+    try {
+        std::string error;
+        auto plan = Plan::create(words, n_words, weights, weight_bytes, threads, error);
+        if (!plan) say(error.c_str());
+        return plan.release();
+    } catch (...) {
+        say("no memory for the plan");
+        return nullptr;
+    }
+}
+TMLC_API int64_t tmlc_plan_arena_bytes(void* plan) { return static_cast<Plan*>(plan)->arena_bytes(); }
+TMLC_API int64_t tmlc_plan_slot_bytes(void* plan) { return static_cast<Plan*>(plan)->slot_bytes(); }
+TMLC_API int64_t tmlc_plan_scratch_bytes(void* plan) { return static_cast<Plan*>(plan)->scratch_bytes(); }
+TMLC_API void tmlc_plan_destroy(void* plan) { delete static_cast<Plan*>(plan); }
+
+// `inputs` and `outputs` have as many entries as the method declares (the binding checks that); pool may be NULL.
+TMLC_API int tmlc_plan_run(void* plan, void* pool, int method, int64_t n, void* slot, int64_t slot_bytes,
+                           const void* const* inputs, const int64_t* input_bytes, void* const* outputs,
+                           const int64_t* output_bytes, char* err, int64_t err_len) {
+    Plan& p = *static_cast<Plan*>(plan);
+    Buffer in[64] = {}, out[64] = {};
+    if (method >= 0 && method < static_cast<int>(p.methods().size())) {
+        const Plan::Method& m = p.methods()[static_cast<size_t>(method)];
+        for (size_t k = 0; k < m.inputs.size(); ++k) in[k] = {inputs[k], input_bytes[k]};
+        for (size_t k = 0; k < m.outputs.size(); ++k) out[k] = {outputs[k], output_bytes[k]};
+    }
+    tmlc::Serial serial;
+    tmlc::Parallel& par = pool != nullptr ? *static_cast<tmlc::Parallel*>(static_cast<Pool*>(pool)) : serial;
+    return p.run(par, method, n, static_cast<uint8_t*>(slot), slot_bytes, in, out, err, err_len);
+}
+
+// How many arguments a method takes; -1 where there is no such method.
+TMLC_API int tmlc_plan_inputs(void* plan, int method) {
+    const auto& m = static_cast<Plan*>(plan)->methods();
+    return method < 0 || method >= static_cast<int>(m.size()) ? -1 : static_cast<int>(m[static_cast<size_t>(method)].inputs.size());
+}
+TMLC_API int tmlc_plan_outputs(void* plan, int method) {
+    const auto& m = static_cast<Plan*>(plan)->methods();
+    return method < 0 || method >= static_cast<int>(m.size()) ? -1 : static_cast<int>(m[static_cast<size_t>(method)].outputs.size());
+}
+
+// Starts (and zeroes) or stops the collection of times.
+TMLC_API void tmlc_plan_profile(void* plan, int on) { static_cast<Plan*>(plan)->profile(on != 0); }
+
+// Nanoseconds spent in each operation of a method since `profile`, and the calls that made them; returns the number of
+// operations, of which at most `count` are written.
+TMLC_API int tmlc_plan_times(void* plan, int method, double* ns, int64_t count, int64_t* calls) {
+    const auto& all = static_cast<Plan*>(plan)->methods();
+    if (method < 0 || method >= static_cast<int>(all.size())) return -1;
+    const Plan::Method& m = all[static_cast<size_t>(method)];
+    for (size_t k = 0; k < m.code.size() && static_cast<int64_t>(k) < count; ++k) ns[k] = m.code[k].ns;
+    if (calls != nullptr) *calls = m.calls;
+    return static_cast<int>(m.code.size());
+}

@@ -1,0 +1,256 @@
+// Mixture of experts: the router with its shared-expert sink, and the experts themselves.
+//
+// Experts run in two stages over all positions of a call, pairs (position, choice) sorted by expert, so that each
+// touched expert is read once; a third stage adds the choices of a position in their own order, which makes the bits of
+// a row independent of its neighbours.
+#include <cmath>
+#include <cstring>
+
+#include "check.h"
+#include "gemm.h"
+#include "vec.h"
+
+namespace tmlc {
+namespace {
+
+constexpr int64_t max_experts = 1 << 16, max_choices = 1 << 10;
+
+// ---- routing --------------------------------------------------------------------------------------------------------
+
+// Scratch of one row being routed: scores of the E + S experts, then the logits of the K chosen.
+int64_t route_floats(int64_t experts, int64_t choices) { return round_up(experts, 16) + round_up(choices, 16); }
+
+struct Route {
+    int64_t experts, top_k, shared;
+    const float* bias;
+    float scale;  // route_scale times the learned scale
+    int64_t choices() const { return top_k + shared; }
+
+    // Chooses and weighs the experts of one row. `scratch` holds route_floats; any input, even NaN, gives valid numbers.
+    void run(const float* logits, float* weights, int32_t* chosen, float* scratch) const {
+        float* score = scratch;
+        float* picked = scratch + round_up(experts + shared, 16);
+        for (int64_t e = 0; e < experts; e += 16) {
+            const int64_t count = experts - e;
+            store_n(score + e, sigmoid16(load_n(logits + e, count)) + load_n(bias + e, count), count);
+        }
+        for (int64_t j = 0; j < top_k; ++j) {
+            int64_t best = -1;
+            for (int64_t e = 0; e < experts; ++e) {
+                bool taken = false;
+                if (best >= 0 && !(score[e] > score[best])) continue;
+                for (int64_t i = 0; i < j && !taken; ++i) taken = chosen[i] == e;
+                if (!taken) best = e;
+            }
+            chosen[j] = static_cast<int32_t>(best);
+        }
+        for (int64_t s = 0; s < shared; ++s) chosen[top_k + s] = static_cast<int32_t>(experts + s);
+        for (int64_t j = 0; j < round_up(choices(), 16); ++j) picked[j] = j < choices() ? logits[chosen[j]] : 0.0f;
+        float top = -INFINITY;
+        for (int64_t j = 0; j < choices(); j += 16) {
+            store(picked + j, log_sigmoid16(load(picked + j)));
+            for (int64_t i = j; i < j + 16 && i < choices(); ++i) top = picked[i] > top ? picked[i] : top;
+        }
+        for (int64_t j = 0; j < choices(); j += 16) store(picked + j, exp16(load(picked + j) - splat(top)));
+        float sum = 0.0f;
+        for (int64_t j = 0; j < choices(); ++j) sum += picked[j];
+        for (int64_t j = 0; j < choices(); ++j) weights[j] = picked[j] / sum * scale;
+    }
+};
+
+// Operands that both router forms share; `total` is the number of logits.
+const char* check_route(const Call& c, const TensorInfo& bias, const TensorInfo& scale, int64_t total) {
+    const TensorInfo &weights = *c.t[0], &experts = *c.t[1];
+    const int64_t top_k = c.i[0], shared = c.i[1];
+    TMLC_REQUIRE(total >= 1 && total <= max_experts, "absurd number of experts");
+    TMLC_REQUIRE(shared >= 0 && shared < total && top_k >= 1 && top_k <= total - shared, "top_k does not fit the experts");
+    TMLC_REQUIRE(top_k + shared <= max_choices, "too many choices");
+    TMLC_REQUIRE(is_f32(weights) && weights.cols == top_k + shared, "weights must be f32 [n,K]");
+    TMLC_REQUIRE(experts.dtype == DType::i32 && same_shape(experts, weights), "experts must be i32 [n,K]");
+    TMLC_REQUIRE(is_f32(bias) && bias.fixed(1, total - shared), "the bias must be f32 [1,E]");
+    TMLC_REQUIRE(is_f32(scale) && scale.fixed(1, 1), "the scale must be f32 [1,1]");
+    return nullptr;
+}
+Route route_of(const RunArgs& a, const Operand& bias, const Operand& scale) {
+    return {bias.cols, a.i[0], a.i[1], bias.f32(), static_cast<float>(a.f[0]) * *scale.f32()};
+}
+
+const char* check_sink_router(const Call& c) {
+    TMLC_REQUIRE(arity(c, 5, 2, 1), "wrong number of operands");
+    TMLC_REQUIRE(is_f32(*c.t[2]) && c.t[2]->same_rows(*c.t[0]), "logits must be f32 [n,E+S]");
+    return check_route(c, *c.t[3], *c.t[4], c.t[2]->cols);
+}
+int64_t scratch_sink_router(const Call& c, int) { return 4 * route_floats(c.t[2]->cols, c.t[0]->cols); }
+int run_sink_router(const RunArgs& a) {
+    const Operand &weights = a.t[0], &experts = a.t[1], &logits = a.t[2];
+    const Route route = route_of(a, a.t[3], a.t[4]);
+    for (int64_t r = 0; r < weights.rows; ++r)
+        route.run(logits.f32(r), weights.f32(r), experts.i32(r), reinterpret_cast<float*>(a.scratch));
+    return ok;
+}
+
+constexpr int64_t router_chunk = 32;  // rows whose logits are kept at a time
+
+const char* check_router(const Call& c) {
+    TMLC_REQUIRE(arity(c, 6, 2, 1), "wrong number of operands");
+    const TensorInfo &x = *c.t[2], &w = *c.t[3], &bias = *c.t[4];
+    TMLC_REQUIRE(c.i[1] >= 0 && c.i[1] <= max_experts && bias.cols <= max_experts, "absurd number of experts");
+    const int64_t total = bias.cols + c.i[1];
+    TMLC_REQUIRE(is_f32(x) && x.same_rows(*c.t[0]), "x must be f32 [n,d]");
+    TMLC_REQUIRE(w.dtype == DType::f32 && packed(w, blocks16(total), x.cols), "the weight must be packed f32 of E+S rows");
+    return check_route(c, bias, *c.t[5], total);
+}
+int64_t scratch_router(const Call& c, int) {
+    const int64_t total = round_up(c.t[4]->cols + c.i[1], 16);
+    return 4 * (total * router_chunk + route_floats(total, c.t[0]->cols));
+}
+int run_router(const RunArgs& a) {
+    const Operand &weights = a.t[0], &experts = a.t[1], &x = a.t[2], &w = a.t[3];
+    const Route route = route_of(a, a.t[4], a.t[5]);
+    const Packed matrix(w.data, false, x.cols);
+    float* logits = reinterpret_cast<float*>(a.scratch);
+    const int64_t width = w.rows * 16;
+    for (int64_t r0 = 0; r0 < x.rows; r0 += router_chunk) {
+        const float* rows[router_chunk];
+        const int64_t count = x.rows - r0 < router_chunk ? x.rows - r0 : router_chunk;
+        for (int64_t r = 0; r < count; ++r) rows[r] = x.f32(r0 + r);
+        a.par.split(w.rows, count * width * x.cols, [&](int64_t begin, int64_t end, int) {
+            for_tiles<1>(
+                rows, count, begin, end, matrix, [&](int64_t b, const void** p) { p[0] = matrix.block(b); },
+                [&](int64_t r, int64_t b, const float* sums) { store(logits + r * width + b * 16, load(sums)); });
+        });
+        for (int64_t r = 0; r < count; ++r)
+            route.run(logits + r * width, weights.f32(r0 + r), experts.i32(r0 + r), logits + router_chunk * width);
+    }
+    return ok;
+}
+
+// ---- experts --------------------------------------------------------------------------------------------------------
+
+// Scratch of one call: pairs sorted by expert, the hidden rows and the results of each pair.
+struct Layout {
+    int64_t experts, d, f, pairs;
+    int64_t starts, order, expert, touched, rows, hidden, results, bytes;
+    Layout(int64_t e, int64_t d_, int64_t f_, int64_t pairs_) : experts(e), d(round_up(d_, 16)), f(round_up(f_, 16)), pairs(pairs_) {
+        int64_t at = 0;
+        const auto take = [&](int64_t size) { const int64_t here = at; at += round_up(size, 64); return here; };
+        starts = take(8 * (e + 1));
+        touched = take(8 * (e + 1));
+        order = take(8 * pairs);
+        expert = take(4 * pairs);
+        rows = take(8 * pairs);
+        hidden = take(4 * pairs * f);
+        results = take(4 * pairs * d);
+        bytes = at;
+    }
+};
+
+const char* check_moe(const Call& c) {
+    TMLC_REQUIRE(arity(c, 6, 2, 0), "wrong number of operands");
+    const TensorInfo &out = *c.t[0], &x = *c.t[1], &weights = *c.t[2], &experts = *c.t[3], &up = *c.t[4], &down = *c.t[5];
+    const int64_t e = c.i[0], f = c.i[1];
+    TMLC_REQUIRE(e >= 1 && e <= max_experts && f >= 1 && f <= 1 << 24, "absurd number or size of experts");
+    TMLC_REQUIRE(is_f32(out) && is_f32(x) && same_shape(out, x) && x.cols <= 1 << 24, "activations must be f32 of one shape");
+    TMLC_REQUIRE(is_f32(weights) && weights.same_rows(x) && weights.cols <= max_choices, "weights must be f32 [n,K]");
+    TMLC_REQUIRE(experts.dtype == DType::i32 && same_shape(experts, weights), "experts must be i32 [n,K]");
+    TMLC_REQUIRE(packed(up, e * 2 * blocks16(f), x.cols), "gate_up is not packed for these experts");
+    TMLC_REQUIRE(packed(down, e * blocks16(x.cols), f), "down is not packed for these experts");
+    TMLC_REQUIRE(x.rows(c.max_n) <= int64_t{1} << 24, "too many rows");
+    return nullptr;
+}
+int64_t scratch_moe(const Call& c, int) {
+    return Layout(c.i[0], c.t[1]->cols, c.i[1], c.t[1]->rows(c.max_n) * c.t[2]->cols).bytes;
+}
+
+int run_moe(const RunArgs& a) {
+    const Operand &out = a.t[0], &x = a.t[1], &weights = a.t[2], &experts = a.t[3], &up = a.t[4], &down = a.t[5];
+    const int64_t n_experts = a.i[0], f = a.i[1], d = x.cols, choices = weights.cols, n = x.rows, pairs = n * choices;
+    const int64_t f_blocks = blocks16(f), d_blocks = blocks16(d);
+    const Layout at(n_experts, d, f, pairs);
+    auto* starts = reinterpret_cast<int64_t*>(a.scratch + at.starts);    // of each expert's pairs in `order`
+    auto* touched = reinterpret_cast<int64_t*>(a.scratch + at.touched);  // experts with pairs, ascending
+    auto* order = reinterpret_cast<int64_t*>(a.scratch + at.order);      // pair numbers, by expert, then by position
+    auto* expert = reinterpret_cast<int32_t*>(a.scratch + at.expert);    // of each pair
+    auto* rows = reinterpret_cast<const float**>(a.scratch + at.rows);   // the input row of each sorted pair
+    auto* hidden = reinterpret_cast<float*>(a.scratch + at.hidden);      // of each sorted pair
+    auto* results = reinterpret_cast<float*>(a.scratch + at.results);    // of each pair, in its own place
+
+    // A counting sort. Expert numbers are read once: what was checked is what is used.
+    std::memset(starts, 0, static_cast<size_t>(8 * (n_experts + 1)));
+    for (int64_t p = 0; p < pairs; ++p) {
+        const int32_t e = experts.i32(p / choices)[p % choices];
+        if (e < 0 || e >= n_experts) return bad_index;
+        expert[p] = e;
+        ++starts[e + 1];
+    }
+    int64_t n_touched = 0;
+    for (int64_t e = 0; e < n_experts; ++e) {
+        if (starts[e + 1] > 0) touched[n_touched++] = e;
+        starts[e + 1] += starts[e];
+    }
+    for (int64_t p = 0; p < pairs; ++p) order[starts[expert[p]]++] = p;
+    for (int64_t e = n_experts; e > 0; --e) starts[e] = starts[e - 1];
+    starts[0] = 0;
+    for (int64_t i = 0; i < pairs; ++i) rows[i] = x.f32(order[i] / choices);
+
+    const bool bf16 = up.dtype == DType::bf16;
+    const Packed w1(up.data, bf16, d), w2(down.data, down.dtype == DType::bf16, f);
+    // Units are (touched expert, block of 16 hidden columns); a range of them covers whole and parts of experts.
+    const auto each = [&](int64_t begin, int64_t end, int64_t blocks, auto&& fn) {
+        for (int64_t u = begin; u < end;) {
+            const int64_t t = u / blocks, first = u % blocks;
+            const int64_t last = end - t * blocks < blocks ? end - t * blocks : blocks;
+            fn(touched[t], first, last);
+            u += last - first;
+        }
+    };
+    a.par.split(n_touched * f_blocks, pairs * f * d * 2, [&](int64_t begin, int64_t end, int) {
+        each(begin, end, f_blocks, [&](int64_t e, int64_t first, int64_t last) {
+            const int64_t i0 = starts[e], count = starts[e + 1] - i0, base = e * 2 * f_blocks;
+            for_tiles<2>(
+                rows + i0, count, first, last, w1,
+                [&](int64_t b, const void** p) {
+                    p[0] = w1.block(base + b);
+                    p[1] = w1.block(base + f_blocks + b);
+                },
+                [&](int64_t r, int64_t b, const float* sums) {
+                    store(hidden + (i0 + r) * at.f + b * 16, silu16(load(sums)) * load(sums + 16));
+                });
+        });
+    });
+    for (int64_t i = 0; i < pairs; ++i) rows[i] = hidden + i * at.f;
+    a.par.split(n_touched * d_blocks, pairs * f * d, [&](int64_t begin, int64_t end, int) {
+        each(begin, end, d_blocks, [&](int64_t e, int64_t first, int64_t last) {
+            const int64_t i0 = starts[e], count = starts[e + 1] - i0, base = e * d_blocks;
+            for_tiles<1>(
+                rows + i0, count, first, last, w2, [&](int64_t b, const void** p) { p[0] = w2.block(base + b); },
+                [&](int64_t r, int64_t b, const float* sums) {
+                    store(results + order[i0 + r] * at.d + b * 16, load(sums));
+                });
+        });
+    });
+    a.par.split(n, pairs * d, [&](int64_t begin, int64_t end, int) {
+        for (int64_t r = begin; r < end; ++r) {
+            const float* w = weights.f32(r);
+            for (int64_t c = 0; c < d; c += 16) {
+                v16 sum = zero16();
+                for (int64_t j = 0; j < choices; ++j)
+                    sum = fma(splat(w[j]), load(results + (r * choices + j) * at.d + c), sum);
+                store_n(out.f32(r) + c, sum, d - c);
+            }
+        }
+    });
+    return ok;
+}
+
+const OpDef table[] = {
+    {"sink_router", check_sink_router, scratch_sink_router, run_sink_router, 2},
+    {"router", check_router, scratch_router, run_router, 2},
+    {"moe", check_moe, scratch_moe, run_moe, 1},
+};
+
+}  // namespace
+
+OpTable moe_ops() { return {table, static_cast<int>(sizeof table / sizeof *table)}; }
+
+}  // namespace tmlc

@@ -1,0 +1,384 @@
+// Reads, validates and runs plans. This is a trust boundary: a plan may come from a stranger.
+//
+// Whatever passes `create` can, for every n, touch only its own arena, slot, weights and the buffers of the call. The
+// executor checks places (spaces, extents, alignment, overlaps); the kernels check shapes; data is checked as it is read.
+#include "plan.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
+
+namespace tmlc {
+namespace {
+
+constexpr int64_t magic = 0x544d4c43504c414e, version = 1;
+constexpr int64_t max_tensors = 1 << 20, max_methods = 1 << 10, max_code = 1 << 20, max_operands = 64;
+constexpr int64_t max_numbers = 1 << 12, max_rows = 1 << 24, max_positions = 1 << 20;
+constexpr int64_t max_cols = int64_t{1} << 31, max_space = int64_t{1} << 36;
+
+struct Ops {
+    std::vector<const OpDef*> all;
+    Ops() {
+        for (const OpTable& t : {dense_ops(), attention_ops(), moe_ops(), media_ops(), random_ops()})
+            for (int i = 0; i < t.count; ++i) all.push_back(t.ops + i);
+    }
+};
+const Ops& ops() {
+    static const Ops table;
+    return table;
+}
+
+bool named(const Plan::Code& c, const char* name) { return std::strcmp(c.op->name, name) == 0; }
+
+// Do two tensors of one space share bytes? Interleaved columns of the same rows do not.
+bool share_bytes(const TensorInfo& x, const TensorInfo& y, int64_t n) {
+    if (x.space != y.space) return false;
+    const bool indexed = x.space == Space::input || x.space == Space::output;
+    if (indexed && x.offset != y.offset) return false;
+    const int64_t x0 = indexed ? 0 : x.offset, y0 = indexed ? 0 : y.offset;
+    const __int128 ex = extent(x, n), ey = extent(y, n);
+    if (ex == 0 || ey == 0 || x0 + ex <= y0 || y0 + ey <= x0) return false;
+    const int64_t px = x.stride * size_of(x.dtype), py = y.stride * size_of(y.dtype);
+    if (px != py) return true;
+    const int64_t delta = ((y0 - x0) % px + px) % px;
+    return !(delta >= x.cols * size_of(x.dtype) && delta + y.cols * size_of(y.dtype) <= px);
+}
+
+bool identical(const TensorInfo& x, const TensorInfo& y) {
+    return x.space == y.space && x.dtype == y.dtype && x.offset == y.offset && x.same_rows(y) && x.cols == y.cols &&
+           x.stride == y.stride;
+}
+
+int fail(int status, char* error, int64_t error_len, const char* format, long long a = 0, long long b = 0,
+         const char* s = "") {
+    if (error != nullptr && error_len > 0) std::snprintf(error, static_cast<size_t>(error_len), format, a, b, s);
+    return status;
+}
+
+}  // namespace
+
+int op_count() { return static_cast<int>(ops().all.size()); }
+const OpDef* op_at(int opcode) {
+    return opcode >= 0 && opcode < op_count() ? ops().all[static_cast<size_t>(opcode)] : nullptr;
+}
+
+__int128 extent(const TensorInfo& t, int64_t n) {
+    const __int128 rows = static_cast<__int128>(t.a) * n + t.b;
+    return rows == 0 ? 0 : ((rows - 1) * t.stride + t.cols) * size_of(t.dtype);
+}
+
+bool Block::reserve(int64_t bytes) {
+    bytes_ = bytes;
+    // calloc hands out untouched zero pages, so a large block costs nothing until it is used.
+    raw_ = {static_cast<uint8_t*>(std::calloc(1, static_cast<size_t>(bytes) + 64)), std::free};
+    if (!raw_) return false;
+    const auto address = reinterpret_cast<uintptr_t>(raw_.get());
+    data_ = raw_.get() + (64 - address % 64) % 64;
+#if defined(__SANITIZE_ADDRESS__)
+    ASAN_POISON_MEMORY_REGION(data_ + bytes, static_cast<size_t>(raw_.get() + bytes + 64 - (data_ + bytes)));
+#endif
+    return true;
+}
+
+struct Plan::Reader {
+    const int64_t* words;
+    int64_t count, at = 0;
+    bool has(int64_t n) const { return n >= 0 && n <= count - at; }
+    int64_t next() { return words[at++]; }
+};
+
+std::unique_ptr<Plan> Plan::create(const int64_t* words, int64_t n_words, const void* weights, int64_t weight_bytes,
+                                   int threads, std::string& error) {
+    std::unique_ptr<Plan> plan(new Plan);
+    if (threads < 1 || threads > 1024) return error = "threads must be 1..1024", nullptr;
+    if (weight_bytes < 0 || reinterpret_cast<uintptr_t>(weights) % 8 != 0)
+        return error = "the weights are not 8-byte aligned", nullptr;
+    plan->weights_ = static_cast<const uint8_t*>(weights);
+    plan->weight_bytes_ = weight_bytes;
+    plan->threads_ = threads;
+    Reader in{words, n_words};
+    if (!plan->read(in, error)) return nullptr;
+    if (!plan->arena_.reserve(plan->arena_wanted_) || !plan->scratch_.reserve(plan->scratch_wanted_))
+        return error = "no memory for the arena", nullptr;
+    return plan;
+}
+
+bool Plan::read(Reader& in, std::string& error) {
+    if (!in.has(6)) return error = "the plan is cut short", false;
+    if (in.next() != magic) return error = "not a plan (wrong magic number)", false;
+    if (in.next() != version) return error = "the plan has another version than this library", false;
+    arena_wanted_ = in.next();
+    slot_bytes_ = in.next();
+    const int64_t n_tensors = in.next(), n_methods = in.next();
+    if (arena_wanted_ < 0 || arena_wanted_ > max_space) return error = "absurd arena size", false;
+    if (slot_bytes_ < 0 || slot_bytes_ > max_space) return error = "absurd slot size", false;
+    if (n_methods < 0 || n_methods > max_methods) return error = "absurd number of methods", false;
+    if (!read_tensors(in, n_tensors, error)) return false;
+    for (int64_t m = 0; m < n_methods; ++m)
+        if (!read_method(in, m, error)) {
+            error = "method " + std::to_string(m) + ": " + error;
+            return false;
+        }
+    if (in.at != in.count) return error = "words left over at the end", false;
+    size_t most = 0;
+    for (const Method& m : methods_)
+        for (const Code& c : m.code) most = std::max(most, c.tensors.size());
+    operands_.resize(most);
+    return true;
+}
+
+bool Plan::read_tensors(Reader& in, int64_t count, std::string& error) {
+    if (count < 0 || count > max_tensors || !in.has(count * 7)) return error = "the tensor table is cut short", false;
+    tensors_.reserve(static_cast<size_t>(count));
+    for (int64_t i = 0; i < count; ++i) {
+        const int64_t space = in.next(), dtype = in.next();
+        TensorInfo t{};
+        t.offset = in.next();
+        t.a = in.next();
+        t.b = in.next();
+        t.cols = in.next();
+        t.stride = in.next();
+        const char* what = nullptr;
+        if (space < 0 || space > 4) what = "unknown space";
+        else if (dtype < 0 || dtype > 4) what = "unknown dtype";
+        else if (t.offset < 0) what = "negative offset";
+        else if (t.a < 0 || t.a > max_rows || t.b < 0 || t.b > max_rows) what = "absurd number of rows";
+        else if (t.cols < 1 || t.cols > max_cols || t.stride < 0 || t.stride > max_cols) what = "absurd number of columns";
+        else {
+            t.space = static_cast<Space>(space);
+            t.dtype = static_cast<DType>(dtype);
+            const bool call = t.space == Space::input || t.space == Space::output;
+            const bool fixed = t.space == Space::slot || t.space == Space::weight;
+            if (t.stride < t.cols) {
+                if (t.a > 0 || t.b > 1) what = "stride below the number of columns";
+                t.stride = t.cols;
+            }
+            if (!call && t.offset % size_of(t.dtype) != 0) what = "offset not aligned to the dtype";
+            if (fixed && t.a != 0) what = "a state or weight whose rows depend on n";
+        }
+        if (what != nullptr) {
+            error = "tensor " + std::to_string(i) + ": " + what;
+            return false;
+        }
+        tensors_.push_back(t);
+    }
+    return true;
+}
+
+bool Plan::read_method(Reader& in, int64_t, std::string& error) {
+    if (!in.has(4)) return error = "cut short", false;
+    Method m;
+    m.max_n = in.next();
+    const int64_t n_inputs = in.next(), n_outputs = in.next(), n_code = in.next();
+    if (m.max_n < 1 || m.max_n > max_positions) return error = "absurd max_n", false;
+    if (n_inputs < 0 || n_inputs > max_operands || n_outputs < 0 || n_outputs > max_operands ||
+        !in.has(n_inputs + n_outputs))
+        return error = "absurd number of inputs or outputs", false;
+    if (n_code < 0 || n_code > max_code) return error = "absurd number of operations", false;
+    const auto known = [&](int64_t id) { return id >= 0 && id < static_cast<int64_t>(tensors_.size()); };
+    for (int64_t k = 0; k < n_inputs + n_outputs; ++k) {
+        const bool is_input = k < n_inputs;
+        const int64_t id = in.next(), index = is_input ? k : k - n_inputs;
+        if (!known(id)) return error = "an input or output that is not in the tensor table", false;
+        const TensorInfo& t = tensor(id);
+        if (t.space != (is_input ? Space::input : Space::output) || t.offset != index)
+            return error = "an input or output whose tensor names another argument", false;
+        if (extent(t, m.max_n) > max_space) return error = "an absurdly large input or output", false;
+        (is_input ? m.inputs : m.outputs).push_back(id);
+    }
+    for (int64_t k = 0; k < n_code; ++k) {
+        const auto refuse = [&](const char* what, const char* op) {
+            error = "operation " + std::to_string(k) + (*op ? std::string(" (") + op + "): " : ": ") + what;
+            return false;
+        };
+        if (!in.has(4)) return refuse("cut short", "");
+        const int64_t opcode = in.next(), n_t = in.next(), n_i = in.next(), n_f = in.next();
+        if (opcode < 0 || opcode >= op_count()) return refuse("unknown opcode", "");
+        Code c;
+        c.op = op_at(static_cast<int>(opcode));
+        if (n_t < 0 || n_t > max_operands || n_i < 0 || n_i > max_numbers || n_f < 0 || n_f > max_numbers ||
+            !in.has(n_t + n_i + n_f))
+            return refuse("absurd number of operands", c.op->name);
+        for (int64_t j = 0; j < n_t; ++j) {
+            const int64_t id = in.next();
+            if (!known(id)) return refuse("an operand that is not in the tensor table", c.op->name);
+            c.tensors.push_back(id);
+            c.info.push_back(&tensor(id));
+        }
+        for (int64_t j = 0; j < n_i; ++j) c.ints.push_back(in.next());
+        for (int64_t j = 0; j < n_f; ++j) {
+            const int64_t word = in.next();
+            double v;
+            std::memcpy(&v, &word, 8);
+            c.floats.push_back(v);
+        }
+        if (const char* what = check_call(c, m)) return refuse(what, c.op->name);
+        const Call call{c.info.data(), static_cast<int>(n_t), c.ints.data(), static_cast<int>(n_i), c.floats.data(),
+                        static_cast<int>(n_f), m.max_n};
+        const int64_t scratch = c.op->scratch(call, threads_);
+        if (scratch < 0 || scratch > max_space) return refuse("absurd scratch size", c.op->name);
+        scratch_wanted_ = std::max(scratch_wanted_, scratch);
+        m.code.push_back(std::move(c));
+    }
+    for (const Code& c : m.code)
+        if (named(c, "advance") && c.ints[0] > 0) m.advances.push_back(&c);
+    if (const char* what = check_linear_caches(m)) return error = what, false;
+    methods_.push_back(std::move(m));
+    return true;
+}
+
+// The places of a call's operands, then the kernel's own view of shapes.
+const char* Plan::check_call(const Code& c, const Method& m) const {
+    if (static_cast<int>(c.info.size()) < c.op->n_outputs) return "too few operands";
+    const auto written = [&](size_t i) { return static_cast<int>(i) < c.op->n_outputs; };
+    for (size_t i = 0; i < c.info.size(); ++i) {
+        const TensorInfo& t = *c.info[i];
+        if (const char* what = check_space(t, m)) return what;
+        if (written(i) && (t.space == Space::weight || t.space == Space::input))
+            return "an output that lies in the weights or in an input";
+    }
+    // Anything written (outputs, and states in the slot) must not share bytes with another operand; an operation that
+    // reads each element before it writes it may work in place.
+    for (size_t i = 0; i < c.info.size(); ++i) {
+        const TensorInfo& x = *c.info[i];
+        if (!written(i) && x.space != Space::slot) continue;
+        for (size_t j = 0; j < c.info.size(); ++j) {
+            if (i == j || !share_bytes(x, *c.info[j], m.max_n)) continue;
+            const bool both_written = written(i) && written(j);
+            const bool in_place = c.op->in_place && !both_written && identical(x, *c.info[j]);
+            if (!in_place) return "operands that overlap";
+        }
+    }
+    const Call call{c.info.data(), static_cast<int>(c.info.size()), c.ints.data(), static_cast<int>(c.ints.size()),
+                    c.floats.data(), static_cast<int>(c.floats.size()), m.max_n};
+    return c.op->check(call);
+}
+
+const char* Plan::check_space(const TensorInfo& t, const Method& m) const {
+    const __int128 most = extent(t, m.max_n);
+    switch (t.space) {
+        case Space::arena: return t.offset + most <= arena_wanted_ ? nullptr : "an operand outside the arena";
+        case Space::slot: return t.offset + most <= slot_bytes_ ? nullptr : "an operand outside the slot";
+        case Space::weight: return t.offset + most <= weight_bytes_ ? nullptr : "an operand outside the weights";
+        case Space::input: case Space::output: break;
+    }
+    // A view of an argument must stay inside what the method declares for it; extents are linear in n.
+    const auto& arguments = t.space == Space::input ? m.inputs : m.outputs;
+    if (t.offset >= static_cast<int64_t>(arguments.size())) return "an argument that the method does not have";
+    const TensorInfo& whole = tensor(arguments[static_cast<size_t>(t.offset)]);
+    if (size_of(t.dtype) > size_of(whole.dtype)) return "a view with a wider dtype than its argument";
+    return extent(t, 1) <= extent(whole, 1) && most <= extent(whole, m.max_n) ? nullptr
+                                                                              : "a view outside its argument";
+}
+
+// A cache that is not a ring is safe only behind an `advance` that stops at its end.
+const char* Plan::check_linear_caches(const Method& m) const {
+    for (const Code& c : m.code) {
+        if (!named(c, "attention") || c.ints[2] != 0) continue;
+        bool guarded = false;
+        for (const Code* a : m.advances)
+            guarded |= identical(*a->info[0], *c.info[4]) && a->ints[0] <= c.ints[4];
+        if (!guarded) return "attention over all keys without an advance that stops at the end of its cache";
+    }
+    return nullptr;
+}
+
+Operand Plan::resolve(const TensorInfo& t, int64_t n, uint8_t* slot, const Buffer* inputs, const Buffer* outputs) const {
+    void* data = nullptr;
+    switch (t.space) {
+        case Space::arena: data = arena_.data() + t.offset; break;
+        case Space::slot: data = slot + t.offset; break;
+        case Space::weight: data = const_cast<uint8_t*>(weights_) + t.offset; break;
+        case Space::input: data = const_cast<void*>(inputs[t.offset].data); break;
+        case Space::output: data = const_cast<void*>(outputs[t.offset].data); break;
+    }
+    return {data, t.rows(n), t.cols, t.stride, t.dtype};
+}
+
+int Plan::check_run(const Method& m, int64_t n, const uint8_t* slot, const Buffer* inputs, const Buffer* outputs,
+                    char* error, int64_t error_len) const {
+    for (size_t k = 0; k < m.inputs.size() + m.outputs.size(); ++k) {
+        const bool is_input = k < m.inputs.size();
+        const size_t index = is_input ? k : k - m.inputs.size();
+        const TensorInfo& t = tensor((is_input ? m.inputs : m.outputs)[index]);
+        const Buffer& b = (is_input ? inputs : outputs)[index];
+        const __int128 need = extent(t, n);
+        if (need > 0 && b.data == nullptr)
+            return fail(bad_call, error, error_len, is_input ? "input %lld is missing" : "output %lld is missing",
+                        static_cast<long long>(index));
+        if (b.bytes < need)
+            return fail(bad_call, error, error_len,
+                        is_input ? "an input is too small: it needs %lld bytes and has %lld"
+                                 : "an output is too small: it needs %lld bytes and has %lld",
+                        static_cast<long long>(need), b.bytes);
+        if (reinterpret_cast<uintptr_t>(b.data) % static_cast<uintptr_t>(size_of(t.dtype)) != 0)
+            return fail(bad_call, error, error_len,
+                        is_input ? "input %lld is not aligned to its dtype" : "output %lld is not aligned to its dtype",
+                        static_cast<long long>(index));
+    }
+    for (const Code* a : m.advances) {
+        int64_t position;
+        std::memcpy(&position, slot + a->info[0]->offset, 8);
+        if (position < 0 || position >= int64_t{1} << 62)
+            return fail(bad_index, error, error_len, "the slot holds an impossible position: %lld", position);
+        if (position + n > a->ints[0])
+            return fail(context_full, error, error_len, "context full: %lld of %lld positions are used", position,
+                        a->ints[0]);
+    }
+    return ok;
+}
+
+int Plan::run(Parallel& par, int method, int64_t n, uint8_t* slot, int64_t slot_bytes, const Buffer* inputs,
+              const Buffer* outputs, char* error, int64_t error_len) {
+    if (method < 0 || method >= static_cast<int>(methods_.size()))
+        return fail(bad_call, error, error_len, "the plan has no method %lld", method);
+    Method& m = methods_[static_cast<size_t>(method)];
+    if (n < 1 || n > m.max_n)
+        return fail(bad_call, error, error_len, "%lld positions in one call, where 1..%lld are possible", n, m.max_n);
+    if (slot_bytes < slot_bytes_)
+        return fail(bad_call, error, error_len, "the slot has %lld bytes, the plan needs %lld", slot_bytes, slot_bytes_);
+    if (slot_bytes_ > 0 && (slot == nullptr || reinterpret_cast<uintptr_t>(slot) % 8 != 0))
+        return fail(bad_call, error, error_len, "the slot is missing or not 8-byte aligned");
+    if (par.threads() > threads_)
+        return fail(bad_call, error, error_len, "a pool of %lld threads for a plan made for %lld", par.threads(), threads_);
+    if (running_.exchange(true, std::memory_order_acquire))
+        return fail(bad_call, error, error_len, "the plan is running already");
+    int status = check_run(m, n, slot, inputs, outputs, error, error_len);
+    for (size_t k = 0; status == ok && k < m.code.size(); ++k) {
+        Code& c = m.code[k];
+        for (size_t j = 0; j < c.info.size(); ++j) operands_[j] = resolve(*c.info[j], n, slot, inputs, outputs);
+        const RunArgs args{operands_.data(), static_cast<int>(c.info.size()), c.ints.data(), c.floats.data(), n,
+                           scratch_.data(), par};
+        if (profiling_) {
+            const auto start = std::chrono::steady_clock::now();
+            status = c.op->run(args);
+            c.ns += std::chrono::duration<double, std::nano>(std::chrono::steady_clock::now() - start).count();
+        } else {
+            status = c.op->run(args);
+        }
+        if (status == context_full)
+            fail(status, error, error_len, "context full (method %lld, operation %lld)", method, static_cast<long long>(k));
+        else if (status != ok)
+            fail(status, error, error_len, "an index out of range (method %lld, operation %lld, %s)", method,
+                 static_cast<long long>(k), c.op->name);
+    }
+    if (profiling_) ++m.calls;
+    running_.store(false, std::memory_order_release);
+    return status;
+}
+
+void Plan::profile(bool on) {
+    profiling_ = on;
+    for (Method& m : methods_) {
+        m.calls = 0;
+        for (Code& c : m.code) c.ns = 0;
+    }
+}
+
+}  // namespace tmlc

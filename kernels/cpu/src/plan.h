@@ -1,0 +1,95 @@
+// A validated plan: what plan.cpp makes of the loader's words, and how it runs (docs/plan-format.md).
+#pragma once
+#include <atomic>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "op.h"
+
+namespace tmlc {
+
+int op_count();
+const OpDef* op_at(int opcode);  // nullptr when there is none
+
+// One status beyond those of op.h: the call itself is wrong (n, buffer sizes, alignment, a busy plan).
+constexpr int bad_call = 3;
+
+// Zeroed memory, 64-byte aligned, one block for the life of a plan.
+class Block {
+public:
+    bool reserve(int64_t bytes);  // false when the system has no more
+    uint8_t* data() const { return data_; }
+    int64_t bytes() const { return bytes_; }
+
+private:
+    std::unique_ptr<uint8_t, void (*)(void*)> raw_{nullptr, nullptr};
+    uint8_t* data_ = nullptr;
+    int64_t bytes_ = 0;
+};
+
+struct Buffer {
+    const void* data;
+    int64_t bytes;
+};
+
+class Plan {
+public:
+    // Checks everything for every n. Returns nullptr and says why in `error`.
+    static std::unique_ptr<Plan> create(const int64_t* words, int64_t n_words, const void* weights,
+                                        int64_t weight_bytes, int threads, std::string& error);
+
+    // Runs one method on n positions. Never allocates; `error` is written only when the result is not ok.
+    int run(Parallel& par, int method, int64_t n, uint8_t* slot, int64_t slot_bytes, const Buffer* inputs,
+            const Buffer* outputs, char* error, int64_t error_len);
+
+    struct Code {
+        const OpDef* op;
+        std::vector<int64_t> tensors;
+        std::vector<const TensorInfo*> info;
+        std::vector<int64_t> ints;
+        std::vector<double> floats;
+        double ns = 0;  // spent here since profiling was switched on
+    };
+    struct Method {
+        int64_t max_n = 0;
+        std::vector<int64_t> inputs, outputs;  // tensor numbers
+        std::vector<Code> code;
+        std::vector<const Code*> advances;     // those with a limit
+        int64_t calls = 0;
+    };
+
+    const std::vector<Method>& methods() const { return methods_; }
+    const TensorInfo& tensor(int64_t id) const { return tensors_[static_cast<size_t>(id)]; }
+    int64_t arena_bytes() const { return arena_.bytes(); }
+    int64_t slot_bytes() const { return slot_bytes_; }
+    int64_t scratch_bytes() const { return scratch_.bytes(); }
+    void profile(bool on);
+
+private:
+    struct Reader;
+    bool read(Reader& in, std::string& error);
+    bool read_tensors(Reader& in, int64_t count, std::string& error);
+    bool read_method(Reader& in, int64_t index, std::string& error);
+    const char* check_space(const TensorInfo& t, const Method& m) const;
+    const char* check_call(const Code& c, const Method& m) const;
+    const char* check_linear_caches(const Method& m) const;
+    Operand resolve(const TensorInfo& t, int64_t n, uint8_t* slot, const Buffer* inputs, const Buffer* outputs) const;
+    int check_run(const Method& m, int64_t n, const uint8_t* slot, const Buffer* inputs, const Buffer* outputs,
+                  char* error, int64_t error_len) const;
+
+    std::vector<TensorInfo> tensors_;
+    std::vector<Method> methods_;
+    std::vector<Operand> operands_;  // reused by every call of a run
+    Block arena_, scratch_;
+    const uint8_t* weights_ = nullptr;
+    int64_t weight_bytes_ = 0, arena_wanted_ = 0, slot_bytes_ = 0, scratch_wanted_ = 0;
+    int threads_ = 1;
+    bool profiling_ = false;
+    std::atomic<bool> running_{false};
+};
+
+// Bytes from the first to past the last element of t for n positions (0 when it has no rows).
+__int128 extent(const TensorInfo& t, int64_t n);
+
+}  // namespace tmlc
