@@ -84,9 +84,7 @@ class Backend(ABC):
     threads: int
 
     @abstractmethod
-    def call(
-        self, method: str, n: int, slot: np.ndarray, inputs: Sequence[np.ndarray]
-    ) -> Sequence[np.ndarray]:
+    def call(self, method: str, n: int, slot: np.ndarray, inputs: Sequence[np.ndarray]) -> Sequence[np.ndarray]:
         """Runs `method` on n new positions of the session whose state is `slot`.
 
         `slot` is uint8[slot_bytes], 64-byte aligned; `inputs` are dense arrays of exactly the method's

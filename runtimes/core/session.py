@@ -100,9 +100,7 @@ class Session:
     def __enter__(self) -> Session:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
 
     def append(
@@ -167,9 +165,7 @@ class Session:
     def _whole_clips(self, video: np.ndarray) -> np.ndarray:
         layout = self.engine.model.layout
         if video.shape[0] % layout.clip_frames:
-            raise InputError(
-                f"video must be whole clips of {layout.clip_frames} frames, not {video.shape[0]}"
-            )
+            raise InputError(f"video must be whole clips of {layout.clip_frames} frames, not {video.shape[0]}")
         return np.ascontiguousarray(video).reshape(-1, layout.frame_width * 3)
 
     def tick(self, tick: TickInput | None = None) -> TickOutput:

@@ -26,7 +26,7 @@ _DTYPES = ("float32", "uint8")
 def _packed(array: np.ndarray | None) -> dict[str, Any] | None:
     if array is None:
         return None
-    data = base64.b64encode(np.ascontiguousarray(array)).decode()
+    data = base64.b64encode(np.ascontiguousarray(array).data).decode()
     return {"dtype": str(array.dtype), "shape": list(array.shape), "data": data}
 
 
@@ -49,7 +49,7 @@ def _field(record: Any, key: str, kind: Any) -> Any:
 
 
 def _digest(audio: np.ndarray) -> str:
-    return hashlib.sha256(np.ascontiguousarray(audio)).hexdigest()
+    return hashlib.sha256(np.ascontiguousarray(audio).data).hexdigest()
 
 
 def opened(package: str, talk: Conversation) -> dict[str, Any]:
@@ -94,7 +94,12 @@ def replay(engine: Engine, records: Iterable[dict[str, Any]]) -> int:
     """
     iterator = iter(records)
     first = next(iterator, {})
-    if not isinstance(first, dict) or first.get("event") != "open" or first.get("version") != VERSION or first.get("positions"):
+    if (
+        not isinstance(first, dict)
+        or first.get("event") != "open"
+        or first.get("version") != VERSION
+        or first.get("positions")
+    ):
         raise InputError("not a tick log from the start of a session")
     if first.get("package") != engine.digest:
         raise InputError("the tick log is of another package", fix="load the package that the log names")

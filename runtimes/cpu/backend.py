@@ -35,18 +35,14 @@ class CpuBackend(Backend):
         self._index = {spec.name: i for i, spec in enumerate(words.methods)}
         self._weights = package.weights
         try:
-            self._outputs = {
-                spec.name: [out.allocate(spec.max_n) for out in spec.outputs] for spec in words.methods
-            }
+            self._outputs = {spec.name: [out.allocate(spec.max_n) for out in spec.outputs] for spec in words.methods}
         except (MemoryError, ValueError) as error:
             raise CapacityError("cannot reserve the output buffers of the plan") from error
         self._views: dict[tuple[str, int], list[np.ndarray]] = {}
         self._plan = Plan(library, words.words, package.weights, threads)
         self._pool = Pool(library, threads)
 
-    def call(
-        self, method: str, n: int, slot: np.ndarray, inputs: Sequence[np.ndarray]
-    ) -> Sequence[np.ndarray]:
+    def call(self, method: str, n: int, slot: np.ndarray, inputs: Sequence[np.ndarray]) -> Sequence[np.ndarray]:
         spec = self.methods[method]
         check_inputs(spec, n, inputs)
         if slot.nbytes != self.slot_bytes:

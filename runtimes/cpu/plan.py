@@ -110,9 +110,7 @@ def plan_words(plan: Any, weights: Mapping[str, WeightEntry], opcodes: Mapping[s
         raise _error(f"version {str(plan['version'])[:20]} is not {VERSION}", "top level")
     arena = _integer(plan["arena_bytes"], "arena_bytes", 0, MAX_BYTES)
     slot = _integer(plan["slot_bytes"], "slot_bytes", 0, MAX_BYTES)
-    tensors = [
-        _tensor(entry, f"tensor {i}", weights) for i, entry in enumerate(_list(plan["tensors"], "tensors"))
-    ]
+    tensors = [_tensor(entry, f"tensor {i}", weights) for i, entry in enumerate(_list(plan["tensors"], "tensors"))]
     methods = _list(plan["methods"], "methods", 4096)
     words: list[int] = [MAGIC, VERSION, arena, slot, len(tensors), len(methods)]
     for t in tensors:
@@ -153,9 +151,7 @@ def _weight(
 ) -> int:
     """The place of a named weight in the buffer, once it is known to hold what the plan reads from it."""
     if not isinstance(name, str) or name not in weights:
-        raise PackageError(
-            f"the plan's weight {str(name)[:80]!r} is not in the package", where=where, fix=FIX
-        )
+        raise PackageError(f"the plan's weight {str(name)[:80]!r} is not in the package", where=where, fix=FIX)
     held = weights[name]
     if held.dtype != dtype:
         raise PackageError(f"weight {name} is {held.dtype}, the plan wants {dtype}", where=where, fix=FIX)
@@ -166,9 +162,7 @@ def _weight(
     return held.offset
 
 
-def _method(
-    value: Any, where: str, tensors: list[_Tensor], opcodes: Mapping[str, int], words: list[int]
-) -> MethodSpec:
+def _method(value: Any, where: str, tensors: list[_Tensor], opcodes: Mapping[str, int], words: list[int]) -> MethodSpec:
     """Appends one method to `words` and returns its signature."""
     entry = _object(value, where, ("name", "max_n", "inputs", "outputs", "code"))
     name = entry["name"]

@@ -95,10 +95,17 @@ def byte_level(**changes) -> dict:
         "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
         "post_processor": None,
         "added_tokens": [
-            {"id": i, "content": c, "special": True, "single_word": False, "lstrip": False, "rstrip": False,
-             "normalized": False}
+            {
+                "id": i,
+                "content": c,
+                "special": True,
+                "single_word": False,
+                "lstrip": False,
+                "rstrip": False,
+                "normalized": False,
+            }
             for i, c in ((256, "<silence>"), (257, "<end_of_tick>"))
-        ],  # fmt: skip
+        ],
         "model": {"type": "BPE", "vocab": vocab, "merges": []},
     } | changes
 
@@ -144,8 +151,20 @@ def test_another_vocabulary_goes_to_the_library():
     assert isinstance(tokenizer, LibraryTokenizer) and tokenizer.encode("abc") == [300, 99]
 
 
-@pytest.mark.parametrize("data", [b"", b"{}", b"[1]", b"\xff", b"[" * 100000, b'{"model": 3}', b'{"model": {"type": "BPE"}}',
-                                  b'{"model": {"type": "BPE", "vocab": 7}}', b'{"model": {"type": "Odd", "vocab": {}}}'])  # fmt: skip
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"{}",
+        b"[1]",
+        b"\xff",
+        b"[" * 100000,
+        b'{"model": 3}',
+        b'{"model": {"type": "BPE"}}',
+        b'{"model": {"type": "BPE", "vocab": 7}}',
+        b'{"model": {"type": "Odd", "vocab": {}}}',
+    ],
+)
 def test_a_file_that_is_no_tokenizer_is_refused(data):
     with pytest.raises(PackageError, match="tokenizer"):
         load_tokenizer(data)

@@ -3,6 +3,7 @@
 import copy
 import json
 import struct
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,11 +34,19 @@ PLAN = {
         {"space": "arena", "offset": 64, "dtype": "f32", "rows": [1, 0], "cols": 4, "stride": 8},
     ],
     "methods": [
-        {"name": "decode", "max_n": 4, "inputs": [0], "outputs": [1],
-         "code": [{"op": "rms_norm", "t": [4, 0, 2], "i": [-5], "f": [1e-6]}, {"op": "copy", "t": [1, 4], "i": [], "f": []}]},
+        {
+            "name": "decode",
+            "max_n": 4,
+            "inputs": [0],
+            "outputs": [1],
+            "code": [
+                {"op": "rms_norm", "t": [4, 0, 2], "i": [-5], "f": [1e-6]},
+                {"op": "copy", "t": [1, 4], "i": [], "f": []},
+            ],
+        },
         {"name": "idle", "max_n": 1, "inputs": [], "outputs": [], "code": []},
     ],
-}  # fmt: skip
+}
 
 
 def test_the_words_are_the_flat_form_of_the_plan():
@@ -45,17 +54,73 @@ def test_the_words_are_the_flat_form_of_the_plan():
     bits = struct.unpack("<q", struct.pack("<d", 1e-6))[0]
     assert out.words.dtype == np.int64
     assert out.words.tolist() == [
-        MAGIC, 1, 256, 64, 5, 2,
-        3, 0, 0, 1, 0, 8, 8,
-        4, 0, 0, 2, 1, 4, 4,
-        2, 0, 384, 0, 1, 8, 8,
-        2, 0, 128 + 64, 0, 3, 16, 16,
-        0, 0, 64, 1, 0, 4, 8,
-        4, 1, 1, 2, 0, 1,
-        7, 3, 1, 1, 4, 0, 2, -5, bits,
-        0, 2, 0, 0, 1, 4,
-        1, 0, 0, 0,
-    ]  # fmt: skip
+        MAGIC,
+        1,
+        256,
+        64,
+        5,
+        2,
+        3,
+        0,
+        0,
+        1,
+        0,
+        8,
+        8,
+        4,
+        0,
+        0,
+        2,
+        1,
+        4,
+        4,
+        2,
+        0,
+        384,
+        0,
+        1,
+        8,
+        8,
+        2,
+        0,
+        128 + 64,
+        0,
+        3,
+        16,
+        16,
+        0,
+        0,
+        64,
+        1,
+        0,
+        4,
+        8,
+        4,
+        1,
+        1,
+        2,
+        0,
+        1,
+        7,
+        3,
+        1,
+        1,
+        4,
+        0,
+        2,
+        -5,
+        bits,
+        0,
+        2,
+        0,
+        0,
+        1,
+        4,
+        1,
+        0,
+        0,
+        0,
+    ]
     assert [str(m) for m in out.methods] == ["decode(f32[n,8]) -> (f32[2n+1,4])", "idle() -> ()"]
     assert (out.arena_bytes, out.slot_bytes) == (256, 64)
 
@@ -153,7 +218,5 @@ def test_no_change_of_a_value_gets_past_as_another_error():
     walk(PLAN, [])
     for path in paths[1:]:
         for value in (None, -1, 0, 1.5, "x", [], {}, [[]], [None], True, 1 << 70, json.loads("[[[[1]]]]")):
-            try:
+            with suppress(PlanError, PackageError):
                 plan_words(changed(path, value), WEIGHTS, OPS)
-            except (PlanError, PackageError):
-                pass

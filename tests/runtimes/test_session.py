@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from tmlc.errors import CapacityError, CheckError, ContextFullError, InputError, KernelError, SessionError
-from tmlc.runtimes.core.ticklog import replay
 from tmlc.runtimes.core.tick import TickInput
+from tmlc.runtimes.core.ticklog import replay
 
 BAD_TOKEN, END = 255, 258
 
@@ -194,8 +194,17 @@ def test_append_refuses_bad_arguments_and_changes_nothing(make_engine, arguments
     assert session.state == "new"
 
 
-@pytest.mark.parametrize("arguments", [{"seed": -1}, {"seed": 2**63}, {"seed": True}, {"temperature": -1.0},
-                                       {"temperature": float("nan")}, {"temperature": "hot"}])  # fmt: skip
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"seed": -1},
+        {"seed": 2**63},
+        {"seed": True},
+        {"temperature": -1.0},
+        {"temperature": float("nan")},
+        {"temperature": "hot"},
+    ],
+)
 def test_seed_and_temperature_are_checked(make_engine, arguments):
     engine = make_engine()
     with pytest.raises(InputError):
@@ -250,9 +259,21 @@ def test_a_damaged_snapshot_is_refused_and_takes_no_slot(make_engine):
     assert engine.capacity().free == 2
 
 
-@pytest.mark.parametrize("change", [{"tick": -1}, {"tick": "1"}, {"queue": [-1]}, {"queue": 3}, {"seed": None},
-                                    {"temperature": 1}, {"slot_bytes": 1}, {"last_clip": "x"}, {"decoder": ["a"]},
-                                    {"heard": 7}])  # fmt: skip
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"tick": -1},
+        {"tick": "1"},
+        {"queue": [-1]},
+        {"queue": 3},
+        {"seed": None},
+        {"temperature": 1},
+        {"slot_bytes": 1},
+        {"last_clip": "x"},
+        {"decoder": ["a"]},
+        {"heard": 7},
+    ],
+)
 def test_a_forged_snapshot_header_is_refused(make_engine, change):
     engine = make_engine()
     blob = engine.session().snapshot()
@@ -280,12 +301,18 @@ def test_a_tick_log_does_the_whole_session_again(make_engine):
         replay(make_engine(text_out=1), log)
 
 
-@pytest.mark.parametrize("change", [
-    lambda log: log[1:], lambda log: [], lambda log: [log[0], {"event": "jump"}], lambda log: [log[0], {"event": "tick"}],
-    lambda log: [log[0], log[1] | {"audio": {"dtype": "float64", "shape": [1], "data": ""}}],
-    lambda log: [log[0], log[1] | {"audio": {"dtype": "float32", "shape": [9], "data": ""}}],
-    lambda log: [log[0] | {"seed": -4}, log[1]],
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda log: log[1:],
+        lambda log: [],
+        lambda log: [log[0], {"event": "jump"}],
+        lambda log: [log[0], {"event": "tick"}],
+        lambda log: [log[0], log[1] | {"audio": {"dtype": "float64", "shape": [1], "data": ""}}],
+        lambda log: [log[0], log[1] | {"audio": {"dtype": "float32", "shape": [9], "data": ""}}],
+        lambda log: [log[0] | {"seed": -4}, log[1]],
+    ],
+)
 def test_a_broken_tick_log_is_refused(make_engine, change):
     log = []
     engine = make_engine()

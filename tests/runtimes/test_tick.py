@@ -21,8 +21,14 @@ def test_a_tick_appends_heard_audio_then_video_then_typed_text(backend, make_eng
     session = make_engine(backend).session()
     session.tick(TickInput(audio(1, 2), clip(1), tokens=[5, 6]))
     assert backend.said[:7] == [
-        ("audio", 1.0), ("audio", 2.0), ("video", 36.0), ("video", 36.0), ("video", 36.0), ("text", 5.0), ("text", 6.0)
-    ]  # fmt: skip
+        ("audio", 1.0),
+        ("audio", 2.0),
+        ("video", 36.0),
+        ("video", 36.0),
+        ("video", 36.0),
+        ("text", 5.0),
+        ("text", 6.0),
+    ]
 
 
 def test_chosen_text_is_appended_then_end_of_tick_then_own_speech(backend, make_engine):
@@ -77,9 +83,14 @@ def test_random_keys_are_seed_tick_and_output_position(backend, make_engine):
     session.tick()
     session.tick()
     assert backend.keys == [
-        ("token", (9, 0, 0)), ("token", (9, 0, 1)), ("audio", (9, 0, 2)), ("audio", (9, 0, 3)),
-        ("token", (9, 1, 0)), ("audio", (9, 1, 2)), ("audio", (9, 1, 3)),
-    ]  # fmt: skip
+        ("token", (9, 0, 0)),
+        ("token", (9, 0, 1)),
+        ("audio", (9, 0, 2)),
+        ("audio", (9, 0, 3)),
+        ("token", (9, 1, 0)),
+        ("audio", (9, 1, 2)),
+        ("audio", (9, 1, 3)),
+    ]
 
 
 def test_typed_text_queues_and_enters_a_few_tokens_a_tick(backend, make_engine):
