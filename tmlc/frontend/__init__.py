@@ -1,0 +1,119 @@
+"""The frontend: a checkpoint folder becomes a stateless Program.
+
+`load_program` picks the architecture by `model_type`, compares the checkpoint with what the model needs, traces every
+method, and lists where each weight comes from. No weight is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tmlc.errors import CheckpointError, UsageError
+from tmlc.frontend.checkpoint import Checkpoint, open_checkpoint
+
+if TYPE_CHECKING:
+    from tmlc.frontend.model import Frontend
+    from tmlc.ir.program import Program
+
+__all__ = ["Checkpoint", "load_program", "open_checkpoint"]
+
+TOKENIZER = "tokenizer.json"
+_OVERRIDES = {"context": "limit", "policy": "policy", "sinks": "sinks", "max_append": "max_append"}
+
+
+def _architectures() -> dict[str, Callable[[Checkpoint], Frontend]]:
+    from tmlc.frontend.inkling import inkling_text
+    from tmlc.frontend.interaction import interaction
+
+    return {"tmlc_interaction": interaction, "inkling_text": inkling_text}
+
+
+def load_program(
+    checkpoint: Checkpoint | str | Path,
+    overrides: Mapping[str, Any] | None = None,
+    on_progress: Callable[[str], None] | None = None,
+) -> Program:
+    """Traces the model of a checkpoint.
+
+    Args:
+        checkpoint: an opened checkpoint, or its folder.
+        overrides: of the runtime defaults: `context`, `policy`, `sinks`, `max_append` (None leaves one as it is).
+        on_progress: gets the name of each method before it is traced.
+
+    Raises:
+        CheckpointError: unknown architecture, wrong config, or missing, extra or ill-shaped tensors.
+        FrontendError: a method that cannot be traced.
+    """
+    opened = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(checkpoint)
+    known, found = _architectures(), opened.config.get("model_type")
+    if found not in known:
+        raise CheckpointError(
+            f"unknown architecture: model_type is {found!r}",
+            where=str(opened.folder / "config.json"),
+            fix=f"tmlc compiles {', '.join(known)}",
+        )
+    frontend = known[str(found)](opened)
+    for name, value in (overrides or {}).items():
+        if name not in _OVERRIDES:
+            raise UsageError(f"unknown override {name!r}", fix=f"known: {', '.join(_OVERRIDES)}")
+        if value is not None:
+            frontend.context[_OVERRIDES[name]] = value
+    tensors = frontend.model.state_dict(keep_vars=True)
+    opened.require({n: (tuple(t.shape), t.is_floating_point()) for n, t in tensors.items()}, frontend.ignore)
+    return _trace(opened, frontend, {id(t): n for n, t in tensors.items()}, on_progress)
+
+
+def _trace(
+    checkpoint: Checkpoint, frontend: Frontend, names: dict[int, str], on_progress: Callable[[str], None] | None
+) -> Program:
+    from tmlc.frontend.trace import trace_method
+    from tmlc.ir.program import Method, Program, role, type_of
+    from tmlc.ir.types import dtype_name
+    from tmlc.ir.verify import verify
+    from tmlc.ir.weights import WeightMap
+
+    weights, methods = WeightMap(), {}
+    for name, method in frontend.methods.items():
+        if on_progress is not None:
+            on_progress(name)
+        graph = trace_method(name, method.module, method.inputs, names)
+        methods[name] = Method(name, graph, _max_n(graph, frontend.context["max_append"]))
+        for node in methods[name].placeholders("weight"):
+            weight = role(node)[1]
+            if weight in weights:
+                continue
+            stored, needed = dtype_name(checkpoint.tensors[weight].torch_dtype), type_of(node)
+            if stored == needed.dtype:
+                weights.source(weight, stored, needed.shape)
+            else:
+                # The traced model is a float32 one; quantize.cast decides later what the engine reads.
+                weights.source(f"{weight}.{stored}", stored, needed.shape, tensor=weight)
+                weights.cast(weight, f"{weight}.{stored}", needed.dtype)
+    meta = {
+        "kind": frontend.kind,
+        "name": frontend.name,
+        "tick": frontend.tick,
+        "context": frontend.context,
+        "outputs": {name: list(method.outputs) for name, method in frontend.methods.items()},
+        "tokenizer": TOKENIZER if (checkpoint.folder / TOKENIZER).is_file() else None,
+    }
+    program = Program(methods, weights, meta=meta)
+    verify(program)
+    return program
+
+
+def _max_n(graph: Any, max_append: int) -> int:
+    """As many calls at once as make about `max_append` positions."""
+    from tmlc.ir.dims import Dim
+
+    (returned, *_) = next(node for node in reversed(graph.nodes) if node.op == "output").args[0]
+    inputs = [
+        node.meta["type"].rows for node in graph.nodes if node.op == "placeholder" and node.meta["role"][0] == "input"
+    ]
+    rows = returned.meta["type"].rows
+    growth = [size.a for size in inputs if isinstance(size, Dim)]
+    if not isinstance(rows, Dim) or min(growth, default=1) == 1:
+        return max_append
+    return max(1, max_append // rows.a)

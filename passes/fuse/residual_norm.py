@@ -1,0 +1,46 @@
+"""fuse.residual_norm: a residual addition and the norm of its sum become one op."""
+
+from __future__ import annotations
+
+import operator
+
+from torch import fx
+
+from tmlc.ir.program import Fact, Program, call, items, replace, type_of
+from tmlc.passes.match import arg, op_of
+from tmlc.pipeline.pass_base import NearMiss, Pass, PassContext, PassResult
+from tmlc.pipeline.registry import register_pass
+
+
+@register_pass("fuse.residual_norm")
+class ResidualNorm(Pass):
+    """Turns `add` + `rms_norm` into `add_rms_norm`: the sum is read while it is still in registers."""
+
+    provides = frozenset({Fact.NORMS_FUSED})
+
+    def run(self, program: Program, ctx: PassContext) -> PassResult:
+        result = PassResult(program, 0)
+        for method in program.methods.values():
+            for norm in method.calls("rms_norm"):
+                total = arg(norm, "x")
+                if total.target is operator.getitem and op_of(total.args[0]) == "add_rms_norm":
+                    result.near_misses.append(
+                        NearMiss(method.name, norm.name, "the sum is normed by another norm already")
+                    )
+                elif op_of(total) == "add":
+                    if type_of(arg(norm, "weight")).cols != type_of(total).cols:
+                        reason = "it norms groups of columns, not whole rows"
+                        result.near_misses.append(NearMiss(method.name, norm.name, reason))
+                        continue
+                    _fuse(method.graph, total, norm)
+                    result.matches += 1
+            method.sweep()
+        return result
+
+
+def _fuse(graph: fx.Graph, total: fx.Node, norm: fx.Node) -> None:
+    with graph.inserting_before(total):
+        fused = call(graph, "add_rms_norm", (arg(total, "a"), arg(total, "b"), arg(norm, "weight"), arg(norm, "eps")))
+    whole, normed = items(fused)
+    replace(norm, normed)
+    replace(total, whole)

@@ -1,0 +1,54 @@
+"""What an architecture's frontend hands to the tracer: the model on the meta device, its methods, its tick."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from tmlc.ir.dims import Dim
+from tmlc.ir.types import TensorType, dtype_name
+
+if TYPE_CHECKING:
+    from tmlc.model_zoo.interaction.modeling import MethodDef
+
+
+@dataclass(frozen=True)
+class Traceable:
+    """One method before it is traced: the module, its inputs with their types, the names of its outputs."""
+
+    module: nn.Module
+    inputs: tuple[tuple[str, TensorType], ...]
+    outputs: tuple[str, ...]
+
+    @staticmethod
+    def of(method: MethodDef) -> Traceable:
+        """From the model zoo's description of a method."""
+        inputs = []
+        for item in method.inputs:
+            a, b = item.rows
+            inputs.append((item.name, TensorType(dtype_name(item.dtype), (Dim(a, b) if a else b, item.cols))))
+        return Traceable(method.module, tuple(inputs), tuple(method.outputs))
+
+
+@dataclass(frozen=True)
+class Frontend:
+    """A model that can be compiled.
+
+    Attributes:
+        kind: "interaction" or "tokens".
+        model: on the meta device; its parameters and buffers have the names of the checkpoint's tensors.
+        context: runtime defaults {limit, policy, sinks, max_append}.
+        tick: what a tick driver needs to know, plain data.
+        ignore: tells of a surplus checkpoint tensor that it is known and not needed.
+    """
+
+    kind: str
+    name: str
+    model: nn.Module
+    methods: dict[str, Traceable]
+    context: dict[str, Any]
+    tick: dict[str, Any]
+    ignore: Callable[[str], bool]
