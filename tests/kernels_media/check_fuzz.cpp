@@ -1,6 +1,6 @@
-// Shows that what `check` of the media and random kernels accepts also runs inside its operands: valid calls are made at
-// random, a few of their numbers are changed, and every call that is still accepted runs on blocks of exactly its size,
-// under the sanitizers. Prints how many calls each operation refused and ran.
+// Shows that what `check` of the media and random kernels accepts also runs inside its operands: valid calls are made
+// at random, a few of their numbers are changed, and every call that is still accepted runs on blocks of exactly its
+// size, under the sanitizers. Prints how many calls each operation refused and ran.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>

@@ -147,11 +147,11 @@ public:
             for (int64_t k = 0; k < bins(); ++k) out[k] = z[k].re * z[k].re + z[k].im * z[k].im;
             return;
         }
-        for (int64_t k = 0; k <= half; ++k) {
-            const Complex a = z[k % half], c = z[(half - k) % half], b = {c.re, -c.im};
-            const Complex even = a + b, odd = minus_i(a - b);
-            const Complex turned = k < half ? half_roots_[static_cast<size_t>(k)] * odd : Complex{-odd.re, -odd.im};
-            const Complex x = even + turned;   // twice the bin's value
+        out[0] = (z[0].re + z[0].im) * (z[0].re + z[0].im);
+        out[half] = (z[0].re - z[0].im) * (z[0].re - z[0].im);
+        for (int64_t k = 1; k < half; ++k) {
+            const Complex a = z[k], b = {z[half - k].re, -z[half - k].im};
+            const Complex x = (a + b) + half_roots_[static_cast<size_t>(k)] * minus_i(a - b);   // twice the bin
             out[k] = 0.25 * (x.re * x.re + x.im * x.im);
         }
     }

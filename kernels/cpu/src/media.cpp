@@ -56,7 +56,7 @@ void bag_sum(const RunArgs& a, const Row& row, const Widen& widen) {
     });
 }
 
-// All levels are checked before the first sum is written; no sum can change them (op.h: what is written never overlaps).
+// All levels are checked before the first sum is written, and no sum can change them: what is written never overlaps.
 int bag_run(const RunArgs& a) {
     const Operand &levels = a.t[1], &table = a.t[2];
     for (int64_t r = 0; r < levels.rows; ++r)

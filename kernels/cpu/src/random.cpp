@@ -1,5 +1,6 @@
 // Kernels that draw random numbers with Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3",
 // SC 2011), keyed by (seed, tick, position): a draw depends on where in the conversation it happens, on nothing else.
+#include <algorithm>
 #include <cmath>
 #include <limits>
 
@@ -112,10 +113,18 @@ int64_t sample_scratch(const Call& c, int) {
 
 // The best entry of logits[first, last), the lowest of equal ones; NaN counts as -inf.
 Best greedy(const float* logits, int64_t first, int64_t last) {
-    Best best{-std::numeric_limits<double>::infinity(), first};
-    for (int64_t v = first; v < last; ++v)
-        if (logits[v] > best.score) best = {logits[v], v};
-    return best;
+    constexpr float lowest = -std::numeric_limits<float>::infinity();
+    float lane[16], highest = lowest;
+    std::fill(lane, lane + 16, lowest);
+    int64_t v = first;
+    for (; v + 16 <= last; v += 16)
+        for (int j = 0; j < 16; ++j) lane[j] = logits[v + j] > lane[j] ? logits[v + j] : lane[j];
+    for (; v < last; ++v) highest = logits[v] > highest ? logits[v] : highest;
+    for (const float x : lane) highest = x > highest ? x : highest;
+    v = first;
+    if (highest > lowest)
+        while (v + 1 < last && logits[v] != highest) ++v;
+    return {highest, v};
 }
 
 // The same for logits/T + Gumbel. Most entries need no logarithm: with q = 1 - u, Gumbel = -ln(-ln u) < -ln q, and q is
