@@ -209,7 +209,7 @@ def _write_shards(
         with open(folder / file_name, "wb") as file:
             file.write(_header(shard))
             for spec in shard:
-                file.write(memoryview(spec.values(config, seed).contiguous().view(torch.uint8).numpy()).cast("B"))
+                file.write(spec.values(config, seed).contiguous().view(torch.uint8).numpy().data)
                 weight_map[spec.name] = file_name
                 done += spec.nbytes
                 if on_progress is not None:

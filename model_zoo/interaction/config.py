@@ -17,7 +17,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from tmlc.errors import CheckpointError, UsageError
 
-MODEL_TYPE = "tmlc_interaction"
 PRESETS = ("nano", "small", "tml-small-276b")
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -104,7 +103,7 @@ class TextConfig(Section):
 
     @classmethod
     def from_inkling(cls, raw: dict[str, Any]) -> TextConfig:
-        """The text section of an Inkling `config.json` (model types `inkling_text` and `inkling_mm_model`'s `text_config`).
+        """From an Inkling `config.json`: all of `inkling_text`, or the `text_config` of `inkling_mm_model`.
 
         Applies that format's aliases and defaults, and drops its keys that do not concern inference (token
         metadata, initialisation, dropout, multi-token prediction).
@@ -165,7 +164,7 @@ class AudioConfig(Section):
 
 
 class VisionConfig(Section):
-    """hMLP video in: one position for each patch of `temporal_patch_size` frames x `patch_size` x `patch_size` pixels."""
+    """hMLP video in: one position for each patch of `temporal_patch_size` frames, `patch_size` pixels square."""
 
     patch_size: int = Field(default=40, gt=1)
     temporal_patch_size: int = Field(default=2, gt=1)
@@ -241,7 +240,7 @@ class TickConfig(Section):
 
 
 class RuntimeConfig(Section):
-    """Defaults of the engine for unbounded conversations: how many positions are kept, and what happens at the bound."""
+    """Defaults of the engine for long conversations: how many positions are kept, and what happens at the bound."""
 
     context: int = Field(default=1024, gt=0)
     context_policy: Literal["ring_with_sinks", "end"] = "ring_with_sinks"
@@ -258,7 +257,7 @@ class RuntimeConfig(Section):
 class InteractionConfig(Section):
     """The whole `config.json`."""
 
-    model_type: Literal["tmlc_interaction"] = MODEL_TYPE
+    model_type: Literal["tmlc_interaction"] = "tmlc_interaction"
     name: str = "interaction"
     text_config: TextConfig
     audio_config: AudioConfig

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -76,11 +77,10 @@ def _greedy(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
 class _EmbedText(nn.Module):
     def __init__(self, model: Backbone) -> None:
         super().__init__()
-        self.model = nn.Module()
-        self.model.embed_tokens = model.embed_tokens
+        self.model = nn.ModuleDict({"embed_tokens": model.embed_tokens})
 
     def forward(self, ids: Tensor) -> Tensor:
-        return self.model.embed_tokens(ids)
+        return self.model["embed_tokens"](ids)
 
 
 class _EmbedAudio(nn.Module):
@@ -116,13 +116,12 @@ class _EmbedVideo(nn.Module):
 class _Decode(nn.Module):
     def __init__(self, model: Backbone) -> None:
         super().__init__()
-        self.model = nn.Module()
-        self.model.layers, self.model.norm = model.layers, model.norm
+        self.model = nn.ModuleDict({"layers": model.layers, "norm": model.norm})
 
     def forward(self, x: Tensor) -> Tensor:
-        for layer in self.model.layers:
+        for layer in cast(nn.ModuleList, self.model["layers"]):
             x = layer(x)
-        return self.model.norm(x)
+        return self.model["norm"](x)
 
 
 class _Unembed(nn.Module):

@@ -51,7 +51,7 @@ def byte_level_tokenizer(config: InteractionConfig) -> dict[str, Any]:
         for number, name in special_tokens(config).items()
     ]  # fmt: skip
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    model = {
+    model: dict[str, Any] = {
         "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
         "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
         "vocab": {character: byte for byte, character in enumerate(_printable_bytes())}, "merges": [],
