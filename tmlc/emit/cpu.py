@@ -199,7 +199,11 @@ class _MethodEmitter:
     def signature(self) -> MethodInfo:
         """The method as the manifest shows it."""
         inputs = tuple(Signature(name, v.dtype, v.rows, v.cols) for name, v in self.inputs)
-        outputs = tuple(Signature(f"out{i}", v.dtype, v.rows, v.cols) for i, v in enumerate(self.outputs))
+        names = self.table.program.meta.get("outputs", {}).get(self.method.name, [])
+        names = [*names, *(f"out{i}" for i in range(len(names), len(self.outputs)))]
+        outputs = tuple(
+            Signature(name, v.dtype, v.rows, v.cols) for name, v in zip(names, self.outputs, strict=False)
+        )
         return MethodInfo(self.method.name, inputs, outputs, self.method.max_n)
 
     # Places.

@@ -32,6 +32,9 @@ class PackageWriter:
     Args:
         path: where the package shall stand; a package that is there already is replaced at the end.
         folder: write a folder instead of one file.
+
+    Attributes:
+        digest, size: of the package, once it is finished: `Package.digest`, and the bytes of all its files.
     """
 
     def __init__(self, path: str | Path, folder: bool = False) -> None:
@@ -39,6 +42,7 @@ class PackageWriter:
         self.temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.part")
         self.files: dict[str, FileInfo] = {}
         self.finished = False
+        self.digest, self.size = "", 0
         self._made: list[Path] = []
         self._file: BinaryIO | None = None
         self._zip: ZipWriter | None = None
@@ -104,15 +108,18 @@ class PackageWriter:
         with _disk_errors(self.path):
             if self.folder:
                 self._write_file(SEAL, [seal(data)])
+                self.size = sum(info.bytes for info in self.files.values()) + len(data) + len(seal(data))
                 self._swap_folder()
             else:
                 assert self._zip is not None and self._file is not None
                 self._zip.finish()
+                self.size = self._file.tell()
                 self._file.flush()
                 os.fsync(self._file.fileno())
                 self._file.close()
                 os.replace(self.temporary, self.path)
         self.finished = True
+        self.digest = hashlib.sha256(data).hexdigest()
         return manifest
 
     def _add(

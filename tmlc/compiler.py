@@ -1,0 +1,387 @@
+"""The whole compilation on one page: checkpoint → program → passes → plan → package.
+
+    tmlc.compile("nano/", "nano.tmlc", precision="bf16")
+
+Weights stream through memory one tensor at a time. Whatever stops a compilation leaves nothing behind.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import tmlc
+from tmlc.emit.cpu import Coverage, CpuEngine, coverage, emit
+from tmlc.emit.golden import record_golden, tolerances
+from tmlc.emit.packing import PackedWeight, check_finite
+from tmlc.emit.validate import check_plan, weight_entries
+from tmlc.errors import CheckpointError, TargetError, TmlcError, UsageError
+from tmlc.frontend import load_program
+from tmlc.frontend.checkpoint import Checkpoint, open_checkpoint
+from tmlc.ir.program import PassRecord, Program
+from tmlc.ir.text import print_program
+from tmlc.package import PackageWriter, WeightItem
+from tmlc.package.golden import write_golden
+from tmlc.package.manifest import (
+    ContextInfo,
+    Manifest,
+    MemoryInfo,
+    ModelInfo,
+    TargetInfo,
+    TickLayout,
+)
+from tmlc.pipeline.check import Checker
+from tmlc.pipeline.manager import run_pipeline
+from tmlc.pipeline.pipeline import Pipeline, load_pipeline
+
+PRECISIONS = ("fp32", "bf16")
+LATER_PRECISIONS = ("int8", "int4", "fp16", "fp8")
+TARGETS = ("cpu",)
+LATER_TARGETS = ("triton", "tensorrt", "onnx")
+FEATURES = ("cpu.plan.v1", "weights.k16")
+
+PLAN = "engines/cpu/plan.json"
+PROGRAM = "program.ir"
+TOKENIZER = "tokenizer.json"
+
+# New positions that one call of a method may bring, where a tick needs fewer than an append of `max_append`.
+MAX_N = {"embed_speech": 4, "speak": 4, "vocode": 4, "next_token": 4}
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass
+class CompileReport:
+    """What a compilation did.
+
+    Attributes:
+        checkpoint, out: folders and files; `out` is None when the pipeline was stopped early.
+        model, kind, target, precision: what was compiled for what.
+        passes: one record for each pass.
+        coverage: which kernel runs which op of which method.
+        seconds: wall time of each stage.
+        package_bytes, weight_bytes, arena_bytes, scratch_bytes, session_bytes: sizes.
+        digest: of the package.
+        program: the program as it was emitted (not part of the JSON form).
+    """
+
+    checkpoint: Path
+    out: Path | None
+    model: str
+    kind: str
+    target: str
+    precision: str
+    passes: list[PassRecord] = field(default_factory=list)
+    coverage: list[Coverage] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+    package_bytes: int = 0
+    weight_bytes: int = 0
+    arena_bytes: int = 0
+    scratch_bytes: int = 0
+    session_bytes: int = 0
+    digest: str = ""
+    program: Program | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as plain data."""
+        body = {name: value for name, value in vars(self).items() if name != "program"}
+        body["checkpoint"], body["out"] = str(self.checkpoint), None if self.out is None else str(self.out)
+        body["passes"] = [record.to_json() for record in self.passes]
+        body["coverage"] = [asdict(row) for row in self.coverage]
+        return body
+
+
+def program(checkpoint: str | Path, **overrides: Any) -> Program:
+    """The compiler's view of a checkpoint: the stateless program, before any pass.
+
+    Args:
+        checkpoint: a folder in the Hugging Face form.
+        overrides: of the model's runtime defaults: context, policy, sinks, max_append.
+
+    Raises:
+        CheckpointError, FrontendError: the folder is no checkpoint that tmlc knows, or it is damaged.
+    """
+    return load_program(checkpoint, overrides)
+
+
+def compile(
+    checkpoint: str | Path,
+    out: str | Path,
+    target: str = "cpu",
+    precision: str | None = None,
+    preset: str | None = None,
+    pipeline: str | Path | Pipeline | None = None,
+    check: bool = False,
+    *,
+    folder: bool = False,
+    passes: Sequence[str] | None = None,
+    disable: Iterable[str] = (),
+    stop_after: str | None = None,
+    dump: str | Path | None = None,
+    context: int | None = None,
+    context_policy: str | None = None,
+    sinks: int | None = None,
+    max_append: int | None = None,
+    on_progress: Progress | None = None,
+    on_record: Callable[[PassRecord], None] | None = None,
+) -> CompileReport:
+    """Compiles a checkpoint into a package.
+
+    Args:
+        checkpoint: a folder in the Hugging Face form.
+        out: the package to write; a package that is there is replaced when the new one is whole.
+        target: "cpu".
+        precision: "fp32" or "bf16" (linears, experts, embeddings, keys and values). Default: what the pipeline says,
+            else fp32.
+        preset: name of a pipeline that comes with tmlc. Default: the target's.
+        pipeline: a pipeline file instead.
+        check: compare outputs on real inputs after every pass, and name the pass that breaks them.
+        folder: write the package as a folder.
+        passes, disable, stop_after: passes to run instead of the pipeline's, to leave out, to end after (nothing is
+            written then).
+        dump: folder for the text form of the program after every pass.
+        context, context_policy, sinks, max_append: positions a session keeps, "ring_with_sinks" or "end", positions
+            kept from the start, positions of one call. Default: the model's.
+        on_progress: gets (stage, done, total) as work proceeds.
+        on_record: gets the record of each pass when it is done.
+
+    Raises:
+        UsageError, TargetError: a target or precision that is not there.
+        CheckpointError: the checkpoint is damaged or incomplete, or holds NaN or infinite weights (named).
+        PipelineError, IRError, CheckError: the pipeline is wrong, or a pass broke the program (named).
+        EmitError: the program cannot be lowered to the target.
+        PackageError: the package cannot be written; nothing was left behind.
+    """
+    _check_choice(target, precision)
+    tell: Progress = on_progress or (lambda stage, done, total: None)
+    steps = _pipeline(target, preset, pipeline, passes, disable, stop_after)
+    seconds: dict[str, float] = {}
+
+    with _timed(seconds, "load"):
+        tell("reading the checkpoint", 0, 1)
+        source = open_checkpoint(checkpoint)
+        if check:
+            source.scan_finite()  # a NaN would look like a pass that changes outputs
+        bounds = {"context": context, "policy": context_policy, "sinks": sinks, "max_append": max_append}
+        traced = load_program(source, bounds)
+        tell("reading the checkpoint", 1, 1)
+    with _timed(seconds, "passes"):
+        steps = _configured(steps, traced, precision, bounds)
+        checker = Checker(traced, source) if check else None
+        ready = _run_passes(traced, steps, checker, dump, tell, on_record)
+    precision = _precision_of(ready)
+    report = CompileReport(
+        Path(checkpoint),
+        None,
+        str(ready.meta["name"]),
+        str(ready.meta["kind"]),
+        target,
+        precision,
+        ready.record,
+    )
+    report.seconds, report.program, report.coverage = seconds, ready, coverage(ready)
+    if stop_after is not None:
+        return report
+
+    with _timed(seconds, "emit"):
+        tell("emitting the plan", 0, 1)
+        engine = emit(ready)
+        report.scratch_bytes = check_plan(engine)
+        tell("emitting the plan", 1, 1)
+    report.out = Path(out)
+    with PackageWriter(out, folder) as writer:
+        writer.add_json(PLAN, engine.plan)
+        writer.add_bytes(PROGRAM, print_program(ready, record=False).encode())
+        tokenizer = _add_tokenizer(writer, ready, source)
+        with _timed(seconds, "weights"):
+            writer.add_weights(_weight_items(engine, ready, source, tell))
+        with _timed(seconds, "golden"):
+            methods = len(ready.methods)
+            counter = iter(range(methods))
+            calls = record_golden(
+                ready, source, lambda name: tell("recording golden calls", next(counter), methods)
+            )
+            write_golden(writer, calls)
+            tell("recording golden calls", methods, methods)
+        with _timed(seconds, "digests"):
+            tell("digesting the checkpoint", 0, 1)
+            digests = source.digest()
+            tell("digesting the checkpoint", 1, 1)
+        manifest = Manifest(
+            model=ModelInfo(report.model, report.kind, digests),
+            methods=engine.methods,
+            states=engine.states,
+            session_bytes=engine.slot_bytes,
+            tick=_tick_layout(ready.meta["tick"]),
+            context=ContextInfo(**ready.meta["context"]),
+            memory=MemoryInfo(weight_entries(engine)[1], engine.arena_bytes, report.scratch_bytes),
+            targets={target: TargetInfo(PLAN, precision, "k16")},
+            tolerances=tolerances(calls, precision),
+            tokenizer=tokenizer,
+            producer={"tmlc": tmlc.__version__, "torch": torch.__version__},
+            pipeline=tuple(_stable(record) for record in ready.record),
+            required_features=FEATURES,
+        )
+        manifest = writer.finish(manifest)
+    report.weight_bytes, report.arena_bytes = manifest.memory.weight_bytes, engine.arena_bytes
+    report.session_bytes = engine.slot_bytes
+    report.package_bytes, report.digest = writer.size, writer.digest
+    return report
+
+
+def _tick_layout(tick: dict[str, Any]) -> TickLayout:
+    """The frontend's description of a tick, under the manifest's names."""
+    renamed = {"video_frames": "clip_frames", "samples_per_position": "out_hop", "eos": "eos_token_ids"}
+    fields = {renamed.get(name, name): value for name, value in tick.items()}
+    return TickLayout(**{**fields, "eos_token_ids": tuple(fields.get("eos_token_ids", ()))})
+
+
+def _check_choice(target: str, precision: str | None) -> None:
+    name = target.partition(":")[0]
+    if target not in TARGETS:
+        later = name in LATER_TARGETS
+        what = f"target {target} is not in this version of tmlc" if later else f"unknown target {target!r}"
+        raise TargetError(what, where="--target", fix=f"Use one of: {', '.join(TARGETS)}.")
+    if precision is not None and precision not in PRECISIONS:
+        later = precision in LATER_PRECISIONS
+        what = (
+            f"precision {precision} is not in this version of tmlc"
+            if later
+            else f"unknown precision {precision!r}"
+        )
+        raise UsageError(what, where="--precision", fix=f"Use one of: {', '.join(PRECISIONS)}.")
+
+
+def _pipeline(
+    target: str,
+    preset: str | None,
+    pipeline: str | Path | Pipeline | None,
+    passes: Sequence[str] | None,
+    disable: Iterable[str],
+    stop_after: str | None,
+) -> Pipeline:
+    """The steps that were asked for."""
+    if sum(given is not None for given in (preset, pipeline, passes)) > 1:
+        raise UsageError("give only one of preset, pipeline and passes", fix="Leave two of them out.")
+    if passes is not None:
+        steps = Pipeline.of(passes)
+    elif isinstance(pipeline, Pipeline):
+        steps = pipeline
+    else:
+        steps = load_pipeline(pipeline or preset or target)
+    if names := list(disable):
+        steps = steps.disable(names)
+    return steps if stop_after is None else steps.stop_after(stop_after)
+
+
+def _configured(
+    steps: Pipeline,
+    traced: Program,
+    precision: str | None,
+    bounds: dict[str, Any],
+) -> Pipeline:
+    """The steps with the settings that a call of `compile` may override."""
+    kv_dtype = {"bf16": "bf16", "fp32": "f32", None: None}[precision]
+    steps = steps.configure("quantize.cast", precision=precision)
+    steps = steps.configure("state.insert", **bounds, kv_dtype=kv_dtype)
+    limits = {
+        name: min(MAX_N[name], method.max_n) for name, method in traced.methods.items() if name in MAX_N
+    }
+    chosen: dict[str, int] = {}
+    for step in steps.steps:
+        chosen |= step.config.get("max_n", {}) if step.name == "memory.plan" else {}
+    return steps.configure("memory.plan", max_n=limits | chosen)
+
+
+def _run_passes(
+    traced: Program,
+    steps: Pipeline,
+    checker: Checker | None,
+    dump: str | Path | None,
+    tell: Progress,
+    on_record: Callable[[PassRecord], None] | None,
+) -> Program:
+    done = 0
+
+    def count(record: PassRecord) -> None:
+        nonlocal done
+        done += 1
+        tell("running passes", done, len(steps.steps))
+        if on_record is not None:
+            on_record(record)
+
+    tell("running passes", 0, len(steps.steps))
+    return run_pipeline(traced, steps, checker=checker, dump=dump, on_record=count)
+
+
+def _precision_of(ready: Program) -> str:
+    """What the passes that ran have made of the weights."""
+    chosen = [str(r.config.get("precision", "fp32")) for r in ready.record if r.name == "quantize.cast"]
+    return chosen[-1] if chosen else "fp32"
+
+
+def _add_tokenizer(writer: PackageWriter, ready: Program, source: Checkpoint) -> str | None:
+    """Copies the checkpoint's tokenizer into the package; its name there."""
+    name = ready.meta.get("tokenizer")
+    if not name:
+        return None
+    path = Path(source.folder) / str(name)
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(
+            f"the tokenizer cannot be read: {error.strerror or error}",
+            where=str(path),
+            fix="Export it again.",
+        ) from error
+    writer.add_bytes(TOKENIZER, data)
+    return TOKENIZER
+
+
+def _weight_items(engine: CpuEngine, ready: Program, source: Checkpoint, tell: Progress) -> list[WeightItem]:
+    """The tensors of the package, each made (evaluated, checked, packed) only when it is written."""
+    count = len(engine.weights)
+
+    def produce(number: int, packed: PackedWeight) -> Iterator[Any]:
+        tell("packing weights", number, count)
+        tensor = ready.weights.evaluate(packed.weight, source)
+        try:
+            check_finite(tensor, packed.weight)
+        except CheckpointError as error:
+            raise _culprit(ready, source, packed.weight) or error from None
+        yield from packed.pieces(tensor)
+        tell("packing weights", number + 1, count)
+
+    return [
+        WeightItem(w.name, w.dtype, (w.rows, w.cols), partial(produce, number, w))
+        for number, w in enumerate(engine.weights)
+    ]
+
+
+def _culprit(ready: Program, source: Checkpoint, weight: str) -> TmlcError | None:
+    """The error that names the checkpoint's own tensor, where a weight made of several is not finite."""
+    for name in ready.weights.tensors([weight]):
+        try:
+            check_finite(source.get(name), name)
+        except CheckpointError as error:
+            return error
+    return None
+
+
+def _stable(record: PassRecord) -> dict[str, Any]:
+    """A pass record without times: the same input must give the same package, byte by byte."""
+    return {name: value for name, value in record.to_json().items() if name not in ("ms", "error")}
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - start
