@@ -15,7 +15,7 @@ __all__ = ["Dim", "Size", "at", "parse_size"]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Dim:
-    """The size `a·n + b`. Arithmetic is exact; where it cannot be (n·n, an uneven division) it raises IRError."""
+    """The size `a·n + b`. Arithmetic is exact; where it cannot be (n·n, uneven division) it raises IRError."""
 
     a: int
     b: int = 0

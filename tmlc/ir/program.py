@@ -235,9 +235,7 @@ def role(node: fx.Node) -> tuple[str, str]:
     """(kind, name) of a placeholder."""
     found = node.meta.get("role")
     if not (isinstance(found, tuple) and len(found) == 2 and found[0] in ROLES):
-        raise IRError(
-            f"placeholder {node.name} has no role", fix=f"set meta['role'] = (one of {ROLES}, name)"
-        )
+        raise IRError(f"placeholder {node.name} has no role", fix=f"set meta['role'] = (one of {ROLES}, name)")
     return found
 
 
@@ -270,9 +268,7 @@ def items(node: fx.Node) -> tuple[fx.Node, ...]:
 def replace(old: fx.Node, new: fx.Node) -> None:
     """Lets every reader of `old` read `new`, and erases `old` (results of one call: replace its items)."""
     if old.meta.get("type") != new.meta.get("type"):
-        raise IRError(
-            f"{new.name}: {new.meta.get('type')} cannot stand for {old.name}: {old.meta.get('type')}"
-        )
+        raise IRError(f"{new.name}: {new.meta.get('type')} cannot stand for {old.name}: {old.meta.get('type')}")
     old.replace_all_uses_with(new)
     old.graph.erase_node(old)
 
@@ -293,11 +289,7 @@ def positional(spec: OpSpec, args: Sequence[Any], kwargs: Mapping[str, Any]) -> 
         raise IRError(f"{spec.name} does not take {', '.join(map(str, rest))}", where=spec.schema)
     for i, argument in enumerate(schema):
         kind = argument.type
-        if (
-            isinstance(kind, torch.FloatType)
-            and isinstance(values[i], int)
-            and not isinstance(values[i], bool)
-        ):
+        if isinstance(kind, torch.FloatType) and isinstance(values[i], int) and not isinstance(values[i], bool):
             values[i] = float(values[i])
         if isinstance(kind, torch.ListType) and isinstance(values[i], (list, tuple)):
             number = float if isinstance(kind.getElementType(), torch.FloatType) else int

@@ -121,9 +121,7 @@ class _Parser:
     def program(self) -> Program:
         try:
             if not self.next_line() or self.line.strip() != HEADER:
-                raise IRError(
-                    f"the first line is not {HEADER!r}", fix="this tmlc reads version 1 of the text form"
-                )
+                raise IRError(f"the first line is not {HEADER!r}", fix="this tmlc reads version 1 of the text form")
             while self.next_line():
                 self.statement()
         except IRError as error:

@@ -80,9 +80,7 @@ class TensorType:
         return TensorType(dtype_name(tensor.dtype), tuple(tensor.shape))
 
 
-ValueType = (
-    TensorType | tuple[TensorType, ...]
-)  # what node.meta["type"] holds: a tuple for ops of 0 or 2 outputs
+ValueType = TensorType | tuple[TensorType, ...]  # what node.meta["type"] holds: a tuple for ops of 0 or 2 outputs
 
 
 def parse_type(text: str) -> TensorType:

@@ -50,10 +50,11 @@ def verify(program: Program) -> None:
             _fail("method", name, "", f"method {method.name!r} is stored as {name!r}")
         _graph(method)
         _roles(program, method)
+        _inputs(method)
         for node in method.graph.nodes:
             if node.op == "call_function":
                 _call(method, node)
-        _signature(method)
+        _outputs(method)
         _states(method)
         _position(method)
     _declared_states(program)
@@ -145,9 +146,7 @@ def _call(method: Method, node: fx.Node) -> None:
     except IRError as error:
         _fail("type", method.name, node.name, f"{spec.name}: {error.what}")
     if made != node.meta.get("type"):
-        _fail(
-            "type", method.name, node.name, f"{spec.name} gives {made}, the node says {node.meta.get('type')}"
-        )
+        _fail("type", method.name, node.name, f"{spec.name} gives {made}, the node says {node.meta.get('type')}")
 
 
 def _getitem(method: Method, node: fx.Node) -> None:
@@ -183,7 +182,7 @@ def _fits(kind: Any, value: Any) -> bool:
     return isinstance(value, float)
 
 
-def _signature(method: Method) -> None:
+def _inputs(method: Method) -> None:
     if method.max_n < 1:
         _fail("method", method.name, "", f"max_n is {method.max_n}")
     types = [type_of(node) for node in method.inputs]
@@ -192,6 +191,9 @@ def _signature(method: Method) -> None:
             _fail("method", method.name, node.name, f"an input must be rows x fixed columns, not {have}")
     if not any(isinstance(have.shape[0], Dim) for have in types):
         _fail("method", method.name, "", "no input has rows that grow with n")
+
+
+def _outputs(method: Method) -> None:
     returned = method.output_node.args
     if len(returned) != 1 or not isinstance(returned[0], (fx.Node, tuple, list)) or not method.outputs:
         _fail("method", method.name, "", "the method returns nothing")
@@ -217,9 +219,7 @@ def _states(method: Method) -> None:
             if state not in states:
                 _fail("state", method.name, node.name, f"{spec.name}: {name} must be a state")
             if name in spec.mutates and writers.setdefault(state, node) is not node:
-                _fail(
-                    "state", method.name, node.name, f"{state.name} is changed by {writers[state].name} too"
-                )
+                _fail("state", method.name, node.name, f"{state.name} is changed by {writers[state].name} too")
         taken = [state for _, state in bound]
         if len(set(taken)) != len(taken):
             _fail("state", method.name, node.name, f"{spec.name} takes one state twice")
@@ -251,9 +251,7 @@ def _position(method: Method) -> None:
             _fail("position", method.name, node.name, "it reads another position than the one that advances")
         capacity, window, sinks = type_of(args["k_cache"]).shape[0], args["window"], args["sinks"]
         if window == 0 and not 0 < limit <= capacity:
-            _fail(
-                "cache", method.name, node.name, f"a linear cache of {capacity} rows, advance limit {limit}"
-            )
+            _fail("cache", method.name, node.name, f"a linear cache of {capacity} rows, advance limit {limit}")
         if window > 0 and capacity - sinks < window - 1 + method.max_n:
             need = f"{sinks} sinks, a window of {window} and {method.max_n} new positions"
             _fail("cache", method.name, node.name, f"a ring of {capacity} rows cannot hold {need}")
@@ -281,12 +279,7 @@ def _facts(program: Program) -> None:
                 _fail("fact", name, node.name, f"{spec.name} has no state in a stateful program")
             if Fact.EXPERTS_STACKED in program.facts and spec.name == "shared_experts":
                 _fail("fact", name, node.name, "shared_experts in a program whose experts are stacked")
-            if (
-                Fact.MEMORY_PLANNED in program.facts
-                and not spec.view
-                and spec.outputs
-                and "arena" not in node.meta
-            ):
+            if Fact.MEMORY_PLANNED in program.facts and not spec.view and spec.outputs and "arena" not in node.meta:
                 _fail("fact", name, node.name, f"{spec.name} has no arena place in a planned program")
     if program.states and Fact.STATEFUL not in program.facts:
         _fail("fact", "", next(iter(program.states)), "a state in a program that is not stateful")

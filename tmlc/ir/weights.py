@@ -182,9 +182,7 @@ class WeightMap:
         else:
             value = self.evaluate(entry.srcs[0], source)
             if entry.op == "slice":
-                value = value.narrow(
-                    entry.args["axis"], entry.args["start"], entry.args["stop"] - entry.args["start"]
-                )
+                value = value.narrow(entry.args["axis"], entry.args["start"], entry.args["stop"] - entry.args["start"])
             out.copy_(value.reshape(entry.shape))
 
 

@@ -28,9 +28,7 @@ def _attention(
 ) -> TensorType:
     n, cols = matrix(q, "q")
     d = exact(cols, num_heads, "columns of q per head")
-    need(
-        num_kv_heads > 0 and num_heads % num_kv_heads == 0, f"{num_heads} heads over {num_kv_heads} kv heads"
-    )
+    need(num_kv_heads > 0 and num_heads % num_kv_heads == 0, f"{num_heads} heads over {num_kv_heads} kv heads")
     for t, name in ((k, "k"), (v, "v")):
         rows, kv_cols = matrix(t, name)
         need(rows == n and kv_cols == num_kv_heads * d, f"{name} must be [{n}, {num_kv_heads * d}], not {t}")
@@ -38,21 +36,15 @@ def _attention(
     if rel is not None and rel_table is not None:
         rows, rel_cols = matrix(rel, "rel")
         ranks, _ = matrix(rel_table, "rel_table")
-        need(
-            rows == n and rel_cols == num_heads * ranks, f"rel must be [{n}, {num_heads}·{ranks}], not {rel}"
-        )
+        need(rows == n and rel_cols == num_heads * ranks, f"rel must be [{n}, {num_heads}·{ranks}], not {rel}")
     need(window >= 0 and sinks >= 0, f"window {window} and sinks {sinks} must not be negative")
     return q
 
 
-_HEADS = (
-    "int num_heads, int num_kv_heads, float scale, int window, int sinks, float log_floor, float log_alpha"
-)
+_HEADS = "int num_heads, int num_kv_heads, float scale, int window, int sinks, float log_floor, float log_alpha"
 
 
-@op(
-    f"attention(Tensor q, Tensor k, Tensor v, Tensor? rel, Tensor? rel_table, {_HEADS}) -> Tensor", _attention
-)
+@op(f"attention(Tensor q, Tensor k, Tensor v, Tensor? rel, Tensor? rel_table, {_HEADS}) -> Tensor", _attention)
 def attention(
     q: Tensor,
     k: Tensor,
@@ -147,9 +139,7 @@ def _attention_state(
     log_floor: float,
     log_alpha: float,
 ) -> TensorType:
-    result = _attention(
-        q, k, v, rel, rel_table, num_heads, num_kv_heads, scale, window, sinks, log_floor, log_alpha
-    )
+    result = _attention(q, k, v, rel, rel_table, num_heads, num_kv_heads, scale, window, sinks, log_floor, log_alpha)
     need(position == TensorType("i64", (1, 1)), f"position must be i64[1, 1], not {position}")
     for t, name in ((k_cache, "k_cache"), (v_cache, "v_cache")):
         rows, cols = matrix(t, name, ("f32", "bf16"))
@@ -189,8 +179,7 @@ def attention_state(
     held = min(start + n, capacity) if window == 0 else min(window - 1 + n, start + n)
     if held > capacity - (sinks if window else 0) or (window == 0 and start + n > capacity):
         raise ContextFullError(
-            f"{n} new positions after {start} do not fit a cache of {capacity} rows "
-            f"(window {window}, sinks {sinks})",
+            f"{n} new positions after {start} do not fit a cache of {capacity} rows (window {window}, sinks {sinks})",
             fix="append fewer positions at a time, or compile with a larger context or max_append",
         )
     new = torch.arange(start, start + n, device=q.device)

@@ -62,9 +62,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (normed * wide(weight.reshape(d), x)).reshape(x.shape)
 
 
-def _add_rms_norm(
-    x: TensorType, residual: TensorType, weight: TensorType, eps: float
-) -> tuple[TensorType, ...]:
+def _add_rms_norm(x: TensorType, residual: TensorType, weight: TensorType, eps: float) -> tuple[TensorType, ...]:
     same(x, residual)
     need(vector(weight, "weight") == x.shape[1], f"weight must have {x.shape[1]} columns, not {weight}")
     return x, x

@@ -12,9 +12,7 @@ from tmlc.ir.ops.registry import exact, matrix, need, op, vector, wide
 from tmlc.ir.types import TensorType
 
 
-def _dmel(
-    pcm: TensorType, window: TensorType, filters: TensorType, lo: float, hi: float, levels: int
-) -> TensorType:
+def _dmel(pcm: TensorType, window: TensorType, filters: TensorType, lo: float, hi: float, levels: int) -> TensorType:
     n, hop = matrix(pcm, "pcm")
     width = vector(window, "window")
     bands, bins = matrix(filters, "filters")
@@ -30,9 +28,7 @@ def dmel(pcm: Tensor, window: Tensor, filters: Tensor, lo: float, hi: float, lev
     return _levels(pcm, pcm.new_zeros(1, window.shape[-1] - pcm.shape[1]), window, filters, lo, hi, levels)
 
 
-def _levels(
-    pcm: Tensor, tail: Tensor, window: Tensor, filters: Tensor, lo: float, hi: float, levels: int
-) -> Tensor:
+def _levels(pcm: Tensor, tail: Tensor, window: Tensor, filters: Tensor, lo: float, hi: float, levels: int) -> Tensor:
     """In float64: the nearest float32 centre wants more digits than a float32 transform has."""
     signal = torch.cat([tail.reshape(-1), pcm.reshape(-1)]).double()
     frames = signal.unfold(0, window.shape[-1], pcm.shape[1]) * window.double().reshape(1, -1)
@@ -61,14 +57,11 @@ def _dmel_state(
 
 
 @op(
-    "dmel_state(Tensor pcm, Tensor window, Tensor filters, Tensor(a!) tail, float lo, float hi, int levels)"
-    " -> Tensor",
+    "dmel_state(Tensor pcm, Tensor window, Tensor filters, Tensor(a!) tail, float lo, float hi, int levels) -> Tensor",
     _dmel_state,
     from_pass=True,
 )
-def dmel_state(
-    pcm: Tensor, window: Tensor, filters: Tensor, tail: Tensor, lo: float, hi: float, levels: int
-) -> Tensor:
+def dmel_state(pcm: Tensor, window: Tensor, filters: Tensor, tail: Tensor, lo: float, hi: float, levels: int) -> Tensor:
     """dmel that continues after the samples in `tail`, which becomes the last W-hop samples."""
     out = _levels(pcm, tail, window, filters, lo, hi, levels)
     tail.copy_(torch.cat([tail, pcm.reshape(1, -1)], 1)[:, pcm.numel() :])
@@ -97,8 +90,7 @@ def _patchify(
 
 
 @op(
-    "patchify(Tensor video, int frames, int height, int patch, int[] folds, float[] mean, float[] std)"
-    " -> Tensor",
+    "patchify(Tensor video, int frames, int height, int patch, int[] folds, float[] mean, float[] std) -> Tensor",
     _patchify,
 )
 def patchify(
@@ -149,9 +141,7 @@ def _lay(frames: Tensor, window: Tensor, hop: int, overlap: Tensor) -> tuple[Ten
     """(pcm[n, hop], the samples still open [1, W-hop]); a sample sums its frames oldest first."""
     n, width = frames.shape
     pieces = -(-width // hop)
-    windowed = torch.nn.functional.pad(
-        frames * wide(window.reshape(1, -1), frames), (0, pieces * hop - width)
-    )
+    windowed = torch.nn.functional.pad(frames * wide(window.reshape(1, -1), frames), (0, pieces * hop - width))
     parts = windowed.reshape(n, pieces, hop)
     start = torch.nn.functional.pad(overlap.reshape(-1), (0, (n + pieces - 1) * hop - (width - hop)))
     out = start.reshape(n + pieces - 1, hop)

@@ -75,9 +75,7 @@ def router(
     return sink_router(nnf.linear(x, wide(weight, x)), bias, scale, top_k, n_shared, route_scale)
 
 
-def _moe(
-    x: TensorType, weights: TensorType, experts: TensorType, gate_up: TensorType, down: TensorType
-) -> TensorType:
+def _moe(x: TensorType, weights: TensorType, experts: TensorType, gate_up: TensorType, down: TensorType) -> TensorType:
     n, d = matrix(x, "x")
     _routes(n, weights, "weights", "f32")
     _routes(n, experts, "experts", "i64")
@@ -133,9 +131,7 @@ def _shared_experts(
     return x
 
 
-@op(
-    "shared_experts(Tensor x, Tensor weights, Tensor gate, Tensor up, Tensor down) -> Tensor", _shared_experts
-)
+@op("shared_experts(Tensor x, Tensor weights, Tensor gate, Tensor up, Tensor down) -> Tensor", _shared_experts)
 def shared_experts(x: Tensor, weights: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
     """Σ_s weights_s · down_s(silu(gate_s x)·up_s x): the experts that every position uses."""
     out = torch.zeros_like(x)

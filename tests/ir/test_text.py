@@ -1,0 +1,96 @@
+"""Programs survive being printed and read; broken text is refused with its line."""
+
+import pytest
+
+from tmlc.errors import IRError
+from tmlc.ir.program import Fact
+from tmlc.ir.text import parse_program, print_program
+from tmlc.ir.verify import verify
+
+
+@pytest.mark.parametrize("which", ["stateless", "stateful"])
+def test_round_trip_keeps_structure_types_weights_states_and_records(which, request):
+    program = request.getfixturevalue(which)
+    verify(program)
+    text = print_program(program)
+    again = parse_program(text)
+    verify(again)
+    assert print_program(again) == text == print_program(program.clone())
+    assert again.weights == program.weights
+    assert (again.states, again.facts, again.record, again.meta) == (
+        program.states,
+        program.facts,
+        program.record,
+        program.meta,
+    )
+    (before,), (after,) = program.methods.values(), again.methods.values()
+    assert after.max_n == before.max_n
+    for a, b in zip(before.graph.nodes, after.graph.nodes, strict=True):
+        assert (a.op, a.target if a.op == "call_function" else "", a.meta) == (
+            b.op,
+            b.target if b.op == "call_function" else "",
+            b.meta,
+        )
+
+
+def test_arena_places_survive(stateless):
+    x, routes = stateless.methods["decode"].calls()[0], stateless.methods["decode"].calls("sink_router")[0]
+    x.meta["arena"], routes.meta["arena"] = (64, 128), [(0, 64), (192, 96)]
+    again = parse_program(print_program(stateless)).methods["decode"]
+    assert again.calls()[0].meta["arena"] == (64, 128)
+    assert again.calls("sink_router")[0].meta["arena"] == [(0, 64), (192, 96)]
+
+
+def test_types_that_can_be_inferred_may_be_left_out(stateless, stateless_text):
+    lines = []
+    for line in stateless_text.split("\n"):
+        keep = "source(" in line or "input" in line
+        lines.append(line if keep else line.rsplit(" : ", 1)[0])
+    assert print_program(parse_program("\n".join(lines))) == print_program(stateless)
+
+
+def test_numbered_text_does_not_depend_on_names(stateless, stateless_text):
+    renamed = parse_program(stateless_text.replace("%kv ", "%kv_both ").replace("%kv,", "%kv_both,"))
+    assert print_program(renamed) != print_program(stateless)
+    text = print_program(stateless, numbered=True)
+    assert print_program(renamed, numbered=True) == text
+    assert print_program(parse_program(text), numbered=True) == text
+
+
+def test_comments_and_blank_lines_are_skipped(stateless, stateless_text):
+    noisy = stateless_text.replace("\n", "\n\n# a remark\n")
+    assert print_program(parse_program(noisy)) == print_program(stateless)
+
+
+@pytest.mark.parametrize(
+    "old, new, message",
+    [
+        ("tmlc-ir 1", "tmlc-ir 2", "first line"),
+        ("facts canonical", "facts canoncal", "unknown fact 'canoncal'"),
+        ("meta {", "meta [", "JSON"),
+        ('weight "kv" = concat', 'weight "k" = concat', "declared twice"),
+        ("%q = linear(", "%q = liner(", "unknown op 'liner'"),
+        ("%q = linear(%normed,", "%q = linear(%nrmed,", "%nrmed is not defined"),
+        ("%q = linear(", "%x = linear(", "%x is defined twice"),
+        ("eps=1e-06", "epsilon=1e-06", "lacks the argument eps"),
+        ("top_k=2", "top_k=", "JSON value"),
+        ("f32[n, 8]", "f32[n*, 8]", "not a size"),
+        ("f32[n, 8]", "f33[n, 8]", "unknown dtype"),
+        ("item(%routes, 0)", "item(%routes)", "item takes"),
+        ("return", "retrun", "a value expected"),
+        ("max_n=4) {", "max_n=4)", "expected"),
+        ("  return %out, %experts\n}", "", "has no end"),
+        ("%out, %experts", "%out, %experts %q", "unexpected"),
+        ("method decode", "methd decode", "unknown statement 'methd'"),
+    ],
+)
+def test_broken_text_names_the_line(stateless_text, old, new, message):
+    assert old in stateless_text
+    with pytest.raises(IRError, match=message) as caught:
+        parse_program(stateless_text.replace(old, new, 1))
+    assert caught.value.where.startswith("line ")
+
+
+def test_facts_are_read(stateful):
+    assert stateful.facts == {Fact.CANONICAL, Fact.STATEFUL}
+    assert stateful.record[0].name == "state.insert" and stateful.record[0].config == {"context": 32}
