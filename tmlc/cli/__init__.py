@@ -1,0 +1,1 @@
+"""The command line: a file per verb, thin over the public interface and `tmlc.report`."""

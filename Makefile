@@ -1,0 +1,60 @@
+# Every target does its own set-up in .venv; the set-up runs again only when what it depends on has changed.
+#   make demo      from a checkpoint to a conversation, on this machine
+#   make test      lint, types and the tests that take seconds (what CI runs)
+#   make test-all  the tests that take minutes too
+#   make perf      measure; prints figures beside their targets and writes perf/results/<machine>.json
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+BUILD_INPUTS := pyproject.toml setup.py $(wildcard kernels/cpu/src/*)
+DEMO := out/demo
+RECORDING := --audio examples/demo/speech.wav --video examples/demo/camera.mp4 --text examples/demo/typed.yaml
+
+# PyTorch and the kernels' own pool would both take all cores.
+export OMP_NUM_THREADS ?= 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo test test-all perf lint types clean
+.DEFAULT_GOAL := test
+.DELETE_ON_ERROR:
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/demo.stamp: $(BUILD_INPUTS) | $(BIN)/python
+	@echo "installing tmlc with [compile,media] into $(VENV) and building its kernels; the first time takes some minutes"
+	$(BIN)/python -m pip install --quiet -e '.[compile,media]'
+	@touch $@
+
+$(VENV)/dev.stamp: $(BUILD_INPUTS) | $(BIN)/python
+	@echo "installing tmlc with [dev] into $(VENV) and building its kernels; the first time takes some minutes"
+	$(BIN)/python -m pip install --quiet -e '.[dev]'
+	@touch $(VENV)/demo.stamp $@
+
+demo: $(VENV)/demo.stamp
+	@mkdir -p $(DEMO)
+	$(BIN)/tmlc zoo create nano --seed 0 -o $(DEMO)/nano --force
+	$(BIN)/tmlc compile $(DEMO)/nano -o $(DEMO)/nano.tmlc --check --force
+	$(BIN)/tmlc verify $(DEMO)/nano.tmlc
+	$(BIN)/tmlc run $(DEMO)/nano.tmlc $(RECORDING) -o $(DEMO) --force
+	$(BIN)/tmlc profile $(DEMO)/nano.tmlc $(RECORDING) -o $(DEMO)/report --force
+	@echo; echo "in $(DEMO): output.wav transcript.txt timeline.jsonl report.json report.txt"
+
+lint: $(VENV)/dev.stamp
+	$(BIN)/ruff check .
+
+types: $(VENV)/dev.stamp
+	$(BIN)/mypy
+
+test: lint types
+	$(BIN)/python -m pytest -q -m "not slow"
+
+test-all: lint types
+	$(BIN)/python -m pytest -q
+
+perf: $(VENV)/dev.stamp
+	$(BIN)/python -m pytest -q perf
+
+clean:
+	rm -rf build out .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -1,0 +1,37 @@
+"""`tmlc doctor`."""
+
+import tmlc.report.doctor as doctor
+
+
+def test_it_names_every_target_and_extra(tmlc_cli):
+    out = tmlc_cli("doctor").stdout
+    assert all(word in out for word in ("cpu", "triton", "tensorrt", "onnx", "media", "C++ compiler", "portable"))
+
+
+def test_json_has_the_same(tmlc_cli):
+    view = tmlc_cli("doctor", "--json").json
+    targets = {t["name"]: t for t in view["targets"]}
+    assert targets["cpu"]["compile"] and targets["cpu"]["run"] and view["healthy"]
+    assert "portable" in view["cpu_kernels"]["available"]
+    assert view["cpu_kernels"]["chosen"] == view["cpu_kernels"]["available"][0]
+
+
+def test_what_is_missing_comes_with_the_command_that_installs_it(tmlc_cli, monkeypatch):
+    monkeypatch.setattr(doctor, "installed", lambda name: None)
+    out = tmlc_cli("doctor").stdout
+    for extra in doctor.EXTRAS:
+        assert f"pip install 'tmlc[{extra}]'" in out
+
+
+def test_a_kernel_variant_that_is_not_there_is_said_and_fails(tmlc_cli, monkeypatch):
+    monkeypatch.setenv("TMLC_CPU_ISA", "abacus")
+    view = tmlc_cli("doctor", "--json", code=1).json
+    assert not view["healthy"]
+    cpu = view["targets"][0]
+    assert not cpu["run"] and "abacus" in cpu["note"] and cpu["fix"]
+
+
+def test_without_torch_the_cpu_still_runs_packages(tmlc_cli, monkeypatch):
+    monkeypatch.setattr(doctor, "find_spec", lambda name: None)
+    cpu = tmlc_cli("doctor", "--json", code=1).json["targets"][0]
+    assert cpu["run"] and not cpu["compile"] and cpu["fix"] == "pip install 'tmlc[compile]'"

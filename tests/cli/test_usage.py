@@ -1,0 +1,133 @@
+"""Help, exit codes and the two lines of an error, for every verb."""
+
+import subprocess
+import sys
+
+import pytest
+from click.testing import CliRunner
+
+from tmlc import __version__
+from tmlc.cli.main import VERBS, cli
+from tmlc.errors import CheckError
+
+
+def two_lines(text):
+    lines = text.strip("\n").split("\n")  # click ends the line of a ^C before ours
+    assert len(lines) == 2, text
+    assert lines[0].startswith("error: ") and lines[1].startswith("  ") and lines[1].strip()
+    return True
+
+
+def test_help_lists_every_verb_and_the_first_walk(tmlc_cli):
+    out = tmlc_cli("--help").stdout
+    assert all(f"  {verb} " in out for verb in VERBS)
+    assert "tmlc zoo create nano" in out
+
+
+@pytest.mark.parametrize("verb", list(VERBS))
+def test_every_verb_explains_itself_with_an_example(tmlc_cli, verb):
+    out = tmlc_cli(verb, "--help").stdout
+    assert f"Usage: tmlc {verb}" in out
+    assert f"  tmlc {verb}" in out[out.index("Examples:"):]
+
+
+@pytest.mark.parametrize("verb", ["compile", "inspect", "verify", "run", "profile", "doctor"])
+def test_every_verb_has_json_and_debug(tmlc_cli, verb):
+    out = tmlc_cli(verb, "--help").stdout
+    assert "--json" in out and "--debug" in out
+
+
+def test_version(tmlc_cli):
+    assert __version__ in tmlc_cli("--version").stdout
+
+
+def test_verbs_that_are_not_built_are_not_there(tmlc_cli):
+    for verb in ("serve", "replay", "eval", "plan", "nonsense"):
+        assert two_lines(tmlc_cli(verb, code=2).stderr)
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["compile"],
+        ["compile", "x"],
+        ["compile", "x", "-o", "y", "--nonsense"],
+        ["compile", "x", "-o", "y", "--context", "zero"],
+        ["compile", "x", "-o", "y", "--preset", "cpu", "--pipeline", "p.yaml"],
+        ["inspect"],
+        ["inspect", "missing.tmlc"],
+        ["verify", "missing.tmlc"],
+        ["run", "missing.tmlc", "-o", "out"],
+        ["run", "missing.tmlc"],
+        ["profile", "missing.tmlc"],
+        ["profile", "missing.tmlc", "--budget", "soon"],
+        ["profile", "missing.tmlc", "--seconds", "-1"],
+        ["zoo", "create", "nano"],
+        ["zoo", "create", "giant", "-o", "out"],
+        ["zoo", "nonsense"],
+        ["doctor", "now"],
+    ],
+)
+def test_wrong_usage_is_exit_2_and_two_lines(tmlc_cli, tmp_path, monkeypatch, args):
+    monkeypatch.chdir(tmp_path)
+    assert two_lines(tmlc_cli(*args, code=2).stderr)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_with_json_an_error_is_an_object_too(tmlc_cli):
+    result = tmlc_cli("inspect", "missing.tmlc", "--json", code=2)
+    assert set(result.json["error"]) == {"what", "where", "fix"}
+    assert result.json["error"]["where"] == "missing.tmlc"
+
+
+def failing(monkeypatch, error):
+    import tmlc.cli.doctor as doctor
+
+    def callback(as_json):
+        raise error
+
+    monkeypatch.setattr(doctor.command, "callback", callback)
+
+
+def test_a_failed_check_is_exit_1(tmlc_cli, monkeypatch):
+    failing(monkeypatch, CheckError("the outputs differ", where="decode", fix="compile again"))
+    assert "the outputs differ (decode)" in tmlc_cli("doctor", code=1).stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (OSError(28, "No space left on device", "x.tmlc"), 2, "free some space"),
+        (PermissionError(13, "Permission denied", "x.tmlc"), 2, "x.tmlc"),
+        (MemoryError(), 2, "not enough memory"),
+        (KeyboardInterrupt(), 130, "stopped"),
+        (ZeroDivisionError("division\nby zero"), 70, "a bug in tmlc: ZeroDivisionError: division by zero"),
+    ],
+)
+def test_other_failures_are_two_lines_with_their_own_codes(tmlc_cli, monkeypatch, error, code, words):
+    failing(monkeypatch, error)
+    text = tmlc_cli("doctor", code=code).stderr
+    assert two_lines(text) and words in text
+
+
+def test_a_traceback_comes_only_with_debug(monkeypatch):
+    failing(monkeypatch, ZeroDivisionError("x"))
+    assert "Traceback" not in CliRunner().invoke(cli, ["doctor"]).output
+    assert isinstance(CliRunner().invoke(cli, ["doctor", "--debug"]).exception, ZeroDivisionError)
+
+
+def test_a_reader_that_leaves_early_is_no_error():
+    code = "import sys; from tmlc.cli.main import cli; cli.main(['--help'])"
+    command = f"{sys.executable} -c \"{code}\" | true; exit ${{PIPESTATUS[0]}}"
+    assert subprocess.run(["bash", "-c", command], capture_output=True, check=False).returncode == 0
+
+
+def test_help_costs_neither_torch_nor_numpy():
+    code = (
+        "import sys; from click.testing import CliRunner; from tmlc.cli.main import cli\n"
+        "assert CliRunner().invoke(cli, ['--help']).exit_code == 0\n"
+        "assert CliRunner().invoke(cli, ['run', '--help']).exit_code == 0\n"
+        "assert not {'torch', 'numpy', 'rich'} & set(sys.modules), sorted(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,56 @@
+"""`tmlc zoo`."""
+
+import json
+
+from tmlc.model_zoo.interaction.config import PRESETS
+
+
+def test_list_gives_every_preset_with_its_size(tmlc_cli):
+    out = tmlc_cli("zoo", "list").stdout
+    assert all(name in out for name in PRESETS)
+    rows = {row["name"]: row for row in tmlc_cli("zoo", "list", "--json").json}
+    assert list(rows) == list(PRESETS)
+    assert 4e6 < rows["nano"]["parameters"] < 6e6
+    assert rows["small"]["active_parameters"] < rows["small"]["parameters"] / 5
+
+
+def test_create_writes_a_checkpoint_that_inspect_reads(tmlc_cli, checkpoint):
+    assert {"config.json", "tokenizer.json", "preprocessor_config.json"} <= {p.name for p in checkpoint.iterdir()}
+    view = tmlc_cli("inspect", checkpoint, "--json").json
+    assert view["model_type"] == "tmlc_interaction"
+    assert view["parameters"] == sum(_product(t["shape"]) for t in view["tensors"].values())
+
+
+def test_the_seed_decides_every_byte(tmlc_cli, checkpoint, tmp_path):
+    made = tmlc_cli("zoo", "create", "nano", "--seed", "0", "-o", tmp_path / "same", "--json").json
+    assert made["seed"] == 0 and made["shards"] >= 1
+    for path in checkpoint.iterdir():
+        assert (tmp_path / "same" / path.name).read_bytes() == path.read_bytes()
+    tmlc_cli("zoo", "create", "nano", "--seed", "1", "-o", tmp_path / "other")
+    name = next(p.name for p in checkpoint.iterdir() if p.suffix == ".safetensors")
+    assert (tmp_path / "other" / name).read_bytes() != (checkpoint / name).read_bytes()
+
+
+def test_shards_are_as_small_as_asked(tmlc_cli, tmp_path):
+    made = tmlc_cli("zoo", "create", "nano", "--shard-mb", "5", "-o", tmp_path / "nano", "--json").json
+    assert made["shards"] > 2
+    index = json.loads((tmp_path / "nano" / "model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) == made["shards"]
+
+
+def test_nothing_is_overwritten_without_force(tmlc_cli, tmp_path):
+    target = tmp_path / "nano"
+    target.mkdir()
+    (target / "mine.txt").write_text("precious")
+    assert "already exists" in tmlc_cli("zoo", "create", "nano", "-o", target, code=2).stderr
+    assert (target / "mine.txt").read_text() == "precious"
+    tmlc_cli("zoo", "create", "nano", "-o", target, "--force")
+    assert (target / "config.json").is_file() and not (target / "mine.txt").exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["nano"]
+
+
+def _product(shape):
+    result = 1
+    for size in shape:
+        result *= size
+    return result

@@ -1,0 +1,130 @@
+"""What verbs share: the options `--json` and `--debug`, JSON on stdout, progress and notes on stderr, safe
+outputs.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from tmlc.errors import UsageError
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+
+JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
+DEBUG = click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error.")
+FORCE = click.option("--force", is_flag=True, help="Replace what is already at the output path.")
+THREADS = click.option(
+    "--threads",
+    type=click.IntRange(1, 256),
+    metavar="N",
+    help="Kernel threads. Outputs do not depend on it.  [default: the machine's cores]",
+)
+
+
+def verb(name: str | None = None, *, example: str) -> Callable[[Callable[..., Any]], click.Command]:
+    """A click command with --json and --debug, and `example` lines at the end of its help."""
+    lines = "\n".join(f"  {line}" for line in example.strip().splitlines())
+
+    def wrap(function: Callable[..., Any]) -> click.Command:
+        command = click.command(name, epilog=f"\b\nExamples:\n{lines}")(JSON(DEBUG(function)))
+        command.params = command.params[2:] + command.params[:2]  # the two common options last in the help
+        return command
+
+    return wrap
+
+
+def print_json(value: Any) -> None:
+    """One JSON document on stdout, stable in the order of its keys."""
+    click.echo(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def stdout_console() -> Console:
+    """Where tables go: coloured on a terminal, plain and 110 columns wide in a pipe."""
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 110, highlight=False, soft_wrap=False)
+
+
+def show(*parts: RenderableType) -> None:
+    """Print tables and lines on stdout."""
+    console = stdout_console()
+    for part in parts:
+        console.print(part)
+
+
+def note(text: str) -> None:
+    """A line for a person, on stderr."""
+    click.echo(text, err=True)
+
+
+@contextmanager
+def progress(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
+    """Progress on stderr: yields `report(stage, done, total)`; a bar on a terminal, a line a stage
+    elsewhere.
+    """
+    if quiet:
+        yield lambda stage, done, total: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True, highlight=False)
+    if not console.is_terminal:
+        seen: set[str] = set()
+
+        def line(stage: str, done: int, total: int) -> None:
+            if stage not in seen:
+                seen.add(stage)
+                note(f"  {stage}")
+
+        yield line
+        return
+    bar = Progress(
+        TextColumn("{task.description:<28}"),
+        BarColumn(),
+        TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+        TimeElapsedColumn(),
+        console=console,
+    )
+    tasks: dict[str, TaskID] = {}
+
+    def report(stage: str, done: int, total: int) -> None:
+        if stage not in tasks:
+            tasks[stage] = bar.add_task(stage, total=max(total, 1))
+        bar.update(tasks[stage], completed=done, total=max(total, 1))
+
+    with bar:
+        yield report
+
+
+def check_output(path: Path, force: bool) -> None:
+    """Refuse to write over something that exists unless --force was given, or where no folder is to write
+    into.
+    """
+    if path.exists() and not force:
+        raise UsageError(
+            "the output already exists",
+            where=str(path),
+            fix="choose another path, or add --force to replace it",
+        )
+    parent = path.absolute().parent
+    if parent.exists() and not parent.is_dir():
+        raise UsageError("the output's parent is not a folder", where=str(parent), fix="choose another path")
+
+
+def require_compiler(purpose: str) -> None:
+    """UsageError with the command that installs it when PyTorch, which the compiler needs, is missing."""
+    if find_spec("torch") is None:
+        raise UsageError(
+            f"{purpose} needs PyTorch, which is not installed",
+            fix="install it with: pip install 'tmlc[compile]'",
+        )

@@ -1,0 +1,159 @@
+"""`tmlc profile`: latency of ticks and turns against the budget, memory, start-up."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from tmlc.cli.common import FORCE, THREADS, note, print_json, progress, show, verb
+from tmlc.cli.inputs import open_recording, recording_options, tick_shape
+from tmlc.cli.outputs import Outputs
+from tmlc.errors import UsageError
+
+SECONDS = 130.0
+
+
+@verb(
+    "profile",
+    example="""
+tmlc profile nano.tmlc
+tmlc profile nano.tmlc --audio speech.wav --video camera.mp4 --text typed.yaml -o out/report
+tmlc profile nano.tmlc --budget 300ms --threads 1 --json
+""",
+)
+@click.argument("package", type=click.Path(path_type=Path))
+@recording_options
+@click.option(
+    "--seconds",
+    type=click.FloatRange(0.4, 86400.0),
+    help=f"Length of the session.  [default: the recording's, or {SECONDS:g} of made-up input]",
+)
+@click.option(
+    "--clock",
+    type=click.Choice(["input", "wall"]),
+    default="input",
+    show_default=True,
+    help="input: tick after tick. wall: in real time, so that lateness counts.",
+)
+@click.option(
+    "--budget",
+    default="400ms",
+    show_default=True,
+    metavar="TIME",
+    help="Turn latency allowed; the step gets what waiting, decoding and sending leave of it.",
+)
+@click.option(
+    "--startup-runs",
+    type=click.IntRange(0, 100),
+    default=3,
+    show_default=True,
+    help="Fresh processes to measure start-up with.",
+)
+@click.option(
+    "--seed",
+    type=click.IntRange(0, 2**63 - 1),
+    default=0,
+    show_default=True,
+    help="Random stream of the session.",
+)
+@click.option(
+    "-o", "--out", type=click.Path(path_type=Path), metavar="STEM", help="Also write STEM.json and STEM.txt."
+)
+@THREADS
+@FORCE
+def command(
+    package: Path,
+    audio: Path | None,
+    video: Path | None,
+    fps: float,
+    text: Path | None,
+    seconds: float | None,
+    clock: str,
+    budget: str,
+    startup_runs: int,
+    seed: int,
+    out: Path | None,
+    threads: int | None,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Measure PACKAGE on this machine. Exit code 1 when a step's p99 is over what the budget leaves for it.
+
+    Without a recording it plays made-up input that keeps every part of the model busy.
+    """
+    import tmlc
+    from tmlc.report.latency import Budget, parse_milliseconds
+    from tmlc.report.profile import profile_engine, profile_tables, synthetic_recording
+    from tmlc.report.tables import plain_text
+    from tmlc.runtimes.core.clock import make_clock
+
+    total = parse_milliseconds(budget)
+    outputs = (
+        Outputs(out.absolute().parent, [f"{out.name}.json", f"{out.name}.txt"], force)
+        if out is not None
+        else None
+    )
+    engine = tmlc.load(package, threads=threads, sessions=1)
+    try:
+        shape = tick_shape(engine.manifest)
+        allowed = Budget(total, shape.duration_ms)
+        if allowed.step_ms <= 0:
+            raise UsageError(
+                f"a budget of {total:g} ms leaves no time for a step",
+                where="--budget",
+                fix=f"a tick alone takes {shape.duration_ms} ms to fill: allow more",
+            )
+        made_up = audio is None and video is None and text is None
+        if made_up:
+            length = SECONDS if seconds is None else seconds
+            recording = synthetic_recording(shape, length, engine.manifest.tick.audio_in > 0)
+        else:
+            recording = open_recording(engine.manifest, audio, video, fps, text)
+            length = recording.duration() if seconds is None else seconds
+        count = recording.count(length)
+        if count < 2:
+            raise UsageError(
+                "a profile needs at least two ticks",
+                where="--seconds",
+                fix="give a longer recording, or --seconds",
+            )
+        inputs = {
+            "what": "made-up audio, video and text"
+            if made_up
+            else ", ".join(str(p) for p in (audio, video, text) if p is not None),
+            "clock": clock,
+            "seed": seed,
+        }
+        with progress(as_json) as report:
+            view = profile_engine(
+                engine,
+                recording,
+                count,
+                make_clock(clock, shape.seconds),
+                allowed,
+                package=package,
+                inputs=inputs,
+                threads=threads,
+                seed=seed,
+                startup_runs=startup_runs,
+                report=report,
+            )
+    finally:
+        engine.close()
+    tables = profile_tables(view)
+    if outputs is not None and out is not None:
+        with outputs:
+            outputs.path(f"{out.name}.json").write_text(
+                json.dumps(view, indent=2, allow_nan=False) + "\n", encoding="utf-8"
+            )
+            outputs.path(f"{out.name}.txt").write_text(plain_text(tables), encoding="utf-8")
+    if as_json:
+        print_json(view)
+    else:
+        show(*tables)
+    if not view["turn_latency"]["within_budget"]:
+        worst = view["step_ms"]["p99"]
+        note(f"over budget: the step's p99 is {worst:.1f} ms, the budget leaves {allowed.step_ms:g} ms")
+        click.get_current_context().exit(1)

@@ -1,0 +1,34 @@
+"""What a compilation did, as tables."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from tmlc.report.tables import grid, megabytes, table
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+
+def compile_tables(view: dict[str, Any]) -> list[RenderableType]:
+    """The report of `tmlc compile` for a person; `view` is `CompileReport.to_json()`."""
+    passes = table("passes", "pass", "matches", "near misses", "ops", "ms")
+    for record in view["passes"]:
+        ops = f"{record['ops_before']} → {record['ops_after']}"
+        missed = str(len(record["near_misses"]))
+        passes.add_row(record["pass"], str(record["matches"]), missed, ops, f"{record['ms']:.0f}")
+    stages = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in view["seconds"].items())
+    lines = [
+        ("model", f"{view['model']} ({view['kind']}) for {view['target']}, {view['precision']}"),
+        ("took", stages),
+    ]
+    if view["out"] is not None:
+        lines += [
+            ("weights", megabytes(view["weight_bytes"])),
+            ("a session", megabytes(view["session_bytes"])),
+            ("arena", f"{megabytes(view['arena_bytes'])}, scratch {megabytes(view['scratch_bytes'])}"),
+            ("wrote", f"{view['out']} ({megabytes(view['package_bytes'])}, sha256 {view['digest'][:16]}…)"),
+        ]
+    missed = [(record["pass"], miss) for record in view["passes"] for miss in record["near_misses"]]
+    rest = [grid([(f"near miss in {name}", str(miss)) for name, miss in missed])] if missed else []
+    return [passes, *rest, grid(lines)]

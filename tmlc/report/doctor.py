@@ -1,0 +1,145 @@
+"""What this machine can compile for and run, and the command that installs what is missing (`tmlc
+doctor`).
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+from tmlc import __version__
+from tmlc.errors import TmlcError
+from tmlc.report.machine import gpus, installed, machine, tool
+from tmlc.report.tables import grid, megabytes, table
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+# Extra → the distributions it brings, and what they are for.
+EXTRAS = {
+    "compile": (("torch",), "compiling, tracing, the zoo"),
+    "media": (("soundfile", "soxr", "av", "pillow"), "reading audio and video in `run` and `profile`"),
+    "text": (("tokenizers",), "tokenizers other than byte-level ones"),
+    "triton": (("torch", "triton"), "the target triton"),
+    "tensorrt": (("torch", "tensorrt-rtx"), "the target tensorrt"),
+    "onnx": (("torch", "onnx", "onnxruntime"), "the target onnx"),
+    "serve": (("websockets",), "serving"),
+}
+# Targets of the design whose emitter is not in this version; each names the extra it will need.
+PLANNED = {"triton": "triton", "tensorrt": "tensorrt", "onnx": "onnx"}
+
+
+@dataclass(frozen=True)
+class TargetState:
+    """One target: can this machine compile for it, can it run it, and what is missing."""
+
+    name: str
+    compile: bool
+    run: bool
+    note: str
+    fix: str = ""
+
+
+def examine() -> dict[str, Any]:
+    """Everything that `tmlc doctor` says, ready for JSON."""
+    kernels = _kernels()
+    extras = {
+        name: {
+            "for": purpose,
+            "packages": {d: installed(d) for d in packages},
+            "complete": all(installed(d) for d in packages),
+            "install": f"pip install 'tmlc[{name}]'",
+        }
+        for name, (packages, purpose) in EXTRAS.items()
+    }
+    found = gpus()
+    targets = [_cpu(kernels), *(_planned(name, extra, extras, found) for name, extra in PLANNED.items())]
+    return {
+        "tmlc": __version__,
+        "machine": machine(),
+        "compiler": tool(os.environ.get("CXX", "c++"), "--version"),
+        "gpus": found,
+        "cpu_kernels": kernels,
+        "targets": [asdict(target) for target in targets],
+        "extras": extras,
+        "healthy": targets[0].compile and targets[0].run,
+    }
+
+
+def _kernels() -> dict[str, Any]:
+    from tmlc.kernels import cpu
+
+    state: dict[str, Any] = {
+        "available": [],
+        "chosen": None,
+        "override": os.environ.get("TMLC_CPU_ISA"),
+        "problem": None,
+    }
+    try:
+        state["available"] = list(cpu.available_isas())
+        library = cpu.load_library()
+        state["chosen"], state["operations"] = library.isa, len(library.ops)
+    except TmlcError as error:
+        state["problem"], state["fix"] = error.what, error.fix
+    return state
+
+
+def _cpu(kernels: dict[str, Any]) -> TargetState:
+    torch = find_spec("torch") is not None
+    if kernels["problem"]:
+        return TargetState("cpu", torch, False, kernels["problem"], kernels["fix"])
+    if not torch:
+        return TargetState(
+            "cpu", False, True, "runs packages; compiling needs PyTorch", "pip install 'tmlc[compile]'"
+        )
+    return TargetState("cpu", True, True, f"kernels {kernels['chosen']}")
+
+
+def _planned(name: str, extra: str, extras: dict[str, Any], found: list[str]) -> TargetState:
+    parts = ["not in this version of tmlc"]
+    if not extras[extra]["complete"]:
+        missing = [d for d, version in extras[extra]["packages"].items() if version is None]
+        parts.append(f"{', '.join(missing)} not installed")
+    if name != "onnx" and not found:
+        parts.append("no NVIDIA device here")
+    return TargetState(name, False, False, "; ".join(parts))
+
+
+def doctor_tables(view: dict[str, Any]) -> list[RenderableType]:
+    """The findings for a person."""
+    box, kernels = view["machine"], view["cpu_kernels"]
+    memory = megabytes(box["memory_bytes"]) if box["memory_bytes"] else "unknown"
+    forced = f" (TMLC_CPU_ISA={kernels['override']})" if kernels["override"] else ""
+    head = grid(
+        [
+            ("tmlc", f"{view['tmlc']}, Python {box['python']}"),
+            (
+                "machine",
+                f"{box['system']} {box['architecture']}, {box['cpu']}, {box['cores']} cores, {memory}",
+            ),
+            ("C++ compiler", view["compiler"] or "none (needed only to build the kernels from source)"),
+            ("GPU", ", ".join(view["gpus"]) or "none"),
+            (
+                "CPU kernels",
+                f"{', '.join(kernels['available']) or 'none'}; in use: {kernels['chosen'] or 'none'}{forced}",
+            ),
+        ]
+    )
+    targets = table("targets", "target", "compile", "run", "", "what to do")
+    for target in view["targets"]:
+        targets.add_row(
+            target["name"], _mark(target["compile"]), _mark(target["run"]), target["note"], target["fix"]
+        )
+    extras = table("extras", "extra", "installed", "for", "command")
+    for name, extra in view["extras"].items():
+        versions = ", ".join(f"{d} {version or 'missing'}" for d, version in extra["packages"].items())
+        extras.add_row(
+            name, versions, extra["for"], "" if extra["complete"] else extra["install"].replace("[", r"\[")
+        )
+    return [head, targets, extras]
+
+
+def _mark(yes: bool) -> str:
+    return "yes" if yes else "no"
