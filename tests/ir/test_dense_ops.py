@@ -53,6 +53,9 @@ def test_linear_takes_bfloat16_weights_and_accumulates_in_float32():
 def test_embeddings():
     table, levels = f32(12, 5), torch.tensor([[0, 3, 1], [2, 2, 0]])
     close(F.embedding(table.bfloat16(), torch.tensor([[7], [0]])), wide(table.bfloat16())[[7, 0]])
+    for outside in (-1, 12):
+        with pytest.raises(IndexError):
+            F.embedding(table, torch.tensor([[outside]]))
     want = sum(wide(table)[4 * b + levels[:, b].numpy()] for b in range(3))
     close(F.bag_embedding(table, levels, 4), want)
     with pytest.raises(IndexError, match=r"0\.\.3"):

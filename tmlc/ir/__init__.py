@@ -1,0 +1,1 @@
+"""The intermediate representation: programs of canonical ops, weights, text form, verifier, eager runner."""

@@ -24,6 +24,8 @@ def _embedding(table: TensorType, ids: TensorType) -> TensorType:
 @op("embedding(Tensor table, Tensor ids) -> Tensor", _embedding)
 def embedding(table: Tensor, ids: Tensor) -> Tensor:
     """Row lookup: out[i] = table[ids[i]]."""
+    if bool((ids < 0).any()):  # torch would count from the end
+        raise IndexError(f"an id outside 0..{table.shape[0] - 1}")
     return _float(table[ids[:, 0]])
 
 
