@@ -133,6 +133,12 @@ template <class T> TMLC_INLINE Two<T> reverse(Two<T> v) { return {reverse(v.hi),
 
 TMLC_INLINE v16 splat(float x) { v16 v; detail::splat(v, x); return v; }
 TMLC_INLINE w16 splat_int(int32_t x) { w16 v; detail::splat(v, x); return v; }
+TMLC_INLINE w16 lane_numbers() {
+    constexpr int32_t numbers[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    w16 v;
+    detail::load(v, numbers);
+    return v;
+}
 TMLC_INLINE v16 zero16() { return splat(0.0f); }
 
 // Sixteen floats from or to any address.
