@@ -211,6 +211,8 @@ class Plan:
             KernelError: an index out of range; the slot must not be used any more.
             UsageError: wrong n, sizes or arrays; nothing was changed.
         """
+        if self._handle is None:
+            raise UsageError("the plan is closed")
         if slot.dtype != np.uint8 or not slot.flags.c_contiguous or not slot.flags.writeable:
             raise UsageError("a slot is a writable flat uint8 array", where="slot")
         if not self._busy.acquire(blocking=False):

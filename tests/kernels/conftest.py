@@ -75,7 +75,8 @@ class Builder:
         self.weights += bytes(-len(self.weights) % 64)
         at = len(self.weights)
         self.weights += np.ascontiguousarray(array).tobytes()
-        return self.tensor("weight", "bf16" if array.dtype == np.uint16 else "f32", (0, array.shape[0]), array.shape[1], at)
+        dtype = "bf16" if array.dtype == np.uint16 else "f32"
+        return self.tensor("weight", dtype, (0, array.shape[0]), array.shape[1], at)
 
     def input(self, index: int, dtype: str, cols: int, rows: tuple[int, int] = (1, 0)) -> int:
         return self.tensor("input", dtype, rows, cols, index)
@@ -184,7 +185,7 @@ class Bench:
 
     @staticmethod
     def _wide(b: Builder, t: int) -> int:
-        space, dtype, _, rows_a, rows_b, cols, _ = b.tensors[t]
+        _, dtype, _, rows_a, rows_b, cols, _ = b.tensors[t]
         names = {v: k for k, v in DTYPES.items()}
         whole = b.arena(names[dtype], (rows_a, rows_b), cols + 7)
         offset = b.tensors[whole][2] + 3 * SIZES[names[dtype]]

@@ -1,0 +1,239 @@
+"""Attention, short convolutions and positions: streaming equals the whole sequence, bit for bit in any cut."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+
+from tmlc.errors import ContextFullError, PlanError
+
+
+@dataclass
+class Case:
+    heads: int = 4
+    kv: int = 2
+    d: int = 16
+    window: int = 0
+    sinks: int = 0
+    capacity: int = 64
+    rank: int = 0
+    extent: int = 0
+    scale: float = 0.25
+    log_floor: float = 0.0
+    log_alpha: float = 0.1
+    dtype: str = "f32"
+    max_n: int = 16
+
+
+CASES = {
+    "all_keys": Case(),
+    "odd_head": Case(heads=3, kv=1, d=7),
+    "one_head_each": Case(heads=5, kv=5, d=20),
+    "bias": Case(rank=3, extent=20),
+    "bias_long": Case(rank=16, extent=200, d=64, heads=8),
+    "log_scaled": Case(rank=2, extent=9, log_floor=10.0),
+    "window": Case(window=9, capacity=32, rank=4, extent=9),
+    "window_bias_shorter": Case(window=20, capacity=48, rank=4, extent=7, log_floor=5.0),
+    "sinks": Case(window=17, sinks=16, capacity=48, rank=4, extent=40),
+    "window_one": Case(window=1, capacity=16, rank=1, extent=3),
+    "wide_group": Case(heads=24, kv=1, d=33, window=30, capacity=64),
+    "bf16": Case(dtype="bf16", window=9, capacity=32, rank=4, extent=9, d=18),
+    "bf16_all_keys": Case(dtype="bf16", d=64),
+}
+
+
+def make(bench, case: Case, tensors: dict, threads: int = 1):
+    b = bench.Builder(max_n=case.max_n)
+    q_cols, k_cols = case.heads * case.d, case.kv * case.d
+    ins = [b.input(0, "f32", q_cols), b.input(1, "f32", k_cols), b.input(2, "f32", k_cols)]
+    y = b.output(0, "f32", q_cols)
+    position = b.slot("i64", 1, 1)
+    k_cache = b.slot(case.dtype, case.kv * case.capacity // 16, case.d * 16)
+    v_cache = b.slot(case.dtype, case.kv * case.capacity, case.d)
+    extra = []
+    if case.rank:
+        ins.append(b.input(3, "f32", case.heads * case.rank))
+        extra = [ins[3], b.weight(tensors["table"])]
+    ints = [case.heads, case.kv, case.window, case.sinks, case.capacity]
+    floats = [case.scale, case.log_floor, case.log_alpha]
+    limit = case.capacity if case.window == 0 else 0
+    b.method(
+        ins,
+        [y],
+        [
+            ("attention", [y, *ins[:3], position, k_cache, v_cache, *extra], ints, floats),
+            ("advance", [position], [limit]),
+        ],
+    )
+    return b.build(bench.library, threads)
+
+
+def inputs(case: Case, n: int, rng) -> dict:
+    t = {
+        "q": rng.standard_normal((n, case.heads * case.d)),
+        "k": rng.standard_normal((n, case.kv * case.d)),
+        "v": rng.standard_normal((n, case.kv * case.d)),
+    }
+    if case.rank:
+        t["rel"] = rng.standard_normal((n, case.heads * case.rank))
+        t["table"] = rng.standard_normal((case.rank, case.extent))
+    return {name: x.astype(np.float32) for name, x in t.items()}
+
+
+def stream(bench, case, tensors, cuts, threads=1, poison=False):
+    plan = make(bench, case, tensors, threads)
+    slot = np.zeros(plan.slot_bytes, np.uint8)
+    if poison:  # whatever lies in cells that no visible key owns must not matter
+        slot[64:] = 0xFF
+    n = sum(cuts)
+    out = np.zeros((n, case.heads * case.d), np.float32)
+    names = ["q", "k", "v"] + (["rel"] if case.rank else [])
+    at = 0
+    for count in cuts:
+        rows = slice(at, at + count)
+        plan.run(bench.pool(threads), 0, count, slot, [tensors[x][rows] for x in names], [out[rows]])
+        at += count
+    return out
+
+
+def reference(bench, case: Case, t: dict) -> np.ndarray:
+    n = t["q"].shape[0]
+    q = t["q"].astype(np.float64).reshape(n, case.heads, case.d)
+    k = bench.as_stored(t["k"], case.dtype).astype(np.float64).reshape(n, case.kv, case.d)
+    v = bench.as_stored(t["v"], case.dtype).astype(np.float64).reshape(n, case.kv, case.d)
+    out = np.zeros((n, case.heads, case.d))
+    for p in range(n):
+        tau = 1.0
+        if case.log_floor > 0:
+            tau += case.log_alpha * np.log(max(1.0, (p + 1) / case.log_floor))
+        j = np.arange(p + 1)
+        if case.window:
+            j = j[(j > p - case.window) | (j < case.sinks)]
+        for h in range(case.heads):
+            g = h // (case.heads // case.kv)
+            score = case.scale * tau * (k[j, g] @ q[p, h])
+            if case.rank:
+                rel = t["rel"][p].astype(np.float64).reshape(case.heads, case.rank)[h]
+                bias = rel @ t["table"].astype(np.float64)
+                distance = p - j
+                score += tau * np.where(distance < case.extent, bias[np.minimum(distance, case.extent - 1)], 0)
+            e = np.exp(score - score.max())
+            out[p, h] = (e / e.sum()) @ v[j, g]
+    return out.reshape(n, -1)
+
+
+def cut(n: int, sizes: list[int]) -> list[int]:
+    """n positions cut into calls of the given sizes, over and over."""
+    out: list[int] = []
+    while sum(out) < n:
+        out.append(min(sizes[len(out) % len(sizes)], n - sum(out)))
+    return out
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_streamed_attention_equals_float64(bench, rng, name):
+    case = CASES[name]
+    n = case.capacity if case.window == 0 else 3 * case.capacity + 5
+    t = inputs(case, n, rng)
+    got = stream(bench, case, t, cut(n, [16]))
+    assert np.abs(got - reference(bench, case, t)).max() < 5e-6
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_bits_do_not_depend_on_cuts_or_threads(bench, rng, name):
+    case = CASES[name]
+    n = case.capacity if case.window == 0 else 3 * case.capacity + 5
+    t = inputs(case, n, rng)
+    whole = stream(bench, case, t, cut(n, [16]))
+    for sizes in ([1], [3, 1, 7], [15, 2, 16, 5]):
+        assert np.array_equal(whole, stream(bench, case, t, cut(n, sizes))), sizes
+    assert np.array_equal(whole, stream(bench, case, t, cut(n, [16]), threads=2))
+    assert np.array_equal(whole, stream(bench, case, t, cut(n, [3, 1, 7]), threads=3))
+    assert np.array_equal(whole, stream(bench, case, t, cut(n, [16, 9]), poison=True))
+
+
+def test_threads_split_large_attention_without_changing_bits(best, rng):
+    case = Case(heads=8, kv=2, d=32, capacity=512, rank=4, extent=100, max_n=64)
+    t = inputs(case, 500, rng)
+    assert np.array_equal(
+        stream(best, case, t, cut(500, [64])), stream(best, case, t, cut(500, [64, 1]), threads=2)
+    )
+
+
+def test_attention_at_a_very_late_position(best, rng):
+    case = Case(window=9, sinks=16, capacity=48, rank=4, extent=9, log_floor=4.0)
+    plan = make(best, case, inputs(case, 1, rng))
+    slot = np.zeros(plan.slot_bytes, np.uint8)
+    slot[:8].view(np.int64)[0] = 2**61
+    t = inputs(case, 16, rng)
+    out = np.zeros((16, 64), np.float32)
+    plan.run(None, 0, 16, slot, [t[x] for x in ("q", "k", "v", "rel")], [out])
+    assert np.isfinite(out).all() and slot[:8].view(np.int64)[0] == 2**61 + 16
+
+
+def test_a_full_context_stops_before_anything_changes(best, rng):
+    case = Case(capacity=32)
+    t = inputs(case, 33, rng)
+    plan = make(best, case, t)
+    slot = np.zeros(plan.slot_bytes, np.uint8)
+    out = np.zeros((16, 64), np.float32)
+    for start in (0, 16):
+        plan.run(None, 0, 16, slot, [t[x][start : start + 16] for x in ("q", "k", "v")], [out])
+    before = slot.copy()
+    with pytest.raises(ContextFullError, match="32 of 32"):
+        plan.run(None, 0, 1, slot, [t[x][32:33] for x in ("q", "k", "v")], [out])
+    assert np.array_equal(before, slot)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (dict(capacity=60), "multiple of 16"),
+        (dict(window=20, capacity=32), "ring is smaller"),
+        (dict(window=5, sinks=8), "sinks"),
+        (dict(heads=3), "multiple of kv heads"),
+        (dict(log_floor=-1.0), "log_floor"),
+        (dict(scale=float("nan")), "finite"),
+    ],
+)
+def test_attention_that_cannot_be_safe_is_refused(best, rng, change, why):
+    case = Case(**change)
+    with pytest.raises(PlanError, match=why):
+        make(best, case, {})
+
+
+def test_all_keys_without_a_limit_is_refused(best):
+    for limit in (None, 0, 65):
+        b = best.Builder(max_n=4)
+        x, y, position = b.input(0, "f32", 16), b.output(0, "f32", 16), b.slot("i64", 1, 1)
+        caches = [b.slot("f32", 4, 256), b.slot("f32", 64, 16)]
+        code = [("attention", [y, x, x, x, position, *caches], [1, 1, 0, 0, 64], [1.0, 0.0, 0.0])]
+        if limit is not None:
+            code.append(("advance", [position], [limit]))
+        b.method([x], [y], code)
+        with pytest.raises(PlanError, match="without an advance"):
+            b.build(best.library)
+
+
+@pytest.mark.parametrize("residual", [0, 1])
+def test_short_conv_streams_like_the_whole(bench, rng, residual):
+    for k in (1, 2, 4, 7):
+        for cols in (1, 16, 37):
+            x = rng.standard_normal((40, cols)).astype(np.float32)
+            w = rng.standard_normal((k, cols)).astype(np.float32)
+            padded = np.concatenate([np.zeros((k - 1, cols)), x]).astype(np.float64)
+            want = sum(w[j] * padded[j : j + 40] for j in range(k)) + (x if residual else 0)
+            outs = []
+            for sizes in ([40], [1], [2, 9, 1]):
+                b = bench.Builder(max_n=40)
+                t_x, t_y = b.input(0, "f32", cols), b.output(0, "f32", cols)
+                tail = b.slot("f32", k - 1, cols)
+                b.method([t_x], [t_y], [("short_conv", [t_y, t_x, b.weight(w), tail], [residual])])
+                plan, at = b.build(bench.library), 0
+                slot, out = np.zeros(plan.slot_bytes, np.uint8), np.zeros_like(x)
+                for count in cut(40, sizes):
+                    plan.run(None, 0, count, slot, [x[at : at + count]], [out[at : at + count]])
+                    at += count
+                outs.append(out)
+            assert np.allclose(outs[0], want, rtol=1e-5, atol=1e-5)
+            assert all(np.array_equal(outs[0], o) for o in outs)
