@@ -178,7 +178,8 @@ class PackageWriter:
         if self.folder:
             shutil.rmtree(self.temporary, ignore_errors=True)
         else:
-            self.temporary.unlink(missing_ok=True)
+            with suppress(OSError):  # it may never have been made
+                self.temporary.unlink(missing_ok=True)
         for folder in reversed(self._made):
             with suppress(OSError):  # someone else has put something there meanwhile
                 folder.rmdir()
