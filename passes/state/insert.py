@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 from torch import fx
@@ -41,7 +41,7 @@ class InsertState(Pass):
     config: Config
 
     @property
-    def lossy(self) -> bool:  # type: ignore[override]
+    def lossy(self) -> bool:
         return self.config.kv_dtype != "f32"
 
     def run(self, program: Program, ctx: PassContext) -> PassResult:
@@ -61,7 +61,7 @@ class InsertState(Pass):
 
     def _bounds(self, program: Program, notes: list[str]) -> _Bounds:
         model = program.meta.get("context", {})
-        chosen = {
+        chosen: dict[str, Any] = {
             "context": self.config.context if self.config.context is not None else model.get("limit"),
             "policy": self.config.policy if self.config.policy is not None else model.get("policy"),
             "sinks": self.config.sinks if self.config.sinks is not None else model.get("sinks"),

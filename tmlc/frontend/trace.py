@@ -6,6 +6,7 @@ types of everything else follow from the ops' own shape functions.
 
 from __future__ import annotations
 
+import logging
 import operator
 import re
 from collections.abc import Mapping, Sequence
@@ -32,6 +33,8 @@ _SIZE_FUNCTIONS = {operator.eq, operator.ne, operator.ge, operator.le, operator.
                    operator.floordiv, operator.mod, operator.add, operator.sub}  # fmt: skip
 _EXAMPLE = 3  # an n that export does not specialise on (0 and 1 are special)
 _MOST = 1 << 16
+_NOISY = ("torch._guards", "torch.export._trace", "torch._dynamo")
+_NO_SIZES = "arguments of ops must not depend on the number of positions"
 
 
 def trace_method(
@@ -93,8 +96,25 @@ def trace_method(
 
 
 def _export(name: str, module: nn.Module, types: list[TensorType]) -> Any:
+    """The exported program. Rows of the form a·n need a second look: there, export takes a size that was read as a
+    plain number for a constant without a word, which shows when another n gives another graph."""
+    rows = [kind.shape[0] for kind in types]
+    exported = _export_at(name, module, types, _EXAMPLE)
+    if any(isinstance(size, Dim) and (size.a, size.b) != (1, 0) for size in rows):
+        other = _export_at(name, module, types, _EXAMPLE + 1)
+        for one, two in zip(exported.graph.nodes, other.graph.nodes, strict=True):
+            if _plain(one) != _plain(two):
+                raise FrontendError(
+                    f"{one.name} computes with a size",
+                    where=f"method {name}, {_source(one) or 'unknown source'}",
+                    fix=_NO_SIZES,
+                )
+    return exported
+
+
+def _export_at(name: str, module: nn.Module, types: list[TensorType], count: int) -> Any:
     device = next((t.device for t in module.parameters()), torch.device("cpu"))
-    example = tuple(torch.zeros(t.at(_EXAMPLE), dtype=t.torch_dtype, device=device) for t in types)
+    example = tuple(torch.zeros(t.at(count), dtype=t.torch_dtype, device=device) for t in types)
     n = torch.export.Dim("n", min=1, max=_MOST)
     shapes = []
     for kind in types:
@@ -104,18 +124,39 @@ def _export(name: str, module: nn.Module, types: list[TensorType]) -> Any:
             shapes.append({0: size + rows.b if rows.b else size})
         else:
             shapes.append({})
+    loggers = {logger: logger.level for logger in map(logging.getLogger, _NOISY)}
     try:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)  # what they would print is in the exception
         with torch.no_grad():
             return torch.export.export(module, example, dynamic_shapes=tuple(shapes), strict=True)
-    except IRError:
-        raise
     except Exception as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise FrontendError(
-            f"torch.export refused the method: {lines[0] if lines else type(error).__name__}",
-            where=_line_of(str(error)) or name,
+            f"torch.export refused the method: {_reason(error)}",
+            where=_line_of(str(error)) or f"method {name}",
             fix="a method is straight-line code over canonical ops (tmlc.ir.ops.functional), see docs/ir.md",
         ) from error
+    finally:
+        for logger, level in loggers.items():
+            logger.setLevel(level)
+
+
+def _reason(error: BaseException) -> str:
+    """The rule that was broken, where one of ours is the cause; else the first line that torch says."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, IRError):
+            return cause.what
+        cause = cause.__cause__ or cause.__context__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if lines and lines[0].startswith("Constraints violated"):
+        return "it computes with the size of an input"
+    return lines[0] if lines else type(error).__name__
+
+
+def _plain(node: fx.Node) -> tuple[str, str]:
+    """What a node calls, and its arguments with other nodes by name."""
+    return str(node.target), repr(fx.map_arg(node.args, str))
 
 
 def _placeholder(graph: fx.Graph, name: str, role: tuple[str, str], kind: TensorType) -> fx.Node:
@@ -128,7 +169,7 @@ def _placeholder(graph: fx.Graph, name: str, role: tuple[str, str], kind: Tensor
 
 
 def _convert(graph: fx.Graph, node: fx.Node, values: dict[fx.Node, Any], method: str) -> None:
-    if node.target is operator.getitem and node.args[0] in values:
+    if node.target is operator.getitem and isinstance(node.args[0], fx.Node) and node.args[0] in values:
         source, index = values[node.args[0]], node.args[1]
         item = graph.call_function(operator.getitem, (source, index))
         item.meta["type"] = source.meta["type"][index]
@@ -159,7 +200,7 @@ def _refuse_size_values(node: fx.Node, values: dict[fx.Node, Any], method: str) 
             raise FrontendError(
                 f"{node.name} computes with a size ({source.name})",
                 where=f"method {method}, {_source(node) or 'unknown source'}",
-                fix="arguments of ops must not depend on the number of positions",
+                fix=_NO_SIZES,
             )
 
 
@@ -168,6 +209,9 @@ def _source(node: fx.Node) -> str:
 
 
 def _line_of(trace: str) -> str:
-    """The innermost `File "x.py", line n` of a stack trace, as `x.py:n`."""
+    """The innermost `File "x.py", line n` of a stack trace outside torch and the ops, as `x.py:n`."""
     found = re.findall(r'File "([^"]+)", line (\d+)', trace)
-    return f"{found[-1][0]}:{found[-1][1]}" if found else ""
+    lines = [
+        f"{file}:{line}" for file, line in found if not file.endswith("ops/functional.py") and "/torch/" not in file
+    ]
+    return lines[-1] if lines else ""

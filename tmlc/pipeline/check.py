@@ -7,6 +7,7 @@ must say the same as the original said for the whole sequence. The first pass be
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -161,8 +162,9 @@ def _input(node: fx.Node, n: int, produced: list[Tensor], generator: torch.Gener
     if kind.dtype == "u8":
         return torch.randint(256, shape, generator=generator, dtype=torch.uint8)
     if kind.dtype in ("i64", "i32"):
-        limits = [int(type_of(u.args[0]).shape[0]) for (_, a), u in readers.items() if a == "ids"]  # type: ignore[arg-type]
-        limits += [int(u.args[2]) for (_, a), u in readers.items() if a == "levels"]  # type: ignore[call-overload]
+        users = [(argument, tuple[Any, ...](user.args)) for (_, argument), user in readers.items()]
+        limits = [type_of(args[0]).shape[0] for argument, args in users if argument == "ids"]
+        limits += [args[2] for argument, args in users if argument == "levels"]
         return torch.randint(min(limits, default=1 << 30), shape, generator=generator).to(kind.torch_dtype)
     if any(argument == "temperature" for _, argument in readers):
         return torch.zeros(shape)
