@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from tmlc.errors import InputError, PackageError, SessionError, TargetError, UsageError
+from tmlc.errors import CapacityError, InputError, PackageError, SessionError, TargetError, UsageError
 from tmlc.package.manifest import Manifest
 from tmlc.package.reader import Package, open_package
 from tmlc.runtimes.core.backend import Backend
@@ -227,6 +227,11 @@ def load(
         except BaseException:
             backend.close()
             raise
+    except MemoryError as error:
+        package.close()
+        raise CapacityError(
+            f"this machine has not the memory that {path} asks for", fix="load with fewer sessions"
+        ) from error
     except BaseException:
         package.close()
         raise

@@ -16,6 +16,8 @@ from tmlc.errors import PackageError
 from tmlc.package.manifest import Manifest
 from tmlc.runtimes.core.backend import Backend, MethodSpec, TensorSpec
 
+MAX_TICK_BYTES = 1 << 28
+
 Sink = Callable[[np.ndarray], None]
 
 
@@ -90,6 +92,14 @@ class Model:
                 "an interaction model needs audio positions and an end-of-tick token",
                 where="manifest.json: tick",
             )
+        sizes = {
+            "audio": 4 * layout.audio_in * layout.hop,
+            "video": layout.clip_frames * layout.frame_height * layout.frame_width * 3,
+            "speech": 4 * layout.audio_out * max(layout.frames_per_position * layout.n_mel, layout.hop),
+        }
+        for what, size in sizes.items():
+            if size > MAX_TICK_BYTES:
+                raise PackageError(f"{size} bytes of {what} a tick are absurd", where="manifest.json: tick")
         self.hears, self.hop = True, layout.hop
         self._spec("embed_audio").require([_rows("f32", 1, self.hop)], [hidden])
         if layout.video_positions:

@@ -229,9 +229,6 @@ class Session:
     def _running(self) -> Iterator[None]:
         """Around the part of a call that changes the session: one at a time, and failing inside is final."""
         self._begin({SessionState.NEW, SessionState.OPEN})
-        with self._lock:
-            if self._state is SessionState.NEW:
-                self._state = SessionState.OPEN
         try:
             yield
         except ContextFullError:
@@ -241,7 +238,7 @@ class Session:
             # Anything else, an interrupt included, may have left the slot between two positions.
             self._end(SessionState.POISONED)
             raise
-        self._end()
+        self._end(SessionState.OPEN)
 
     def _begin(self, allowed: set[SessionState]) -> None:
         with self._lock:
@@ -252,6 +249,7 @@ class Session:
             self._busy = True
 
     def _end(self, state: SessionState | None = None) -> None:
+        """A call is over; `state` is where it took the session (None: nowhere)."""
         with self._lock:
             self._busy = False
             if self._state is SessionState.CLOSING:

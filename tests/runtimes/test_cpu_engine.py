@@ -1,9 +1,14 @@
 """The real chain (package, plan, kernels, engine) on a hand-written package with a few operations."""
 
+import contextlib
+import copy
+import json
 import math
+import random
 import subprocess
 import sys
 import threading
+import tracemalloc
 from itertools import pairwise
 from pathlib import Path
 
@@ -18,6 +23,7 @@ from tmlc.errors import (
     PlanError,
     SessionError,
     TargetError,
+    TmlcError,
     UsageError,
 )
 from tmlc.kernels.cpu import available_isas
@@ -302,3 +308,43 @@ print(sorted(heavy & set(sys.modules)))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_ten_times_more_ticks_take_no_more_memory(tmp_path):
+    plan = changed_plan(lambda p: p["methods"][1]["code"][3].update(i=[0]))
+    with load(write(tmp_path / "endless.tmlc", plan), threads=1) as engine, engine.session() as session:
+
+        def talk(ticks: int) -> int:
+            for _ in range(ticks):
+                session.tick(TickInput(tokens=[1, 2]))
+            return tracemalloc.get_traced_memory()[0]
+
+        tracemalloc.start()
+        try:
+            before = talk(100)
+            assert talk(1000) - before < 4096
+        finally:
+            tracemalloc.stop()
+
+
+def mutated(value: object, rng: random.Random) -> object:
+    """The plan with one value, anywhere, replaced by an odd one or removed."""
+    value = copy.deepcopy(value)
+    place, key = {"": value}, ""
+    while isinstance(place[key], dict | list) and place[key] and rng.random() < 0.95:
+        place = place[key]
+        key = rng.choice(list(place)) if isinstance(place, dict) else rng.randrange(len(place))
+    old = place[key]
+    number = old if type(old) is int else 1
+    odd = [0, 1, -1, number + 1, number * 2, number * 1000, 1 << 31, 1 << 62, 1.5, 1e30, None, "f32", "slot", [], {}]
+    place[key] = rng.choice(odd)
+    return value
+
+
+def test_a_package_from_a_stranger_loads_and_runs_or_is_refused(tmp_path):
+    rng, plan, ran = random.Random(0), tiny_plan(), 0
+    for _ in range(300):
+        path = write(tmp_path / "odd.tmlc", json.dumps(mutated(plan, rng)).encode())
+        with contextlib.suppress(TmlcError), load(path, threads=1) as engine, engine.session() as session:
+            ran += bool(session.tick(TickInput(tokens=[1, 2])))
+    assert 0 < ran < 150, "some changes are harmless, most are not"

@@ -189,7 +189,9 @@ def test_a_package_whose_methods_do_not_fit_is_refused(backend, make_engine, met
         make_engine(backend)
 
 
-@pytest.mark.parametrize("layout", [{"silence_token_id": 260}, {"end_of_tick_token_id": -1}, {"audio_in": 0}])
+@pytest.mark.parametrize(
+    "layout", [{"silence_token_id": 260}, {"end_of_tick_token_id": -1}, {"audio_in": 0}, {"audio_out": 1 << 26}]
+)
 def test_a_tick_layout_that_makes_no_sense_is_refused(make_engine, layout):
     with pytest.raises(PackageError, match="tick"):
         make_engine(**layout)
