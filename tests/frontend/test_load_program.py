@@ -116,8 +116,9 @@ def test_runtime_defaults_can_be_overridden(inkling):
     program = load_program(inkling, {"context": 256, "policy": "end", "sinks": None, "max_append": 32})
     assert program.meta["context"] == {"limit": 256, "policy": "end", "sinks": 16, "max_append": 32}
     assert program.methods["decode"].max_n == 32
-    with pytest.raises(UsageError, match="contxt"):
-        load_program(inkling, {"contxt": 1})
+    for wrong in ({"contxt": 1}, {"context": 0}, {"sinks": -1}, {"max_append": "8"}, {"policy": "forget"}):
+        with pytest.raises(UsageError, match=next(iter(wrong))):
+            load_program(inkling, wrong)
 
 
 def refused(inkling, tmp_path, write_checkpoint, change):

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["Checkpoint", "load_program", "open_checkpoint"]
 
 TOKENIZER = "tokenizer.json"
+_POLICIES = ("ring_with_sinks", "end")
 _OVERRIDES = {"context": "limit", "policy": "policy", "sinks": "sinks", "max_append": "max_append"}
 
 
@@ -58,6 +59,11 @@ def load_program(
     for name, value in (overrides or {}).items():
         if name not in _OVERRIDES:
             raise UsageError(f"unknown override {name!r}", fix=f"known: {', '.join(_OVERRIDES)}")
+        least = 0 if name == "sinks" else 1
+        if name == "policy" and value not in (None, *_POLICIES):
+            raise UsageError(f"policy is {value!r}", fix=f"choose one of {', '.join(_POLICIES)}")
+        if name != "policy" and value is not None and (type(value) is not int or value < least):
+            raise UsageError(f"{name} is {value!r}", fix=f"give a whole number of positions, at least {least}")
         if value is not None:
             frontend.context[_OVERRIDES[name]] = value
     tensors = frontend.model.state_dict(keep_vars=True)
