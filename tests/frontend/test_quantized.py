@@ -284,7 +284,7 @@ def test_several_groups_tensors_that_only_run_time_needs_and_plain_neighbours(tm
         same(weights.evaluate(name, checkpoint), value)
 
 
-# modelopt: the formulas of its NVFP4QTensor and fp8 tensors (the package itself needs far more than these tests)
+# modelopt, by its formulas: the package itself needs more than these tests should
 
 
 def test_modelopt_multiplies_scales(read):
@@ -298,6 +298,8 @@ def test_modelopt_multiplies_scales(read):
     codes = values(5, 64).to(E4M3)
     config = {"quant_method": "modelopt", "quant_algo": "FP8"}
     same(read(config, {W: codes, f"{W}_scale": torch.tensor(0.1)}), codes.float() * 0.1)
+    same(read({**config, "quant_algo": "MXFP8"}, {W: codes, f"{W}_scale": bytes_of(5, 2) % 240}),
+         Fp8Dequantize(None)._dequantize_one(codes, bytes_of(5, 2) % 240, torch.float32))  # fmt: skip
     rows = values(5).abs()
     same(read({**config, "quant_algo": "FP8_PER_CHANNEL_PER_TOKEN"}, {W: codes, f"{W}_scale": rows}),
          codes.float() * rows[:, None])  # fmt: skip

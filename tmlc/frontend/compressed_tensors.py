@@ -101,7 +101,7 @@ def _weight(
         args |= {"global_scale": "divide", "compute": "bf16" if total.dtype == "BF16" else "f32"}
         parts.append(total.name)
     elif form.startswith("mx"):
-        args |= {"compute": "bf16", "dtype": "bf16"}
+        args["dtype"] = "bf16"  # scales are powers of two: every product is exact before that
     else:  # float16 is read as float32, which holds it exactly; only the arithmetic is float16's
         args["compute"] = COMPUTE[scales.dtype]
         args["dtype"] = "bf16" if args["compute"] == "bf16" else "f32"
