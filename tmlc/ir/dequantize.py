@@ -195,16 +195,14 @@ def dequantize_into(spec: Dequantize, tensors: Sequence[torch.Tensor], names: Se
     for index, place in enumerate(product(*map(range, spec.leading))):
         target = out[place]
         for begin, end in _chunks(rows, cols, spec.blocks[0]):
-            values = _codes(spec, codes[index, begin:end], names[0], compute)
+            values = _codes(spec, codes[index, begin:end], compute)
             if zeros is not None:
                 values -= _spread(zeros[index], spec, begin, end)
             values *= _spread(scales[index], spec, begin, end)
             values = values.to(dtype)
             low, high = torch.aminmax(values)  # both carry a NaN on
             if not (torch.isfinite(low) and torch.isfinite(high)):
-                raise CheckpointError(
-                    f"values too large for {spec.dtype} come of codes and scales", where=names[0], fix=_FIX
-                )
+                raise _not_finite(tensors[0], names[0], spec.dtype)
             target[begin:end].copy_(values)
 
 
@@ -229,18 +227,41 @@ def _spread(values: torch.Tensor, spec: Dequantize, begin: int, end: int) -> tor
     return picked
 
 
-def _codes(spec: Dequantize, stored: torch.Tensor, name: str, compute: torch.dtype) -> torch.Tensor:
+def _codes(spec: Dequantize, stored: torch.Tensor, compute: torch.dtype) -> torch.Tensor:
     """Some rows of codes as numbers."""
+    cols = spec.shape[-1]
     if spec.scheme == "fp4":
-        table = torch.tensor(_E2M1, dtype=compute)
-        pairs = torch.stack([table.repeat(16), table.repeat_interleave(16)], 1)  # of a byte: low, high
-        return pairs[stored.view(torch.uint8).long()].flatten(-2)[:, : spec.shape[-1]]
+        return _pairs(stored.view(torch.uint8), torch.tensor(_E2M1, dtype=compute))[:, :cols]
+    if spec.scheme == "fp8":  # torch converts these one by one
+        table = torch.arange(256, dtype=torch.uint8).view(stored.dtype).to(compute)
+        return table.index_select(0, stored.reshape(-1).view(torch.uint8).int()).view(stored.shape)
+    if spec.scheme == "packed_int" and spec.bits == 4:
+        return _pairs(stored.view(torch.uint8), torch.arange(-8, 8).to(compute))[:, :cols]
     if spec.scheme == "packed_int":
-        return unpacked(stored, spec.bits, spec.shape[-1]).to(compute)
-    values = stored.to(compute)
-    if spec.scheme == "fp8":
-        _refuse(~torch.isfinite(values), "codes that are NaN or infinite", name)
-    return values
+        return unpacked(stored, spec.bits, cols).to(compute)
+    return stored.to(compute)
+
+
+def _pairs(stored: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """Bytes [r, b] of two codes, the low one first → numbers [r, 2·b]. Both are looked up as one."""
+    both = torch.stack([table.repeat(16), table.repeat_interleave(16)], 1)
+    both = both.view(torch.int64 if table.itemsize == 4 else torch.int32).flatten()
+    return both.index_select(0, stored.reshape(-1).int()).view(table.dtype).view(stored.shape[0], -1)
+
+
+def _not_finite(stored: torch.Tensor, name: str, dtype: str) -> CheckpointError:
+    """Why a value came out so: a code, or a product."""
+    bad = 0
+    if stored.dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
+        first = 0x7F if stored.dtype == torch.float8_e4m3fn else 0x7C
+        bad = int(((stored.view(torch.uint8) & 0x7F) >= first).sum())
+    return CheckpointError(
+        f"{bad} of {stored.numel()}: codes that are NaN or infinite"
+        if bad
+        else f"values too large for {dtype} come of its codes and scales",
+        where=name,
+        fix=_FIX,
+    )
 
 
 def unpacked(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
