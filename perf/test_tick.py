@@ -29,7 +29,7 @@ def inputs(engine: Any, count: int) -> Iterator[Any]:
     """`count` busy ticks or a few more: audio in each, video as often as the model takes it, typed text."""
     shape = tick_shape(engine.manifest)
     part = round(30 / shape.seconds)
-    recordings = (synthetic_recording(shape, 30.0, True, seed) for seed in range(-(-count // part)))
+    recordings = (synthetic_recording(shape, 30.0, True, seed=seed) for seed in range(-(-count // part)))
     return chain.from_iterable(r.ticks(part) for r in recordings)
 
 

@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from tmlc.model_zoo.interaction.config import PRESETS
 
 
@@ -14,21 +16,28 @@ def test_list_gives_every_preset_with_its_size(tmlc_cli):
     assert rows["small"]["active_parameters"] < rows["small"]["parameters"] / 5
 
 
-def test_create_writes_a_checkpoint_that_inspect_reads(tmlc_cli, checkpoint):
-    assert {"config.json", "tokenizer.json", "preprocessor_config.json"} <= {p.name for p in checkpoint.iterdir()}
-    view = tmlc_cli("inspect", checkpoint, "--json").json
+@pytest.fixture(scope="module")
+def nano(tmlc_cli, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("zoo") / "nano"
+    tmlc_cli("zoo", "create", "nano", "--seed", "0", "-o", folder)
+    return folder
+
+
+def test_create_writes_a_checkpoint_that_inspect_reads(tmlc_cli, nano):
+    assert {"config.json", "tokenizer.json", "preprocessor_config.json"} <= {p.name for p in nano.iterdir()}
+    view = tmlc_cli("inspect", nano, "--json").json
     assert view["model_type"] == "tmlc_interaction"
     assert view["parameters"] == sum(_product(t["shape"]) for t in view["tensors"].values())
 
 
-def test_the_seed_decides_every_byte(tmlc_cli, checkpoint, tmp_path):
+def test_the_seed_decides_every_byte(tmlc_cli, nano, tmp_path):
     made = tmlc_cli("zoo", "create", "nano", "--seed", "0", "-o", tmp_path / "same", "--json").json
     assert made["seed"] == 0 and made["shards"] >= 1
-    for path in checkpoint.iterdir():
+    for path in nano.iterdir():
         assert (tmp_path / "same" / path.name).read_bytes() == path.read_bytes()
     tmlc_cli("zoo", "create", "nano", "--seed", "1", "-o", tmp_path / "other")
-    name = next(p.name for p in checkpoint.iterdir() if p.suffix == ".safetensors")
-    assert (tmp_path / "other" / name).read_bytes() != (checkpoint / name).read_bytes()
+    name = next(p.name for p in nano.iterdir() if p.suffix == ".safetensors")
+    assert (tmp_path / "other" / name).read_bytes() != (nano / name).read_bytes()
 
 
 def test_shards_are_as_small_as_asked(tmlc_cli, tmp_path):

@@ -27,9 +27,7 @@ def list_presets(as_json: bool) -> None:
     if as_json:
         print_json(rows)
         return
-    found = table(
-        "presets", "preset", "parameters", "active", "float32", "layers", "experts", "context", "what for"
-    )
+    found = table("presets", "preset", "parameters", "active", "float32", "layers", "experts", "context", "what for")
     for row in rows:
         found.add_row(
             row["name"],

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,8 @@ def create_preset(
     read_preset(name)
     fresh = out.with_name(f".{out.name}.new") if force and out.exists() else out
     try:
-        create_checkpoint(name, seed, fresh, shard_bytes, on_progress=lambda done, total: report("writing", done, total))
+        tell = partial(report, "writing")
+        create_checkpoint(name, seed, fresh, shard_bytes, on_progress=tell)
         if fresh != out:
             shutil.rmtree(out) if out.is_dir() else out.unlink()
             fresh.rename(out)
