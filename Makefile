@@ -54,7 +54,7 @@ test-all: lint types
 	$(BIN)/python -m pytest -q
 
 perf: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest -q perf
+	$(BIN)/python -m pytest -q perf --record
 
 clean:
 	rm -rf build out .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
