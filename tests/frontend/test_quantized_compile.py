@@ -107,7 +107,9 @@ def compressed(tensors):
     return {"quant_method": "compressed-tensors", "format": "mixed-precision", "config_groups": groups}, stored, plain
 
 
-@pytest.mark.parametrize("write", [fp8, mxfp8, mxfp4, compressed], ids=lambda write: write.__name__)
+@pytest.mark.parametrize(
+    "write", [fp8, mxfp4, compressed, pytest.param(mxfp8, marks=pytest.mark.slow)], ids=lambda write: write.__name__
+)
 def test_the_engine_is_that_of_the_dequantised_checkpoint(model, write, tmp_path, write_checkpoint):
     torch.manual_seed(0)
     config, tensors = model
