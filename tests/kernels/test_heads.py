@@ -127,7 +127,10 @@ def test_a_rotation_that_cannot_be_safe_is_refused(best, cols, half, ints, scali
         rope_plan(best, cols, frequencies(half), ints, scaling)
 
 
-@pytest.mark.parametrize(("heads", "width", "start", "stop"), [(3, 10, 0, 4), (3, 10, 4, 10), (1, 33, 7, 8), (8, 17, 0, 17)])
+COLUMNS = [(3, 10, 0, 4), (3, 10, 4, 10), (1, 33, 7, 8), (8, 17, 0, 17)]
+
+
+@pytest.mark.parametrize(("heads", "width", "start", "stop"), COLUMNS)
 def test_head_columns(bench, rng, heads, width, start, stop):
     x = rng.standard_normal((9, heads * width)).astype(np.float32)
     want = x.reshape(9, heads, width)[..., start:stop].reshape(9, -1)
@@ -155,7 +158,9 @@ def test_concat_heads(bench, rng, heads, a, b, shared):
         assert np.array_equal(bench.op(*args, **how)[0], want), how
 
 
-@pytest.mark.parametrize(("ints", "cols"), [([3, 0], 14), ([3, 3], 14), ([3, -1], 14), ([2, 0], 14), ([3, 1], 14), ([0, 0], 14), ([3, 2], 15)])
+@pytest.mark.parametrize(
+    ("ints", "cols"), [([3, 0], 14), ([3, 3], 14), ([3, -1], 14), ([2, 0], 14), ([3, 1], 14), ([0, 0], 14), ([3, 2], 15)]
+)
 def test_concat_heads_refuses_what_does_not_fit(best, ints, cols):
     x, y = np.zeros((2, 9), np.float32), np.zeros((2, 6), np.float32)
     with pytest.raises(PlanError, match=r"shared|heads"):

@@ -119,7 +119,7 @@ def _attention(c: Call) -> None:
     bias, sink_logits = c.optional("rel") + c.optional("rel_table"), c.optional("sink_logits")
     flags = (1 if bias else 0) + (2 if sink_logits else 0)
     i = [heads, groups, c.args["window"], c.args["sinks"], capacity, flags]
-    f = [c.args["scale"], c.args["log_floor"], c.args["log_alpha"], c.args.get("softcap", 0.0)]
+    f = [c.args["scale"], c.args["log_floor"], c.args["log_alpha"], c.args["softcap"]]
     c.emit("attention", [*t, *bias, *sink_logits], i, f)
 
 
@@ -160,7 +160,7 @@ def _moe(c: Call) -> None:
     t = [c.x("x"), c.x("weights"), c.x("experts")]
     t += [c.weight("gate_up", "k16.gate_up"), c.weight("down", "k16.experts")]
     biases = c.optional("gate_up_bias") + c.optional("down_bias")
-    alpha, limit = c.args.get("alpha", 0.0), c.args.get("limit", 0.0)
+    alpha, limit = c.args["alpha"], c.args["limit"]
     if biases or alpha:
         c.emit("moe", [*t, *biases], [experts, f, 1 if biases else 0], [alpha, limit])
     else:

@@ -113,7 +113,8 @@ const char* check_attention(const Call& c) {
                      "rel_table must be f32 [R,extent]");
     }
     if (with.sink_logits > 0)
-        TMLC_REQUIRE(is_f32(*c.t[with.sink_logits]) && c.t[with.sink_logits]->fixed(1, heads), "sink_logits must be f32 [1,H]");
+        TMLC_REQUIRE(is_f32(*c.t[with.sink_logits]) && c.t[with.sink_logits]->fixed(1, heads),
+                     "sink_logits must be f32 [1,H]");
     for (int j = 0; j < 4; ++j) TMLC_REQUIRE(finite(c.f[j]), "the scales must be finite");
     TMLC_REQUIRE(c.f[1] >= 0 && c.f[3] >= 0, "log_floor and softcap must not be negative");
     return nullptr;
@@ -391,7 +392,8 @@ int run_attention(const RunArgs& a) {
             }
     });
 
-    const Attention attention{s, a.t[0], q, k_cache, v_cache, rel, rel_table, sink_logits, position, a.f[0], a.f[1], a.f[2], a.f[3]};
+    const Attention attention{s,           a.t[0],   q,      k_cache, v_cache, rel,   rel_table,
+                              sink_logits, position, a.f[0], a.f[1],  a.f[2],  a.f[3]};
     const int64_t tiles = (n + s.tile - 1) / s.tile;
     const int64_t seen = s.window > 0 ? std::min(position + n, s.sinks + s.window + n) : position + n;
     float* scratch = reinterpret_cast<float*>(a.scratch);

@@ -51,7 +51,8 @@ void cos_sin(const float* angle, int64_t count, float scaling, float* cosines, f
 const char* check_rope(const Call& c) {
     TMLC_REQUIRE(arity(c, 4, 3, 1), "wrong number of operands");
     const TensorInfo &out = *c.t[0], &x = *c.t[1], &freq = *c.t[3];
-    TMLC_REQUIRE(is_f32(out) && is_f32(x) && same_shape(out, x) && x.a == 1 && x.b == 0, "x and the output must be f32 [n,H*D]");
+    TMLC_REQUIRE(is_f32(out) && is_f32(x) && same_shape(out, x), "x and the output must be f32 [n,H*D]");
+    TMLC_REQUIRE(x.a == 1 && x.b == 0, "x must have one row for each position");
     if (const char* what = check_position(*c.t[2])) return what;
     const int64_t width = head_width(x, c.i[0]), offset = c.i[1];
     TMLC_REQUIRE(width > 0 && width <= 1 << 24, "the columns are no heads");
@@ -151,14 +152,16 @@ const char* check_concat_heads(const Call& c) {
         TMLC_REQUIRE(is_f32(*c.t[j]) && c.t[j]->same_rows(*c.t[0]), "operands must be f32 with one number of rows");
     TMLC_REQUIRE(shared >= 0 && shared <= 2, "shared must be 0, 1 or 2");
     const int64_t width = head_width(*c.t[0], heads);
-    const int64_t of_a = head_width(*c.t[1], shared == 1 ? 1 : heads), of_b = head_width(*c.t[2], shared == 2 ? 1 : heads);
+    const int64_t of_a = head_width(*c.t[1], shared == 1 ? 1 : heads);
+    const int64_t of_b = head_width(*c.t[2], shared == 2 ? 1 : heads);
     TMLC_REQUIRE(width > 0 && of_a > 0 && of_b > 0, "the columns are no heads");
     TMLC_REQUIRE(of_a + of_b == width, "the output must be [n,H*(A+B)]");
     return nullptr;
 }
 int run_concat_heads(const RunArgs& a) {
     const Operand &out = a.t[0], &left = a.t[1], &right = a.t[2];
-    const int64_t heads = a.i[0], shared = a.i[1], of_a = shared == 1 ? left.cols : left.cols / heads, of_b = out.cols / heads - of_a;
+    const int64_t heads = a.i[0], shared = a.i[1];
+    const int64_t of_a = shared == 1 ? left.cols : left.cols / heads, of_b = out.cols / heads - of_a;
     const int64_t step_a = shared == 1 ? 0 : of_a, step_b = shared == 2 ? 0 : of_b;
     a.par.split(out.rows, out.rows * out.cols, [&](int64_t begin, int64_t end, int) {
         for (int64_t r = begin; r < end; ++r)

@@ -185,7 +185,8 @@ int run_moe(const RunArgs& a) {
     const int64_t f_blocks = blocks16(f), d_blocks = blocks16(d);
     const bool biases = has_biases(a.i, a.n_i);
     const Operand *up_bias = biases ? &a.t[6] : nullptr, *down_bias = biases ? &a.t[7] : nullptr;
-    const Activation activate = a.n_i < 3 ? Activation{} : Activation{static_cast<float>(a.f[0]), static_cast<float>(a.f[1])};
+    Activation activate;
+    if (a.n_i == 3) activate = {static_cast<float>(a.f[0]), static_cast<float>(a.f[1])};
     const Layout at(n_experts, d, f, pairs);
     auto* starts = reinterpret_cast<int64_t*>(a.scratch + at.starts);    // of each expert's pairs in `order`
     auto* touched = reinterpret_cast<int64_t*>(a.scratch + at.touched);  // experts with pairs, ascending

@@ -1,4 +1,4 @@
-// The usual router of decoders: the top_k experts of each row by softmax, sigmoid or logit, maybe of the best groups only.
+// The usual router of decoders: top_k experts of each row by softmax, sigmoid or logit, maybe of the best groups only.
 #include <cmath>
 
 #include "check.h"
@@ -23,7 +23,8 @@ struct TopK {
     static float exponentials(const float* x, float* score, int64_t count) {
         float top = -INFINITY, sum = 0.0f;
         for (int64_t j = 0; j < count; ++j) top = x[j] > top ? x[j] : top;
-        for (int64_t j = 0; j < count; j += 16) store_n(score + j, exp16(load_n(x + j, count - j) - splat(top)), count - j);
+        for (int64_t j = 0; j < count; j += 16)
+            store_n(score + j, exp16(load_n(x + j, count - j) - splat(top)), count - j);
         for (int64_t j = 0; j < count; ++j) sum += score[j];
         return sum;
     }
@@ -32,8 +33,10 @@ struct TopK {
         const float sum = scores == softmax_of_all ? exponentials(logits, score, experts) : 1.0f;
         for (int64_t e = 0; e < experts; e += 16) {
             const int64_t count = experts - e;
-            const v16 x = load_n(logits + e, count);
-            store_n(score + e, scores == softmax_of_all ? load_n(score + e, count) / splat(sum) : scores == sigmoid_of_each ? sigmoid16(x) : x, count);
+            v16 x = load_n(scores == softmax_of_all ? score + e : logits + e, count);
+            if (scores == softmax_of_all) x = x / splat(sum);
+            if (scores == sigmoid_of_each) x = sigmoid16(x);
+            store_n(score + e, x, count);
         }
     }
 
@@ -103,7 +106,8 @@ const char* check_topk(const Call& c) {
     TMLC_REQUIRE(c.i[2] == 0 || c.i[2] == 1, "normalise must be 0 or 1");
     TMLC_REQUIRE(groups >= 1 && groups <= total && total % groups == 0, "the experts do not make these groups");
     TMLC_REQUIRE(top_groups >= 1 && top_groups <= groups, "top_groups does not fit the groups");
-    TMLC_REQUIRE(top_k >= 1 && top_k <= max_choices && top_k <= top_groups * (total / groups), "top_k does not fit the experts");
+    TMLC_REQUIRE(top_k >= 1 && top_k <= max_choices, "absurd top_k");
+    TMLC_REQUIRE(top_k <= top_groups * (total / groups), "top_k does not fit the experts");
     TMLC_REQUIRE(is_f32(weights) && weights.cols == top_k, "weights must be f32 [n,K]");
     TMLC_REQUIRE(experts.dtype == DType::i32 && same_shape(experts, weights), "experts must be i32 [n,K]");
     TMLC_REQUIRE(c.n_t == 3 || (is_f32(*c.t[3]) && c.t[3]->fixed(1, total)), "the bias must be f32 [1,E]");
@@ -118,8 +122,8 @@ int run_topk(const RunArgs& a) {
                    static_cast<float>(a.f[0])};
     const int64_t floats = TopK::floats(top.experts, top.groups, top.top_k);
     a.par.split(logits.rows, logits.rows * top.experts * (top.top_k + 8), [&](int64_t begin, int64_t end, int thread) {
-        for (int64_t r = begin; r < end; ++r)
-            top.run(logits.f32(r), weights.f32(r), experts.i32(r), reinterpret_cast<float*>(a.scratch) + thread * floats);
+        float* scratch = reinterpret_cast<float*>(a.scratch) + thread * floats;
+        for (int64_t r = begin; r < end; ++r) top.run(logits.f32(r), weights.f32(r), experts.i32(r), scratch);
     });
     return ok;
 }
