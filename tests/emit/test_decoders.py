@@ -1,4 +1,4 @@
-"""Layers of the open decoders in miniature: the kernels compute what their programs mean, streamed over rings that wrap."""
+"""Layers of the open decoders in miniature: the kernels compute what the programs mean, over rings that wrap."""
 
 from torch import fx
 

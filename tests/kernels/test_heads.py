@@ -158,9 +158,8 @@ def test_concat_heads(bench, rng, heads, a, b, shared):
         assert np.array_equal(bench.op(*args, **how)[0], want), how
 
 
-@pytest.mark.parametrize(
-    ("ints", "cols"), [([3, 0], 14), ([3, 3], 14), ([3, -1], 14), ([2, 0], 14), ([3, 1], 14), ([0, 0], 14), ([3, 2], 15)]
-)
+@pytest.mark.parametrize("ints", [[3, 3], [3, -1], [2, 0], [3, 0], [3, 1], [0, 0], [3, 2]])
+@pytest.mark.parametrize("cols", [14, 16])
 def test_concat_heads_refuses_what_does_not_fit(best, ints, cols):
     x, y = np.zeros((2, 9), np.float32), np.zeros((2, 6), np.float32)
     with pytest.raises(PlanError, match=r"shared|heads"):
