@@ -4,6 +4,9 @@
 `exit_code`: 1 when a check failed (verify, budget), 2 when the input or the usage was wrong.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 
 class TmlcError(Exception):
     """Base of all errors of tmlc.
@@ -34,7 +37,12 @@ class CheckpointError(TmlcError):
 
 
 class FrontendError(TmlcError):
-    """A module that could not be traced into a Program."""
+    """A module that could not be traced into a Program.
+
+    `near_misses` (each with module, op, reason, source) are the operations of a foreign model that were not understood.
+    """
+
+    near_misses: Sequence[Any] = ()
 
 
 class IRError(TmlcError):

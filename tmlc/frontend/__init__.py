@@ -48,14 +48,28 @@ def load_program(
         FrontendError: a method that cannot be traced.
     """
     opened = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(checkpoint)
+    from tmlc.frontend.foreign import families, load_foreign, runtime_defaults
+
     known, found = _architectures(), opened.config.get("model_type")
+    if found in families():
+        context = runtime_defaults(opened)
+        _override(context, overrides)
+        return load_foreign(opened, context, _tokenizer(opened), on_progress)
     if found not in known:
         raise CheckpointError(
             f"unknown architecture: model_type is {found!r}",
             where=str(opened.folder / "config.json"),
-            fix=f"tmlc compiles {', '.join(known)}",
+            fix=f"tmlc compiles {', '.join((*known, *families()))}",
         )
     frontend = known[str(found)](opened)
+    _override(frontend.context, overrides)
+    tensors = frontend.model.state_dict(keep_vars=True)
+    opened.require({n: (tuple(t.shape), t.is_floating_point()) for n, t in tensors.items()}, frontend.ignore)
+    return _trace(opened, frontend, {id(t): n for n, t in tensors.items()}, on_progress)
+
+
+def _override(context: dict[str, Any], overrides: Mapping[str, Any] | None) -> None:
+    """Puts the runtime defaults that a caller gave into a model's. UsageError for those that make no sense."""
     for name, value in (overrides or {}).items():
         if name not in _OVERRIDES:
             raise UsageError(f"unknown override {name!r}", fix=f"known: {', '.join(_OVERRIDES)}")
@@ -65,10 +79,11 @@ def load_program(
         if name != "policy" and value is not None and (type(value) is not int or value < least):
             raise UsageError(f"{name} is {value!r}", fix=f"give a whole number of positions, at least {least}")
         if value is not None:
-            frontend.context[_OVERRIDES[name]] = value
-    tensors = frontend.model.state_dict(keep_vars=True)
-    opened.require({n: (tuple(t.shape), t.is_floating_point()) for n, t in tensors.items()}, frontend.ignore)
-    return _trace(opened, frontend, {id(t): n for n, t in tensors.items()}, on_progress)
+            context[_OVERRIDES[name]] = value
+
+
+def _tokenizer(checkpoint: Checkpoint) -> str | None:
+    return TOKENIZER if (checkpoint.folder / TOKENIZER).is_file() else None
 
 
 def _trace(
@@ -97,7 +112,7 @@ def _trace(
         "tick": frontend.tick,
         "context": frontend.context,
         "outputs": {name: list(method.outputs) for name, method in frontend.methods.items()},
-        "tokenizer": TOKENIZER if (checkpoint.folder / TOKENIZER).is_file() else None,
+        "tokenizer": _tokenizer(checkpoint),
     }
     program = Program(methods, weights, meta=meta)
     verify(program)

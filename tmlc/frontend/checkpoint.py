@@ -58,10 +58,15 @@ class TensorInfo:
 
 
 class Checkpoint:
-    """An opened checkpoint. Reads like a mapping from tensor name to tensor, one tensor in memory at a time."""
+    """An opened checkpoint. Reads like a mapping from tensor name to tensor, one tensor in memory at a time.
+
+    `constants` are small tensors that a frontend has computed from the config (rotary frequencies); `get` gives them
+    out like the checkpoint's own.
+    """
 
     def __init__(self, folder: Path, config: dict[str, Any], tensors: dict[str, TensorInfo]) -> None:
         self.folder, self.config, self.tensors = folder, config, tensors
+        self.constants: dict[str, torch.Tensor] = {}
         self._open: tuple[str, Any] | None = None
 
     @cached_property
@@ -86,6 +91,8 @@ class Checkpoint:
         Raises:
             CheckpointError: there is no such tensor, or its shard cannot be read.
         """
+        if name in self.constants:
+            return self.constants[name]
         info = self.tensors.get(name)
         if info is None:
             raise CheckpointError(f"tensor {name!r} is missing", where=str(self.folder), fix=FIX_INCOMPLETE)

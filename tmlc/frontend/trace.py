@@ -66,7 +66,7 @@ def trace_method(
             spec = specs[node.name]
             if spec.kind == InputKind.USER_INPUT:
                 label, kind = next(arguments)
-                values[node] = _placeholder(graph, label, ("input", label), kind)
+                values[node] = placeholder(graph, label, ("input", label), kind)
                 continue
             if not node.users:
                 continue
@@ -83,7 +83,7 @@ def trace_method(
                     f"parameter {spec.target!r} is not one of the model's", where=name, fix="register it in the model"
                 )
             if weight not in seen:
-                seen[weight] = _placeholder(graph, weight, ("weight", weight), TensorType.of(tensor))
+                seen[weight] = placeholder(graph, weight, ("weight", weight), TensorType.of(tensor))
             values[node] = seen[weight]
         elif node.op == "call_function":
             _convert(graph, node, values, name)
@@ -159,7 +159,7 @@ def _plain(node: fx.Node) -> tuple[str, str]:
     return str(node.target), repr(fx.map_arg(node.args, str))
 
 
-def _placeholder(graph: fx.Graph, name: str, role: tuple[str, str], kind: TensorType) -> fx.Node:
+def placeholder(graph: fx.Graph, name: str, role: tuple[str, str], kind: TensorType) -> fx.Node:
     """Adds a placeholder behind the ones that are there."""
     last = next((n for n in reversed(graph.nodes) if n.op == "placeholder"), None)
     with graph.inserting_after(last) if last is not None else graph.inserting_before(next(iter(graph.nodes), None)):
