@@ -115,7 +115,8 @@ def _values(header: dict[str, Any]) -> dict[str, Any]:
         value = header.get(key)
         if value is None:
             value = []
-        if not isinstance(value, list) or len(value) > MAX_QUEUED_TOKENS or not all(type(v) is int and 0 <= v < 2**31 for v in value):
+        tokens = isinstance(value, list) and all(type(v) is int and 0 <= v < 2**31 for v in value)
+        if not tokens or len(value) > MAX_QUEUED_TOKENS:
             raise _damaged(f"{key} is not a list of tokens")
         out[key] = value
     return out

@@ -105,7 +105,7 @@ def resealed(package: Path, folder: Path, files: dict[str, bytes]) -> Path:
         ("program.ir", b"\x1b[2J", ["inspect", "--ir", "all"]),  # a terminal would obey
         ("program.ir", b"\xff", ["inspect", "--ir", "all"]),
         ("golden/golden.json", b'{"calls": []}', ["verify"]),
-        ("golden/golden.json", b'{"calls": [{"sequence": 0, "method": "x", "n": 1, "inputs": [], "outputs": []}]}', ["verify"]),
+        ("golden/golden.json", b'{"calls": [{"sequence": 0, "method": "x", "n": 1}]}', ["verify"]),
     ],
 )
 def test_files_that_a_stranger_sealed_are_refused_in_one_line(tmlc_cli, package, tmp_path, name, data, args):

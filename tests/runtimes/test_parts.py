@@ -160,7 +160,8 @@ def test_a_tokenizer_that_fails_on_a_text_refuses_that_text():
     words = {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "none"}
     with pytest.raises(InputError, match="cannot take this text"):
         load(byte_level(model=words)).encode("b")
-    slow = {"type": "Split", "pattern": {"Regex": "^(([a-z])+.)+[A-Z]([a-z])+$"}, "behavior": "Isolated", "invert": False}
+    pattern = {"Regex": "^(([a-z])+.)+[A-Z]([a-z])+$"}
+    slow = {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}
     panics = load(byte_level(normalizer={"type": "NFC"}, pre_tokenizer=slow))
     with pytest.raises(InputError, match="cannot take this text"):
         panics.encode("a" * 60)
@@ -168,8 +169,7 @@ def test_a_tokenizer_that_fails_on_a_text_refuses_that_text():
 
 def test_typed_text_is_neither_cut_nor_filled_up():
     pytest.importorskip("tokenizers")
-    padding = {"strategy": {"Fixed": 9}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 7, "pad_type_id": 0,
-               "pad_token": "x"}  # fmt: skip
+    padding = {"strategy": {"Fixed": 9}, "direction": "Right", "pad_id": 7, "pad_type_id": 0, "pad_token": "x"}
     cut = {"direction": "Right", "max_length": 1, "strategy": "LongestFirst", "stride": 0}
     tokenizer = load(byte_level(normalizer={"type": "NFC"}, padding=padding, truncation=cut))
     assert isinstance(tokenizer, LibraryTokenizer) and tokenizer.encode("abc") == [97, 98, 99]

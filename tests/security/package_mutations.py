@@ -12,10 +12,13 @@ import json
 import struct
 import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from typing import Any
+
+from edits import NUMBERS, OTHERS, TEXTS, damage, dumps, fresh, is_number, mutate_json, replace_everywhere
 
 from tmlc.errors import PackageError
 from tmlc.package import open_package, zipfile_io
@@ -25,19 +28,7 @@ PLAN = "engines/cpu/plan.json"
 TOKENIZER = "tokenizer.json"
 SNAPSHOT_MAGIC = b"TMLCSNP1"
 PAGE = 4096
-
-_DEEP = "@deep:"  # stands for so many nested lists, which json.dumps could not write
-NUMBERS = [
-    *(0, 1, 2, 3, 7, 15, 16, 17, 48, 63, 64, 1000, 4096, 2**15, 2**16, 2**20, 2**24, 2**24 + 1, 2**31 - 1, 2**31),
-    *(2**32, 2**36, 2**46, 2**53, 2**62, 2**63 - 1, 2**63, 2**64, 10**30, 10**400, -1, -2, -16, -(2**31), -(2**63)),
-    *(0.0, -0.0, 0.5, 1.0, 1e-310, 1e30, 1e39, 1e299, 1e308, -1e30, float("nan"), float("inf"), float("-inf")),
-]
-TEXTS = [
-    *("", "x", "../x", "/etc/passwd", "a/../../b", "C:\\x", "\0", "\x1b[2J", "\ud800", "\U0001f600", "a" * 5000),
-    *("decode", "f32", "bf16", "i32", "i64", "u8", "arena", "slot", "weight", "input", "output", "linear", "attention"),
-    *("tokens", "interaction", "end", "ring_with_sinks", PLAN, WEIGHTS, MANIFEST, TOKENIZER, "[red]", "%s%n"),
-]
-OTHERS = [True, False, None, [], {}, [[]], {"": None}, [0] * 300, *(f"{_DEEP}{n}" for n in (40, 900, 960, 990, 10**5))]
+GONE = (KeyError, TypeError, IndexError, ValueError, AttributeError)  # an edit before left no such thing to change
 
 
 @dataclass
@@ -62,16 +53,6 @@ def take_apart(path: Path) -> Parts:
     with open_package(path) as package:
         files = {name: package.read(name) for name in package.names() if name != MANIFEST}
         return Parts(files, json.loads(package.read(MANIFEST)))
-
-
-def dumps(value: Any) -> bytes:
-    """JSON with everything that JSON should not have: NaN, lone surrogates, absurd depth."""
-    text = json.dumps(value, separators=(",", ":"))
-    while (at := text.find(f'"{_DEEP}')) >= 0:
-        end = text.index('"', at + 1)
-        depth = int(text[at + 1 + len(_DEEP) : end])
-        text = text[:at] + "[" * depth + "]" * depth + text[end + 1 :]
-    return text.encode()
 
 
 def reseal(data: bytes) -> bytes:
@@ -104,105 +85,6 @@ def write_folder(folder: Path, parts: Parts) -> None:
         (folder / name).write_bytes(data)
 
 
-# ---- bytes ----
-
-
-def damage(data: bytes, rng: Random) -> bytes:
-    """One flip, cut, insertion, repetition, exchange or overwriting, anywhere; never the same bytes again."""
-    while True:
-        at, size = rng.randrange(len(data)), rng.choice((1, 1, 2, 4, 8, 64, 4096))
-        other = rng.randrange(len(data))
-        changed = rng.choice(
-            (
-                lambda: data[:at] + bytes([data[at] ^ 1 << rng.randrange(8)]) + data[at + 1 :],
-                lambda: data[:at],
-                lambda: data[at:],
-                lambda: data[:at] + data[at + size :],
-                lambda: data[:at] + rng.randbytes(size) + data[at:],
-                lambda: data[:at] + data[other : other + size] + data[at:],
-                lambda: data[:at] + data[other : other + size] + data[at + size :],
-                lambda: data[:at] + rng.choice((b"\0", b"\xff", b"\x7f")) * size + data[at + size :],
-                lambda: data + data[at:],
-            )
-        )()
-        if changed != data:
-            return changed
-
-
-# ---- JSON ----
-
-
-def _keys(container: Any) -> list[Any]:
-    return list(container) if isinstance(container, dict) else list(range(len(container)))
-
-
-def _places(value: Any) -> list[tuple[Any, Any]]:
-    """(container, key) of every value below `value`."""
-    found, todo = [], [value]
-    while todo:
-        here = todo.pop()
-        for key in _keys(here):
-            found.append((here, key))
-            if isinstance(here[key], dict | list):
-                todo.append(here[key])
-    return found
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float)
-
-
-def _fresh(old: Any, rng: Random) -> Any:
-    """Another value for `old`: mostly of its own kind, sometimes anything."""
-    if rng.random() < 0.15:
-        return copy.deepcopy(rng.choice(NUMBERS + TEXTS + OTHERS))
-    if _is_number(old):
-        nudges = [old + rng.randint(-4, 4), old * 2, old // 2 if type(old) is int else old / 2, -old, old + 16, old + 64]
-        return rng.choice(NUMBERS) if rng.random() < 0.4 else rng.choice(nudges)
-    if isinstance(old, str):
-        return rng.choice(TEXTS)
-    return copy.deepcopy(rng.choice(OTHERS))
-
-
-def mutate_json(value: Any, rng: Random) -> None:
-    """One edit in place: a value, a key, an element; or one number wherever it stands, so that sizes still agree."""
-    places = _places(value)
-    if not places:
-        return
-    # Short paths are rare among the places and matter as much as the many long ones.
-    here, key = rng.choice(places) if rng.random() < 0.8 else (value, rng.choice(_keys(value)))
-    old = here[key]
-    edit = rng.randrange(12)
-    if edit == 0:
-        del here[key]
-    elif edit == 1 and isinstance(here, dict):
-        here[rng.choice(["extra", "", "a" * 300, "\x1b[31m", *here])] = _fresh(old, rng)
-    elif edit == 1:
-        here.insert(rng.randrange(len(here) + 1), copy.deepcopy(rng.choice([old, rng.choice(here)])))
-    elif edit == 2:
-        there, other = rng.choice(places)
-        here[key] = copy.deepcopy(there[other])
-    elif edit == 3 and isinstance(here, dict):
-        other = rng.choice(list(here))
-        here[key], here[other] = here[other], here[key]
-    elif edit == 3:
-        other = rng.randrange(len(here))
-        here[key], here[other] = here[other], here[key]
-    elif edit == 4 and isinstance(old, list):
-        here[key] = old[: rng.randrange(len(old) + 1)] if rng.random() < 0.5 else old * 2
-    elif edit in (5, 6) and _is_number(old):
-        replace_everywhere([value], old, _fresh(old, rng))
-    else:
-        here[key] = _fresh(old, rng)
-
-
-def replace_everywhere(documents: list[Any], old: Any, new: Any) -> None:
-    for document in documents:
-        for here, key in _places(document):
-            if type(here[key]) is type(old) and here[key] == old:
-                here[key] = new
-
-
 # ---- packages ----
 
 
@@ -215,10 +97,8 @@ def plan(parts: Parts, rng: Random) -> None:
         larger = value["slot_bytes"] + 64 * rng.randrange(64)
         value["slot_bytes"] = parts.manifest["session_bytes"] = larger
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
-        try:
+        with suppress(*GONE):
             _edit_plan(value, documents, rng)
-        except (KeyError, TypeError, IndexError, ValueError, AttributeError):
-            pass  # an edit before this one left no such thing to change
     if rng.random() < 0.5 and isinstance(value, dict) and type(value.get("slot_bytes")) is int:
         parts.manifest["session_bytes"] = value["slot_bytes"]
     parts.files[PLAN] = dumps(value)
@@ -231,10 +111,10 @@ def _edit_plan(value: Any, documents: list[Any], rng: Random) -> None:
     edit = rng.randrange(14)
     if edit == 0:
         key = rng.choice(["cols", "stride", "offset"])
-        replace_everywhere(documents, tensor[key], _fresh(tensor[key], rng))
+        replace_everywhere(documents, tensor[key], fresh(tensor[key], rng))
     elif edit == 1:
         key = rng.choice(["cols", "stride", "offset", "space", "dtype", "name"])
-        tensor[key] = rng.choice(tensors).get(key, 0) if rng.random() < 0.5 else _fresh(tensor[key], rng)
+        tensor[key] = rng.choice(tensors).get(key, 0) if rng.random() < 0.5 else fresh(tensor[key], rng)
     elif edit == 2:
         tensor["rows"][rng.randrange(2)] = rng.choice([0, 1, 2, 4, 5, 64, 2**24, *NUMBERS])
     elif edit == 3:
@@ -245,7 +125,7 @@ def _edit_plan(value: Any, documents: list[Any], rng: Random) -> None:
         call["t"][rng.randrange(len(call["t"]))] = rng.choice(same)
     elif edit == 5:
         spot = rng.choice([(c, k) for c in code for k in range(len(c["i"]))])
-        spot[0]["i"][spot[1]] = _fresh(spot[0]["i"][spot[1]], rng)
+        spot[0]["i"][spot[1]] = fresh(spot[0]["i"][spot[1]], rng)
     elif edit == 6:
         spot = rng.choice([(c, k) for c in code for k in range(len(c["f"]))])
         spot[0]["f"][spot[1]] = rng.choice([0.0, -1.0, 1e-310, 1e30, -1e30, 1e299, *NUMBERS])
@@ -269,10 +149,8 @@ def _edit_plan(value: Any, documents: list[Any], rng: Random) -> None:
 def manifest(parts: Parts, rng: Random) -> None:
     """Sizes, states, tick layout, context, methods, tokenizer, targets, and the list of files itself."""
     for _ in range(rng.choice((1, 1, 2, 3))):
-        try:
+        with suppress(*GONE):
             _edit_manifest(parts, rng)
-        except (KeyError, TypeError, IndexError, ValueError, AttributeError):
-            pass  # an edit before this one left no such thing to change
     if rng.random() < 0.1:
         parts.manifest_text = damage(dumps(parts.manifest), rng)
 
@@ -284,9 +162,9 @@ def _edit_manifest(parts: Parts, rng: Random) -> None:
         mutate_json(value, rng)
     elif edit == 1:
         key = rng.choice(list(tick))
-        tick[key] = _fresh(tick[key], rng)
+        tick[key] = fresh(tick[key], rng)
     elif edit == 2:
-        tick |= {key: type(tick[key])(0) for key in rng.sample(list(tick), 3) if _is_number(tick[key])}
+        tick |= {key: type(tick[key])(0) for key in rng.sample(list(tick), 3) if is_number(tick[key])}
     elif edit == 3:
         value["model"]["kind"] = rng.choice(["tokens", "interaction"])
         if rng.random() < 0.5:
@@ -329,7 +207,9 @@ def header(parts: Parts, rng: Random) -> None:
     if rng.random() < 0.15:  # a name twice, which no dict can hold
         text = text[:1] + dumps({rng.choice(tensors): rng.choice(list(value.values()))})[1:-1] + b"," + text[1:]
     text += b" " * (-(8 + len(text)) % rng.choice([PAGE, PAGE, PAGE, 64, 8, 1]))
-    size = len(text) if rng.random() < 0.9 else rng.choice([0, 1, len(text) - 1, len(text) + 1, 2**32, 2**63, 2**64 - 1])
+    size = (
+        len(text) if rng.random() < 0.9 else rng.choice([0, 1, len(text) - 1, len(text) + 1, 2**32, 2**63, 2**64 - 1])
+    )
     parts.files[name] = size.to_bytes(8, "little") + text + rest
 
 
@@ -338,7 +218,18 @@ def weights(parts: Parts, rng: Random) -> None:
     data = bytearray(parts.files[WEIGHTS])
     start = 8 + int.from_bytes(data[:8], "little")
     table = json.loads(data[8:start])
-    words = [0x7FC00000, 0xFFC00000, 0x7F800000, 0xFF800000, 0x7F7FFFFF, 0xFF7FFFFF, 1, 0x80000000, 0xFFFFFFFF, 0x501502F9]
+    words = [
+        0x7FC00000,
+        0xFFC00000,
+        0x7F800000,
+        0xFF800000,
+        0x7F7FFFFF,
+        0xFF7FFFFF,
+        1,
+        0x80000000,
+        0xFFFFFFFF,
+        0x501502F9,
+    ]
     for _ in range(rng.choice((1, 1, 2, 5))):
         spans = [v["data_offsets"] for k, v in table.items() if k != "__metadata__"]
         begin, end = rng.choice([*spans, *spans, [0, len(data) - start]])
@@ -360,7 +251,8 @@ def tokenizer(parts: Parts, rng: Random) -> None:
         {"type": "WordLevel", "vocab": rng.choice([small, {}, {"h": 2**32 - 1}, {"a": 999}]), "unk_token": "none"},
         {"type": "WordPiece", "vocab": small, "unk_token": rng.choice(["[UNK]", "no"]), "continuing_subword_prefix": "",
          "max_input_chars_per_word": rng.choice([0, 1, 100, 2**63])},
-        {"type": "Unigram", "vocab": rng.choice([[], [["h", -1.0]], [["h", 1e308], ["", 0.0]]]), "unk_id": rng.choice([None, 0, 9])},
+        {"type": "Unigram", "vocab": rng.choice([[], [["h", -1.0]], [["h", 1e308], ["", 0.0]]]),
+         "unk_id": rng.choice([None, 0, 9])},
         {"type": "BPE", "vocab": small, "merges": rng.choice([["h e"], [["h", "e"]], ["x y"], ["h"], [["h"]]])},
         {"type": "BPE", "vocab": vocab, "merges": ["h e"], "dropout": rng.choice([0.5, 2, -1])},
     ]  # fmt: skip
@@ -382,7 +274,9 @@ def tokenizer(parts: Parts, rng: Random) -> None:
             {"type": "Replace", "pattern": {"String": ""}, "content": "x"},
             {"type": "CTC", "pad_token": "h", "word_delimiter_token": "", "cleanup": True},
         ],
-        "truncation": [{"direction": "Right", "max_length": rng.choice([0, 1]), "strategy": "LongestFirst", "stride": 9}],
+        "truncation": [
+            {"direction": "Right", "max_length": rng.choice([0, 1]), "strategy": "LongestFirst", "stride": 9}
+        ],
         "padding": [{"strategy": {"Fixed": rng.choice([0, 64, 5000])}, "direction": "Left", "pad_to_multiple_of": 0,
                      "pad_id": rng.choice([0, 2**32 - 1]), "pad_type_id": 0, "pad_token": "x"}],
     }  # fmt: skip
@@ -407,7 +301,9 @@ def tokenizer(parts: Parts, rng: Random) -> None:
 def golden(parts: Parts, rng: Random) -> None:
     """The recorded calls that `tmlc verify` replays, and the records that `tmlc inspect` shows."""
     if rng.random() < 0.2:
-        parts.manifest["pipeline"] = [{"pass": rng.choice(NUMBERS[:30] + TEXTS + OTHERS[:8]), "config": rng.choice([None, 1, {}])}]
+        parts.manifest["pipeline"] = [
+            {"pass": rng.choice(NUMBERS[:30] + TEXTS + OTHERS[:8]), "config": rng.choice([None, 1, {}])}
+        ]
         parts.files["program.ir"] = damage(parts.files["program.ir"], rng)
         return
     value = parts.json("golden/golden.json")
@@ -476,7 +372,23 @@ def _lie_in_a_record(data: bytearray, rng: Random) -> bytes:
 def _strange_member(parts: Parts, rng: Random) -> bytes:
     out = io.BytesIO()
     writer = zipfile_io.ZipWriter(out)
-    names = ["../x", "/x", "a//b", "a/./b", "a/../b", "x/", "\\x", "C:/x", "", " ", "é", "a" * 300, "CON", MANIFEST, *parts.files]
+    names = [
+        "../x",
+        "/x",
+        "a//b",
+        "a/./b",
+        "a/../b",
+        "x/",
+        "\\x",
+        "C:/x",
+        "",
+        " ",
+        "é",
+        "a" * 300,
+        "CON",
+        MANIFEST,
+        *parts.files,
+    ]
     name, data = rng.choice(names), rng.choice([b"", b"{}", b"x" * 5000])
     if rng.random() < 0.7:
         parts.manifest["files"][name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
@@ -487,7 +399,9 @@ def _strange_member(parts: Parts, rng: Random) -> bytes:
     if rng.random() < 0.05:
         members += [(f"f{k}", b"") for k in range(5000)]
     for name, data in members:
-        writer.add(name, len(data), [data], rng.choice([1, PAGE, 65000 if len(data) < 9999 else 64]) if name == WEIGHTS else 1)
+        writer.add(
+            name, len(data), [data], rng.choice([1, PAGE, 65000 if len(data) < 9999 else 64]) if name == WEIGHTS else 1
+        )
     if rng.random() < 0.3:  # an entry that says it is a link, or a folder
         entry = writer.central[-1]
         writer.central[-1] = entry[:38] + struct.pack("<I", rng.choice([0o120777, 0o040755]) << 16) + entry[42:]
@@ -556,7 +470,9 @@ def snapshot(blob: bytes, rng: Random) -> bytes:
         elif edit in (4, 5):  # numbers in the states, aligned: positions, keys and values
             for _ in range(rng.choice((1, 8, 200))):
                 at = rng.randrange(len(rest) // 8) * 8
-                rest[at : at + 8] = struct.pack("<q", rng.choice([n for n in NUMBERS if type(n) is int and -(2**63) <= n < 2**63]))
+                rest[at : at + 8] = struct.pack(
+                    "<q", rng.choice([n for n in NUMBERS if type(n) is int and -(2**63) <= n < 2**63])
+                )
         elif edit == 6:
             word = rng.choice([0x7FC00000, 0xFF800000, 0x7F7FFFFF, 0xFFFFFFFF, 1, 0x42C80000])
             begin = rng.randrange(len(rest) // 4) * 4

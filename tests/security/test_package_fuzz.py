@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -47,30 +48,46 @@ def package(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def fuzz(package, sanitized, tmp_path_factory):
-    """`fuzz(first, count)`: (kind, outcome) of each of these cases, after running them in a few processes."""
-    library, folder = sanitized.library(), tmp_path_factory.mktemp("cases")
+def sanitized_python(sanitized):
+    """`sanitized_python(*args)`: a finished Python process that may load the sanitized library."""
     environment = {
         **os.environ,
         "LD_PRELOAD": sanitized.preload,
         "ASAN_OPTIONS": f"detect_leaks=0:allocator_may_return_null=1:{LIMITS}",
         "UBSAN_OPTIONS": "print_stacktrace=1",
         "OPENBLAS_NUM_THREADS": "1",
+        "RUST_BACKTRACE": "0",
+        "PYTHONPATH": str(PROGRAM.parent),
     }
 
+    def run(*args: object) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, *map(str, args)], capture_output=True, text=True, env=environment)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def library(sanitized) -> Path:
+    return sanitized.library()
+
+
+@pytest.fixture(scope="module")
+def fuzz(package, library, sanitized_python, tmp_path_factory):
+    """`fuzz(first, count)`: (kind, outcome) of each of these cases, after running them in a few processes."""
+    folder = tmp_path_factory.mktemp("cases")
+
     def run(first: int, count: int) -> list[tuple[str, str]]:
-        command = [sys.executable, PROGRAM, package, library, str(first), str(count), folder]
-        done = subprocess.run([str(c) for c in command], capture_output=True, text=True, env=environment)
+        done = sanitized_python(PROGRAM, package, library, first, count, folder)
         lines = [line.split() for line in done.stdout.splitlines()]
         failed = [line for line in lines if line[2:] == ["FAILED"]]
-        trouble = f"{done.stdout[-300:]}\n{done.stderr[-6000:]}"
+        trouble = f"{failed}\n{done.stdout[-300:]}\n{done.stderr[-6000:]}"
         assert done.returncode == 0 and not failed and len(lines) == count, trouble
         return [(kind, outcome) for _, kind, outcome in lines]
 
     def run_all(first: int, count: int) -> list[tuple[str, str]]:
         share = count // WORKERS
         with ThreadPoolExecutor(WORKERS) as pool:
-            return sum(pool.map(run, range(first, first + count, share), [share] * WORKERS), [])
+            return [*chain.from_iterable(pool.map(run, range(first, first + count, share), [share] * WORKERS))]
 
     return run_all
 
@@ -82,6 +99,19 @@ def check(outcomes: list[tuple[str, str]]) -> None:
     for kind in ("plan", "manifest", "tokenizer", "snapshot"):
         total = counts[kind].total()
         assert total // 10 < counts[kind]["ran"] < total, (kind, counts[kind])  # some run, some are refused
+
+
+BEYOND = """
+import sys, pathlib, numpy, package_fuzz, tmlc.kernels.cpu as cpu
+package_fuzz.use_library(pathlib.Path(sys.argv[1]))
+words = numpy.array([cpu.MAGIC, cpu.VERSION, 0, 0, 0, 1], numpy.int64)
+cpu.load_library()._c.tmlc_plan_create(words.ctypes.data, 60, words.ctypes.data, 0, 1, None, 0)
+"""
+
+
+def test_a_step_outside_of_memory_would_be_seen(library, sanitized_python):
+    done = sanitized_python("-c", BEYOND, library)
+    assert done.returncode and "heap-buffer-overflow" in done.stderr and "read_method" in done.stderr
 
 
 def test_mutated_packages_and_snapshots_do_no_harm(fuzz):
