@@ -17,6 +17,7 @@ from tmlc.package.manifest import Manifest
 from tmlc.runtimes.core.backend import Backend, MethodSpec, TensorSpec
 
 MAX_TICK_BYTES = 1 << 28
+MAX_COLS = 1 << 22  # of a hidden state and of the logits
 
 Sink = Callable[[np.ndarray], None]
 
@@ -49,6 +50,8 @@ class Model:
         self._check_text()
         if manifest.model.kind == "interaction":
             self._check_interaction()
+        elif self.layout.audio_in or self.layout.audio_out or self.layout.video_positions:
+            raise PackageError("a token model takes no audio or video", where="manifest.json: tick")
         self.chunk = min(self._spec("decode").max_n, manifest.context.max_append)
         self.times = dict.fromkeys(backend.methods, 0)
         self._x = np.zeros((self.chunk, self.width), np.float32)
@@ -75,6 +78,8 @@ class Model:
 
     def _check_text(self) -> None:
         hidden, ids, key = _rows("f32", 1, self.width), _rows("i32", 1, 1), _rows("i64", 1, 3)
+        if max(self.width, self.vocab) > MAX_COLS:
+            raise PackageError(f"a model {self.width} wide with a vocabulary of {self.vocab} is absurd")
         self._spec("decode").require([hidden], [hidden])
         self._spec("embed_text").require([ids], [hidden])
         self._spec("unembed").require([hidden], [_rows("f32", 1, self.vocab)])
@@ -100,6 +105,8 @@ class Model:
         for what, size in sizes.items():
             if size > MAX_TICK_BYTES:
                 raise PackageError(f"{size} bytes of {what} a tick are absurd", where="manifest.json: tick")
+        if layout.video_positions and not sizes["video"]:
+            raise PackageError("video needs frames that are not empty", where="manifest.json: tick")
         self.hears, self.hop = True, layout.hop
         self._spec("embed_audio").require([_rows("f32", 1, self.hop)], [hidden])
         if layout.video_positions:

@@ -17,7 +17,7 @@ import numpy as np
 
 from tmlc.errors import SessionError
 from tmlc.runtimes.core.text import Tokenizer
-from tmlc.runtimes.core.tick import Conversation
+from tmlc.runtimes.core.tick import MAX_QUEUED_TOKENS, Conversation
 
 MAGIC = b"TMLCSNP1"
 _NUMBERS = {"seed": 2**63 - 1, "tick": 2**53, "positions": 2**53}
@@ -108,13 +108,15 @@ def _values(header: dict[str, Any]) -> dict[str, Any]:
             raise _damaged(f"{key} is out of range")
     if type(out["temperature"]) is not float or not 0.0 <= out["temperature"] < 1e6:
         raise _damaged("temperature is out of range")
-    if out["last_clip"] is not None and type(out["last_clip"]) is not int:
-        raise _damaged("last_clip is not a number")
+    clip = out["last_clip"]
+    if clip is not None and (type(clip) is not int or not 0 <= clip < out["tick"]):
+        raise _damaged("last_clip is not a tick before this one")
     for key in ("queue", "decoder"):
         value = header.get(key)
         if value is None:
             value = []
-        if not isinstance(value, list) or not all(type(v) is int and 0 <= v < 2**31 for v in value):
+        tokens = isinstance(value, list) and all(type(v) is int and 0 <= v < 2**31 for v in value)
+        if not tokens or len(value) > MAX_QUEUED_TOKENS:
             raise _damaged(f"{key} is not a list of tokens")
         out[key] = value
     return out

@@ -7,13 +7,19 @@ not control.
 
 from __future__ import annotations
 
+import base64
 import codecs
 import json
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
-from tmlc.errors import InputError, PackageError
+from tmlc.errors import InputError, PackageError, TmlcError
+
+MAX_ID = 1 << 22  # the library makes tables as long as the largest id
+MAX_GROWTH = 1 << 10  # how many characters one typed character may become
 
 
 class Tokenizer(ABC):
@@ -82,6 +88,37 @@ class _ByteDecoder(TextDecoder):
         return [self._token_of[b] for b in self._utf8.getstate()[0]]
 
 
+@contextmanager
+def _library(fails: type[TmlcError], what: str) -> Iterator[None]:
+    """Around a call of the library, which raises plain Exception for whatever is wrong in a tokenizer; a panic of its
+    Rust code is not even that."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:
+        reason = " ".join(str(error).split())[:200]
+        raise fails(f"{what}: {reason}", where="tokenizer.json") from None
+
+
+def _growth(part: Any) -> int:
+    """How much longer the replacements in a part of a tokenizer can make a text, one applied to what another gave.
+
+    Raises ValueError for a character map that is cut short: the library would reserve what its first bytes say.
+    """
+    if isinstance(part, list):
+        return math.prod(map(_growth, part))
+    if not isinstance(part, dict):
+        return 1
+    if part.get("type") == "Precompiled":
+        charsmap = base64.b64decode(part["precompiled_charsmap"])
+        if not 4 <= int.from_bytes(charsmap[:4], "little") <= len(charsmap) - 4:
+            raise ValueError("its character map is cut short")
+    added = part.get("content", part.get("prepend")) if part.get("type") in ("Replace", "Prepend") else None
+    own = 1 + len(added) if isinstance(added, str) else 1
+    return own * math.prod(map(_growth, part.values()))
+
+
 class LibraryTokenizer(Tokenizer):
     """Any other `tokenizer.json`, through the `tokenizers` package."""
 
@@ -93,21 +130,29 @@ class LibraryTokenizer(Tokenizer):
                 "this package's tokenizer is not byte-level and the `tokenizers` package is not installed",
                 fix="pip install 'tmlc[text]'",
             ) from None
-        try:
+        with _library(PackageError, "the package's tokenizer cannot be read"):
             self._tokenizer = tokenizers.Tokenizer.from_str(text)
-        except Exception as error:  # the library raises plain Exception for whatever is wrong in the file
-            what = f"the package's tokenizer cannot be read: {error}"
-            raise PackageError(what, where="tokenizer.json") from None
-        self._tokenizer.encode_special_tokens = True
+            self._tokenizer.encode_special_tokens = True
+            # Typed text is neither cut nor filled up nor put into a template, whatever the file was made for.
+            self._tokenizer.post_processor = None
+            self._tokenizer.no_truncation()
+            self._tokenizer.no_padding()
 
     def encode(self, text: str) -> list[int]:
         try:
-            return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+            text.encode()
         except UnicodeEncodeError as error:
             raise InputError(f"text is not valid Unicode at character {error.start}") from None
+        with _library(InputError, "the package's tokenizer cannot take this text"):
+            return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def decode(self, tokens: list[int]) -> str:
+        """The text of `tokens` without special ones. Raises PackageError when the library fails on them."""
+        with _library(PackageError, "the package's tokenizer cannot write this text"):
+            return str(self._tokenizer.decode(tokens, skip_special_tokens=True))
 
     def decoder(self, state: Sequence[int] = ()) -> TextDecoder:
-        return _LibraryDecoder(self._tokenizer, state)
+        return _LibraryDecoder(self, state)
 
 
 class _LibraryDecoder(TextDecoder):
@@ -117,14 +162,14 @@ class _LibraryDecoder(TextDecoder):
     The window keeps the tokens of the last piece, because a decoder may join words across tokens.
     """
 
-    def __init__(self, tokenizer: Any, state: Sequence[int]) -> None:
+    def __init__(self, tokenizer: LibraryTokenizer, state: Sequence[int]) -> None:
         self._tokenizer = tokenizer
         self._done, *self._window = state or (0,)
 
     def push(self, tokens: Iterable[int]) -> str:
         self._window += tokens
-        before = self._tokenizer.decode(self._window[: self._done], skip_special_tokens=True)
-        after = self._tokenizer.decode(self._window, skip_special_tokens=True)
+        before = self._tokenizer.decode(self._window[: self._done])
+        after = self._tokenizer.decode(self._window)
         if len(after) <= len(before) or after.endswith("�"):
             return ""
         self._window = self._window[self._done :]
@@ -146,13 +191,18 @@ def load_tokenizer(data: bytes) -> Tokenizer:
         special = {t["content"] for t in spec.get("added_tokens") or []}
         split = spec.get("pre_tokenizer") or {}
         plain = not split.get("add_prefix_space") and not spec.get("normalizer")
+        ids = model["vocab"].values() if isinstance(model["vocab"], dict) else ()
+        sane = all(type(i) is int and 0 <= i < MAX_ID for i in ids) and not model.get("dropout")
+        sane = sane and all(_growth(spec.get(p)) <= MAX_GROWTH for p in ("normalizer", "pre_tokenizer", "decoder"))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise PackageError(f"the package's tokenizer cannot be read: {error!r}", where=where) from None
-    if kind != "BPE" or merges or split.get("type") != "ByteLevel" or not plain:
+    if not sane:
+        raise PackageError("the package's tokenizer has absurd ids, chance or replacements", where=where)
+    if kind != "BPE" or not ids or merges or split.get("type") != "ByteLevel" or not plain:
         return LibraryTokenizer(text)
     alphabet = _byte_alphabet()
     byte_of = {i: alphabet[c] for c, i in vocab.items() if c in alphabet and c not in special}
     others = [c for c in vocab if c not in alphabet and c not in special]
-    if others or len(byte_of) != 256 or not all(type(i) is int and i >= 0 for i in byte_of):
+    if others or len(byte_of) != 256:
         return LibraryTokenizer(text)
     return ByteTokenizer(byte_of)

@@ -71,19 +71,24 @@ def _error(what: str, where: str) -> PlanError:
     return PlanError(what, where=f"plan.json, {where}", fix=FIX)
 
 
+def _shown(value: Any) -> str:
+    """A value for an error message: never a large one, and nothing that a terminal would obey."""
+    return repr(value)[:60] if isinstance(value, str | int | float | None) else f"this {type(value).__name__}"
+
+
 def _object(value: Any, where: str, keys: tuple[str, ...], optional: tuple[str, ...] = ()) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise _error("expected an object", where)
     if missing := [k for k in keys if k not in value]:
         raise _error(f"key {missing[0]!r} is missing", where)
     if unknown := [k for k in value if k not in keys and k not in optional]:
-        raise _error(f"unknown key {unknown[0][:60]!r}", where)
+        raise _error(f"unknown key {_shown(unknown[0])}", where)
     return value
 
 
 def _integer(value: Any, where: str, low: int, high: int) -> int:
     if type(value) is not int or not low <= value <= high:
-        raise _error(f"expected a whole number from {low} to {high}, not {str(value)[:40]}", where)
+        raise _error(f"expected a whole number from {low} to {high}, not {_shown(value)}", where)
     return value
 
 
@@ -107,7 +112,7 @@ def plan_words(plan: Any, weights: Mapping[str, WeightEntry], opcodes: Mapping[s
     """
     plan = _object(plan, "top level", ("version", "arena_bytes", "slot_bytes", "tensors", "methods"))
     if plan["version"] != VERSION or type(plan["version"]) is not int:
-        raise _error(f"version {str(plan['version'])[:20]} is not {VERSION}", "top level")
+        raise _error(f"version {_shown(plan['version'])} is not {VERSION}", "top level")
     arena = _integer(plan["arena_bytes"], "arena_bytes", 0, MAX_BYTES)
     slot = _integer(plan["slot_bytes"], "slot_bytes", 0, MAX_BYTES)
     tensors = [_tensor(entry, f"tensor {i}", weights) for i, entry in enumerate(_list(plan["tensors"], "tensors"))]
@@ -128,9 +133,9 @@ def _tensor(value: Any, where: str, weights: Mapping[str, WeightEntry]) -> _Tens
     entry = _object(value, where, ("space", "dtype", "rows", "cols", "stride"), ("offset", "name"))
     space, dtype = entry["space"], entry["dtype"]
     if space not in SPACES:
-        raise _error(f"unknown space {str(space)[:40]!r}", where)
+        raise _error(f"unknown space {_shown(space)}", where)
     if dtype not in DTYPE_NAMES:
-        raise _error(f"unknown dtype {str(dtype)[:40]!r}", where)
+        raise _error(f"unknown dtype {_shown(dtype)}", where)
     rows = _list(entry["rows"], f"{where}: rows", 2)
     if len(rows) != 2:
         raise _error("rows must be [a, b], meaning a·n + b", where)
@@ -151,7 +156,7 @@ def _weight(
 ) -> int:
     """The place of a named weight in the buffer, once it is known to hold what the plan reads from it."""
     if not isinstance(name, str) or name not in weights:
-        raise PackageError(f"the plan's weight {str(name)[:80]!r} is not in the package", where=where, fix=FIX)
+        raise PackageError(f"the plan's weight {_shown(name)} is not in the package", where=where, fix=FIX)
     held = weights[name]
     if held.dtype != dtype:
         raise PackageError(f"weight {name} is {held.dtype}, the plan wants {dtype}", where=where, fix=FIX)
@@ -166,7 +171,7 @@ def _method(value: Any, where: str, tensors: list[_Tensor], opcodes: Mapping[str
     """Appends one method to `words` and returns its signature."""
     entry = _object(value, where, ("name", "max_n", "inputs", "outputs", "code"))
     name = entry["name"]
-    if not isinstance(name, str) or not name or len(name) > 200:
+    if not isinstance(name, str) or not name or len(name) > 200 or not name.isprintable():
         raise _error("a method's name must be a short text", where)
     where = f"method {name}"
     max_n = _integer(entry["max_n"], f"{where}: max_n", 1, MAX_ROWS)
@@ -181,7 +186,7 @@ def _method(value: Any, where: str, tensors: list[_Tensor], opcodes: Mapping[str
         op = call["op"]
         if not isinstance(op, str) or op not in opcodes:
             raise PlanError(
-                f"unknown operation {str(op)[:60]!r}",
+                f"unknown operation {_shown(op)}",
                 where=f"plan.json, {at}",
                 fix="install the version of tmlc that made the package, or compile it again with this one",
             )
@@ -211,5 +216,5 @@ def _specs(numbers: list[int], tensors: list[_Tensor]) -> tuple[TensorSpec, ...]
 
 def _float_bits(value: Any, where: str) -> int:
     if type(value) not in (int, float) or not -1e300 < value < 1e300 or not math.isfinite(value):
-        raise _error(f"expected a number, not {str(value)[:40]}", where)
+        raise _error(f"expected a number, not {_shown(value)}", where)
     return int(struct.unpack("<q", struct.pack("<d", value))[0])

@@ -1,10 +1,15 @@
 """`tmlc inspect` and `tmlc verify`."""
 
+import hashlib
 import json
 import shutil
+from pathlib import Path
+from zipfile import ZipFile
 
 import numpy as np
 import pytest
+
+from tmlc.package.writer import seal
 
 
 def test_a_package_shows_methods_states_passes_memory_and_kernel_calls(tmlc_cli, package):
@@ -78,29 +83,50 @@ def test_verify_passes_on_this_machine_for_every_kernel_variant(tmlc_cli, packag
     assert "ok" in tmlc_cli("verify", package).stdout
 
 
-def test_verify_fails_with_exit_1_and_names_the_method_when_an_output_differs(tmlc_cli, checkpoint, tmp_path):
-    """A package whose recorded numbers are those of another machine, as it were: one golden value is changed, and
-    the digests around it are made right again."""
-    import hashlib
-
-    from tmlc.package.safetensors_io import dump, load
-    from tmlc.package.writer import seal
-
-    folder = tmp_path / "x.tmlc"
-    tmlc_cli("compile", checkpoint, "-o", folder, "--folder", "--json")
-    index = json.loads((folder / "golden/golden.json").read_text())
-    call = next(c for c in index["calls"] if c["method"] == "vocode")
-    tensors = {
-        name: np.array(array) for name, array in load((folder / "golden/golden.safetensors").read_bytes(), "x").items()
-    }
-    tensors[call["outputs"][0]][0, 0] += 0.5
-    (folder / "golden/golden.safetensors").write_bytes(dump(tensors))
+def resealed(package: Path, folder: Path, files: dict[str, bytes]) -> Path:
+    """A copy of the package as a folder, with other files in it and every digest right again."""
+    with ZipFile(package) as archive:
+        archive.extractall(folder)
     manifest = json.loads((folder / "manifest.json").read_text())
-    data = (folder / "golden/golden.safetensors").read_bytes()
-    manifest["files"]["golden/golden.safetensors"] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+        manifest["files"][name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     text = json.dumps(manifest).encode()
     (folder / "manifest.json").write_bytes(text)
     (folder / "SHA256").write_bytes(seal(text))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "args"),
+    [
+        ("engines/cpu/plan.json", b'{"methods": 3}', ["inspect"]),
+        ("engines/cpu/plan.json", b'{"methods": [{"name": "a", "code": [{"op": []}]}]}', ["inspect"]),
+        ("program.ir", b"\x1b[2J", ["inspect", "--ir", "all"]),  # a terminal would obey
+        ("program.ir", b"\xff", ["inspect", "--ir", "all"]),
+        ("golden/golden.json", b'{"calls": []}', ["verify"]),
+        ("golden/golden.json", b'{"calls": [{"sequence": 0, "method": "x", "n": 1}]}', ["verify"]),
+    ],
+)
+def test_files_that_a_stranger_sealed_are_refused_in_one_line(tmlc_cli, package, tmp_path, name, data, args):
+    folder = resealed(package, tmp_path / "x", {name: data})
+    error = tmlc_cli(args[0], folder, *args[1:], code=2).stderr
+    assert error.startswith("error: ") and "\x1b" not in error
+
+
+def test_verify_fails_with_exit_1_and_names_the_method_when_an_output_differs(tmlc_cli, package, tmp_path):
+    """A package whose recorded numbers are those of another machine, as it were: one golden value is changed, and
+    the digests around it are made right again."""
+    from tmlc.package.safetensors_io import dump, load
+
+    with ZipFile(package) as archive:
+        index = json.loads(archive.read("golden/golden.json"))
+        tensors = load(archive.read("golden/golden.safetensors"), "x")
+    call = next(c for c in index["calls"] if c["method"] == "vocode")
+    changed = np.array(tensors[call["outputs"][0]])
+    changed[0, 0] += 0.5
+    data = dump(tensors | {call["outputs"][0]: changed})
+    folder = resealed(package, tmp_path / "x.tmlc", {"golden/golden.safetensors": data})
     result = tmlc_cli("verify", folder, code=1)
     assert "MISMATCH" in result.stdout and "vocode" in result.stderr
     view = tmlc_cli("verify", folder, "--json", code=1).json

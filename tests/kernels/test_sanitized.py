@@ -1,20 +1,13 @@
 """A plan from a stranger cannot step outside its memory: mutated plans run under ASan and UBSan without a report."""
 
-import platform
-import shutil
 import subprocess
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-CPU = Path(__file__).parents[2] / "kernels/cpu"
+FUZZ = Path(__file__).parents[2] / "kernels/cpu/fuzz/plan_fuzz.cpp"
 COPIES = 20000  # mutated copies of each seed
-FLAGS = [
-    *("-std=c++17", "-O1", "-g1", "-march=native", "-ffp-contract=fast", "-Wno-psabi", "-pthread"),
-    *("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"),
-]
 
 
 def dense(b, rng):
@@ -179,24 +172,9 @@ SEEDS = {f.__name__: f for f in (dense, attention, experts, foreign_heads, forei
 
 
 @pytest.fixture(scope="module")
-def fuzzer(tmp_path_factory):
+def fuzzer(sanitized):
     """The driver and the library's own sources, compiled with both sanitizers."""
-    compiler = shutil.which("g++")
-    if compiler is None or platform.system() != "Linux":
-        pytest.skip("needs g++ on Linux")
-    out = tmp_path_factory.mktemp("fuzz")
-    sources = [*sorted((CPU / "src").glob("*.cpp")), CPU / "fuzz/plan_fuzz.cpp"]
-    sources = [s for s in sources if s.name != "api.cpp"]
-
-    def compile_one(source: Path) -> Path:
-        target = out / f"{source.stem}.o"
-        subprocess.run([compiler, *FLAGS, "-c", str(source), "-o", str(target)], check=True)
-        return target
-
-    with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(compile_one, sources))
-    subprocess.run([compiler, *FLAGS, *map(str, objects), "-o", str(out / "plan_fuzz")], check=True)
-    return out / "plan_fuzz"
+    return sanitized.program("plan_fuzz", [s for s in sanitized.sources if s.name != "api.cpp"] + [FUZZ])
 
 
 @pytest.mark.parametrize("seed", SEEDS)

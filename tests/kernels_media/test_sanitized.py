@@ -1,34 +1,17 @@
 """What the checks of the media and random kernels accept runs inside its operands, under ASan and UBSan."""
 
-import os
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
-HERE = Path(__file__).parent
-SOURCES = HERE.parents[1] / "kernels" / "cpu" / "src"
-SANITIZE = ["-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize-recover=all"]
-FLAGS = [*["-std=c++17", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-Wno-psabi", "-pthread"], *SANITIZE]
 OPS = {"bag_embedding", "dmel", "patchify", "overlap_add", "philox_normal", "sample"}
 
 
 @pytest.fixture(scope="module")
-def fuzzer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    compiler = shutil.which(os.environ.get("CXX", "g++"))
-    if compiler is None:
-        pytest.skip("needs a C++ compiler (g++)")
-    folder = tmp_path_factory.mktemp("fuzz")
-    probe = folder / "probe.cpp"
-    probe.write_text("int main() {}")
-    command = [compiler, *FLAGS, str(probe), "-o", str(folder / "probe")]
-    if subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("needs the address and undefined-behaviour sanitizers of the C++ compiler")
-    program = folder / "check_fuzz"
-    sources = [HERE / "check_fuzz.cpp", SOURCES / "media.cpp", SOURCES / "random.cpp"]
-    subprocess.run([compiler, *FLAGS, f"-I{SOURCES}", *map(str, sources), "-o", str(program)], check=True)
-    return program
+def fuzzer(sanitized) -> Path:
+    kernels = [s for s in sanitized.sources if s.name in ("media.cpp", "random.cpp")]
+    return sanitized.program("check_fuzz", [*kernels, Path(__file__).with_name("check_fuzz.cpp")])
 
 
 def test_no_accepted_call_leaves_its_operands(fuzzer: Path) -> None:

@@ -1,7 +1,6 @@
 """No damaged, foreign or hostile package is accepted, and none gets more than one clear error."""
 
 import contextlib
-import hashlib
 import json
 import random
 import shutil
@@ -14,7 +13,7 @@ from hypothesis import strategies as st
 
 from tmlc.errors import PackageError
 from tmlc.package import open_package, zipfile_io
-from tmlc.package.manifest import parse_manifest
+from tmlc.package.manifest import parse_json, parse_manifest
 from tmlc.package.safetensors_io import parse_header
 
 from .conftest import make_manifest, write
@@ -77,8 +76,19 @@ def test_random_damage_is_refused(original: Path, tmp_path: Path) -> None:
 
 def reseal(data: bytes) -> bytes:
     """What an attacker does: the digest of the damaged bytes, at the end where it belongs."""
-    body = data[: -zipfile_io.TRAILER]
-    return body + zipfile_io.COMMENT + hashlib.sha256(body).hexdigest().encode()
+    view = memoryview(data)
+    try:
+        members = zipfile_io.read_members(view, "")
+    except PackageError:  # no digest will help
+        members = {}
+    return data[: -zipfile_io.TRAILER] + zipfile_io.COMMENT + zipfile_io.digests(view, members)[0].encode()
+
+
+def test_a_file_other_than_the_manifest_lists_is_noticed_under_a_right_seal(original: Path, tmp_path: Path) -> None:
+    data = bytearray(original.read_bytes())
+    data[data.index(b"{}")] ^= 1  # the tokenizer
+    (tmp_path / "m").write_bytes(reseal(bytes(data)))
+    assert "tokenizer.json was altered" in refused(tmp_path / "m").what
 
 
 def test_hostile_packages_with_a_right_digest_never_crash_the_reader(original: Path, tmp_path: Path) -> None:
@@ -190,6 +200,12 @@ def test_a_newer_minor_version_may_add_fields() -> None:
         {"tokenizer": "/etc/passwd"},
         {"tokenizer": "tokenizer.json"},
         {"targets": {"cpu": {"plan": "nowhere.json", "precision": "fp32", "layout": "k16"}}},
+        {"tolerances": {"atol": 10**400}},
+        {"tolerances": {"atol": 1e39}},  # not a float32
+        {"pipeline": [{"pass": "x", "config": None}]},
+        {"pipeline": [{"pass": "x", "near_misses": 3}]},
+        {"producer": {"tmlc": "\x1b[2J"}},  # a terminal would obey
+        {"producer": {"\x1b[2J": "1"}},
     ],
 )
 def test_impossible_manifests_are_refused(changes: dict) -> None:
@@ -200,6 +216,13 @@ def test_json_tricks_are_refused() -> None:
     for text in ['{"a": 1, "a": 2}', '{"a": NaN}', "[" * 100_000, '{"a": ' + "9" * 10_000 + "}", "\xff", ""]:
         with pytest.raises(PackageError):
             parse_manifest(text.encode("latin-1"))
+
+
+@pytest.mark.parametrize("depth", [65, 500, 900, 960, 990])
+def test_json_that_is_read_can_be_walked(depth: int) -> None:
+    with pytest.raises(PackageError, match=r"deep|recursion"):
+        parse_json(b"[" * depth + b"]" * depth, "x")
+    assert parse_json(b"[" * 64 + b"]" * 64, "x")
 
 
 def test_the_writer_refuses_what_the_reader_would(tmp_path: Path) -> None:

@@ -170,7 +170,8 @@ def make_engine():
     engines = []
 
     def make(backend=None, kind="interaction", sessions=3, max_append=8, **layout) -> Engine:
-        manifest = make_manifest(kind, replace(LAYOUT, **layout), max_append)
+        plain = LAYOUT if kind == "interaction" else TickLayout(duration_ms=200, text_out=2, eos_token_ids=(256,))
+        manifest = make_manifest(kind, replace(plain, **layout), max_append)
         tokenizer = ByteTokenizer({b: b for b in range(256)})
         digest = hashlib.sha256(repr(manifest).encode()).hexdigest()
         engine = Engine(backend or FakeBackend(), manifest, digest, tokenizer, sessions)

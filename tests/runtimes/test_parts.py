@@ -6,7 +6,7 @@ import threading
 import numpy as np
 import pytest
 
-from tmlc.errors import CapacityError, PackageError, UsageError
+from tmlc.errors import CapacityError, InputError, PackageError, UsageError
 from tmlc.runtimes.core.backend import MethodSpec, TensorSpec
 from tmlc.runtimes.core.clock import InputClock, ManualClock, WallClock, make_clock
 from tmlc.runtimes.core.slots import SlotPool
@@ -151,6 +151,30 @@ def test_another_vocabulary_goes_to_the_library():
     assert isinstance(tokenizer, LibraryTokenizer) and tokenizer.encode("abc") == [300, 99]
 
 
+CUT_SHORT = {"type": "Precompiled", "precompiled_charsmap": "/////w=="}  # four bytes that promise four gigabytes
+REPLACE = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 50}
+
+
+def test_a_tokenizer_that_fails_on_a_text_refuses_that_text():
+    pytest.importorskip("tokenizers")
+    words = {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "none"}
+    with pytest.raises(InputError, match="cannot take this text"):
+        load(byte_level(model=words)).encode("b")
+    pattern = {"Regex": "^(([a-z])+.)+[A-Z]([a-z])+$"}
+    slow = {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}
+    panics = load(byte_level(normalizer={"type": "NFC"}, pre_tokenizer=slow))
+    with pytest.raises(InputError, match="cannot take this text"):
+        panics.encode("a" * 60)
+
+
+def test_typed_text_is_neither_cut_nor_filled_up():
+    pytest.importorskip("tokenizers")
+    padding = {"strategy": {"Fixed": 9}, "direction": "Right", "pad_id": 7, "pad_type_id": 0, "pad_token": "x"}
+    cut = {"direction": "Right", "max_length": 1, "strategy": "LongestFirst", "stride": 0}
+    tokenizer = load(byte_level(normalizer={"type": "NFC"}, padding=padding, truncation=cut))
+    assert isinstance(tokenizer, LibraryTokenizer) and tokenizer.encode("abc") == [97, 98, 99]
+
+
 @pytest.mark.parametrize(
     "data",
     [
@@ -163,6 +187,11 @@ def test_another_vocabulary_goes_to_the_library():
         b'{"model": {"type": "BPE"}}',
         b'{"model": {"type": "BPE", "vocab": 7}}',
         b'{"model": {"type": "Odd", "vocab": {}}}',
+        b'{"model": {"type": "BPE", "vocab": {"a": [1]}}}',
+        b'{"model": {"type": "BPE", "vocab": {"a": 4294967295}}}',  # the library would make a table that long
+        b'{"model": {"type": "BPE", "vocab": {"a": 1}, "dropout": 0.5}}',  # by chance, and not by our seed
+        json.dumps({"model": {"type": "BPE", "vocab": {"a": 1}}, "normalizer": CUT_SHORT}).encode(),
+        json.dumps({"model": {"type": "BPE", "vocab": {"a": 1}}, "normalizer": [REPLACE] * 4}).encode(),
     ],
 )
 def test_a_file_that_is_no_tokenizer_is_refused(data):
@@ -190,11 +219,31 @@ def test_a_package_whose_methods_do_not_fit_is_refused(backend, make_engine, met
 
 
 @pytest.mark.parametrize(
-    "layout", [{"silence_token_id": 260}, {"end_of_tick_token_id": -1}, {"audio_in": 0}, {"audio_out": 1 << 26}]
+    "layout",
+    [
+        {"silence_token_id": 260},
+        {"end_of_tick_token_id": -1},
+        {"audio_in": 0},
+        {"audio_out": 1 << 26},
+        {"clip_frames": 0},
+        {"frame_width": 0},
+        {"kind": "tokens", "audio_in": 1, "hop": 8},
+        {"kind": "tokens", "video_positions": 3},
+        {"kind": "tokens", "audio_out": 1},
+    ],
 )
 def test_a_tick_layout_that_makes_no_sense_is_refused(make_engine, layout):
     with pytest.raises(PackageError, match="tick"):
         make_engine(**layout)
+
+
+@pytest.mark.parametrize("method", ["unembed", "decode"])
+def test_an_absurdly_wide_model_is_refused(backend, make_engine, method):
+    wide = TensorSpec("f32", 1, 0, 1 << 23)
+    old = backend.methods[method]
+    backend.methods[method] = MethodSpec(method, 8, (wide,) if method == "decode" else old.inputs, (wide,))
+    with pytest.raises(PackageError, match="absurd"):
+        make_engine(backend)
 
 
 def test_another_slot_size_than_the_manifest_says_is_refused(backend, make_engine):

@@ -21,6 +21,7 @@ class Entry:
 
 
 WEIGHTS = {"w": Entry("f32", 128, 4 * 64), "norm": Entry("f32", 384, 32)}
+DEEP = json.loads("[" * 900 + "]" * 900)  # what would end in a RecursionError where it is shown
 OPS = {"copy": 0, "rms_norm": 7, "linear": 3}
 PLAN = {
     "version": 1,
@@ -167,6 +168,9 @@ C = [*M, "code", 0]
         ([*T, 2, "name"], KeyError, "needs a name"),
         ([*T, 2, "rows"], [1, 0], "depends on n"),
         ([*T, 4, "color"], 1, "unknown key"),
+        ([*T, 0, "space"], DEEP, "unknown space this list"),
+        ([*T, 0, "cols"], DEEP, "cols"),
+        ([*M, "name"], "\x1b[2J", "name"),
         (M, [], "method 0"),
         ([*M, "name"], "", "name"),
         ([*M, "name"], "idle", "given twice"),

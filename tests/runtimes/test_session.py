@@ -270,6 +270,8 @@ def test_a_damaged_snapshot_is_refused_and_takes_no_slot(make_engine):
         {"temperature": 1},
         {"slot_bytes": 1},
         {"last_clip": "x"},
+        {"last_clip": 0},  # no tick was done yet
+        {"queue": [1] * 65537},
         {"decoder": ["a"]},
         {"heard": 7},
     ],

@@ -23,10 +23,12 @@ POLICIES = ("ring_with_sinks", "end")
 STATE_KINDS = ("position", "kv_linear", "kv_ring", "conv_tail", "audio_window", "overlap")
 LIMIT = 2**53  # the largest whole number that every JSON reader keeps exactly
 MAX_JSON_BYTES = 256 * 2**20
+MAX_JSON_DEPTH = 64  # far below the interpreter's limit, so that whatever walks the value later may recurse
 
 _AGAIN = "Get the package again from its source, or compile it again with this version of tmlc."
 
 T = TypeVar("T")
+_MOST = 2.0**127  # every real number of a manifest must fit into float32
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*(/[A-Za-z0-9_][A-Za-z0-9_.+-]*)*")
 
 
@@ -41,6 +43,8 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     out = dict(pairs)
     if len(out) != len(pairs):
         raise ValueError("a key is given twice")
+    if not all(map(str.isprintable, out)):  # keys are shown in errors and tables, on a terminal
+        raise ValueError("a key holds a character that cannot be printed")
     return out
 
 
@@ -48,20 +52,38 @@ def _no_constants(text: str) -> Any:
     raise ValueError(f"{text} is not a JSON number")
 
 
+def _check_depth(value: Any) -> None:
+    level = [value]
+    for _ in range(MAX_JSON_DEPTH):
+        inner = (v.values() if isinstance(v, dict) else v for v in level if isinstance(v, dict | list))
+        level = [v for values in inner for v in values if isinstance(v, dict | list)]
+        if not level:
+            return
+    raise ValueError("nested too deeply")
+
+
 def parse_json(data: bytes, where: str) -> Any:
     """JSON from a file that may be damaged or hostile.
 
     Raises:
-        PackageError: not UTF-8, not JSON, a key twice, NaN or Infinity, nested too deeply, or too large.
+        PackageError: not UTF-8, not JSON, a key twice or not printable, NaN or Infinity, nested too deeply, or
+            too large.
     """
     if len(data) > MAX_JSON_BYTES:
         raise PackageError(f"{len(data)} bytes of JSON are too many", where=where, fix=_AGAIN)
     try:
-        return json.loads(
+        value = json.loads(
             data.decode("utf-8"), object_pairs_hook=_no_duplicates, parse_constant=_no_constants
         )
+        _check_depth(value)
+        return value
     except (ValueError, RecursionError) as error:
         raise PackageError(f"not valid JSON: {str(error)[:120]}", where=where, fix=_AGAIN) from None
+
+
+def is_text(value: object) -> bool:
+    """A short text that is safe to show on a terminal: no control characters, no lone surrogates."""
+    return isinstance(value, str) and len(value) <= 4096 and value.isprintable()
 
 
 class Fields:
@@ -83,7 +105,7 @@ class Fields:
 
     def text(self, key: str, choices: tuple[str, ...] | None = None) -> str:
         value = self.any(key)
-        if not isinstance(value, str) or len(value) > 4096:
+        if not is_text(value):
             raise self.fail(key, "expected a text")
         if choices is not None and value not in choices:
             raise self.fail(key, f"{value[:40]!r} is not one of {', '.join(choices)}")
@@ -97,7 +119,7 @@ class Fields:
 
     def number(self, key: str) -> float:
         value = self.any(key)
-        if type(value) not in (int, float) or not math.isfinite(value):
+        if type(value) not in (int, float) or not -_MOST <= value <= _MOST:
             raise self.fail(key, "expected a finite number")
         return float(value)
 
@@ -387,7 +409,7 @@ class Manifest:
 
 def _texts(f: Fields, key: str) -> dict[str, str]:
     value = f.mapping(key)
-    if not all(isinstance(v, str) for v in value.values()):
+    if not all(map(is_text, value.values())):
         raise f.fail(key, "expected texts")
     return value
 
@@ -433,8 +455,11 @@ def parse_manifest(data: bytes, where: str = "manifest.json") -> Manifest:
     model.done()
 
     pipeline = f.sequence("pipeline")
-    if not all(isinstance(entry, dict) for entry in pipeline):
-        raise f.fail("pipeline", "expected a list of objects")
+    for entry in pipeline:
+        if not isinstance(entry, dict) or not is_text(entry.get("pass", "")):
+            raise f.fail("pipeline", "expected a list of objects that name a pass")
+        if not isinstance(entry.get("config", {}), dict) or not isinstance(entry.get("near_misses", []), list):
+            raise f.fail("pipeline", "expected settings and near misses")
     tolerances = f.nested("tolerances")
     tokenizer = f.any("tokenizer")
     targets = {

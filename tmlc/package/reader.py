@@ -117,12 +117,16 @@ def open_package(path: str | Path, verify: bool = True) -> Package:
     path = Path(path)
     maps: list[mmap.mmap] = []
     try:
-        members = _open_folder(path, maps, verify) if path.is_dir() else _open_file(path, maps, verify)
-        return Package(path, members, maps)
+        members, digests = _open_folder(path, maps, verify) if path.is_dir() else _open_file(path, maps, verify)
+        package = Package(path, members, maps)
     except OSError as error:
         raise PackageError(
             f"cannot read the package: {error.strerror or error}", where=str(path), fix="Check the path."
         ) from error
+    for name, info in package.manifest.files.items():
+        if digests.get(name, info.sha256) != info.sha256:
+            raise PackageError(f"{name} was altered or damaged", where=str(path), fix=_AGAIN)
+    return package
 
 
 def _map(path: Path, maps: list[mmap.mmap]) -> memoryview:
@@ -133,14 +137,18 @@ def _map(path: Path, maps: list[mmap.mmap]) -> memoryview:
     return memoryview(maps[-1])
 
 
-def _open_file(path: Path, maps: list[mmap.mmap], verify: bool) -> dict[str, memoryview]:
+Opened = tuple[dict[str, memoryview], dict[str, str]]  # the members, and the sha256 of each where they were read
+
+
+def _open_file(path: Path, maps: list[mmap.mmap], verify: bool) -> Opened:
     data = _map(path, maps)
-    zipfile_io.check_trailer(data, str(path), verify)
+    zipfile_io.check_ends(data, str(path))
     members = zipfile_io.read_members(data, str(path))
-    return {name: data[m.offset : m.offset + m.size] for name, m in members.items()}
+    digests = zipfile_io.check_digests(data, members, str(path)) if verify else {}
+    return {name: data[m.offset : m.offset + m.size] for name, m in members.items()}, digests
 
 
-def _open_folder(path: Path, maps: list[mmap.mmap], verify: bool) -> dict[str, memoryview]:
+def _open_folder(path: Path, maps: list[mmap.mmap], verify: bool) -> Opened:
     if not (path / MANIFEST).is_file() or not (path / SEAL).is_file():
         raise PackageError(
             "not a tmlc package",
@@ -158,8 +166,5 @@ def _open_folder(path: Path, maps: list[mmap.mmap], verify: bool) -> dict[str, m
             members[name] = _map(file, maps)
     if (path / SEAL).read_bytes() != seal(bytes(members[MANIFEST])):
         raise PackageError("the manifest was altered or damaged", where=str(path), fix=_AGAIN)
-    if verify:
-        for name, info in parse_manifest(bytes(members[MANIFEST]), f"{path}: {MANIFEST}").files.items():
-            if name in members and hashlib.sha256(members[name]).hexdigest() != info.sha256:
-                raise PackageError(f"{name} was altered or damaged", where=str(path), fix=_AGAIN)
-    return members
+    digests = {name: hashlib.sha256(data).hexdigest() for name, data in members.items()} if verify else {}
+    return members, digests

@@ -1,4 +1,7 @@
-"""The single-file form of a package: a plain zip, stored, its comment the sha256 of all before.
+"""The single-file form of a package: a plain zip, stored, its comment a sha256 that covers every byte before.
+
+The digest is taken over the file with the data of each member replaced by the member's own sha256, so that one
+reading gives both: that nothing was altered, and the digests that the manifest lists.
 
 Any zip tool opens it. The writer goes through the file once, from front to back, so members may be larger
 than memory; the reader accepts exactly what such a writer makes and treats everything else as damage.
@@ -49,7 +52,7 @@ class ZipWriter:
         self.file, self.offset, self.digest = file, 0, hashlib.sha256()
         self.central: list[bytes] = []
 
-    def _put(self, data: bytes | memoryview) -> None:
+    def _put(self, data: bytes) -> None:
         self.file.write(data)
         self.digest.update(data)
         self.offset += len(data)
@@ -68,12 +71,14 @@ class ZipWriter:
         self._put(_LOCAL.pack(b"PK\3\4", *head) + encoded + extra)
         digest, crc, count = hashlib.sha256(), 0, 0
         for piece in pieces:
-            self._put(piece)
+            self.file.write(piece)
             digest.update(piece)
             crc = zlib.crc32(piece, crc)
             count += len(piece)
         if count != size:
             raise PackageError(f"{name} came to {count} bytes, expected {size}", where=name)
+        self.offset += count
+        self.digest.update(digest.digest())
         self._put(struct.pack("<4sI2Q" if big else "<4sI2I", b"PK\7\10", crc, size, size))
         self.central.append(_central_entry(encoded, crc, size, start))
         return digest.hexdigest()
@@ -118,12 +123,11 @@ def _central_entry(name: bytes, crc: int, size: int, start: int) -> bytes:
     return _CENTRAL.pack(b"PK\1\2", *head, 0, 0, 0, 0o100644 << 16, shown_start) + name + extra
 
 
-def check_trailer(data: memoryview, where: str, verify: bool) -> None:
-    """Checks that the file is whole: that it ends as a package ends and, with `verify`, that every byte is
-    the writer's.
+def check_ends(data: memoryview, where: str) -> None:
+    """Checks that the file begins and ends as a package does.
 
     Raises:
-        PackageError: not a package, cut short, or altered.
+        PackageError: not a package, or cut short.
     """
     if len(data) < 4 or bytes(data[:4]) != b"PK\3\4":
         raise PackageError(
@@ -134,14 +138,33 @@ def check_trailer(data: memoryview, where: str, verify: bool) -> None:
         raise PackageError(
             "the package is cut short, or is a zip that tmlc did not write", where=where, fix=_AGAIN
         )
-    if verify:
-        digest = hashlib.sha256()
-        for begin in range(0, body, 1 << 24):
-            digest.update(data[begin : min(body, begin + (1 << 24))])
-        if bytes(data[body + len(COMMENT) :]) != digest.hexdigest().encode():
-            raise PackageError(
-                "the package was altered or damaged: its digest does not match", where=where, fix=_AGAIN
-            )
+
+
+def digests(data: memoryview, members: dict[str, Member]) -> tuple[str, dict[str, str]]:
+    """Reads every byte once: the digest that the file's comment must hold, and the sha256 of each member."""
+    whole, single, at = hashlib.sha256(), {}, 0
+    for member in members.values():  # in the order in which they lie
+        digest = hashlib.sha256(data[member.offset : member.offset + member.size])
+        whole.update(data[at : member.offset])
+        whole.update(digest.digest())
+        single[member.name] = digest.hexdigest()
+        at = member.offset + member.size
+    whole.update(data[at : len(data) - TRAILER])
+    return whole.hexdigest(), single
+
+
+def check_digests(data: memoryview, members: dict[str, Member], where: str) -> dict[str, str]:
+    """The sha256 of each member, once every byte is known to be the writer's.
+
+    Raises:
+        PackageError: altered.
+    """
+    whole, single = digests(data, members)
+    if bytes(data[-64:]) != whole.encode():
+        raise PackageError(
+            "the package was altered or damaged: its digest does not match", where=where, fix=_AGAIN
+        )
+    return single
 
 
 def read_members(data: memoryview, where: str) -> dict[str, Member]:

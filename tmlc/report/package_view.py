@@ -7,7 +7,8 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tmlc.errors import UsageError
+from tmlc.errors import PackageError, UsageError
+from tmlc.package.manifest import is_text
 from tmlc.report.tables import grid, megabytes, table
 
 if TYPE_CHECKING:
@@ -22,13 +23,7 @@ def describe_package(package: Package) -> dict[str, Any]:
     """Methods, states, passes, memory, op counts and files of an open package, ready for JSON."""
     manifest = package.manifest
     plans = {name: package.json(target.plan) for name, target in manifest.targets.items()}
-    ops = {
-        target: {
-            method["name"]: dict(Counter(call["op"] for call in method["code"]).most_common())
-            for method in plan["methods"]
-        }
-        for target, plan in plans.items()
-    }
+    ops = {target: _count_ops(plan, f"{package.path}: {target}") for target, plan in plans.items()}
     return {
         "kind": "package",
         "digest": package.digest,
@@ -39,6 +34,18 @@ def describe_package(package: Package) -> dict[str, Any]:
             "bytes": sum(t.nbytes for t in package.tensors.values()),
         },
     }
+
+
+def _count_ops(plan: Any, where: str) -> dict[str, dict[str, int]]:
+    """How often each method calls each op. PackageError for a plan that no backend would take either."""
+    try:
+        counts = {m["name"]: Counter(call["op"] for call in m["code"]) for m in plan["methods"]}
+        readable = all(is_text(name) and all(map(is_text, ops)) for name, ops in counts.items())
+    except (KeyError, TypeError):
+        readable = False
+    if not readable:
+        raise PackageError("the plan cannot be read", where=where, fix="compile the checkpoint again")
+    return {name: dict(ops.most_common()) for name, ops in counts.items()}
 
 
 def package_tables(view: dict[str, Any], where: Path) -> list[RenderableType]:
@@ -122,7 +129,10 @@ def method_ir(package: Package, method: str) -> str:
     Raises:
         UsageError: the package has no such method.
     """
-    text = package.read(PROGRAM).decode("utf-8")
+    text = package.read(PROGRAM).decode("utf-8", "surrogateescape")
+    if not text.replace("\n", "").isprintable():  # it goes to a terminal
+        where = f"{package.path}: {PROGRAM}"
+        raise PackageError("the program holds characters that cannot be printed", where=where)
     if method == "all":
         return text
     names = [m.name for m in package.manifest.methods]

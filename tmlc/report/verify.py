@@ -33,24 +33,23 @@ def replay(engine: Engine, package: Path, report: Callable[[str, int, int], None
         raise PackageError("the package holds no golden data", where=str(package), fix="compile the checkpoint again")
     model, slots = engine.model, engine.slots
     rows: dict[str, dict[str, Any]] = {}
-    slot, sequence = None, None
-    for number, call in enumerate(calls):
-        if call.sequence != sequence:
-            if slot is not None:
+    slot, sequence = slots.take(), calls[0].sequence
+    try:
+        for number, call in enumerate(calls):
+            if call.sequence != sequence:
                 slots.give_back(slot)
-            slot, sequence = slots.take(), call.sequence
-        assert slot is not None
-        if call.method not in model.backend.methods:
-            raise PackageError(
-                f"golden data for a method that the engine has not: {call.method}",
-                where=str(package),
-                fix="compile the checkpoint again",
-            )
-        with engine.device():
-            found = model.backend.call(call.method, call.n, slots.view(slot), call.inputs)
-            _compare(rows, call, found, tolerance(engine.manifest.tolerances, call.method))
-        report("replaying", number + 1, len(calls))
-    if slot is not None:
+                slot, sequence = slots.take(), call.sequence
+            if call.method not in model.backend.methods:
+                raise PackageError(
+                    f"golden data for a method that the engine has not: {call.method}",
+                    where=str(package),
+                    fix="compile the checkpoint again",
+                )
+            with engine.device():
+                found = model.backend.call(call.method, call.n, slots.view(slot), call.inputs)
+                _compare(rows, call, found, tolerance(engine.manifest.tolerances, call.method))
+            report("replaying", number + 1, len(calls))
+    finally:
         slots.give_back(slot)
     methods = list(rows.values())
     return {
