@@ -82,17 +82,26 @@ TMLC_INLINE v16 load_zeros(const uint8_t* p) {
 // unsigned; quad q holds [16 rows][4 inputs], nibbles the quads q (low) and q + 4 (high) in one byte.
 #if defined(__AVX512VNNI__)
 
+// sums += codes x four signed bytes at p, broadcast. Spelled in assembly so that the broadcast stays part of the
+// instruction: gcc otherwise makes the vectors once for all blocks of a tile, and keeps them on the stack.
+TMLC_INLINE void dot_bytes(__m512i& sums, __m512i codes, const uint8_t* p) {
+    typedef int32_t four_bytes __attribute__((aligned(1), may_alias));
+    asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sums) : "v"(codes), "m"(*reinterpret_cast<const four_bytes*>(p)));
+}
+
 template <int R, bool NIBBLES>
 TMLC_INLINE void dot_group(const uint8_t* w, const uint8_t* const (&x)[R], w16 (&total)[R]) {
     __m512i hi[R], lo[R];
-    for (int r = 0; r < R; ++r) hi[r] = lo[r] = _mm512_setzero_si512();
+    const uint8_t* from[R];
+    for (int r = 0; r < R; ++r) {
+        hi[r] = lo[r] = _mm512_setzero_si512();
+        from[r] = x[r];
+        asm volatile("" : "+r"(from[r]));  // or the addresses of all quads are kept (on the stack) between blocks
+    }
     const auto quad = [&](__m512i codes, int q) TMLC_LAMBDA_INLINE {
         for (int r = 0; r < R; ++r) {
-            int32_t high, low;
-            std::memcpy(&high, x[r] + q * 4, 4);
-            std::memcpy(&low, x[r] + 32 + q * 4, 4);
-            hi[r] = _mm512_dpbusd_epi32(hi[r], codes, _mm512_set1_epi32(high));
-            lo[r] = _mm512_dpbusd_epi32(lo[r], codes, _mm512_set1_epi32(low));
+            dot_bytes(hi[r], codes, from[r] + q * 4);
+            dot_bytes(lo[r], codes, from[r] + 32 + q * 4);
         }
     };
     for (int q = 0; q < (NIBBLES ? 4 : 8); ++q) {
@@ -206,7 +215,7 @@ TMLC_INLINE void dot_group(const uint8_t* w, const uint8_t* const (&x)[R], w16 (
 
 #if defined(__AVX512VNNI__)
 constexpr int quant_tile_rows = 8;
-constexpr int quant_blocks_for_rows[quant_tile_rows + 1] = {0, 8, 4, 4, 4, 2, 2, 2, 2};
+constexpr int quant_blocks_for_rows[quant_tile_rows + 1] = {0, 8, 4, 4, 4, 2, 2, 2, 1};
 #elif defined(__AVX2__)
 constexpr int quant_tile_rows = 4;
 constexpr int quant_blocks_for_rows[quant_tile_rows + 1] = {0, 4, 2, 1, 1};
