@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 import torch
+from pydantic import Field
 from torch import fx
 
 from tmlc.errors import PipelineError
@@ -31,7 +32,7 @@ class GroupConfig(PassConfig):
         report: measure the error of each layer (needs one more reading of the checkpoint; the budget needs it).
     """
 
-    exclude: list[str] = []
+    exclude: list[str] = Field(default_factory=list)
     budget: float = 0.0
     report: bool = True
 

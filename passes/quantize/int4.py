@@ -37,6 +37,5 @@ class Int4(Pass):
 
     def run(self, program: Program, ctx: PassContext) -> PassResult:
         scheme = f"i4g{self.config.group}"
-        return run_groups(
-            program, ctx, self.config, {name: scheme for name in _BACKBONE}, "i8g32", {scheme: "i8g32"}
-        )
+        backbone = dict.fromkeys(_BACKBONE, scheme)
+        return run_groups(program, ctx, self.config, backbone, "i8g32", {scheme: "i8g32"})

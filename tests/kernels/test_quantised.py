@@ -94,8 +94,10 @@ def experts(rng, e, d, f, up_scheme, down_scheme):
     gates, ups, downs, packed_up, packed_down = [], [], [], [], []
     for _ in range(e):
         for kind, m, k, scheme, packed in (
-            (gates, f, d, up_scheme, packed_up), (ups, f, d, up_scheme, packed_up), (downs, d, f, down_scheme, packed_down)
-        ):  # fmt: skip
+            (gates, f, d, up_scheme, packed_up),
+            (ups, f, d, up_scheme, packed_up),
+            (downs, d, f, down_scheme, packed_down),
+        ):
             wide, blocks = quantised(rng, m, k, scheme)
             kind.append(wide)
             packed.append(blocks)
@@ -155,6 +157,7 @@ def test_instruction_sets_differ_by_rounding_of_float_sums_only(best, rng):
     """Sums inside a group are whole numbers, the same everywhere."""
     _, packed = quantised(rng, 64, 300, "i4g32")
     x = rng.standard_normal((5, 300)).astype(np.float32)
-    results = [type(best)(load_library(isa)).op("linear", [x], [packed], out=[("f32", 64)])[0] for isa in available_isas()]
+    benches = [type(best)(load_library(isa)) for isa in available_isas()]
+    results = [bench.op("linear", [x], [packed], out=[("f32", 64)])[0] for bench in benches]
     for other in results[1:]:
         assert np.abs(results[0] - other).max() <= 2e-6 * np.abs(results[0]).max()

@@ -201,7 +201,8 @@ def infer_weight(dst: str, op: str, types: Sequence[TensorType], args: dict[str,
         if not types:
             raise IRError(f"{op} needs sources")
         if any(t.dtype in QUANTISED for t in types):
-            raise IRError(f"{op} of a quantised weight", fix="quantise last: rewrite the weight before its codes are made")
+            fix = "quantise last: rewrite the weight before its codes are made"
+            raise IRError(f"{op} of a quantised weight", fix=fix)
         return WEIGHT_OPS[op](list(types), **args)
     except TypeError:
         raise IRError(f"wrong arguments for {op}: {args}", where=dst) from None

@@ -64,7 +64,7 @@ class Checker:
         """Compares `program`, as pass `name` left it, and returns the largest error over all outputs.
 
         Args:
-            lossy: the pass rounds on purpose: errors are root mean squares, and later passes are compared with this one.
+            lossy: the pass rounds on purpose: errors are root mean squares, and later passes are compared with it.
             tolerance: of a lossy pass, where it has its own.
 
         Raises:
