@@ -19,7 +19,7 @@ import torch
 import tmlc
 from tmlc.model_zoo.trained_text import TrainedText, train_text
 
-STEPS, POSITIONS = 2000, 2000
+STEPS, POSITIONS = 800, 2000
 PRECISIONS = ("fp32", "bf16", "int8", "int4")
 KL_TARGETS = {"int8": 1e-3, "int4": 2e-2}
 

@@ -70,7 +70,7 @@ def test_distributions_stay_near_those_of_float32(
 
 @pytest.mark.slow
 def test_distributions_of_a_longer_trained_model_stay_near_too(tmp_path: Path) -> None:
-    longer = train_text(tmp_path / "checkpoint", steps=2000)
+    longer = train_text(tmp_path / "checkpoint", steps=800)
     for precision in ("fp32", *KL_BOUNDS):
         tmlc.compile(longer.folder, tmp_path / f"{precision}.tmlc", precision=precision)
     packages = {precision: tmp_path / f"{precision}.tmlc" for precision in ("fp32", *KL_BOUNDS)}

@@ -95,8 +95,8 @@ def pack_linear(tensor: torch.Tensor, dtype: str) -> Iterator[np.ndarray]:
     end."""
     m, k = tensor.shape
     if dtype in SCHEMES:
-        for rows in row_chunks(m, k):
-            yield _numpy(_quantised_blocks(quantise(tensor[rows], SCHEMES[dtype])))
+        for piece in row_chunks(m, k):
+            yield _numpy(_quantised_blocks(quantise(tensor[piece], SCHEMES[dtype])))
         return
     for begin in range(0, m, CHUNK_ROWS):
         part = tensor[begin : begin + CHUNK_ROWS].to(DTYPES[dtype])

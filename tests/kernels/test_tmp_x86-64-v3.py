@@ -1,0 +1,194 @@
+"""A plan from a stranger cannot step outside its memory: mutated plans run under ASan and UBSan without a report."""
+
+import platform
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+CPU = Path(__file__).parents[2] / "kernels/cpu"
+COPIES = 8000  # mutated copies of each seed
+FLAGS = [
+    *("-std=c++17", "-O1", "-g1", "-march=x86-64-v3", "-ffp-contract=fast", "-Wno-psabi", "-pthread"),
+    *("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"),
+]
+
+
+def dense(b, rng):
+    """Elementwise work, norms, a linear layer of each dtype, lookups."""
+    x, ids, y = b.input(0, "f32", 20), b.input(1, "i32", 1), b.output(0, "f32", 20)
+    one, row = b.weight(np.ones((1, 1), np.float32)), b.weight(rng.random((1, 20), np.float32))
+    f32 = b.weight(rng.random((2, 20 * 16), np.float32))
+    bf16 = b.weight(rng.integers(0, 2**15, (2, 20 * 16)).astype(np.uint16))
+    table, small = b.weight(rng.random((5, 20), np.float32)), b.weight(rng.integers(0, 999, (4, 20)).astype(np.uint16))
+    u, v, w = (b.arena("f32", (1, 0), 20) for _ in range(3))
+    half = b.tensor("arena", "f32", (1, 0), 10, b.tensors[u][2], 20)
+    other = b.tensor("arena", "f32", (1, 0), 10, b.tensors[u][2] + 40, 20)
+    flat = b.tensor("arena", "f32", (2, 0), 10, b.tensors[w][2])
+    tail = b.slot("f32", 3, 20)
+    b.method(
+        [x, ids],
+        [y],
+        [
+            ("copy", [u, x]),
+            ("embedding", [v, ids, table]),
+            ("add", [u, u, v]),
+            ("embedding", [v, ids, small]),
+            ("mul", [u, u, v]),
+            ("rms_norm", [v, u, row], [], [1e-6]),
+            ("add_rms_norm", [u, w, v, x, row], [], [1e-6]),
+            ("linear", [v, w, f32]),
+            ("linear", [w, v, bf16, row]),
+            ("silu", [flat, flat]),
+            ("gelu", [v, v]),
+            ("swiglu", [half, half, other]),
+            ("modulate", [v, u, v, w]),
+            ("add_scaled", [v, v, w], [], [0.5]),
+            ("scale", [v, v], [], [0.5]),
+            ("scale_by", [v, v, one]),
+            ("add_row", [v, v, table], [3]),
+            ("short_conv", [y, v, b.weight(rng.random((4, 20), np.float32)), tail], [1]),
+        ],
+    )
+
+
+def attention(b, rng):
+    """A linear cache and a ring with sinks, one of each dtype, with relative bias."""
+    for window, sinks, capacity, dtype in ((0, 0, 32, "f32"), (9, 16, 48, "bf16")):
+        x, y = b.input(0, "f32", 24), b.output(0, "f32", 24)
+        kv, rel = b.arena("f32", (1, 0), 12), b.arena("f32", (1, 0), 8)
+        position = b.slot("i64", 1, 1)
+        caches = [b.slot(dtype, 2 * capacity // 16, 6 * 16), b.slot(dtype, 2 * capacity, 6)]
+        table = b.weight(rng.random((2, 7), np.float32))
+        left = b.tensor("input", "f32", (1, 0), 12, 0, 24)
+        operands, ints = [y, x, kv, kv, position, *caches, rel, table], [4, 2, window, sinks, capacity]
+        code = [
+            ("copy", [kv, left]),
+            ("attention", operands, ints, [0.3, 2.0, 0.1]),
+            ("advance", [position], [0 if window else capacity]),
+        ]
+        b.method([x], [y], code)
+
+
+def experts(b, rng):
+    """Routing both ways and experts of both dtypes, with numbers from the router and from outside."""
+    x, numbers, y = b.input(0, "f32", 18), b.input(1, "i32", 3), b.output(0, "f32", 18)
+    logits = b.arena("f32", (1, 0), 6)
+    weights, chosen = b.arena("f32", (1, 0), 3), b.arena("i32", (1, 0), 3)
+    u = b.arena("f32", (1, 0), 18)
+    router = b.weight(rng.random((1, 18 * 16), np.float32))
+    bias, scale = b.weight(np.zeros((1, 5), np.float32)), b.weight(np.ones((1, 1), np.float32))
+    up = b.weight(rng.random((12, 18 * 16), np.float32))
+    down = b.weight(rng.random((12, 5 * 16), np.float32))
+    up16 = b.weight(rng.integers(0, 2**14, (12, 18 * 16)).astype(np.uint16))
+    down16 = b.weight(rng.integers(0, 2**14, (12, 6 * 16)).astype(np.uint16))
+    b.method(
+        [x, numbers],
+        [y],
+        [
+            ("linear", [logits, x, router]),
+            ("sink_router", [weights, chosen, logits, bias, scale], [2, 1], [2.0]),
+            ("moe", [u, x, weights, numbers, up, down], [6, 5]),
+            ("router", [weights, chosen, u, router, bias, scale], [2, 1], [2.0]),
+            ("moe", [y, u, weights, chosen, up16, down16], [6, 5]),
+        ],
+    )
+
+
+def media(b, rng):
+    """Everything that hears, sees, draws and speaks."""
+    pcm, levels = b.input(0, "f32", 8), b.arena("i32", (1, 0), 3)
+    mel = b.output(0, "f32", 5)
+    window, filters = b.weight(rng.random((1, 12), np.float32)), b.weight(rng.random((3, 7), np.float32))
+    b.method(
+        [pcm],
+        [mel],
+        [
+            ("dmel", [levels, pcm, window, filters, b.slot("f32", 1, 4)], [16], [-7.0, 2.0]),
+            ("bag_embedding", [mel, levels, b.weight(rng.random((48, 5), np.float32))], [16]),
+        ],
+    )
+    video, leaves = b.input(0, "u8", 24, (16, 0)), b.output(0, "f32", 12, (32, 0))
+    floats = [0.5, 0.4, 0.3, 0.2, 0.2, 0.2]
+    b.method([video], [leaves], [("patchify", [leaves, video], [2, 8, 4, 2, 1, 2, 2, 2], floats)])
+    key, heat, frames = b.input(0, "i64", 3), b.input(1, "f32", 1), b.arena("f32", (1, 0), 10)
+    ids, out = b.output(0, "i32", 1), b.output(1, "f32", 4)
+    b.method(
+        [key, heat],
+        [ids, out],
+        [
+            ("philox_normal", [frames, key]),
+            ("sample", [ids, frames, key, heat]),
+            ("overlap_add", [out, frames, b.weight(rng.random((1, 10), np.float32)), b.slot("f32", 1, 6)]),
+        ],
+    )
+
+
+def codes(b, rng):
+    """Quantised weights of every form, in a linear layer and in experts."""
+    x, numbers, y = b.input(0, "f32", 40), b.input(1, "i32", 2), b.output(0, "f32", 40)
+    u, v, weights = b.arena("f32", (1, 0), 40), b.arena("f32", (1, 0), 40), b.arena("f32", (1, 0), 2)
+    two = b.tensor("input", "f32", (1, 0), 2, 0, 40)
+    int8, int4 = 16 * 32 + 32, 16 * 16 + 32 + 16
+
+    def some(rows, cols):
+        return b.weight(rng.integers(0, 60, (rows, cols)).astype(np.uint8))
+
+    b.method(
+        [x, numbers],
+        [y],
+        [
+            ("copy", [weights, two]),
+            ("linear", [u, x, some(3, 2 * int8)]),
+            ("linear", [v, u, some(3, 2 * int4), b.weight(rng.random((1, 40), np.float32))]),
+            ("linear", [u, v, some(3, 2 * 256 + 48)]),
+            ("moe", [v, u, weights, numbers, some(12, 2 * int8), some(9, int4)], [3, 20]),
+            ("moe", [y, v, weights, numbers, some(12, 2 * 256 + 48), some(9, 2 * 256 + 48)], [3, 20]),
+        ],
+    )
+
+
+SEEDS = {f.__name__: f for f in (dense, attention, experts, codes, media)}
+
+
+@pytest.fixture(scope="module")
+def fuzzer(tmp_path_factory):
+    """The driver and the library's own sources, compiled with both sanitizers."""
+    compiler = shutil.which("g++")
+    if compiler is None or platform.system() != "Linux":
+        pytest.skip("needs g++ on Linux")
+    out = tmp_path_factory.mktemp("fuzz")
+    sources = [*sorted((CPU / "src").glob("*.cpp")), CPU / "fuzz/plan_fuzz.cpp"]
+    sources = [s for s in sources if s.name != "api.cpp"]
+
+    def compile_one(source: Path) -> Path:
+        target = out / f"{source.stem}.o"
+        subprocess.run([compiler, *FLAGS, "-c", str(source), "-o", str(target)], check=True)
+        return target
+
+    with ThreadPoolExecutor(2) as pool:
+        objects = list(pool.map(compile_one, sources))
+    subprocess.run([compiler, *FLAGS, *map(str, objects), "-o", str(out / "plan_fuzz")], check=True)
+    return out / "plan_fuzz"
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_mutated_plans_stay_inside_their_memory(fuzzer, best, rng, tmp_path, seed):
+    b = best.Builder(max_n=6)
+    SEEDS[seed](b, rng)
+    b.build(best.library)  # the seed itself is a valid plan
+    b.words(best.library).tofile(tmp_path / "words")
+    (tmp_path / "weights").write_bytes(bytes(b.weights))
+    run = subprocess.run(
+        [fuzzer, tmp_path / "words", tmp_path / "weights", "0", str(COPIES)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={"ASAN_OPTIONS": "allocator_may_return_null=1:max_allocation_size_mb=512:detect_leaks=1"},
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    _, accepted, _, refused, _, runs = run.stdout.split()
+    assert int(accepted) > COPIES // 50 and int(refused) > COPIES // 50 and int(runs) > COPIES // 50, run.stdout
