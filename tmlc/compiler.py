@@ -8,7 +8,7 @@ Weights stream through memory one tensor at a time. Whatever stops a compilation
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from tmlc.errors import CheckpointError, TargetError, TmlcError, UsageError
 from tmlc.frontend import load_program
 from tmlc.frontend.checkpoint import Checkpoint, open_checkpoint
 from tmlc.ir.program import PassRecord, Program
+from tmlc.ir.quantize import SCHEMES
 from tmlc.ir.text import print_program
 from tmlc.package import PackageWriter, WeightItem
 from tmlc.package.golden import write_golden
@@ -37,13 +38,14 @@ from tmlc.package.manifest import (
 )
 from tmlc.pipeline.check import Checker
 from tmlc.pipeline.manager import run_pipeline
-from tmlc.pipeline.pipeline import Pipeline, load_pipeline
+from tmlc.pipeline.pipeline import Pipeline, Step, load_pipeline
 
-PRECISIONS = ("fp32", "bf16")
-LATER_PRECISIONS = ("int8", "int4", "fp16", "fp8")
+PRECISIONS = ("fp32", "bf16", "int8", "int4")
+LATER_PRECISIONS = ("fp16", "fp8")
 TARGETS = ("cpu",)
 LATER_TARGETS = ("triton", "tensorrt", "onnx")
 FEATURES = ("cpu.plan.v1", "weights.k16")
+QUANTISERS = {"quantize.int8": "int8", "quantize.int4": "int4"}
 
 PLAN = "engines/cpu/plan.json"
 PROGRAM = "program.ir"
@@ -136,8 +138,8 @@ def compile(
         checkpoint: a folder in the Hugging Face form.
         out: the package to write; a package that is there is replaced when the new one is whole.
         target: "cpu".
-        precision: "fp32" or "bf16" (linears, experts, embeddings, keys and values). Default: what the pipeline says,
-            else fp32.
+        precision: "fp32" or "bf16" (linears, experts, embeddings, keys and values), "int8" or "int4" (codes for linears
+            and experts, bf16 for embeddings, keys and values). Default: what the pipeline says, else fp32.
         preset: name of a pipeline that comes with tmlc. Default: the target's.
         pipeline: a pipeline file instead.
         check: compare outputs on real inputs after every pass, and name the pass that breaks them.
@@ -173,7 +175,7 @@ def compile(
     with _timed(seconds, "passes"):
         steps = _configured(steps, traced, precision, bounds)
         checker = Checker(traced, source) if check else None
-        ready = _run_passes(traced, steps, checker, dump, tell, on_record)
+        ready = _run_passes(traced, steps, source, checker, dump, tell, on_record)
     precision = _precision_of(ready)
     report = CompileReport(
         Path(checkpoint),
@@ -225,7 +227,7 @@ def compile(
             tokenizer=tokenizer,
             producer={"tmlc": tmlc.__version__, "torch": torch.__version__},
             pipeline=tuple(_stable(record) for record in ready.record),
-            required_features=FEATURES,
+            required_features=(*FEATURES, *_weight_features(engine)),
         )
         manifest = writer.finish(manifest)
     report.weight_bytes, report.arena_bytes = manifest.memory.weight_bytes, engine.arena_bytes
@@ -286,8 +288,11 @@ def _configured(
     bounds: dict[str, Any],
 ) -> Pipeline:
     """The steps with the settings that a call of `compile` may override."""
-    kv_dtype = {"bf16": "bf16", "fp32": "f32", None: None}[precision]
-    steps = steps.configure("quantize.cast", precision=precision)
+    kv_dtype = {"fp32": "f32", None: None}.get(precision, "bf16")
+    coder = next((name for name, kind in QUANTISERS.items() if kind == precision), None)
+    if coder is not None:
+        steps = _with_codes(steps, coder)
+    steps = steps.configure("quantize.cast", precision=precision if coder is None else "bf16")
     steps = steps.configure("state.insert", **bounds, kv_dtype=kv_dtype)
     limits = {
         name: min(MAX_N[name], method.max_n) for name, method in traced.methods.items() if name in MAX_N
@@ -298,9 +303,25 @@ def _configured(
     return steps.configure("memory.plan", max_n=limits | chosen)
 
 
+def _with_codes(steps: Pipeline, coder: str) -> Pipeline:
+    """The steps with the pass that makes codes before the one that casts what is left."""
+    names = [step.name for step in steps.steps]
+    if coder in names:
+        return steps
+    if clash := [name for name in names if name in QUANTISERS]:
+        what = f"precision {QUANTISERS[coder]} and a pipeline with {clash[0]}"
+        raise UsageError(what, where="--precision", fix="Leave one of them out.")
+    if "quantize.cast" not in names:
+        what = f"precision {QUANTISERS[coder]} needs a pipeline with quantize.cast"
+        raise UsageError(what, where="--precision", fix=f"Put {coder} and quantize.cast into the pipeline.")
+    at = names.index("quantize.cast")
+    return replace(steps, steps=(*steps.steps[:at], Step(coder), *steps.steps[at:]))
+
+
 def _run_passes(
     traced: Program,
     steps: Pipeline,
+    source: Checkpoint,
     checker: Checker | None,
     dump: str | Path | None,
     tell: Progress,
@@ -316,13 +337,22 @@ def _run_passes(
             on_record(record)
 
     tell("running passes", 0, len(steps.steps))
-    return run_pipeline(traced, steps, checker=checker, dump=dump, on_record=count)
+    return run_pipeline(traced, steps, checker=checker, dump=dump, on_record=count, source=source)
 
 
 def _precision_of(ready: Program) -> str:
     """What the passes that ran have made of the weights."""
+    coded = [QUANTISERS[r.name] for r in ready.record if r.name in QUANTISERS]
+    if coded:
+        return coded[-1]
     chosen = [str(r.config.get("precision", "fp32")) for r in ready.record if r.name == "quantize.cast"]
     return chosen[-1] if chosen else "fp32"
+
+
+def _weight_features(engine: CpuEngine) -> list[str]:
+    """What a reader must know to use the weights: the codes among them."""
+    kinds = {SCHEMES[w.scheme].precision for w in engine.weights if w.scheme}
+    return sorted(f"weights.k16.{kind}" for kind in kinds)
 
 
 def _add_tokenizer(writer: PackageWriter, ready: Program, source: Checkpoint) -> str | None:
@@ -349,7 +379,9 @@ def _weight_items(engine: CpuEngine, ready: Program, source: Checkpoint, tell: P
 
     def produce(number: int, packed: PackedWeight) -> Iterator[Any]:
         tell("packing weights", number, count)
-        tensor = ready.weights.evaluate(packed.weight, source)
+        entry = ready.weights[packed.weight]
+        floats = entry.srcs[0] if packed.scheme else packed.weight  # what codes are made of
+        tensor = ready.weights.evaluate(floats, source)
         try:
             check_finite(tensor, packed.weight)
         except CheckpointError as error:

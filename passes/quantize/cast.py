@@ -8,6 +8,7 @@ from torch import fx
 
 from tmlc.ir.ops import OPS
 from tmlc.ir.program import Fact, Program, replace, role
+from tmlc.ir.types import QUANTISED
 from tmlc.passes.match import arg, fresh_name, op_of
 from tmlc.pipeline.pass_base import Pass, PassConfig, PassContext, PassResult
 from tmlc.pipeline.registry import register_pass
@@ -52,7 +53,7 @@ class Cast(Pass):
         for name, nodes in placeholders.items():
             everywhere_heavy = all(_is_heavy(node) for _, node in nodes)
             wanted = heavy if everywhere_heavy else "f32"
-            if program.weights[name].dtype in (wanted, "i64", "i32", "u8"):
+            if program.weights[name].dtype in (wanted, "i64", "i32", "u8", *QUANTISED):
                 continue
             entry = program.weights[name]
             if entry.op == "cast" and program.weights[entry.srcs[0]].dtype == wanted:

@@ -142,8 +142,8 @@ def test_targets_and_precisions_of_later_versions_are_told_apart_from_unknown_on
         tmlc.compile(checkpoint, "x", target="triton:sm90")
     with pytest.raises(TargetError, match="unknown target"):
         tmlc.compile(checkpoint, "x", target="abacus")
-    with pytest.raises(UsageError, match="int8 is not in this version"):
-        tmlc.compile(checkpoint, "x", precision="int8")
+    with pytest.raises(UsageError, match="fp8 is not in this version"):
+        tmlc.compile(checkpoint, "x", precision="fp8")
     with pytest.raises(UsageError, match="unknown precision"):
         tmlc.compile(checkpoint, "x", precision="fp31")
 

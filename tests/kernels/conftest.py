@@ -70,12 +70,12 @@ class Builder:
         return self.tensor("slot", dtype, (0, rows), cols, at)
 
     def weight(self, array: np.ndarray) -> int:
-        """float32 as f32, uint16 as bf16."""
+        """float32 as f32, uint16 as bf16, uint8 as bytes."""
         array = np.atleast_2d(array)
         self.weights += bytes(-len(self.weights) % 64)
         at = len(self.weights)
         self.weights += np.ascontiguousarray(array).tobytes()
-        dtype = "bf16" if array.dtype == np.uint16 else "f32"
+        dtype = {"uint16": "bf16", "uint8": "u8"}.get(array.dtype.name, "f32")
         return self.tensor("weight", dtype, (0, array.shape[0]), array.shape[1], at)
 
     def input(self, index: int, dtype: str, cols: int, rows: tuple[int, int] = (1, 0)) -> int:

@@ -168,7 +168,31 @@ def media(b, rng):
     )
 
 
-SEEDS = {f.__name__: f for f in (dense, attention, experts, foreign_heads, foreign_experts, media)}
+def codes(b, rng):
+    """Quantised weights of every form, in a linear layer and in experts."""
+    x, numbers, y = b.input(0, "f32", 40), b.input(1, "i32", 2), b.output(0, "f32", 40)
+    u, v, weights = b.arena("f32", (1, 0), 40), b.arena("f32", (1, 0), 40), b.arena("f32", (1, 0), 2)
+    two = b.tensor("input", "f32", (1, 0), 2, 0, 40)
+    int8, int4 = 16 * 32 + 32, 16 * 16 + 32 + 16
+
+    def some(rows, cols):
+        return b.weight(rng.integers(0, 60, (rows, cols)).astype(np.uint8))
+
+    b.method(
+        [x, numbers],
+        [y],
+        [
+            ("copy", [weights, two]),
+            ("linear", [u, x, some(3, 2 * int8)]),
+            ("linear", [v, u, some(3, 2 * int4), b.weight(rng.random((1, 40), np.float32))]),
+            ("linear", [u, v, some(3, 2 * 256 + 48)]),
+            ("moe", [v, u, weights, numbers, some(12, 2 * int8), some(9, int4)], [3, 20]),
+            ("moe", [y, v, weights, numbers, some(12, 2 * 256 + 48), some(9, 2 * 256 + 48)], [3, 20]),
+        ],
+    )
+
+
+SEEDS = {f.__name__: f for f in (dense, attention, experts, foreign_heads, foreign_experts, codes, media)}
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,7 @@ tmlc compile nano/ -o nano.tmlc --pipeline mine.yaml
 @click.argument("checkpoint", type=_PATH)
 @click.option("-o", "--out", type=_PATH, metavar="PATH", help="The package to write, e.g. model.tmlc.")
 @click.option("--target", default="cpu", show_default=True, metavar="NAME", help="What to compile for.")
-@click.option("--precision", metavar="NAME", help="Of weights: fp32 or bf16.  [default: the pipeline's, else fp32]")
+@click.option("--precision", metavar="NAME", help="fp32, bf16, int8 or int4.  [default: the pipeline's, else fp32]")
 @click.option("--preset", metavar="NAME", help="Pipeline that comes with tmlc.  [default: the target's]")
 @click.option("--pipeline", type=_PATH, metavar="YAML", help="Pipeline file to use instead.")
 @click.option("--passes", metavar="A,B,…", help="Run just these passes, with their default settings.")

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from tmlc.errors import CheckpointError
+from tmlc.ir.quantize import SCHEMES, Codes, quantise, row_chunks
 
 BLOCK = 16
 CHUNK_ROWS = 2048  # rows packed at a time: bounds the extra memory
@@ -21,7 +22,10 @@ DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class PackedWeight:
-    """A tensor of the package: which weight of the program, in which form, and its two-dimensional shape."""
+    """A tensor of the package: which weight of the program, in which form, and its two-dimensional shape.
+
+    `dtype` is the stored one: the codes and scales of a quantised weight (`scheme`) are bytes.
+    """
 
     name: str
     weight: str
@@ -29,10 +33,14 @@ class PackedWeight:
     dtype: str
     rows: int
     cols: int
+    scheme: str = ""
 
     def pieces(self, tensor: torch.Tensor) -> Iterator[np.ndarray]:
-        """The packed bytes of `tensor`, which has the shape that the program gives the weight."""
-        return FORMS[self.form].pack(tensor, self.dtype)
+        """The packed bytes of `tensor`, which has the shape that the program gives the weight.
+
+        For a quantised weight it is the float one that the codes are made of.
+        """
+        return FORMS[self.form].pack(tensor, self.scheme or self.dtype)
 
 
 def blocks(rows: int) -> int:
@@ -41,7 +49,10 @@ def blocks(rows: int) -> int:
 
 
 def packed_cols(k: int, dtype: str) -> int:
-    """Elements of one packed block: K rows of 16; bf16 has K rounded up to even."""
+    """Elements of one packed block: K rows of 16; bf16 has K rounded up to even, quantised forms whole groups."""
+    if dtype in SCHEMES:
+        scheme = SCHEMES[dtype]
+        return scheme.groups(k) * BLOCK * (scheme.group * scheme.bits // 8 + scheme.side_bytes)
     return (k + k % 2 if dtype == "bf16" else k) * BLOCK
 
 
@@ -85,6 +96,10 @@ def pack_linear(tensor: torch.Tensor, dtype: str) -> Iterator[np.ndarray]:
     """[m, k] in blocks of 16 rows, K-major inside the block (bf16: pairs along K), zeros where rows or K
     end."""
     m, k = tensor.shape
+    if dtype in SCHEMES:
+        for piece in row_chunks(m, k):
+            yield _numpy(_quantised_blocks(quantise(tensor[piece], SCHEMES[dtype])))
+        return
     for begin in range(0, m, CHUNK_ROWS):
         part = tensor[begin : begin + CHUNK_ROWS].to(DTYPES[dtype])
         rows, depth = blocks(part.shape[0]), packed_cols(k, dtype) // BLOCK
@@ -97,6 +112,27 @@ def pack_linear(tensor: torch.Tensor, dtype: str) -> Iterator[np.ndarray]:
         else:
             packed = part.reshape(rows, BLOCK, depth).permute(0, 2, 1)
         yield _numpy(packed)
+
+
+def _quantised_blocks(q: Codes) -> torch.Tensor:
+    """uint8 [blocks, bytes]: for each group its codes, quads of inputs outermost, then scales, then zero points."""
+    rows, groups, group = q.codes.shape
+    pad = blocks(rows) * BLOCK - rows
+
+    def whole(part: torch.Tensor) -> torch.Tensor:
+        return torch.cat([part, part.new_zeros(pad, *part.shape[1:])]) if pad else part
+
+    halves = group // 32
+    codes = whole(q.codes).reshape(-1, BLOCK, groups, halves, 8, 4).permute(0, 2, 3, 4, 1, 5)
+    if q.scheme.bits == 4:  # quads 0..3 in the low nibbles, 4..7 in the high ones
+        codes = codes[:, :, :, :4] | codes[:, :, :, 4:] << 4
+    count = len(codes)
+    parts = [codes.reshape(count, groups, -1)]
+    scales = whole(q.scales).reshape(count, BLOCK, groups).transpose(1, 2).contiguous()
+    parts.append(scales.view(torch.uint8))
+    if q.zeros is not None:
+        parts.append(whole(q.zeros).reshape(count, BLOCK, groups).transpose(1, 2))
+    return torch.cat(parts, -1).reshape(count, -1)
 
 
 def pack_experts(tensor: torch.Tensor, dtype: str) -> Iterator[np.ndarray]:
@@ -145,4 +181,7 @@ FORMS: dict[str, Form] = {
 def packed_weight(weight: str, form: str, dtype: str, shape: tuple[int, ...]) -> PackedWeight:
     """The tensor of the package that holds `weight` in `form`; one weight may be there in two forms."""
     rows, cols = FORMS[form].shape(shape, dtype)
-    return PackedWeight(weight if form == "plain" else f"{weight}@{form}", weight, form, dtype, rows, cols)
+    name = weight if form == "plain" else f"{weight}@{form}"
+    if dtype in SCHEMES:
+        return PackedWeight(name, weight, form, "u8", rows, cols, dtype)
+    return PackedWeight(name, weight, form, dtype, rows, cols)

@@ -10,7 +10,7 @@ import torch
 from tmlc.errors import IRError
 from tmlc.ir.dims import Size, at, parse_size
 
-__all__ = ["TORCH_DTYPES", "TensorType", "ValueType", "dtype_name", "parse_type"]
+__all__ = ["QUANTISED", "TORCH_DTYPES", "TensorType", "ValueType", "dtype_name", "parse_type"]
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
     "f32": torch.float32,
@@ -27,6 +27,9 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
 _NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 ITEM_BYTES = {name: dtype.itemsize for name, dtype in TORCH_DTYPES.items()}
 
+#: Dtypes of weights that engines keep as codes (tmlc/ir/quantize.py); in eager PyTorch their values are float32.
+QUANTISED = ("i8g32", "i4g32", "i4g64")
+
 
 def dtype_name(dtype: torch.dtype) -> str:
     """The IR's name of a torch dtype; IRError for one that the IR does not have."""
@@ -37,13 +40,13 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 @dataclass(frozen=True, slots=True)
 class TensorType:
-    """dtype (a name in TORCH_DTYPES) and shape; while a method is traced sizes may be torch.SymInt."""
+    """dtype (a name in TORCH_DTYPES or QUANTISED) and shape; while a method is traced sizes may be torch.SymInt."""
 
     dtype: str
     shape: tuple[Any, ...]
 
     def __post_init__(self) -> None:
-        if self.dtype not in TORCH_DTYPES:
+        if self.dtype not in TORCH_DTYPES and self.dtype not in QUANTISED:
             raise IRError(f"unknown dtype {self.dtype!r}", fix=f"use one of {', '.join(TORCH_DTYPES)}")
         if not isinstance(self.shape, tuple):
             object.__setattr__(self, "shape", tuple(self.shape))
@@ -60,7 +63,7 @@ class TensorType:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        return TORCH_DTYPES[self.dtype]
+        return torch.float32 if self.dtype in QUANTISED else TORCH_DTYPES[self.dtype]
 
     def at(self, n: int) -> tuple[int, ...]:
         """The shape in a call with `n` new positions."""
@@ -73,8 +76,8 @@ class TensorType:
         return total
 
     def nbytes(self, n: int = 1) -> int:
-        """Bytes of the dense tensor in a call with `n` new positions."""
-        return self.numel(n) * ITEM_BYTES[self.dtype]
+        """Bytes of the dense tensor in eager PyTorch, in a call with `n` new positions."""
+        return self.numel(n) * ITEM_BYTES["f32" if self.dtype in QUANTISED else self.dtype]
 
     def __str__(self) -> str:
         return f"{self.dtype}[{', '.join(str(size) for size in self.shape)}]"

@@ -16,7 +16,8 @@ import torch
 
 from tmlc.errors import CheckpointError, IRError
 from tmlc.ir.dequantize import Dequantize, dequantize_into, dequantized_type
-from tmlc.ir.types import TensorType, dtype_name
+from tmlc.ir.quantize import SCHEMES, dequantised
+from tmlc.ir.types import QUANTISED, TensorType, dtype_name
 
 __all__ = ["WEIGHT_OPS", "TensorSource", "WeightEntry", "WeightMap"]
 
@@ -33,8 +34,9 @@ class WeightEntry:
 
     `source` has one src, the name of a checkpoint tensor; the srcs of every other op are earlier entries.
     Args: concat {axis}, stack {} (a new first axis), transpose {axes}, slice {axis, start, stop}, reshape
-        {shape}, cast {dtype}, dequantize: those of `Dequantize`; its srcs are codes, scales, then zero points and
-        global scale where the arguments name them.
+        {shape}, cast {dtype}, quantize {scheme} (a quantised dtype; its value is float32, rounded to the codes),
+        dequantize: those of `Dequantize`; its srcs are codes, scales, then zero points and global scale where the
+        arguments name them.
     """
 
     dst: str
@@ -118,6 +120,10 @@ class WeightMap:
     def cast(self, dst: str, src: str, dtype: str) -> str:
         return self.add(dst, "cast", [src], {"dtype": dtype})
 
+    def quantize(self, dst: str, src: str, scheme: str) -> str:
+        """Codes and scales in groups along the last axis; nothing further can be made of them."""
+        return self.add(dst, "quantize", [src], {"scheme": scheme})
+
     def dequantize(self, dst: str, srcs: Sequence[str], args: dict[str, Any]) -> str:
         """Numbers of stored codes and scales; `args` are those of `Dequantize` that differ from its defaults."""
         return self.add(dst, "dequantize", srcs, args)
@@ -180,6 +186,8 @@ class WeightMap:
         elif entry.op == "transpose":
             back = sorted(range(out.dim()), key=entry.args["axes"].__getitem__)
             self._fill(self[entry.srcs[0]], source, out.permute(back))
+        elif entry.op == "quantize":
+            dequantised(self.evaluate(entry.srcs[0], source), SCHEMES[entry.dtype], out)
         elif entry.op == "cast":
             if out.dtype == entry.type.torch_dtype:
                 self._fill(self[entry.srcs[0]], source, out)
@@ -208,6 +216,9 @@ def infer_weight(dst: str, op: str, types: Sequence[TensorType], args: dict[str,
             raise IRError(f"unknown weight op {op!r}", fix=f"use one of source, {', '.join(WEIGHT_OPS)}")
         if not types:
             raise IRError(f"{op} needs sources")
+        if any(t.dtype in QUANTISED for t in types):
+            fix = "quantise last: rewrite the weight before its codes are made"
+            raise IRError(f"{op} of a quantised weight", fix=fix)
         return WEIGHT_OPS[op](list(types), **args)
     except TypeError:
         raise IRError(f"wrong arguments for {op}: {args}", where=dst) from None
@@ -265,7 +276,18 @@ def _reshape(types: list[TensorType], shape: Sequence[int]) -> TensorType:
 
 
 def _cast(types: list[TensorType], dtype: str) -> TensorType:
+    if dtype in QUANTISED:
+        raise IRError(f"a cast to {dtype}", fix="use the weight op quantize")
     return TensorType(dtype, _one(types, "cast").shape)
+
+
+def _quantize(types: list[TensorType], scheme: str) -> TensorType:
+    t = _one(types, "quantize")
+    if scheme not in SCHEMES:
+        raise IRError(f"unknown scheme {scheme!r}", fix=f"use one of {', '.join(SCHEMES)}")
+    if t.dtype not in ("f32", "bf16") or len(t.shape) not in (2, 3):
+        raise IRError(f"{t} cannot be quantised", fix="quantize takes a float matrix, or a stack of them")
+    return TensorType(scheme, t.shape)
 
 
 WEIGHT_OPS: dict[str, Callable[..., TensorType]] = {
@@ -275,5 +297,6 @@ WEIGHT_OPS: dict[str, Callable[..., TensorType]] = {
     "slice": _slice,
     "reshape": _reshape,
     "cast": _cast,
+    "quantize": _quantize,
     "dequantize": dequantized_type,
 }

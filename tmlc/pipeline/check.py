@@ -58,8 +58,14 @@ class Checker:
             for name, value in zip(names.get(method.name, ()), self.expected[method.name], strict=False):
                 produced.setdefault(name, []).append(value)
 
-    def check(self, name: str, program: Program, *, lossy: bool = False) -> float:
+    def check(
+        self, name: str, program: Program, *, lossy: bool = False, tolerance: float | None = None
+    ) -> float:
         """Compares `program`, as pass `name` left it, and returns the largest error over all outputs.
+
+        Args:
+            lossy: the pass rounds on purpose: errors are root mean squares, and later passes are compared with it.
+            tolerance: of a lossy pass, where it has its own.
 
         Raises:
             CheckError: an output moved beyond the tolerance, is not finite, has another shape, or a method is gone.
@@ -72,7 +78,7 @@ class Checker:
             found = self._run(runner, program.methods[method])
             answers[method] = found
             for index, (have, want) in enumerate(zip(found, expected, strict=True)):
-                worst = max(worst, _compare(name, method, index, have, want[: len(have)], lossy))
+                worst = max(worst, _compare(name, method, index, have, want[: len(have)], lossy, tolerance))
         if lossy:
             self.expected = {m: tuple(v) for m, v in answers.items()}
         return worst
@@ -92,7 +98,9 @@ class Checker:
         return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
 
-def _compare(name: str, method: str, index: int, have: Tensor, want: Tensor, lossy: bool) -> float:
+def _compare(
+    name: str, method: str, index: int, have: Tensor, want: Tensor, lossy: bool, bound: float | None
+) -> float:
     where = f"{method}, output {index}"
     if have.shape != want.shape or have.dtype != want.dtype:
         raise CheckError(
@@ -105,7 +113,7 @@ def _compare(name: str, method: str, index: int, have: Tensor, want: Tensor, los
         difference = (have - want).double()
         scale = max(float(want.double().square().mean().sqrt()), 1e-12)
         size = difference.square().mean().sqrt() if lossy else difference.abs().max()
-        error, tolerance = float(size) / scale, LOSSY_TOLERANCE if lossy else TOLERANCE
+        error, tolerance = float(size) / scale, (bound or LOSSY_TOLERANCE) if lossy else TOLERANCE
     if not error <= tolerance:
         raise CheckError(
             f"{name} changed {where}: error {error:.3g}, allowed {tolerance:.3g}",

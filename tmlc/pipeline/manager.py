@@ -14,6 +14,7 @@ from tmlc.errors import PipelineError, TmlcError
 from tmlc.ir.program import PassRecord, Program
 from tmlc.ir.text import print_program
 from tmlc.ir.verify import verify
+from tmlc.ir.weights import TensorSource
 from tmlc.pipeline.check import Checker
 from tmlc.pipeline.pass_base import Pass, PassContext, PassResult
 from tmlc.pipeline.pipeline import Pipeline, Step
@@ -27,6 +28,7 @@ def run_pipeline(
     dump: str | Path | None = None,
     on_record: Callable[[PassRecord], None] | None = None,
     progress: Callable[[str], None] | None = None,
+    source: TensorSource | None = None,
 ) -> Program:
     """Runs every step of `pipeline` and returns the rewritten program; `program` itself is left as it was.
 
@@ -35,6 +37,7 @@ def run_pipeline(
         dump: folder for the text form before the first and after every pass.
         on_record: called after every pass with its record, also with the record of a pass that failed.
         progress: gets a line before each pass and whatever a pass reports.
+        source: the checkpoint's tensors, for passes that measure what they do to them.
 
     Raises:
         PipelineError: unmet `requires`, unmet `expect_matches`.
@@ -55,7 +58,7 @@ def run_pipeline(
         )
         started = time.perf_counter()
         try:
-            result = _run_one(worker, step, current, PassContext(number, len(pipeline.steps), tell))
+            result = _run_one(worker, step, current, PassContext(number, len(pipeline.steps), tell, source))
             record.ms = (time.perf_counter() - started) * 1e3
             record.matches = result.matches
             record.near_misses = [str(miss) for miss in result.near_misses]
@@ -66,7 +69,9 @@ def run_pipeline(
                 (folder / f"{number + 1:02d}_{step.name}.ir").write_text(text, "utf-8")
             step.check_matches(result)
             if checker is not None:
-                record.error = checker.check(step.name, result.program, lossy=worker.lossy)
+                record.error = checker.check(
+                    step.name, result.program, lossy=worker.lossy, tolerance=worker.tolerance
+                )
         except BaseException as error:
             record.notes.append(f"failed: {error}")
             if on_record is not None:

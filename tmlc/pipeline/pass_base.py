@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict
 
 if TYPE_CHECKING:
     from tmlc.ir.program import Fact, Program
+    from tmlc.ir.weights import TensorSource
 
 
 class PassConfig(BaseModel):
@@ -51,11 +52,13 @@ class PassResult:
 
 @dataclass(frozen=True)
 class PassContext:
-    """Where a pass stands in its pipeline: step number (from 0), number of steps, and a line of progress."""
+    """Where a pass stands in its pipeline: step number (from 0), number of steps, a line of progress, and the
+    checkpoint's tensors where there are any (a pass may look at values, never keep them)."""
 
     step: int = 0
     steps: int = 1
     progress: Callable[[str], None] = lambda line: None
+    source: TensorSource | None = None
 
 
 class Pass(ABC):
@@ -78,6 +81,11 @@ class Pass(ABC):
         """True when the pass changes numbers on purpose (it rounds weights): `--check` then measures it more loosely,
         and the passes that follow against this one's outputs."""
         return False
+
+    @property
+    def tolerance(self) -> float | None:
+        """How far a lossy pass may move outputs under `--check` (root mean square, relative); None: the usual bound."""
+        return None
 
     @abstractmethod
     def run(self, program: Program, ctx: PassContext) -> PassResult:

@@ -2,6 +2,7 @@
 #pragma once
 #include <cmath>
 
+#include "form.h"
 #include "op.h"
 
 namespace tmlc {
@@ -19,11 +20,9 @@ inline bool dense(const TensorInfo& t) { return t.stride == t.cols || (t.a == 0 
 inline bool finite(double v) { return std::isfinite(v); }
 
 inline int64_t blocks16(int64_t m) { return (m + 15) / 16; }
-// Columns of one packed block of 16 output rows over k inputs (docs/plan-format.md, "Packed weights").
-inline int64_t packed_cols(DType t, int64_t k) { return (t == DType::bf16 ? (k + 1) / 2 * 2 : k) * 16; }
-// A packed matrix that has `blocks` blocks of 16 rows over k inputs.
+// A packed matrix, of any form, that has `blocks` blocks of 16 rows over k inputs.
 inline bool packed(const TensorInfo& w, int64_t blocks, int64_t k) {
-    return is_float(w) && w.fixed(blocks, packed_cols(w.dtype, k)) && dense(w);
+    return form_of(w.dtype, w.cols, k) != Form::none && w.fixed(blocks, w.cols) && dense(w);
 }
 constexpr int64_t max_experts = 1 << 16, max_choices = 1 << 10;
 inline int64_t round_up(int64_t v, int64_t to) { return (v + to - 1) / to * to; }

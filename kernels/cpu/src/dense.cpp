@@ -232,16 +232,25 @@ const char* check_linear(const Call& c) {
     TMLC_REQUIRE(c.n_t == 3 || (is_f32(*c.t[3]) && c.t[3]->fixed(1, out.cols)), "the bias must be f32 [1,m]");
     return nullptr;
 }
+int64_t scratch_linear(const Call& c, int) {
+    const TensorInfo &x = *c.t[1], &w = *c.t[2];
+    return quantised(form_of(w.dtype, w.cols, x.cols)) ? x.rows(c.max_n) * QuantRow(x.cols).bytes() : 0;
+}
 int run_linear(const RunArgs& a) {
     const Operand &out = a.t[0], &x = a.t[1], &w = a.t[2];
     const float* bias = a.n_t == 4 ? a.t[3].f32() : nullptr;
-    const Packed packed_w(w.data, w.dtype == DType::bf16, x.cols);
+    const Packed packed_w(w, x.cols);
+    const int64_t row_bytes = QuantRow(x.cols).bytes();
+    if (packed_w.quantised())
+        quantise_rows(a.par, x.rows, x.cols, a.scratch, [&](int64_t r) { return x.f32(r); });
     constexpr int64_t chunk = 64;
     a.par.split(w.rows, out.rows * out.cols * x.cols, [&](int64_t begin, int64_t end, int) {
         for (int64_t r0 = 0; r0 < out.rows; r0 += chunk) {
             const float* rows[chunk];
             const int64_t count = out.rows - r0 < chunk ? out.rows - r0 : chunk;
-            for (int64_t r = 0; r < count; ++r) rows[r] = x.f32(r0 + r);
+            for (int64_t r = 0; r < count; ++r)
+                rows[r] = packed_w.quantised() ? reinterpret_cast<const float*>(a.scratch + (r0 + r) * row_bytes)
+                                               : x.f32(r0 + r);
             for_tiles<1>(
                 rows, count, begin, end, packed_w, [&](int64_t b, const void** p) { p[0] = packed_w.block(b); },
                 [&](int64_t r, int64_t b, const float* sums) {
@@ -260,7 +269,7 @@ const OpDef table[] = {
     {"embedding", check_embedding, no_scratch, run_embedding, 1},
     {"rms_norm", check_rms_norm, no_scratch, run_rms_norm, 1, true},
     {"add_rms_norm", check_add_rms_norm, no_scratch, run_add_rms_norm, 2, true},
-    {"linear", check_linear, no_scratch, run_linear, 1},
+    {"linear", check_linear, scratch_linear, run_linear, 1},
     {"add", check_binary, no_scratch, run_add, 1, true},
     {"mul", check_binary, no_scratch, run_mul, 1, true},
     {"add_scaled", check_add_scaled, no_scratch, run_add_scaled, 1, true},

@@ -5,22 +5,27 @@
 // tile it was computed in. One row takes many blocks at once (to keep enough independent sums and streams in flight),
 // many rows take few blocks (each weight is loaded, and a bf16 one unpacked, once for all of them).
 #pragma once
+#include "form.h"
+#include "quant.h"
 #include "vec.h"
 
 namespace tmlc {
 
-// The packed weights of `dtype` over k inputs, and where block number b begins.
+// Packed weights over k inputs, and where block number b begins. The rows that meet quantised weights are quantised too
+// (quantise_rows): the row pointers of a tile then point to those.
 struct Packed {
     const uint8_t* data;
     int64_t block_bytes;
     int64_t k;
-    bool bf16;
-    Packed(const void* p, bool is_bf16, int64_t inputs)
-        : data(static_cast<const uint8_t*>(p)),
-          block_bytes((is_bf16 ? (inputs + 1) / 2 * 2 * 2 : inputs * 4) * 16),
-          k(inputs),
-          bf16(is_bf16) {}
+    Form form;
+    Packed(const Operand& w, int64_t inputs)
+        : data(static_cast<const uint8_t*>(w.data)), k(inputs), form(form_of(w.dtype, w.cols, inputs)) {
+        block_bytes = form_cols(form, k) * form_item_bytes(form);
+    }
     const void* block(int64_t b) const { return data + b * block_bytes; }
+    bool quantised() const { return tmlc::quantised(form); }
+    int tile_rows() const;
+    int blocks_for_rows(int rows) const;
 };
 
 #if defined(__AVX512F__)
@@ -34,6 +39,12 @@ constexpr int tile_rows = 2;
 constexpr int blocks_for_rows[tile_rows + 1] = {0, 2, 1};
 #endif
 constexpr int max_blocks = 8;
+static_assert(quant_tile_rows <= tile_rows, "a tile's results must fit");
+
+inline int Packed::tile_rows() const { return quantised() ? quant_tile_rows : tmlc::tile_rows; }
+inline int Packed::blocks_for_rows(int rows) const {
+    return (quantised() ? quant_blocks_for_rows : tmlc::blocks_for_rows)[rows];
+}
 
 // acc[r][b] = sum over k of x[r][k] * w[b][k], the sum taken in order of k.
 template <int R, int B, bool BF16>
@@ -90,7 +101,7 @@ __attribute__((noinline)) void tile_store(const float* const* x, const void* con
 }
 
 typedef void (*TileFn)(const float* const* x, const void* const* w, int64_t k_count, float* out);
-TileFn tile_function(int rows, int blocks, bool bf16);  // gemm.cpp; rows 1..tile_rows, blocks 1..blocks_for_rows
+TileFn tile_function(int rows, int blocks, Form form);  // gemm.cpp; rows 1..tile_rows, blocks 1..blocks_for_rows
 
 // For `rows` rows x[0..rows) and the blocks [begin, end) of `group(i, w)` (which fills w with G pointers for unit i;
 // a tile takes several units at once), calls sink(row, unit, values) with values = G * 16 sums. Row tiles are the inner
@@ -99,9 +110,9 @@ template <int G, class Group, class Sink>
 inline void for_tiles(const float* const* x, int64_t rows, int64_t begin, int64_t end, const Packed& p, Group group,
                       Sink sink) {
     if (rows <= 0) return;
-    const int64_t tiles = (rows + tile_rows - 1) / tile_rows;
+    const int64_t tiles = (rows + p.tile_rows() - 1) / p.tile_rows();
     const int most = static_cast<int>((rows + tiles - 1) / tiles);  // even tiles: 9 rows are 5 + 4
-    int strip = blocks_for_rows[most] / G;
+    int strip = p.blocks_for_rows(most) / G;
     if (strip < 1) strip = 1;
     const void* w[max_blocks];
     alignas(64) float out[tile_rows * max_blocks * 16];
@@ -112,12 +123,12 @@ inline void for_tiles(const float* const* x, int64_t rows, int64_t begin, int64_
             const int64_t r0 = rows * t / tiles, count = rows * (t + 1) / tiles - r0;
             const int blocks = static_cast<int>(take) * G;
             // A tile shape that does not exist (two blocks where the registers hold one) is done block by block.
-            if (TileFn tile = tile_function(static_cast<int>(count), blocks, p.bf16)) {
+            if (TileFn tile = tile_function(static_cast<int>(count), blocks, p.form)) {
                 tile(x + r0, w, p.k, out);
                 for (int64_t r = 0; r < count; ++r)
                     for (int64_t u = 0; u < take; ++u) sink(r0 + r, unit + u, out + (r * blocks + u * G) * 16);
             } else {
-                TileFn one = tile_function(static_cast<int>(count), 1, p.bf16);
+                TileFn one = tile_function(static_cast<int>(count), 1, p.form);
                 alignas(64) float part[tile_rows * 16];
                 for (int b = 0; b < blocks; ++b) {
                     one(x + r0, w + b, p.k, part);

@@ -105,7 +105,7 @@ int64_t scratch_router(const Call& c, int) {
 int run_router(const RunArgs& a) {
     const Operand &weights = a.t[0], &experts = a.t[1], &x = a.t[2], &w = a.t[3];
     const Route route = route_of(a, a.t[4], a.t[5]);
-    const Packed matrix(w.data, false, x.cols);
+    const Packed matrix(w, x.cols);
     float* logits = reinterpret_cast<float*>(a.scratch);
     const int64_t width = w.rows * 16;
     for (int64_t r0 = 0; r0 < x.rows; r0 += router_chunk) {
@@ -175,8 +175,16 @@ const char* check_moe(const Call& c) {
     for (int j = 0; j < c.n_f; ++j) TMLC_REQUIRE(finite(c.f[j]) && c.f[j] >= 0, "alpha and limit must not be negative");
     return nullptr;
 }
+// Bytes behind the layout for quantised rows: those of x while stage one runs, the hidden ones in stage two.
+int64_t quantised_bytes(const Call& c, int64_t rows, int64_t pairs) {
+    const TensorInfo &x = *c.t[1], &up = *c.t[4], &down = *c.t[5];
+    const bool one = quantised(form_of(up.dtype, up.cols, x.cols)), two = quantised(form_of(down.dtype, down.cols, c.i[1]));
+    const int64_t first = one ? rows * QuantRow(x.cols).bytes() : 0, second = two ? pairs * QuantRow(c.i[1]).bytes() : 0;
+    return first > second ? first : second;
+}
 int64_t scratch_moe(const Call& c, int) {
-    return Layout(c.i[0], c.t[1]->cols, c.i[1], c.t[1]->rows(c.max_n) * c.t[2]->cols).bytes;
+    const int64_t rows = c.t[1]->rows(c.max_n), pairs = rows * c.t[2]->cols;
+    return Layout(c.i[0], c.t[1]->cols, c.i[1], pairs).bytes + quantised_bytes(c, rows, pairs);
 }
 
 int run_moe(const RunArgs& a) {
@@ -212,10 +220,17 @@ int run_moe(const RunArgs& a) {
     for (int64_t p = 0; p < pairs; ++p) order[starts[expert[p]]++] = p;
     for (int64_t e = n_experts; e > 0; --e) starts[e] = starts[e - 1];
     starts[0] = 0;
-    for (int64_t i = 0; i < pairs; ++i) rows[i] = x.f32(order[i] / choices);
 
-    const bool bf16 = up.dtype == DType::bf16;
-    const Packed w1(up.data, bf16, d), w2(down.data, down.dtype == DType::bf16, f);
+    const Packed w1(up, d), w2(down, f);
+    uint8_t* const codes = a.scratch + at.bytes;
+    const auto quantised_row = [&](int64_t r, int64_t k) {
+        return reinterpret_cast<const float*>(codes + r * QuantRow(k).bytes());
+    };
+    if (w1.quantised()) quantise_rows(a.par, n, d, codes, [&](int64_t r) { return x.f32(r); });
+    for (int64_t i = 0; i < pairs; ++i) {
+        const int64_t r = order[i] / choices;
+        rows[i] = w1.quantised() ? quantised_row(r, d) : x.f32(r);
+    }
     // Units are (touched expert, block of 16 hidden columns); a range of them covers whole and parts of experts.
     const auto each = [&](int64_t begin, int64_t end, int64_t blocks, auto&& fn) {
         for (int64_t u = begin; u < end;) {
@@ -245,7 +260,8 @@ int run_moe(const RunArgs& a) {
                 });
         });
     });
-    for (int64_t i = 0; i < pairs; ++i) rows[i] = hidden + i * at.f;
+    if (w2.quantised()) quantise_rows(a.par, pairs, f, codes, [&](int64_t i) { return hidden + i * at.f; });
+    for (int64_t i = 0; i < pairs; ++i) rows[i] = w2.quantised() ? quantised_row(i, f) : hidden + i * at.f;
     a.par.split(n_touched * d_blocks, pairs * f * d, [&](int64_t begin, int64_t end, int) {
         each(begin, end, d_blocks, [&](int64_t e, int64_t first, int64_t last) {
             const int64_t i0 = starts[e], count = starts[e + 1] - i0, base = e * d_blocks;

@@ -15,6 +15,7 @@
 #endif
 
 #define TMLC_INLINE inline __attribute__((always_inline))
+#define TMLC_LAMBDA_INLINE __attribute__((always_inline))
 
 namespace tmlc {
 

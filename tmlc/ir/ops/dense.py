@@ -9,9 +9,10 @@ import torch.nn.functional as nnf
 from torch import Tensor
 
 from tmlc.ir.ops.registry import exact, matrix, need, one_element, op, vector, wide
-from tmlc.ir.types import TensorType
+from tmlc.ir.types import QUANTISED, TensorType
 
 TABLE = ("f32", "bf16")
+MATRIX = (*TABLE, *QUANTISED)
 
 
 def _embedding(table: TensorType, ids: TensorType) -> TensorType:
@@ -83,7 +84,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
 
 def _linear(x: TensorType, weight: TensorType, bias: TensorType | None) -> TensorType:
     n, k = matrix(x, "x")
-    m, k_weight = matrix(weight, "weight", TABLE)
+    m, k_weight = matrix(weight, "weight", MATRIX)
     need(k == k_weight, f"weight must have {k} columns, not {k_weight}")
     need(bias is None or vector(bias, "bias") == m, f"bias must have {m} columns, not {bias}")
     return TensorType("f32", (n, m))

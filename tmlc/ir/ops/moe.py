@@ -9,9 +9,10 @@ import torch.nn.functional as nnf
 from torch import Tensor
 
 from tmlc.ir.ops.registry import matrix, need, one_element, op, vector, wide
-from tmlc.ir.types import TensorType
+from tmlc.ir.types import QUANTISED, TensorType
 
 EXPERT = ("f32", "bf16")
+STACKED = (*EXPERT, *QUANTISED)
 
 
 def _sink_router(
@@ -91,8 +92,8 @@ def _moe(
     _routes(n, experts, "experts", "i64")
     need(weights.shape[1] == experts.shape[1], f"weights {weights} and experts {experts} differ in columns")
     need(
-        gate_up.dtype in EXPERT and gate_up.dtype == down.dtype,
-        f"gate_up {gate_up} and down {down} differ in dtype",
+        gate_up.dtype in STACKED and down.dtype in STACKED,
+        f"gate_up {gate_up} and down {down} must be {' or '.join(STACKED)}",
     )
     need(len(gate_up.shape) == 3 and len(down.shape) == 3, f"experts must be stacked: {gate_up}, {down}")
     count, wide_rows, cols = gate_up.shape
