@@ -17,21 +17,47 @@ tmlc inspect nano.tmlc
 tmlc inspect nano.tmlc --ir decode
 tmlc inspect nano.tmlc --json | jq .manifest.memory
 tmlc inspect nano/ --tensors
+tmlc inspect nano/ --why-miss
 """,
 )
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option("--ir", "method", metavar="METHOD", help="Print the program of one method (or: all) instead.")
 @click.option("--tensors", is_flag=True, help="List every tensor of a checkpoint.")
-def command(path: Path, method: str | None, tensors: bool, as_json: bool) -> None:
+@click.option("--why-miss", is_flag=True, help="Say why the last compilation of a checkpoint was not in the cache.")
+def command(path: Path, method: str | None, tensors: bool, why_miss: bool, as_json: bool) -> None:
     """Show a package (methods, states, passes, memory, kernel calls) or a checkpoint folder (config,
     tensors).
     """
+    if why_miss:
+        _why_miss(path, as_json)
+        return
     if not path.exists():
         raise UsageError("no such file or folder", where=str(path), fix="give a .tmlc package or a checkpoint folder")
     if (path / "config.json").is_file():
         _checkpoint(path, method, tensors, as_json)
     else:
         _package(path, method, tensors, as_json)
+
+
+def _why_miss(path: Path, as_json: bool) -> None:
+    """PATH: a checkpoint, or a package by the place where it was last written."""
+    from tmlc.cache import CompileCache, cache_folder
+    from tmlc.report.compile_view import lookup_tables
+
+    folder = cache_folder()
+    if folder is None:
+        raise UsageError("the cache is off", where="TMLC_CACHE=off", fix="unset TMLC_CACHE and compile again")
+    lookup = CompileCache(folder).why_miss(path)
+    if lookup is None:
+        raise UsageError(
+            f"the cache in {folder} knows no compilation of it",
+            where=str(path),
+            fix="compile it first; --no-cache, --dump and --stop-after leave no trace in the cache",
+        )
+    if as_json:
+        print_json(lookup.to_json())
+    else:
+        show(*lookup_tables(lookup.to_json()))
 
 
 def _package(path: Path, method: str | None, tensors: bool, as_json: bool) -> None:
