@@ -71,7 +71,7 @@ def test_stop_after_dumps_programs_and_writes_no_package(tmlc_cli, checkpoint, t
     result = tmlc_cli("compile", checkpoint, "--stop-after", "route.fuse_router", "--dump", dump)
     assert "no package was written" in result.stderr
     assert tree(tmp_path) == ["dump"] + [f"dump/{n}" for n in sorted(p.name for p in dump.iterdir())]
-    assert len(list(dump.iterdir())) == 3
+    assert "00_input.ir" in (names := {p.name for p in dump.iterdir()}) and any("route.fuse_router" in n for n in names)
 
 
 def test_a_disabled_pass_that_others_need_is_said(tmlc_cli, checkpoint, tmp_path):

@@ -35,7 +35,7 @@ tmlc compile nano/ -o nano.tmlc --pipeline mine.yaml
 @click.option("-o", "--out", type=_PATH, metavar="PATH", help="The package to write, e.g. model.tmlc.")
 @click.option("--target", default="cpu", show_default=True, metavar="NAME", help="What to compile for.")
 @click.option("--precision", metavar="NAME", help="Of weights: fp32 or bf16.  [default: the pipeline's, else fp32]")
-@click.option("--preset", metavar="NAME", help="Pipeline that comes with tmlc.  [default: the target's]")
+@click.option("--preset", metavar="NAME", help="O0, O1, O2, or a target's name.  [default: the target's own = O2]")
 @click.option("--pipeline", type=_PATH, metavar="YAML", help="Pipeline file to use instead.")
 @click.option("--passes", metavar="A,B,…", help="Run just these passes, with their default settings.")
 @click.option("--disable", multiple=True, metavar="PASS", help="Leave a pass out (may be given again).")
@@ -90,7 +90,7 @@ def command(
         raise UsageError("no output was given", where="tmlc compile", fix="add -o model.tmlc")
     if out is not None and stop_after is None:
         check_output(out, force)
-    chosen_passes = {"preset": preset, "pipeline": pipeline, "passes": chosen, "disable": disable}
+    chosen_passes: dict[str, Any] = {"preset": preset, "pipeline": pipeline, "passes": chosen, "disable": disable}
     keeper = None if no_cache or out is None or stop_after is not None or dump is not None else _Keeper.of(
         checkpoint, out, {**chosen_passes, **options}
     )  # fmt: skip
@@ -187,6 +187,6 @@ def _pipeline_text(
     """The pipeline that these options choose, as YAML that --pipeline reads back."""
     from tmlc.pipeline.pipeline import Pipeline, load_pipeline
 
-    steps = Pipeline.of(passes) if passes else load_pipeline(pipeline or preset or target)
+    steps = Pipeline.of(passes) if passes else load_pipeline(pipeline or preset or target, target)
     steps = steps.disable(disable)
     return (steps.stop_after(stop_after) if stop_after else steps).to_yaml()

@@ -20,6 +20,9 @@ from tmlc.ir.types import TensorType, dtype_name
 __all__ = ["WEIGHT_OPS", "TensorSource", "WeightEntry", "WeightMap"]
 
 
+_EXACT = {("bf16", "f32"), ("i32", "i64"), ("u8", "i32"), ("u8", "i64")}  # casts that change no value
+
+
 class TensorSource(Protocol):
     """Where checkpoint tensors come from: a Checkpoint, a state_dict, or any mapping."""
 
@@ -175,7 +178,8 @@ class WeightMap:
             back = sorted(range(out.dim()), key=entry.args["axes"].__getitem__)
             self._fill(self[entry.srcs[0]], source, out.permute(back))
         elif entry.op == "cast":
-            if out.dtype == entry.type.torch_dtype:
+            exact = (self[entry.srcs[0]].dtype, entry.dtype) in _EXACT  # then it does not matter that it is left out
+            if exact or out.dtype == entry.type.torch_dtype:
                 self._fill(self[entry.srcs[0]], source, out)
             else:  # cast twice: the first one rounds, so it has to be done
                 out.copy_(self.evaluate(entry.dst, source))
