@@ -197,7 +197,7 @@ def compile(
     report.out = Path(out)
     with PackageWriter(out, folder) as writer:
         writer.add_json(PLAN, engine.plan)
-        writer.add_bytes(PROGRAM, print_program(ready, record=False).encode())
+        writer.add_bytes(PROGRAM, print_program(ready, record=False, sources=False).encode())
         tokenizer = _add_tokenizer(writer, ready, source)
         with _timed(seconds, "weights"):
             writer.add_weights(_weight_items(engine, ready, source, tell))

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from tmlc.errors import PipelineError, TmlcError
 from tmlc.ir.program import PassRecord, Program
+from tmlc.ir.source import inherit_sources
 from tmlc.ir.text import print_program
 from tmlc.ir.verify import verify
 from tmlc.pipeline.check import Checker
@@ -39,7 +40,7 @@ def run_pipeline(
     Raises:
         PipelineError: unmet `requires`, unmet `expect_matches`.
         IRError: a pass left a program that breaks the rules of the IR; the message names the pass.
-        CheckError: outputs moved beyond the tolerance; the message names the pass.
+        CheckError: outputs moved beyond the tolerance; the message names the pass, and the op with its source line.
     """
     tell = progress if progress is not None else lambda line: None
     folder = Path(dump) if dump is not None else None
@@ -66,7 +67,9 @@ def run_pipeline(
                 (folder / f"{number + 1:02d}_{step.name}.ir").write_text(text, "utf-8")
             step.check_matches(result)
             if checker is not None:
-                record.error = checker.check(step.name, result.program, lossy=worker.lossy)
+                record.error = checker.check(
+                    step.name, result.program, lossy=worker.lossy, before=current
+                )
         except BaseException as error:
             record.notes.append(f"failed: {error}")
             if on_record is not None:
@@ -89,6 +92,7 @@ def _run_one(worker: Pass, step: Step, program: Program, ctx: PassContext) -> Pa
         )
     result = worker.run(program.clone(), ctx)
     result.program.facts |= worker.provides if result.provides is None else result.provides
+    inherit_sources(result.program)
     try:
         verify(result.program)
     except TmlcError as error:

@@ -1,0 +1,106 @@
+"""What each pass buys on the CPU: a tick of nano with the whole pipeline, and with one pass left out.
+
+The two engines take turns, so that a busy moment of the machine falls on both. A ratio above 1 is what the pass saves.
+Passes that the engine cannot do without (level 0) have no ratio; `canonicalize.dead_code` is the exception.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from test_tick import inputs
+
+import tmlc
+import tmlc.compiler as compiler
+from tmlc.ir.program import replace
+from tmlc.pipeline.pass_base import Pass, PassContext, PassResult
+from tmlc.pipeline.pipeline import Pipeline, Step, load_pipeline
+from tmlc.pipeline.registry import _PASSES, register_pass
+
+ROUNDS, TICKS = 12, 40
+WITHOUT = dict.fromkeys(s.name for s in load_pipeline("cpu").steps if s.level or s.name == "canonicalize.dead_code")
+
+
+@pytest.fixture(scope="module")
+def make(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str, Pipeline], Path]]:
+    """(name, pipeline) → the package of nano; the model is traced once."""
+    traced, folder = tmlc.program(checkpoint), tmp_path_factory.mktemp("passes")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiler, "load_program", lambda source, overrides: traced.clone())
+
+        def compiled(name: str, pipeline: Pipeline) -> Path:
+            out = folder / f"{name}.tmlc"
+            if not out.exists():
+                compiler.compile(checkpoint, out, pipeline=pipeline)
+            return out
+
+        yield compiled
+
+
+def compare(one: Path, two: Path) -> tuple[float, float]:
+    """Medians of a busy tick in ms, one thread, the engines in turns."""
+    engines = [tmlc.load(path, threads=1, sessions=1) for path in (one, two)]
+    sessions = [engine.session(seed=0) for engine in engines]
+    given = list(islice(inputs(engines[0], ROUNDS * TICKS), ROUNDS * TICKS))
+    times: tuple[list[float], list[float]] = ([], [])
+    for start in range(0, len(given), TICKS):
+        for session, kept in zip(sessions, times, strict=True):
+            for item in given[start : start + TICKS]:
+                began = time.perf_counter()
+                session.tick(item)
+                kept.append((time.perf_counter() - began) * 1000)
+    for session in sessions:
+        session.close()
+    for engine in engines:
+        engine.close()
+    return float(np.median(times[0][TICKS:])), float(np.median(times[1][TICKS:]))
+
+
+@pytest.mark.parametrize("name", list(WITHOUT))
+def test_left_out(name: str, make: Callable[[str, Pipeline], Path], benchmark: Any, figure: Callable[..., None]) -> None:
+    """A tick without the pass against a tick with it, and the size of the package."""
+    whole, part = make("all", load_pipeline("cpu")), make(name, load_pipeline("cpu").disable([name]))
+    with_it, without = benchmark.pedantic(lambda: compare(whole, part), rounds=1, iterations=1)
+    figure(f"tick without {name} / with it", without / with_it, "×")
+    figure(f"package without {name} / with it", part.stat().st_size / whole.stat().st_size, "×")
+
+
+@pytest.mark.parametrize("level", ["O0", "O1"])
+def test_level(level: str, make: Callable[[str, Pipeline], Path], benchmark: Any, figure: Callable[..., None]) -> None:
+    """A tick at a lower level against O2."""
+    whole, part = make("all", load_pipeline("cpu")), make(level, load_pipeline(level))
+    with_all, with_part = benchmark.pedantic(lambda: compare(whole, part), rounds=1, iterations=1)
+    figure(f"tick at {level} / at O2", with_part / with_all, "×")
+
+
+def test_convolution_ceiling(make: Callable[[str, Pipeline], Path], benchmark: Any, figure: Callable[..., None]) -> None:
+    """The most that fusing short convolutions with the additions around them could save: a (wrong) engine in which the
+    convolutions that end in a residual addition are not there at all, against one in which they are."""
+
+    @register_pass("perf.no_convolution")
+    class NoConvolution(Pass):
+        """Drops each short convolution whose result is only added to something."""
+
+        def run(self, program: Any, ctx: PassContext) -> PassResult:
+            result = PassResult(program, 0)
+            for node in program.methods["decode"].calls("short_conv"):
+                if all(user.name.startswith("add") for user in node.users):
+                    replace(node, node.args[0])
+                    result.matches += 1
+            return result
+
+    try:
+        steps = load_pipeline("cpu").steps
+        at = next(i for i, step in enumerate(steps) if step.name == "state.insert")
+        part = Pipeline("no convolution", (*steps[:at], Step("perf.no_convolution", {}, ">=1"), *steps[at:]))
+        whole, without = make("all", load_pipeline("cpu")), make("no_convolution", part)
+    finally:
+        _PASSES.pop("perf.no_convolution")
+    with_it, bare = benchmark.pedantic(lambda: compare(whole, without), rounds=1, iterations=1)
+    figure("tick / tick with no residual convolution at all", with_it / bare, "×")
