@@ -1,6 +1,7 @@
 """What each pass buys on the CPU: a tick of nano with the whole pipeline, and with one pass left out.
 
-The two engines take turns, so that a busy moment of the machine falls on both. A ratio above 1 is what the pass saves.
+The two engines take turns and the thread's own processor time counts, so that a busy machine falls on both alike. A
+ratio above 1 is what the pass saves.
 Passes that the engine cannot do without (level 0) have no ratio; `canonicalize.dead_code` is the exception.
 """
 
@@ -14,16 +15,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_tick import inputs
 
 import tmlc
 import tmlc.compiler as compiler
+from tmlc.cli.inputs import tick_shape
 from tmlc.ir.program import replace
+from tmlc.pipeline.manager import run_pipeline
 from tmlc.pipeline.pass_base import Pass, PassContext, PassResult
 from tmlc.pipeline.pipeline import Pipeline, Step, load_pipeline
 from tmlc.pipeline.registry import _PASSES, register_pass
+from tmlc.report.profile import synthetic_recording
 
-ROUNDS, TICKS = 12, 40
+ROUNDS, TICKS = 30, 20
 WITHOUT = dict.fromkeys(s.name for s in load_pipeline("cpu").steps if s.level or s.name == "canonicalize.dead_code")
 
 
@@ -44,22 +47,25 @@ def make(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
 
 def compare(one: Path, two: Path) -> tuple[float, float]:
-    """Medians of a busy tick in ms, one thread, the engines in turns."""
+    """Processor time of a tick with audio, video and text in ms, one thread, the engines in turns: the lower quartile,
+    which other work on the machine moves least."""
     engines = [tmlc.load(path, threads=1, sessions=1) for path in (one, two)]
     sessions = [engine.session(seed=0) for engine in engines]
-    given = list(islice(inputs(engines[0], ROUNDS * TICKS), ROUNDS * TICKS))
+    shape = tick_shape(engines[0].manifest)
+    recording = synthetic_recording(shape, ROUNDS * TICKS * shape.seconds, True, seed=0)
+    given = list(islice(recording.ticks(ROUNDS * TICKS), ROUNDS * TICKS))
     times: tuple[list[float], list[float]] = ([], [])
     for start in range(0, len(given), TICKS):
         for session, kept in zip(sessions, times, strict=True):
             for item in given[start : start + TICKS]:
-                began = time.perf_counter()
+                began = time.thread_time()
                 session.tick(item)
-                kept.append((time.perf_counter() - began) * 1000)
+                kept.append((time.thread_time() - began) * 1000)
     for session in sessions:
         session.close()
     for engine in engines:
         engine.close()
-    return float(np.median(times[0][TICKS:])), float(np.median(times[1][TICKS:]))
+    return float(np.quantile(times[0][TICKS:], 0.25)), float(np.quantile(times[1][TICKS:], 0.25))
 
 
 @pytest.mark.parametrize("name", list(WITHOUT))
@@ -104,3 +110,21 @@ def test_convolution_ceiling(make: Callable[[str, Pipeline], Path], benchmark: A
         _PASSES.pop("perf.no_convolution")
     with_it, bare = benchmark.pedantic(lambda: compare(whole, without), rounds=1, iterations=1)
     figure("tick / tick with no residual convolution at all", with_it / bare, "×")
+
+
+def test_bf16(make: Callable[[str, Pipeline], Path], benchmark: Any, figure: Callable[..., None]) -> None:
+    """quantize.cast to bfloat16 against float32: a tick and the size of the package."""
+    whole = make("all", load_pipeline("cpu"))
+    cast = load_pipeline("cpu").configure("quantize.cast", precision="bf16").configure("state.insert", kv_dtype="bf16")
+    part = make("bf16", cast)
+    wide, narrow = benchmark.pedantic(lambda: compare(whole, part), rounds=1, iterations=1)
+    figure("tick in fp32 / in bf16", wide / narrow, "×")
+    figure("package in fp32 / in bf16", whole.stat().st_size / part.stat().st_size, "×")
+
+
+def test_arena(checkpoint: Path, make: Callable[[str, Pipeline], Path], figure: Callable[..., None]) -> None:
+    """memory.plan: the bytes of all results of nano's methods against the arena that they share."""
+    after = run_pipeline(compiler.load_program(checkpoint, {}), load_pipeline("cpu"))
+    spans = [node.meta.get("arena", []) for method in after.methods.values() for node in method.calls()]
+    places = [place for span in spans for place in (span if isinstance(span, list) else [span])]
+    figure("results of all methods / the arena", sum(size for _, size in places) / after.meta["arena_bytes"], "×")

@@ -233,3 +233,13 @@ def test_a_full_disk_is_said_and_leaves_nothing(tmlc_cli, checkpoint, tmp_path):
     error = done.stderr[done.stderr.index("error: ") :]
     assert done.returncode == 2 and len(error.rstrip("\n").split("\n")) == 2, done.stderr
     assert tree(tmp_path) == []
+
+
+def test_a_level_is_the_targets_pipeline_cut_down_and_compiles(tmlc_cli, checkpoint, tmp_path):
+    names = {}
+    for level in ("O0", "O1", "O2"):
+        text = tmlc_cli("compile", checkpoint, "--print-pipeline", "--preset", level).stdout
+        names[level] = [step["pass"] for step in yaml.safe_load(text)]
+    assert len(names["O0"]) < len(names["O1"]) < len(names["O2"])
+    tmlc_cli("compile", checkpoint, "-o", tmp_path / "x.tmlc", "--preset", "O0", "--check", "--json")
+    tmlc_cli("verify", tmp_path / "x.tmlc", "--json")
