@@ -140,7 +140,8 @@ def compile(
         target: "cpu".
         precision: "fp32" or "bf16" (linears, experts, embeddings, keys and values), "int8" or "int4" (codes for linears
             and experts, bf16 for embeddings, keys and values). Default: what the pipeline says, else fp32.
-        preset: name of a pipeline that comes with tmlc. Default: the target's.
+        preset: name of a pipeline that comes with tmlc, or a level of the target's own: "O0" what the engine cannot do
+            without, "O1", "O2" everything. Default: the target's.
         pipeline: a pipeline file instead.
         check: compare outputs on real inputs after every pass, and name the pass that breaks them.
         folder: write the package as a folder.
@@ -198,7 +199,7 @@ def compile(
     report.out = Path(out)
     with PackageWriter(out, folder) as writer:
         writer.add_json(PLAN, engine.plan)
-        writer.add_bytes(PROGRAM, print_program(ready, record=False).encode())
+        writer.add_bytes(PROGRAM, print_program(ready, record=False, sources=False).encode())
         tokenizer = _add_tokenizer(writer, ready, source)
         with _timed(seconds, "weights"):
             writer.add_weights(_weight_items(engine, ready, source, tell))
@@ -275,7 +276,7 @@ def _pipeline(
     elif isinstance(pipeline, Pipeline):
         steps = pipeline
     else:
-        steps = load_pipeline(pipeline or preset or target)
+        steps = load_pipeline(pipeline or preset or target, target)
     if names := list(disable):
         steps = steps.disable(names)
     return steps if stop_after is None else steps.stop_after(stop_after)
@@ -387,6 +388,8 @@ def _weight_items(engine: CpuEngine, ready: Program, source: Checkpoint, tell: P
         except CheckpointError as error:
             raise _culprit(ready, source, packed.weight) or error from None
         yield from packed.pieces(tensor)
+        del tensor
+        source.release()
         tell("packing weights", number + 1, count)
 
     return [

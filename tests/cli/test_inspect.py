@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+from itertools import pairwise
 from pathlib import Path
 from zipfile import ZipFile
 
@@ -144,3 +145,23 @@ def test_a_package_as_a_folder_reads_the_same(tmlc_cli, checkpoint, package, tmp
     one = tmlc_cli(verb, package, "--json").json
     two = tmlc_cli(verb, tmp_path / "x.tmlc", "--json").json
     assert one["digest"] == two["digest"]
+
+
+def test_diff_shows_what_a_pass_did(tmlc_cli, checkpoint, package, tmp_path):
+    tmlc_cli("compile", checkpoint, "--stop-after", "fuse.residual_norm", "--dump", tmp_path / "d")
+    files = sorted((tmp_path / "d").iterdir())
+    before, after = next((a, b) for a, b in pairwise(files) if "residual_norm" in b.name)
+    view = tmlc_cli("inspect", "--diff", before, after, "--json").json
+    ops = view["methods"]["decode"]["ops"]
+    assert ops["add_rms_norm"] == [0, ops["add"][0] - ops["add"][1]] and "linear" not in ops
+    assert "facts" in [what for what, _, _ in view["changed"]]
+    text = tmlc_cli("inspect", "--diff", before, after).stdout
+    assert "method decode: add " in text and "\n+%add_rms_norm" in text and "arena" not in text
+    assert "the programs are the same" in tmlc_cli("inspect", "--diff", package, package).stdout
+    assert "state" in tmlc_cli("inspect", "--diff", before, package).stdout
+
+
+def test_diff_refuses_what_has_no_program(tmlc_cli, checkpoint, package, tmp_path):
+    (tmp_path / "x.ir").write_text("no program")
+    for one, two in ((checkpoint, package), (package, checkpoint), (package, tmp_path / "x.ir"), ("no.ir", package)):
+        assert "error: " in tmlc_cli("inspect", "--diff", one, two, code=2).stderr

@@ -106,3 +106,16 @@ def test_a_pipeline_that_is_neither_preset_nor_file_is_refused(tmp_path):
 def test_two_passes_of_one_name_are_refused():
     with pytest.raises(ValueError, match="two passes"):
         register_pass(DEAD)(type("Other", (get_pass(DEAD),), {}))
+
+
+def test_the_levels_are_the_targets_own_pipeline_cut_down():
+    whole = load_pipeline("cpu")
+    names = {level: [s.name for s in load_pipeline(level, "cpu").steps] for level in ("O0", "O1", "O2")}
+    assert names["O2"] == [s.name for s in whole.steps]
+    assert set(names["O0"]) < set(names["O1"]) < set(names["O2"])
+    assert {"state.insert", "route.stack_experts", "memory.plan"} <= set(names["O0"])
+    assert "fuse.merge_linears" not in names["O1"] and "fuse.residual_norm" in names["O1"]
+    refuses(f"- {{pass: {DEAD}, level: 3}}", "`level` is 3", "0, 1 or 2")
+    refuses(f"- {{pass: {DEAD}, level: high}}", "`level`")
+    with pytest.raises(PipelineError):
+        load_pipeline("O1", "abacus")

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from tmlc.cli.common import FORCE, check_output, note, print_json, progress, require_compiler, show, verb
-from tmlc.errors import UsageError
+from tmlc.errors import TmlcError, UsageError
+
+if TYPE_CHECKING:
+    from tmlc.cache import CompileCache, CompileKey, Lookup
 
 _PATH = click.Path(path_type=Path)
 
@@ -18,6 +24,7 @@ _PATH = click.Path(path_type=Path)
     example="""
 tmlc compile nano/ -o nano.tmlc
 tmlc compile nano/ -o nano.tmlc --precision bf16 --check
+tmlc compile nano/ -o nano.tmlc --force --no-cache
 tmlc compile nano/ -o nano.tmlc --context 4096 --context-policy end
 tmlc compile nano/ --stop-after state.insert --dump passes/
 tmlc compile nano/ --print-pipeline > mine.yaml
@@ -28,7 +35,7 @@ tmlc compile nano/ -o nano.tmlc --pipeline mine.yaml
 @click.option("-o", "--out", type=_PATH, metavar="PATH", help="The package to write, e.g. model.tmlc.")
 @click.option("--target", default="cpu", show_default=True, metavar="NAME", help="What to compile for.")
 @click.option("--precision", metavar="NAME", help="fp32, bf16, int8 or int4.  [default: the pipeline's, else fp32]")
-@click.option("--preset", metavar="NAME", help="Pipeline that comes with tmlc.  [default: the target's]")
+@click.option("--preset", metavar="NAME", help="O0, O1, O2, or a target's name.  [default: the target's own = O2]")
 @click.option("--pipeline", type=_PATH, metavar="YAML", help="Pipeline file to use instead.")
 @click.option("--passes", metavar="A,B,…", help="Run just these passes, with their default settings.")
 @click.option("--disable", multiple=True, metavar="PASS", help="Leave a pass out (may be given again).")
@@ -42,6 +49,7 @@ tmlc compile nano/ -o nano.tmlc --pipeline mine.yaml
 @click.option("--max-append", type=click.IntRange(1), metavar="N", help="Positions that one call may bring.")
 @click.option("--folder", is_flag=True, help="Write the package as a folder instead of one file.")
 @click.option("--threads", type=click.IntRange(1, 256), metavar="N", help="PyTorch threads of the compiler itself.")
+@click.option("--no-cache", is_flag=True, help="Compile anew, and do not keep the package in the cache.")
 @FORCE
 def command(
     checkpoint: Path,
@@ -54,6 +62,7 @@ def command(
     dump: Path | None,
     print_pipeline: bool,
     threads: int | None,
+    no_cache: bool,
     force: bool,
     as_json: bool,
     **options: Any,
@@ -61,7 +70,8 @@ def command(
     """Compile CHECKPOINT (a folder in the Hugging Face form) into a package.
 
     Weights stream from shard to package, so memory is needed for the largest tensor and not for the model. Whatever
-    stops a compilation leaves nothing half-written.
+    stops a compilation leaves nothing half-written. Finished packages are kept in a cache ($TMLC_CACHE, else
+    ~/.cache/tmlc; TMLC_CACHE=off keeps nothing): the same compilation again costs a link.
     """
     require_compiler("compiling")
     if preset is not None and pipeline is not None:
@@ -80,35 +90,90 @@ def command(
         raise UsageError("no output was given", where="tmlc compile", fix="add -o model.tmlc")
     if out is not None and stop_after is None:
         check_output(out, force)
-    import torch
+    chosen_passes: dict[str, Any] = {"preset": preset, "pipeline": pipeline, "passes": chosen, "disable": disable}
+    keeper = None if no_cache or out is None or stop_after is not None or dump is not None else _Keeper.of(
+        checkpoint, out, {**chosen_passes, **options}
+    )  # fmt: skip
+    view = keeper.found() if keeper is not None else None
+    if view is None:
+        import torch
 
-    from tmlc.compiler import compile
+        from tmlc.compiler import compile
 
-    if threads is not None:
-        torch.set_num_threads(threads)
-    with progress(as_json) as report:
-        done = compile(
-            checkpoint,
-            out if out is not None else Path("unused"),
-            preset=preset,
-            pipeline=pipeline,
-            passes=chosen,
-            disable=disable,
-            stop_after=stop_after,
-            dump=dump,
-            on_progress=report,
-            **options,
-        )
-    view = done.to_json()
+        if threads is not None:
+            torch.set_num_threads(threads)
+        with progress(as_json) as report:
+            done = compile(
+                checkpoint,
+                out if out is not None else Path("unused"),
+                **chosen_passes,
+                stop_after=stop_after,
+                dump=dump,
+                on_progress=report,
+                **options,
+            )
+        view = done.to_json()
+        if keeper is not None:
+            view = keeper.keep(view, as_json)
     if as_json:
         print_json(view)
         return
     from tmlc.report.compile_view import compile_tables
 
     show(*compile_tables(view))
-    if done.out is None:
+    if view["out"] is None:
         where = f"; the programs are in {dump}" if dump is not None else ""
         note(f"stopped after {stop_after}: no package was written{where}")
+
+
+class _Keeper:
+    """The cache beside one compilation: looks it up before, keeps its package after."""
+
+    def __init__(
+        self, cache: CompileCache, make_key: Callable[[], CompileKey], checkpoint: Path, out: Path
+    ) -> None:
+        self.cache, self.make_key, self.checkpoint, self.out = cache, make_key, checkpoint, out
+        self.key = make_key()
+        self.lookup: Lookup | None = None
+
+    @staticmethod
+    def of(checkpoint: Path, out: Path, options: dict[str, Any]) -> _Keeper | None:
+        """None where there is no cache, or where the key cannot be made: then the compiler says what is wrong."""
+        from tmlc.cache import CompileCache, cache_folder, compile_key
+
+        folder = cache_folder()
+        if folder is None:
+            return None
+        cache = CompileCache(folder)
+        named = {name: options.pop(name) for name in ("target", "precision", "preset", "pipeline", "passes", "disable")}
+        try:
+            make_key = partial(compile_key, checkpoint, **named, options=options, memo=cache.memo)
+            return _Keeper(cache, make_key, checkpoint, out)
+        except (TmlcError, OSError, UnicodeDecodeError):
+            return None
+
+    def found(self) -> dict[str, Any] | None:
+        """The report of the same compilation, its package put in place; None when it has to be done."""
+        started = time.perf_counter()
+        self.lookup, view = self.cache.find(self.key, self.checkpoint, self.out)
+        if view is None:
+            return None
+        self.cache.deliver(self.key, self.out)
+        seconds = {"cache": time.perf_counter() - started}
+        return {**view, "checkpoint": str(self.checkpoint), "out": str(self.out), "seconds": seconds, **self._said()}
+
+    def keep(self, view: dict[str, Any], quiet: bool) -> dict[str, Any]:
+        """Stores what was compiled; the view with what the cache had to say."""
+        if self.make_key() != self.key:  # somebody wrote into the checkpoint, or into tmlc, meanwhile
+            return {**view, **self._said()}
+        problem = self.cache.store(self.key, self.out, view)
+        if problem and not quiet:
+            note(problem)
+        return {**view, **self._said()}
+
+    def _said(self) -> dict[str, Any]:
+        assert self.lookup is not None
+        return {"cache": {"outcome": self.lookup.outcome, "reason": self.lookup.reason, "key": self.key.digest}}
 
 
 def _pipeline_text(
@@ -122,6 +187,6 @@ def _pipeline_text(
     """The pipeline that these options choose, as YAML that --pipeline reads back."""
     from tmlc.pipeline.pipeline import Pipeline, load_pipeline
 
-    steps = Pipeline.of(passes) if passes else load_pipeline(pipeline or preset or target)
+    steps = Pipeline.of(passes) if passes else load_pipeline(pipeline or preset or target, target)
     steps = steps.disable(disable)
     return (steps.stop_after(stop_after) if stop_after else steps).to_yaml()

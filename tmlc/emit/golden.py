@@ -35,9 +35,11 @@ class _Recorder:
         self.kept: dict[str, torch.Tensor] | None = {} if total <= KEEP_BYTES else None
         specs = program.states.values()
         self.states = {s.name: torch.zeros(s.shape, dtype=s.type.torch_dtype) for s in specs}
+        self._release = getattr(source, "release", lambda: None)  # a plain mapping has nothing to close
 
     def weight(self, name: str) -> torch.Tensor:
         if self.kept is None:
+            self._release()  # what was read for the ops before is not needed any more
             return self.program.weights.evaluate(name, self.source)
         if name not in self.kept:
             self.kept[name] = self.program.weights.evaluate(name, self.source)
@@ -60,6 +62,7 @@ class _Recorder:
             args = fx.node.map_arg(node.args, value)
             spec = spec_of(node.target)
             values[node] = args[0][args[1]] if node.target is operator.getitem else spec.reference(*args)  # type: ignore[union-attr]
+            del args
             for used in node.all_input_nodes:
                 left[used] -= 1
                 if not left[used]:

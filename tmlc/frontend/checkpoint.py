@@ -106,6 +106,11 @@ class Checkpoint:
             ) from None
         return tensor.float() if info.dtype == "F16" else tensor
 
+    def release(self) -> None:
+        """Closes the shard that is open. Its pages stay resident for as long as it is mapped, so whoever is done with a
+        large tensor says so; the next `get` opens the shard again."""
+        self._open = None
+
     __getitem__ = get
 
     def __contains__(self, name: object) -> bool:
@@ -154,6 +159,8 @@ class Checkpoint:
                 nan, inf = int(torch.isnan(tensor).sum()), int(torch.isinf(tensor).sum())
                 kinds = [f"{count} {kind}" for count, kind in ((nan, "NaN"), (inf, "infinite")) if count]
                 bad.append(f"{name} ({', '.join(kinds)} of {tensor.numel()})")
+            del tensor
+            self.release()
         if bad:
             raise CheckpointError(
                 f"values that are not finite in {listed(bad)}",

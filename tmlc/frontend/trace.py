@@ -20,6 +20,7 @@ from tmlc.errors import FrontendError, IRError
 from tmlc.ir.dims import Dim
 from tmlc.ir.ops import spec_of
 from tmlc.ir.program import call
+from tmlc.ir.source import traced_source
 from tmlc.ir.types import TensorType
 
 #: What export adds to speak about sizes; none of it computes a tensor, and types say the same.
@@ -173,6 +174,7 @@ def _convert(graph: fx.Graph, node: fx.Node, values: dict[fx.Node, Any], method:
         source, index = values[node.args[0]], node.args[1]
         item = graph.call_function(operator.getitem, (source, index))
         item.meta["type"] = source.meta["type"][index]
+        item.meta["source"] = traced_source(node)
         values[node] = item
         return
     spec = spec_of(node.target)
@@ -184,6 +186,7 @@ def _convert(graph: fx.Graph, node: fx.Node, values: dict[fx.Node, Any], method:
             )
         except IRError as error:
             raise FrontendError(error.what, where=_source(node) or method, fix="see docs/ir.md for the op") from None
+        values[node].meta["source"] = traced_source(node)
         return
     if node.target in _SIZE_CALLS or node.target in _SIZE_FUNCTIONS:
         return

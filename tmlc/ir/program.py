@@ -270,6 +270,10 @@ def replace(old: fx.Node, new: fx.Node) -> None:
     if old.meta.get("type") != new.meta.get("type"):
         raise IRError(f"{new.name}: {new.meta.get('type')} cannot stand for {old.name}: {old.meta.get('type')}")
     old.replace_all_uses_with(new)
+    if "source" in old.meta and new.op == "call_function":
+        new.meta.setdefault("source", old.meta["source"])
+        if new.target is operator.getitem:
+            new.args[0].meta.setdefault("source", old.meta["source"])  # type: ignore[union-attr]
     old.graph.erase_node(old)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -36,16 +37,16 @@ class ProgramRunner:
             self._weights[name] = self.program.weights.evaluate(name, self._source)
         return self._weights[name]
 
-    def session(self) -> RunnerSession:
-        """Fresh states, all zero."""
-        return RunnerSession(self)
+    def session(self, watch: Callable[[fx.Node, Any], None] | None = None) -> RunnerSession:
+        """Fresh states, all zero. `watch` gets every call's node and value, in order, as it is computed."""
+        return RunnerSession(self, watch)
 
 
 class RunnerSession:
     """The states of one conversation. A stateless program has none: each call is then a whole sequence."""
 
-    def __init__(self, runner: ProgramRunner) -> None:
-        self._runner = runner
+    def __init__(self, runner: ProgramRunner, watch: Callable[[fx.Node, Any], None] | None = None) -> None:
+        self._runner, self._watch = runner, watch
         specs = runner.program.states.values()
         self.states = {s.name: torch.zeros(s.shape, dtype=s.type.torch_dtype) for s in specs}
 
@@ -66,6 +67,8 @@ class RunnerSession:
             if node.op == "call_function":
                 args = fx.node.map_arg(node.args, values.__getitem__)
                 values[node] = _apply(node.target, args)
+                if self._watch is not None:
+                    self._watch(node, values[node])
                 for spent in last_use.get(node, ()):
                     del values[spent]
         return tuple(values[node] for node in program.methods[method].outputs)

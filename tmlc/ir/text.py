@@ -12,6 +12,7 @@
       return %rms_norm
     }
 
+A call may end with `@arena=[offset, bytes]` and `@source="where in the model it comes from"`.
 Blank lines and lines that begin with `#` are skipped. Where the parser can infer a type (of op calls, of
 weights other than sources, of weight and state placeholders) it may be left out.
 """
@@ -36,11 +37,14 @@ __all__ = ["parse_program", "print_program"]
 HEADER = "tmlc-ir 1"
 
 
-def print_program(program: Program, *, record: bool = True, numbered: bool = False) -> str:
+def print_program(
+    program: Program, *, record: bool = True, numbered: bool = False, sources: bool = True
+) -> str:
     """The program as text.
 
     Args:
         record: include the records of the passes.
+        sources: include the places in the model's code that calls come from.
         numbered: name values %0, %1, … so that two programs of one structure print alike.
     """
     lines = [HEADER, f"meta {json.dumps(program.meta, sort_keys=True)}"]
@@ -51,7 +55,7 @@ def print_program(program: Program, *, record: bool = True, numbered: bool = Fal
     for s in program.states.values():
         lines.append(f"state {_quote(s.name)} : {s.type} kind={s.kind} method={s.method} init={s.init}")
     for method in program.methods.values():
-        lines += _method(method, numbered)
+        lines += _method(method, numbered, sources)
     return "\n".join(lines) + "\n"
 
 
@@ -64,7 +68,7 @@ def _weight(entry: WeightEntry) -> str:
     return f"weight {_quote(entry.dst)} = {entry.op}({', '.join(args)}) : {entry.type}"
 
 
-def _method(method: Method, numbered: bool) -> list[str]:
+def _method(method: Method, numbered: bool, sources: bool) -> list[str]:
     names = {n: f"%{i if numbered else n.name}" for i, n in enumerate(method.graph.nodes)}
     lines = [f"method {method.name}(max_n={method.max_n}) {{"]
     for node in method.graph.nodes:
@@ -77,7 +81,8 @@ def _method(method: Method, numbered: bool) -> list[str]:
         else:
             body = _call(node, names)
         arena = f" @arena={json.dumps(node.meta['arena'])}" if "arena" in node.meta else ""
-        lines.append(f"  {names[node]} = {body} : {_type(node.meta['type'])}{arena}")
+        source = f" @source={_quote(node.meta['source'])}" if sources and node.meta.get("source") else ""
+        lines.append(f"  {names[node]} = {body} : {_type(node.meta['type'])}{arena}{source}")
     return [*lines, "}"]
 
 
@@ -325,6 +330,8 @@ class _Parser:
         node.meta["type"] = inferred
         if self.accept("@arena="):
             node.meta["arena"] = _places(self.json())
+        if self.accept("@source="):
+            node.meta["source"] = self.string()
         values[name] = node
 
     def placeholder(self, graph: fx.Graph, kind: str, label: str) -> tuple[fx.Node, ValueType | None]:

@@ -22,6 +22,9 @@ from tmlc.ir.types import QUANTISED, TensorType, dtype_name
 __all__ = ["WEIGHT_OPS", "TensorSource", "WeightEntry", "WeightMap"]
 
 
+_EXACT = {("bf16", "f32"), ("i32", "i64"), ("u8", "i32"), ("u8", "i64")}  # casts that change no value
+
+
 class TensorSource(Protocol):
     """Where checkpoint tensors come from: a Checkpoint, a state_dict, or any mapping."""
 
@@ -189,7 +192,8 @@ class WeightMap:
         elif entry.op == "quantize":
             dequantised(self.evaluate(entry.srcs[0], source), SCHEMES[entry.dtype], out)
         elif entry.op == "cast":
-            if out.dtype == entry.type.torch_dtype:
+            exact = (self[entry.srcs[0]].dtype, entry.dtype) in _EXACT  # then it does not matter that it is left out
+            if exact or out.dtype == entry.type.torch_dtype:
                 self._fill(self[entry.srcs[0]], source, out)
             else:  # cast twice: the first one rounds, so it has to be done
                 out.copy_(self.evaluate(entry.dst, source))

@@ -48,7 +48,7 @@ class PackageWriter:
         self._zip: ZipWriter | None = None
 
     def __enter__(self) -> "PackageWriter":
-        if self.path.is_dir() and not (self.folder and _replaceable(self.path)):
+        if self.path.is_dir() and not (self.folder and replaceable(self.path)):
             raise PackageError(
                 f"{self.path} is a folder",
                 where="output",
@@ -109,7 +109,7 @@ class PackageWriter:
             if self.folder:
                 self._write_file(SEAL, [seal(data)])
                 self.size = sum(info.bytes for info in self.files.values()) + len(data) + len(seal(data))
-                self._swap_folder()
+                swap_folder(self.temporary, self.path)
             else:
                 assert self._zip is not None and self._file is not None
                 self._zip.finish()
@@ -148,19 +148,6 @@ class PackageWriter:
             os.fsync(file.fileno())
         return digest.hexdigest()
 
-    def _swap_folder(self) -> None:
-        if not self.path.is_dir():
-            os.rename(self.temporary, self.path)
-            return
-        old = self.path.with_name(f".{self.path.name}.{os.getpid()}.old")
-        os.rename(self.path, old)
-        try:
-            os.rename(self.temporary, self.path)
-        except BaseException:
-            os.rename(old, self.path)
-            raise
-        shutil.rmtree(old)
-
     def _make_parents(self) -> None:
         missing = []
         parent = self.path.parent
@@ -190,7 +177,23 @@ def seal(manifest: bytes) -> bytes:
     return f"{hashlib.sha256(manifest).hexdigest()}  {MANIFEST}\n".encode()
 
 
-def _replaceable(path: Path) -> bool:
+def swap_folder(temporary: Path, path: Path) -> None:
+    """Puts a finished folder in its place; what stood there goes when the new one stands."""
+    if not path.is_dir():
+        os.rename(temporary, path)
+        return
+    old = path.with_name(f".{path.name}.{os.getpid()}.old")
+    os.rename(path, old)
+    try:
+        os.rename(temporary, path)
+    except BaseException:
+        os.rename(old, path)
+        raise
+    shutil.rmtree(old)
+
+
+def replaceable(path: Path) -> bool:
+    """Whether a folder is a package, or empty."""
     return (path / MANIFEST).is_file() or not any(path.iterdir())
 
 

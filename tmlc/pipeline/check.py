@@ -1,7 +1,8 @@
 """`--check`: after every pass the program still answers as the traced model did, on the same inputs.
 
 A stateless program is called once over whole sequences. A stateful one is streamed in chunks of uneven sizes and
-must say the same as the original said for the whole sequence. The first pass beyond the tolerance is named.
+must say the same as the original said for the whole sequence. The first pass beyond the tolerance is named, with the op
+where the program before it and the program after it part, and the line of the model that this op comes from.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from tmlc.ir.ops import OPS, OpSpec, spec_of
 from tmlc.ir.program import Method, Program, role, type_of
 from tmlc.ir.run import ProgramRunner
 from tmlc.ir.weights import TensorSource
+from tmlc.pipeline.locate import Trace, first_difference
 
 #: Largest |difference|, relative to the root mean square of the expected output, for a pass that keeps the numbers.
 TOLERANCE = 1e-3
@@ -59,9 +61,16 @@ class Checker:
                 produced.setdefault(name, []).append(value)
 
     def check(
-        self, name: str, program: Program, *, lossy: bool = False, tolerance: float | None = None
+        self,
+        name: str,
+        program: Program,
+        *,
+        lossy: bool = False,
+        tolerance: float | None = None,
+        before: Program | None = None,
     ) -> float:
-        """Compares `program`, as pass `name` left it, and returns the largest error over all outputs.
+        """Compares `program`, as pass `name` left it, and returns the largest error over all outputs. With the program
+        `before` the pass, an error names the first op that went wrong.
 
         Args:
             lossy: the pass rounds on purpose: errors are root mean squares, and later passes are compared with it.
@@ -77,21 +86,38 @@ class Checker:
                 raise CheckError(f"{name} removed the method {method}", where=name, fix="a pass keeps every method")
             found = self._run(runner, program.methods[method])
             answers[method] = found
-            for index, (have, want) in enumerate(zip(found, expected, strict=True)):
-                worst = max(worst, _compare(name, method, index, have, want[: len(have)], lossy, tolerance))
+            try:
+                for index, (have, want) in enumerate(zip(found, expected, strict=True)):
+                    worst = max(worst, _compare(name, method, index, have, want[: len(have)], lossy, tolerance))
+            except CheckError as error:
+                place = self._first_difference(before, program, method, lossy) if before is not None else ""
+                error.where = f"{name}, {place}" if place else name
+                raise
         if lossy:
             self.expected = {m: tuple(v) for m, v in answers.items()}
         return worst
 
-    def _run(self, runner: ProgramRunner, method: Method) -> tuple[Tensor, ...]:
+    def _first_difference(self, before: Program, after: Program, method: str, lossy: bool) -> str:
+        if method not in before.methods:
+            return ""
+        traces = Trace(), Trace()
+        for program, trace in zip((before, after), traces, strict=True):
+            self._run(ProgramRunner(program, self._source), program.methods[method], trace)
+        tolerance = LOSSY_TOLERANCE if lossy else TOLERANCE
+        return first_difference(
+            traces[0], after.methods[method], traces[1], lambda have, want: not _error(have, want, lossy) <= tolerance
+        )
+
+    def _run(self, runner: ProgramRunner, method: Method, trace: Trace | None = None) -> tuple[Tensor, ...]:
+        watch = trace.note if trace is not None else None
         inputs = self.inputs[method.name]
         if not method.placeholders("state"):
-            return runner.session().call(method.name, *inputs)
+            return runner.session(watch).call(method.name, *inputs)
         total = _calls_of(method, inputs)
         if method.calls("advance"):
             # At the bound of the context a streaming program forgets on purpose; before it, it must not.
             total = min(total, int(runner.program.meta["context"]["limit"]))
-        session, parts, start = runner.session(), [], 0
+        session, parts, start = runner.session(watch), [], 0
         for count in _chunks(total, method.max_n):
             parts.append(session.call(method.name, *_slice(method, inputs, start, count)))
             start += count
@@ -106,14 +132,11 @@ def _compare(
         raise CheckError(
             f"{name} changed the shape of {where} from {tuple(want.shape)} to {tuple(have.shape)}", where=name
         )
+    error = _error(have, want, lossy)
     if not want.is_floating_point():
-        wrong = int((have != want).sum())
-        error, tolerance = wrong / max(1, want.numel()), 1.0 if lossy else 0.0
+        tolerance = 1.0 if lossy else 0.0
     else:
-        difference = (have - want).double()
-        scale = max(float(want.double().square().mean().sqrt()), 1e-12)
-        size = difference.square().mean().sqrt() if lossy else difference.abs().max()
-        error, tolerance = float(size) / scale, (bound or LOSSY_TOLERANCE) if lossy else TOLERANCE
+        tolerance = (bound or LOSSY_TOLERANCE) if lossy else TOLERANCE
     if not error <= tolerance:
         raise CheckError(
             f"{name} changed {where}: error {error:.3g}, allowed {tolerance:.3g}",
@@ -121,6 +144,17 @@ def _compare(
             fix=f"this pass breaks the model: report it, and compile with --disable {name} until it is fixed",
         )
     return error
+
+
+def _error(have: Tensor, want: Tensor, lossy: bool) -> float:
+    """The largest difference (of a lossy pass: its root mean square) by the scale of what was expected; of whole
+    numbers the part that is wrong."""
+    if not want.is_floating_point():
+        return int((have != want).sum()) / max(1, want.numel())
+    difference = (have - want).double()
+    scale = max(float(want.double().square().mean().sqrt()), 1e-12)
+    size = difference.square().mean().sqrt() if lossy else difference.abs().max()
+    return float(size) / scale
 
 
 def _calls_for(method: Method, positions: int) -> int:

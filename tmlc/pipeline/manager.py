@@ -12,6 +12,7 @@ from pathlib import Path
 
 from tmlc.errors import PipelineError, TmlcError
 from tmlc.ir.program import PassRecord, Program
+from tmlc.ir.source import inherit_sources
 from tmlc.ir.text import print_program
 from tmlc.ir.verify import verify
 from tmlc.ir.weights import TensorSource
@@ -42,7 +43,7 @@ def run_pipeline(
     Raises:
         PipelineError: unmet `requires`, unmet `expect_matches`.
         IRError: a pass left a program that breaks the rules of the IR; the message names the pass.
-        CheckError: outputs moved beyond the tolerance; the message names the pass.
+        CheckError: outputs moved beyond the tolerance; the message names the pass, and the op with its source line.
     """
     tell = progress if progress is not None else lambda line: None
     folder = Path(dump) if dump is not None else None
@@ -70,7 +71,7 @@ def run_pipeline(
             step.check_matches(result)
             if checker is not None:
                 record.error = checker.check(
-                    step.name, result.program, lossy=worker.lossy, tolerance=worker.tolerance
+                    step.name, result.program, lossy=worker.lossy, tolerance=worker.tolerance, before=current
                 )
         except BaseException as error:
             record.notes.append(f"failed: {error}")
@@ -94,6 +95,7 @@ def _run_one(worker: Pass, step: Step, program: Program, ctx: PassContext) -> Pa
         )
     result = worker.run(program.clone(), ctx)
     result.program.facts |= worker.provides if result.provides is None else result.provides
+    inherit_sources(result.program)
     try:
         verify(result.program)
     except TmlcError as error:

@@ -20,7 +20,8 @@ from tmlc.pipeline.registry import get_pass
 
 _COMPARE = {"==": operator.eq, ">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
 _EXPECTATION = re.compile(r"^(==|>=|<=|>|<)?\s*(\d+)$")
-_STEP_KEYS = ("pass", "config", "expect_matches")
+_STEP_KEYS = ("pass", "config", "expect_matches", "level")
+LEVELS = ("O0", "O1", "O2")
 
 
 @dataclass(frozen=True)
@@ -28,12 +29,14 @@ class Step:
     """One entry of a pipeline.
 
     `expect_matches` is a comparison with the number of matches (`">=1"`, `"==12"`, `3`) or `"all"`: no near miss, every
-    place the pass looked at was rewritten. None expects nothing.
+    place the pass looked at was rewritten. None expects nothing. `level`: the step belongs to the presets from O<level>
+    on (0: the engine cannot do without it; 1: it leaves out work, and changes no sum; 2: everything that pays).
     """
 
     name: str
     config: dict[str, Any] = field(default_factory=dict)
     expect_matches: str | None = None
+    level: int = 0
 
     def build(self, where: str = "pipeline") -> Pass:
         """The pass with its settings.
@@ -131,6 +134,10 @@ class Pipeline:
         last = max(i for i, s in enumerate(self.steps) if s.name == name)
         return replace(self, steps=self.steps[: last + 1])
 
+    def up_to(self, level: int) -> Pipeline:
+        """The steps of this level and the ones below it."""
+        return replace(self, steps=tuple(s for s in self.steps if s.level <= level))
+
     def configure(self, name: str, **settings: Any) -> Pipeline:
         """The same with settings of every step of this name overridden (None leaves a setting as it is)."""
         chosen = {k: v for k, v in settings.items() if v is not None}
@@ -149,6 +156,8 @@ class Pipeline:
                 entry["config"] = step.config
             if step.expect_matches is not None:
                 entry["expect_matches"] = step.expect_matches
+            if step.level:
+                entry["level"] = step.level
             entries.append(entry)
         return yaml.safe_dump(entries, sort_keys=False)
 
@@ -185,23 +194,31 @@ def _parse_step(entry: Any, where: str) -> Step:
                 fix='write a comparison such as ">=1" or "==12", or "all"',
             )
         expected = str(expected)
-    step = Step(entry["pass"], config, expected)
+    level = entry.get("level", 0)
+    if type(level) is not int or not 0 <= level < len(LEVELS):
+        raise PipelineError(f"`level` is {level!r}", where=where, fix="write 0, 1 or 2: it is part of O0, O1, O2")
+    step = Step(entry["pass"], config, expected, level)
     step.build(where)
     return step
 
 
 def preset_names() -> list[str]:
-    """The pipelines that come with tmlc."""
+    """The pipelines that come with tmlc: one for each target, and the levels of the target's own."""
     folder = resources.files("tmlc.pipeline") / "presets"
-    return sorted(p.name.removesuffix(".yaml") for p in folder.iterdir() if p.name.endswith(".yaml"))
+    targets = sorted(p.name.removesuffix(".yaml") for p in folder.iterdir() if p.name.endswith(".yaml"))
+    return [*LEVELS, *targets]
 
 
-def load_pipeline(source: str | Path) -> Pipeline:
-    """A pipeline by preset name (`cpu`) or from a YAML file.
+def load_pipeline(source: str | Path, target: str = "cpu") -> Pipeline:
+    """A pipeline by preset name (`cpu`, or `O1`: the steps of the target's own pipeline up to level 1) or from a YAML
+    file.
 
     Raises:
         PipelineError: neither a preset nor a readable file, or the file is wrong.
     """
+    if str(source) in LEVELS:
+        whole = load_pipeline(target.partition(":")[0])
+        return replace(whole.up_to(LEVELS.index(str(source))), name=f"preset {source} of {target}")
     if str(source) in preset_names():
         text = (resources.files("tmlc.pipeline") / "presets" / f"{source}.yaml").read_text("utf-8")
         return Pipeline.parse(text, f"preset {source}")

@@ -29,6 +29,32 @@ def compile_tables(view: dict[str, Any]) -> list[RenderableType]:
             ("arena", f"{megabytes(view['arena_bytes'])}, scratch {megabytes(view['scratch_bytes'])}"),
             ("wrote", f"{view['out']} ({megabytes(view['package_bytes'])}, sha256 {view['digest'][:16]}…)"),
         ]
+    if "cache" in view:
+        cache = view["cache"]
+        lines.append(("cache", cache["outcome"] + (f" ({cache['reason']})" if cache["reason"] else "")))
     near = [(record["pass"], miss) for record in view["passes"] for miss in record["near_misses"]]
     rest = [grid([(f"near miss in {name}", str(miss)) for name, miss in near])] if near else []
     return [passes, *rest, grid(lines)]
+
+
+def lookup_tables(lookup: dict[str, Any]) -> list[RenderableType]:
+    """What the cache said of a compilation; `lookup` is `tmlc.cache.Lookup.to_json()`."""
+    head = grid(
+        [
+            ("checkpoint", lookup["checkpoint"]),
+            ("written to", lookup["out"]),
+            ("cache", lookup["outcome"]),
+            ("why", lookup["reason"] or "every part of the key was the same"),
+        ]
+    )
+    if not lookup["changed"]:
+        return [head]
+    changed = table("changed", "part of the key", "then", "now")
+    for part, then, now in lookup["changed"]:
+        changed.add_row(part, _short(then), _short(now))
+    return [head, changed]
+
+
+def _short(value: str) -> str:
+    """A digest by its beginning; everything else as it is."""
+    return f"{value[:12]}…" if len(value) == 64 and set(value) <= set("0123456789abcdef") else value

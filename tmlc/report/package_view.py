@@ -146,6 +146,36 @@ def method_ir(package: Package, method: str) -> str:
     )
 
 
+def program_text(path: Path) -> str:
+    """The program in a package, or in a file that --dump wrote.
+
+    Raises:
+        UsageError: it is neither, or a checkpoint.
+        PackageError: the package is damaged.
+    """
+    from tmlc.package.reader import open_package
+
+    if not path.exists() or (path.is_dir() and not (path / "manifest.json").is_file()):
+        raise UsageError(
+            "no program is there", where=str(path), fix="give a .tmlc package, or a file that tmlc compile --dump wrote"
+        )
+    if path.suffix == ".ir":
+        return path.read_text("utf-8")
+    with open_package(path) as package:
+        return package.read(PROGRAM).decode("utf-8")
+
+
+def diff_lines(view: dict[str, Any]) -> list[str]:
+    """The difference of two programs (`tmlc.ir.diff.diff_programs`) as a person reads it."""
+    lines = []
+    for what, before, after in view["changed"]:
+        lines += [f"{sign} {what} {text}" for sign, text in (("-", before), ("+", after)) if text]
+    for name, method in view["methods"].items():
+        counts = ", ".join(f"{op} {then} → {now}" for op, (then, now) in method["ops"].items())
+        lines += ["", f"method {name}: {counts or 'the same ops'}", *method["lines"]]
+    return lines or ["the programs are the same"]
+
+
 def describe_checkpoint(folder: Path) -> dict[str, Any]:
     """Config and tensors of a checkpoint folder (its shards are checked against their headers)."""
     from tmlc.frontend.checkpoint import DTYPES, open_checkpoint
