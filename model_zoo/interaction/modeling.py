@@ -156,6 +156,20 @@ class _Vocode(nn.Module):
         return self.vocoder(mel)
 
 
+def embed_audio(tower: AudioTower) -> MethodDef:
+    """The method that turns samples [n, hop] into positions."""
+    pcm = MethodInput("pcm", torch.float32, (1, 0), tower.config.hop_length, _pcm)
+    return MethodDef(_EmbedAudio(tower), (pcm,), ("x",))
+
+
+def embed_video(tower: VisionTower) -> MethodDef:
+    """The method that turns clips of whole frames into positions, one for each patch."""
+    vision = tower.config
+    rows = (vision.temporal_patch_size * vision.height, 0)
+    video = MethodInput("video", torch.uint8, rows, vision.width * 3, _whole(256, torch.uint8))
+    return MethodDef(_EmbedVideo(tower), (video,), ("x",))
+
+
 class TokenModel(nn.Module):
     """Text in, text out: an Inkling backbone with its head, under the names of `InklingForCausalLM`."""
 
@@ -210,18 +224,16 @@ class InteractionModel(TokenModel):
         return model
 
     def methods(self) -> dict[str, MethodDef]:
-        config, text = self.config, super().methods()
-        audio, vision, speech = config.audio_config, config.vision_config, config.speech_config
-        pcm = MethodInput("pcm", torch.float32, (1, 0), audio.hop_length, _pcm)
-        rows = (vision.temporal_patch_size * vision.height, 0)
-        video = MethodInput("video", torch.uint8, rows, vision.width * 3, _whole(256, torch.uint8))
+        text, speech = super().methods(), self.config.speech_config
+        heard = embed_audio(self.audio_tower)
+        (pcm,) = heard.inputs
         hidden, key, _ = text["next_token"].inputs
         mel = MethodInput("mel", torch.float32, (speech.frames_per_position, 0), speech.n_mel_bins, _normal)
         return {
             "embed_text": text["embed_text"],
-            "embed_audio": MethodDef(_EmbedAudio(self.audio_tower), (pcm,), ("x",)),
+            "embed_audio": heard,
             "embed_speech": MethodDef(_EmbedSpeech(self.audio_tower, self.self_voice), (pcm,), ("x",)),
-            "embed_video": MethodDef(_EmbedVideo(self.vision_tower), (video,), ("x",)),
+            "embed_video": embed_video(self.vision_tower),
             "decode": text["decode"],
             "unembed": text["unembed"],
             "next_token": text["next_token"],

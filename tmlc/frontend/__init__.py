@@ -16,6 +16,8 @@ from tmlc.frontend.checkpoint import Checkpoint, open_checkpoint
 if TYPE_CHECKING:
     from tmlc.frontend.model import Frontend
     from tmlc.ir.program import Program
+    from tmlc.ir.types import TensorType
+    from tmlc.ir.weights import WeightMap
 
 __all__ = ["Checkpoint", "load_program", "open_checkpoint"]
 
@@ -25,10 +27,10 @@ _OVERRIDES = {"context": "limit", "policy": "policy", "sinks": "sinks", "max_app
 
 
 def _architectures() -> dict[str, Callable[[Checkpoint], Frontend]]:
-    from tmlc.frontend.inkling import inkling_text
+    from tmlc.frontend.inkling import inkling_mm, inkling_text
     from tmlc.frontend.interaction import interaction
 
-    return {"tmlc_interaction": interaction, "inkling_text": inkling_text}
+    return {"tmlc_interaction": interaction, "inkling_text": inkling_text, "inkling_mm_model": inkling_mm}
 
 
 def load_program(
@@ -67,7 +69,13 @@ def load_program(
         if value is not None:
             frontend.context[_OVERRIDES[name]] = value
     tensors = frontend.model.state_dict(keep_vars=True)
-    opened.require({n: (tuple(t.shape), t.is_floating_point()) for n, t in tensors.items()}, frontend.ignore)
+    expected: dict[str, tuple[tuple[int, ...], bool]] = {}
+    for name, tensor in tensors.items():
+        if name not in frontend.constants:
+            stored = frontend.stored.get(name)
+            place, shape = (name, tuple(tensor.shape)) if stored is None else (stored.tensor, stored.shape)
+            expected[place] = (shape, tensor.is_floating_point())
+    opened.require(expected, frontend.ignore)
     return _trace(opened, frontend, {id(t): n for n, t in tensors.items()}, on_progress)
 
 
@@ -76,7 +84,6 @@ def _trace(
 ) -> Program:
     from tmlc.frontend.trace import trace_method
     from tmlc.ir.program import Method, Program, role, type_of
-    from tmlc.ir.types import dtype_name
     from tmlc.ir.verify import verify
     from tmlc.ir.weights import WeightMap
 
@@ -88,16 +95,9 @@ def _trace(
         methods[name] = Method(name, graph, _max_n(graph, frontend.context["max_append"]))
         for node in methods[name].placeholders("weight"):
             weight = role(node)[1]
-            if weight in weights:
-                continue
-            stored, needed = dtype_name(checkpoint.tensors[weight].torch_dtype), type_of(node)
-            if stored == needed.dtype:
-                weights.source(weight, stored, needed.shape)
-            else:
-                # The traced model is a float32 one; quantize.cast decides later what the engine reads.
-                weights.source(f"{weight}.{stored}", stored, needed.shape, tensor=weight)
-                weights.cast(weight, f"{weight}.{stored}", needed.dtype)
-    meta = {
+            if weight not in weights:
+                _define(weights, weight, type_of(node), checkpoint, frontend)
+    meta: dict[str, Any] = {
         "kind": frontend.kind,
         "name": frontend.name,
         "tick": frontend.tick,
@@ -105,9 +105,30 @@ def _trace(
         "outputs": {name: list(method.outputs) for name, method in frontend.methods.items()},
         "tokenizer": TOKENIZER if (checkpoint.folder / TOKENIZER).is_file() else None,
     }
+    if frontend.notes:
+        meta["notes"] = list(frontend.notes)
     program = Program(methods, weights, meta=meta)
     verify(program)
     return program
+
+
+def _define(weights: WeightMap, name: str, needed: TensorType, checkpoint: Checkpoint, frontend: Frontend) -> None:
+    """Adds one parameter to the map: a checkpoint tensor, in the layout and dtype that the graph reads."""
+    from tmlc.frontend.model import Stored
+    from tmlc.ir.types import dtype_name
+
+    if name in frontend.constants:
+        weights.constant(name, frontend.constants[name])
+        return
+    stored = frontend.stored.get(name, Stored(name, needed.shape))
+    dtype = dtype_name(checkpoint.tensors[stored.tensor].torch_dtype)
+    # The traced model is a float32 one; quantize.cast decides later what the engine reads.
+    steps = [*stored.steps, *([("cast", {"dtype": needed.dtype})] if dtype != needed.dtype else [])]
+    at = f"{name}.{dtype}" if steps else name
+    weights.source(at, dtype, stored.shape, tensor=stored.tensor)
+    for number, (op, args) in enumerate(steps, 1):
+        last = number == len(steps)
+        at = weights.add(name if last else f"{name}.{op}{number}", op, [at], args)
 
 
 def _max_n(graph: Any, max_append: int) -> int:
