@@ -56,6 +56,8 @@ def _groups(method: Method, near_misses: list[NearMiss]) -> list[list[fx.Node]]:
             reason = ""
             if any(op_of(user) == "reshape" for user in node.users):
                 reason = "its result is reshaped, which columns of a longer row cannot be"
+            elif any(op_of(user) == "topk_router" for user in node.users):
+                reason = "it decides a routing, so it keeps its own precision"
             elif weight_of(arg(node, "weight")) is None or (arg(node, "bias") and weight_of(arg(node, "bias")) is None):
                 reason = "its weight is computed"
             if reason:

@@ -72,7 +72,7 @@ def _is_heavy(node: fx.Node) -> bool:
         op = op_of(user)
         if op is None:
             return False
-        if op == "linear" and any(op_of(reader) == "sink_router" for reader in user.users):
+        if op == "linear" and any(op_of(reader) in ("sink_router", "topk_router") for reader in user.users):
             return False
         if not all((op, name) in _HEAVY for name in _operands(user, node)):
             return False

@@ -17,13 +17,13 @@ from tmlc.pipeline.registry import register_pass
 
 #: Caches and sinks are whole blocks of this many positions (docs/plan-format.md).
 BLOCK = 16
-_STATELESS = ("attention", "short_conv", "dmel", "overlap_add")
+_STATELESS = ("attention", "rope", "short_conv", "dmel", "overlap_add")
 
 
 @register_pass("state.insert")
 class InsertState(Pass):
-    """Rewrites attention, short convolution, audio framing and overlap-add into ops that continue from a state, and
-    declares the states: a call then costs its new positions only, in memory that is bounded for ever.
+    """Rewrites attention, rotary positions, short convolution, audio framing and overlap-add into ops that continue
+    from a state, and declares the states: a call then costs its new positions only, in memory that is bounded for ever.
 
     Sliding layers keep a ring of their window. Global layers follow the policy: `ring_with_sinks` keeps the first
     `sinks` positions and a ring of the last `context - sinks`; `end` keeps all `context` positions and then stops the
@@ -112,6 +112,7 @@ class _Rewriter:
     def run(self) -> None:
         rewrite = {
             "attention": self._attention,
+            "rope": self._rope,
             "short_conv": self._short_conv,
             "dmel": self._dmel,
             "overlap_add": self._overlap_add,
@@ -123,8 +124,8 @@ class _Rewriter:
                 continue
             index = self.counts.get(name, 0)
             self.counts[name] = index + 1
-            if name == "attention":
-                positions = positions or self._one_row_each(arg(node, "q"))
+            if name in ("attention", "rope"):
+                positions = positions or self._one_row_each(arg(node, "q" if name == "attention" else "x"))
             with self.method.graph.inserting_before(node):
                 stateful = rewrite[name](node, index)
             replace(node, stateful)
@@ -165,8 +166,8 @@ class _Rewriter:
         else:
             kind, capacity = "kv_ring", sinks + _blocks(window - 1 + self.bounds.max_append)
         place, _ = _place(weight_of(args["rel_table"]), index)
-        shape = (capacity, type_of(args["k"]).cols)
-        caches = [self._state(place, f"{what}_cache", kind, shape, self.kv_dtype) for what in "kv"]
+        shapes = {what: (capacity, type_of(args[what]).cols) for what in "kv"}
+        caches = [self._state(place, f"{what}_cache", kind, shape, self.kv_dtype) for what, shape in shapes.items()]
         head = (args["q"], args["k"], args["v"], self._position(), *caches, args["rel"], args["rel_table"])
         tail = (
             args["num_heads"],
@@ -176,8 +177,14 @@ class _Rewriter:
             sinks,
             args["log_floor"],
             args["log_alpha"],
+            args["sink_logits"],
+            args["softcap"],
         )
         return call(self.method.graph, "attention_state", (*head, *tail))
+
+    def _rope(self, node: fx.Node, index: int) -> fx.Node:
+        args = named_args(node)
+        return call(self.method.graph, "rope_state", (args.pop("x"), self._position(), *args.values()))
 
     def _short_conv(self, node: fx.Node, index: int) -> fx.Node:
         args = named_args(node)

@@ -47,7 +47,7 @@ def test_caches_are_laid_out_as_the_kernel_reads_them() -> None:
         64,
     )
     assert (v_cache["rows"], v_cache["cols"]) == ([0, 48], 4)
-    assert engine.plan["methods"][0]["code"][3]["i"] == [2, 1, 20, 16, 48]
+    assert engine.plan["methods"][0]["code"][3]["i"] == [2, 1, 20, 16, 48, 1]
 
 
 def test_states_lie_in_the_slot_at_multiples_of_64_without_overlap() -> None:

@@ -47,6 +47,12 @@ CASES = {
         lambda q, k, v, r, t: F.attention(q, k, v, r, t, H, G, 1 / D, 3, 0, 2.0, 0.1),
         [rand(5, H * D), rand(5, G * D), rand(5, G * D), rand(5, H * R)], [1, 1, 1, 1], [rand(R, 6)],
     ),
+    "rope": (lambda x, f: F.rope(x, f, 2, 1, True, 1.5), [X], [1], [rand(2)]),
+    "head_columns": (lambda x: F.head_columns(x, 3, 1, 3), [X], [1], []),
+    "concat_heads": (lambda a, b: F.concat_heads(a, b, 3, 2), [X, rand(5, 7)], [1, 1], []),
+    "topk_router": (
+        lambda x, b: F.topk_router(x, b, 1, 3, True, 4, 2, 2.5), [X], [1], [rand(12)]
+    ),
     "sink_router": (lambda x, b, s: F.sink_router(x, b, s, 3, 2, 2.5), [X], [1], [rand(10), torch.ones(1)]),
     "moe": (
         F.moe, [X, rand(5, 2), torch.tensor([[0, 5]] * 5)], [1, 1, 1], [rand(6, 16, 12), rand(6, 12, 8)]

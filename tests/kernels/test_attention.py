@@ -23,6 +23,13 @@ class Case:
     log_alpha: float = 0.1
     dtype: str = "f32"
     max_n: int = 16
+    dv: int = 0  # columns of a value head; 0: those of a key
+    sink_logits: bool = False
+    softcap: float = 0.0
+
+    @property
+    def v(self) -> int:
+        return self.dv or self.d
 
 
 CASES = {
@@ -39,23 +46,35 @@ CASES = {
     "wide_group": Case(heads=24, kv=1, d=33, window=30, capacity=64),
     "bf16": Case(dtype="bf16", window=9, capacity=32, rank=4, extent=9, d=18),
     "bf16_all_keys": Case(dtype="bf16", d=64),
+    "narrow_values": Case(d=24, dv=16, heads=6, kv=6),
+    "wide_values": Case(d=5, dv=70, heads=4, kv=1, window=11, capacity=32, rank=2, extent=9),
+    "bf16_narrow_values": Case(d=18, dv=7, dtype="bf16", window=9, capacity=32),
+    "head_80": Case(d=80, heads=10, kv=2),
+    "sink_logits": Case(sink_logits=True),
+    "sink_logits_window": Case(sink_logits=True, window=9, capacity=32, heads=8, kv=1, d=64),
+    "sink_logits_and_sinks": Case(sink_logits=True, window=17, sinks=16, capacity=48, d=80, dv=33),
+    "softcap": Case(softcap=2.0),
+    "softcap_of_all": Case(softcap=0.5, sink_logits=True, window=9, capacity=32, rank=3, extent=5, log_floor=7.0),
 }
 
 
 def make(bench, case: Case, tensors: dict, threads: int = 1):
     b = bench.Builder(max_n=case.max_n)
     q_cols, k_cols = case.heads * case.d, case.kv * case.d
-    ins = [b.input(0, "f32", q_cols), b.input(1, "f32", k_cols), b.input(2, "f32", k_cols)]
-    y = b.output(0, "f32", q_cols)
+    ins = [b.input(0, "f32", q_cols), b.input(1, "f32", k_cols), b.input(2, "f32", case.kv * case.v)]
+    y = b.output(0, "f32", case.heads * case.v)
     position = b.slot("i64", 1, 1)
     k_cache = b.slot(case.dtype, case.kv * case.capacity // 16, case.d * 16)
-    v_cache = b.slot(case.dtype, case.kv * case.capacity, case.d)
+    v_cache = b.slot(case.dtype, case.kv * case.capacity, case.v)
     extra = []
     if case.rank:
         ins.append(b.input(3, "f32", case.heads * case.rank))
         extra = [ins[3], b.weight(tensors["table"])]
-    ints = [case.heads, case.kv, case.window, case.sinks, case.capacity]
-    floats = [case.scale, case.log_floor, case.log_alpha]
+    if case.sink_logits:
+        extra.append(b.weight(tensors["sink_logits"]))
+    flags = (1 if case.rank else 0) + (2 if case.sink_logits else 0)
+    ints = [case.heads, case.kv, case.window, case.sinks, case.capacity, flags]
+    floats = [case.scale, case.log_floor, case.log_alpha, case.softcap]
     limit = case.capacity if case.window == 0 else 0
     b.method(
         ins,
@@ -72,8 +91,10 @@ def inputs(case: Case, n: int, rng) -> dict:
     t = {
         "q": rng.standard_normal((n, case.heads * case.d)),
         "k": rng.standard_normal((n, case.kv * case.d)),
-        "v": rng.standard_normal((n, case.kv * case.d)),
+        "v": rng.standard_normal((n, case.kv * case.v)),
     }
+    if case.sink_logits:
+        t["sink_logits"] = 2 * rng.standard_normal((1, case.heads))
     if case.rank:
         t["rel"] = rng.standard_normal((n, case.heads * case.rank))
         t["table"] = rng.standard_normal((case.rank, case.extent))
@@ -86,7 +107,7 @@ def stream(bench, case, tensors, cuts, threads=1, poison=False):
     if poison:  # whatever lies in cells that no visible key owns must not matter
         slot[64:] = 0xFF
     n = sum(cuts)
-    out = np.zeros((n, case.heads * case.d), np.float32)
+    out = np.zeros((n, case.heads * case.v), np.float32)
     names = ["q", "k", "v"] + (["rel"] if case.rank else [])
     at = 0
     for count in cuts:
@@ -100,8 +121,8 @@ def reference(bench, case: Case, t: dict) -> np.ndarray:
     n = t["q"].shape[0]
     q = t["q"].astype(np.float64).reshape(n, case.heads, case.d)
     k = bench.as_stored(t["k"], case.dtype).astype(np.float64).reshape(n, case.kv, case.d)
-    v = bench.as_stored(t["v"], case.dtype).astype(np.float64).reshape(n, case.kv, case.d)
-    out = np.zeros((n, case.heads, case.d))
+    v = bench.as_stored(t["v"], case.dtype).astype(np.float64).reshape(n, case.kv, case.v)
+    out = np.zeros((n, case.heads, case.v))
     for p in range(n):
         tau = 1.0
         if case.log_floor > 0:
@@ -117,8 +138,10 @@ def reference(bench, case: Case, t: dict) -> np.ndarray:
                 bias = rel @ t["table"].astype(np.float64)
                 distance = p - j
                 score += tau * np.where(distance < case.extent, bias[np.minimum(distance, case.extent - 1)], 0)
-            e = np.exp(score - score.max())
-            out[p, h] = (e / e.sum()) @ v[j, g]
+            if case.softcap:
+                score = case.softcap * np.tanh(score / case.softcap)
+            e, sink = np.exp(score), np.exp(np.float64(t["sink_logits"][0, h])) if case.sink_logits else 0.0
+            out[p, h] = (e / (e.sum() + sink)) @ v[j, g]
     return out.reshape(n, -1)
 
 
@@ -194,6 +217,9 @@ def test_a_full_context_stops_before_anything_changes(best, rng):
         (dict(heads=3), "multiple of kv heads"),
         (dict(log_floor=-1.0), "log_floor"),
         (dict(scale=float("nan")), "finite"),
+        (dict(softcap=-1.0), "softcap"),
+        (dict(softcap=float("inf")), "finite"),
+        (dict(dv=4097), "Dv"),
     ],
 )
 def test_attention_that_cannot_be_safe_is_refused(best, rng, change, why):
@@ -207,7 +233,7 @@ def test_all_keys_without_a_limit_is_refused(best):
         b = best.Builder(max_n=4)
         x, y, position = b.input(0, "f32", 16), b.output(0, "f32", 16), b.slot("i64", 1, 1)
         caches = [b.slot("f32", 4, 256), b.slot("f32", 64, 16)]
-        code = [("attention", [y, x, x, x, position, *caches], [1, 1, 0, 0, 64], [1.0, 0.0, 0.0])]
+        code = [("attention", [y, x, x, x, position, *caches], [1, 1, 0, 0, 64, 0], [1.0, 0.0, 0.0, 0.0])]
         if limit is not None:
             code.append(("advance", [position], [limit]))
         b.method([x], [y], code)

@@ -80,13 +80,20 @@ def expert_weights(bench, rng, e, d, f, dtype):
     return [bench.as_stored(w, dtype) for w in (gate, up, down)], gate_up, downs
 
 
-def moe_reference(x, weights, experts, gate, up, down):
-    x = x.astype(np.float64)
+def clamped(gate, up, alpha, limit):
+    gate, up = np.minimum(gate, limit), np.clip(up, -limit, limit)
+    return (up + 1) * gate / (1 + np.exp(-alpha * gate))
+
+
+def moe_reference(x, weights, experts, gate, up, down, biases=None, alpha=0.0, limit=0.0):
+    x, f = x.astype(np.float64), gate.shape[1]
+    on_up, on_down = biases or (np.zeros((len(gate), 2 * f)), np.zeros((len(gate), x.shape[1])))
     out = np.zeros_like(x)
     for r in range(len(x)):
         for w, e in zip(weights[r], experts[r], strict=True):
-            g, u = gate[e].astype(np.float64) @ x[r], up[e].astype(np.float64) @ x[r]
-            out[r] += w * (down[e].astype(np.float64) @ (g / (1 + np.exp(-g)) * u))
+            g, u = gate[e].astype(np.float64) @ x[r] + on_up[e, :f], up[e].astype(np.float64) @ x[r] + on_up[e, f:]
+            hidden = clamped(g, u, alpha, limit) if alpha else g / (1 + np.exp(-g)) * u
+            out[r] += w * (down[e].astype(np.float64) @ hidden + on_down[e])
     return out
 
 
@@ -127,6 +134,56 @@ def test_moe_bits_do_not_depend_on_neighbours_or_threads(bench, rng, dtype):
     order = rng.permutation(n)
     (shuffled,) = bench.op("moe", [x[order], weights[order], experts[order]], [gate_up, down], [e, f])
     assert np.array_equal(whole[order], shuffled)
+
+
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("numbers", [(0.0, 0.0), (1.702, 1.5)])
+def test_moe_with_biases_and_clamps_equals_float64(bench, rng, dtype, routing, numbers):
+    e = 5
+    for n, k, d, f in ((1, 1, 8, 4), (1, 3, 33, 20), (19, 4, 50, 37)):
+        stored, gate_up, down = expert_weights(bench, rng, e, d, f, dtype)
+        biases = [rng.standard_normal((e, cols)).astype(np.float32) for cols in (2 * f, d)]
+        x = rng.standard_normal((n, d)).astype(np.float32)
+        weights = rng.standard_normal((n, k)).astype(np.float32)
+        experts = ROUTINGS[routing](rng, n, k, e).astype(np.int32)
+        (got,) = bench.op("moe", [x, weights, experts], [gate_up, down, *biases], [e, f, 1], numbers)
+        assert np.abs(got - moe_reference(x, weights, experts, *stored, biases, *numbers)).max() < 5e-5, (n, k, d, f)
+        (got,) = bench.op("moe", [x, weights, experts], [gate_up, down], [e, f, 0], numbers)
+        assert np.abs(got - moe_reference(x, weights, experts, *stored, None, *numbers)).max() < 5e-5, (n, k, d, f)
+
+
+def test_moe_bits_with_biases_do_not_depend_on_neighbours_or_threads(bench, rng):
+    e, n, k, d, f = 5, 40, 3, 70, 45
+    _, gate_up, down = expert_weights(bench, rng, e, d, f, "f32")
+    biases = [rng.standard_normal((e, cols)).astype(np.float32) for cols in (2 * f, d)]
+    x, weights = rng.standard_normal((n, d)).astype(np.float32), rng.random((n, k)).astype(np.float32)
+    experts = np.stack([rng.permutation(e)[:k] for _ in range(n)]).astype(np.int32)
+    args = ([x, weights, experts], [gate_up, down, *biases], [e, f, 1], [1.702, 2.0])
+    (whole,) = bench.op("moe", *args)
+    for how in (dict(split=[1] * n), dict(split=[3, 17, 20]), dict(threads=2), dict(threads=3), dict(strided=True)):
+        assert np.array_equal(whole, bench.op("moe", *args, **how)[0]), how
+
+
+@pytest.mark.parametrize(
+    ("shapes", "ints", "floats", "why"),
+    [
+        ([(5, 8), (5, 8)], [5, 4, 1], [-1.0, 0.0], "negative"),
+        ([(5, 8), (5, 8)], [5, 4, 1], [1.0, float("nan")], "negative"),
+        ([(5, 8), (5, 8)], [5, 4, 2], [0.0, 0.0], "flags"),
+        ([(5, 8), (5, 8)], [5, 4, 0], [0.0, 0.0], "number of operands"),
+        ([(5, 8), (5, 8)], [5, 4], [], "number of operands"),
+        ([(5, 8)], [5, 4, 1], [0.0, 0.0], "number of operands"),
+        ([(5, 7), (5, 8)], [5, 4, 1], [0.0, 0.0], "gate_up_bias"),
+        ([(5, 8), (4, 8)], [5, 4, 1], [0.0, 0.0], "down_bias"),
+    ],
+)
+def test_moe_refuses_biases_that_do_not_fit(best, shapes, ints, floats, why):
+    up, down = np.zeros((10, 8 * 16), np.float32), np.zeros((5, 4 * 16), np.float32)
+    x, w, experts = np.ones((1, 8), np.float32), np.ones((1, 2), np.float32), np.zeros((1, 2), np.int32)
+    biases = [np.zeros(shape, np.float32) for shape in shapes]
+    with pytest.raises(PlanError, match=why):
+        best.op("moe", [x, w, experts], [up, down, *biases], ints, floats)
 
 
 @pytest.mark.parametrize("bad", [-1, 5, 2**31 - 1])

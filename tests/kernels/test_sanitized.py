@@ -64,10 +64,10 @@ def attention(b, rng):
         caches = [b.slot(dtype, 2 * capacity // 16, 6 * 16), b.slot(dtype, 2 * capacity, 6)]
         table = b.weight(rng.random((2, 7), np.float32))
         left = b.tensor("input", "f32", (1, 0), 12, 0, 24)
-        operands, ints = [y, x, kv, kv, position, *caches, rel, table], [4, 2, window, sinks, capacity]
+        operands, ints = [y, x, kv, kv, position, *caches, rel, table], [4, 2, window, sinks, capacity, 1]
         code = [
             ("copy", [kv, left]),
-            ("attention", operands, ints, [0.3, 2.0, 0.1]),
+            ("attention", operands, ints, [0.3, 2.0, 0.1, 0.0]),
             ("advance", [position], [0 if window else capacity]),
         ]
         b.method([x], [y], code)
@@ -94,6 +94,54 @@ def experts(b, rng):
             ("moe", [u, x, weights, numbers, up, down], [6, 5]),
             ("router", [weights, chosen, u, router, bias, scale], [2, 1], [2.0]),
             ("moe", [y, u, weights, chosen, up16, down16], [6, 5]),
+        ],
+    )
+
+
+def foreign_heads(b, rng):
+    """Rotary positions, joined heads, attention whose values have another width, with sink logits and a soft cap."""
+    for window, flags, rows in ((0, 2, 1), (9, 3, 0)):
+        x, y = b.input(0, "f32", 24), b.output(0, "f32", 20)
+        turned, low, shared = b.arena("f32", (1, 0), 24), b.arena("f32", (1, 0), 12), b.arena("f32", (1, 0), 3)
+        q, k, rel = b.arena("f32", (1, 0), 36), b.arena("f32", (1, 0), 18), b.arena("f32", (1, 0), 8)
+        v = b.tensor("arena", "f32", (1, 0), 10, b.tensors[turned][2] + 8, 24)
+        position, freq = b.slot("i64", 1, 1), b.weight(rng.random((1, 2), np.float32))
+        caches = [b.slot("f32", 2 * 3, 9 * 16), b.slot("f32", 2 * 48, 5)]
+        extra = [b.weight(rng.random((1, 4), np.float32))]
+        if flags & 1:
+            extra = [rel, b.weight(rng.random((2, 7), np.float32)), *extra]
+        code = [
+            ("rope", [turned, x, position, freq], [4, 1, rows], [1.25]),
+            ("rope", [turned, turned, position, freq], [6, 0, 1 - rows], [1.0]),
+            ("head_columns", [low, turned], [4, 2, 5]),
+            ("head_columns", [shared, turned], [1, 20, 23]),
+            ("head_columns", [rel, turned], [4, 3, 5]),
+            ("concat_heads", [q, turned, low], [4, 0]),
+            ("concat_heads", [k, low, shared], [2, 2]),
+            ("attention", [y, q, k, v, position, *caches, *extra], [4, 2, window, 16, 48, flags], [0.3, 2.0, 0.1, 1.5]),
+            ("advance", [position], [0 if window else 48]),
+        ]
+        b.method([x], [y], code)
+
+
+def foreign_experts(b, rng):
+    """topk_router in each of its ways, and experts with biases and a clamped activation."""
+    x, y = b.input(0, "f32", 12), b.output(0, "f32", 12)
+    weights, chosen = b.arena("f32", (1, 0), 3), b.arena("i32", (1, 0), 3)
+    u, v = b.arena("f32", (1, 0), 12), b.arena("f32", (1, 0), 12)
+    bias = b.weight(rng.random((1, 12), np.float32))
+    up, down = b.weight(rng.random((24, 12 * 16), np.float32)), b.weight(rng.random((12, 5 * 16), np.float32))
+    biases = [b.weight(rng.random((12, cols), np.float32)) for cols in (10, 12)]
+    b.method(
+        [x],
+        [y],
+        [
+            ("topk_router", [weights, chosen, x, bias], [1, 3, 1, 4, 2], [2.5]),
+            ("moe", [u, x, weights, chosen, up, down, *biases], [12, 5, 1], [1.702, 7.0]),
+            ("topk_router", [weights, chosen, u], [0, 3, 0, 1, 1], [1.0]),
+            ("moe", [v, u, weights, chosen, up, down], [12, 5, 0], [1.702, 7.0]),
+            ("topk_router", [weights, chosen, v, bias], [2, 3, 1, 12, 5], [1.0]),
+            ("moe", [y, v, weights, chosen, up, down], [12, 5]),
         ],
     )
 
@@ -127,7 +175,7 @@ def media(b, rng):
     )
 
 
-SEEDS = {f.__name__: f for f in (dense, attention, experts, media)}
+SEEDS = {f.__name__: f for f in (dense, attention, experts, foreign_heads, foreign_experts, media)}
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ BLOCK = 16
 # Ops that never reach an engine, and what takes their place.
 REFUSED = {
     "attention": "it is stateless, state.insert makes it attention_state",
+    "rope": "it is stateless, state.insert makes it rope_state",
     "short_conv": "it is stateless, state.insert makes it short_conv_state",
     "dmel": "it is stateless, state.insert makes it dmel_state",
     "overlap_add": "it is stateless, state.insert makes it overlap_add_state",
@@ -111,13 +112,28 @@ def _attention(c: Call) -> None:
     capacity, width = (int(size) for size in cache.shape)
     if capacity % BLOCK or int(c.args["sinks"]) % BLOCK:
         raise c.emitter.fail(c.node, f"a cache of {capacity} positions is not a multiple of {BLOCK}")
-    d = width // groups
-    k_cache = c.emitter.state(c.args["k_cache"], cache.dtype, groups * capacity // BLOCK, d * BLOCK)
-    v_cache = c.emitter.state(c.args["v_cache"], cache.dtype, groups * capacity, d)
+    values = c.args["v_cache"].meta["type"]
+    k_cache = c.emitter.state(c.args["k_cache"], cache.dtype, groups * capacity // BLOCK, width // groups * BLOCK)
+    v_cache = c.emitter.state(c.args["v_cache"], values.dtype, groups * capacity, int(values.shape[1]) // groups)
     t = [c.x("q"), c.x("k"), c.x("v"), c.state("position"), k_cache, v_cache]
-    t += c.optional("rel") + c.optional("rel_table")
-    i = [heads, groups, c.args["window"], c.args["sinks"], capacity]
-    c.emit("attention", t, i, [c.args["scale"], c.args["log_floor"], c.args["log_alpha"]])
+    bias, sink_logits = c.optional("rel") + c.optional("rel_table"), c.optional("sink_logits")
+    flags = (1 if bias else 0) + (2 if sink_logits else 0)
+    i = [heads, groups, c.args["window"], c.args["sinks"], capacity, flags]
+    f = [c.args["scale"], c.args["log_floor"], c.args["log_alpha"], c.args["softcap"]]
+    c.emit("attention", [*t, *bias, *sink_logits], i, f)
+
+
+def _rope(c: Call) -> None:
+    i = [c.args["num_heads"], c.args["offset"], int(c.args["interleaved"])]
+    c.emit("rope", [c.x("x"), c.state("position"), c.weight("inv_freq")], i, [c.args["scaling"]])
+
+
+def _head_columns(c: Call) -> None:
+    c.emit("head_columns", [c.x("x")], [c.args["num_heads"], c.args["start"], c.args["stop"]])
+
+
+def _concat_heads(c: Call) -> None:
+    c.emit("concat_heads", [c.x("a"), c.x("b")], [c.args["num_heads"], c.args["shared"]])
 
 
 def _advance(c: Call) -> None:
@@ -134,11 +150,21 @@ def _router(c: Call) -> None:
     c.emit("router", t, [c.args["top_k"], c.args["n_shared"]], [c.args["route_scale"]])
 
 
+def _topk_router(c: Call) -> None:
+    i = [c.args["scores"], c.args["top_k"], int(c.args["normalise"]), c.args["groups"], c.args["top_groups"]]
+    c.emit("topk_router", [c.x("logits"), *c.optional("bias")], i, [c.args["scale"]])
+
+
 def _moe(c: Call) -> None:
     experts, _, f = (int(size) for size in c.args["down"].meta["type"].shape)
     t = [c.x("x"), c.x("weights"), c.x("experts")]
     t += [c.weight("gate_up", "k16.gate_up"), c.weight("down", "k16.experts")]
-    c.emit("moe", t, [experts, f])
+    biases = c.optional("gate_up_bias") + c.optional("down_bias")
+    alpha, limit = c.args["alpha"], c.args["limit"]
+    if biases or alpha:
+        c.emit("moe", [*t, *biases], [experts, f, 1 if biases else 0], [alpha, limit])
+    else:
+        c.emit("moe", t, [experts, f])
 
 
 def _dmel(c: Call) -> None:
@@ -180,9 +206,13 @@ LOWERINGS: dict[str, Lowering] = {
     "modulate": _elementwise("modulate", ["x", "scale", "shift"]),
     "short_conv_state": Lowering("short_conv", _short_conv),
     "attention_state": Lowering("attention", _attention),
+    "rope_state": Lowering("rope", _rope),
+    "head_columns": Lowering("head_columns", _head_columns),
+    "concat_heads": Lowering("concat_heads", _concat_heads),
     "advance": Lowering("advance", _advance),
     "sink_router": Lowering("sink_router", _sink_router),
     "router": Lowering("router", _router),
+    "topk_router": Lowering("topk_router", _topk_router),
     "moe": Lowering("moe", _moe),
     "dmel_state": Lowering("dmel", _dmel),
     "patchify": Lowering("patchify", _patchify),

@@ -282,9 +282,9 @@ def positional(spec: OpSpec, args: Sequence[Any], kwargs: Mapping[str, Any]) -> 
     rest = dict(kwargs)
     for argument in schema[len(args) :]:
         optional = isinstance(argument.type, torch.OptionalType)
-        if argument.name not in rest and not optional:
+        if argument.name not in rest and not optional and not argument.has_default_value():
             raise IRError(f"{spec.name} lacks the argument {argument.name}", where=spec.schema)
-        values.append(rest.pop(argument.name, None))
+        values.append(rest.pop(argument.name, argument.default_value))
     if rest:
         raise IRError(f"{spec.name} does not take {', '.join(map(str, rest))}", where=spec.schema)
     for i, argument in enumerate(schema):

@@ -91,13 +91,14 @@ def _call(node: fx.Node, names: dict[fx.Node, str]) -> str:
     spec = spec_of(node.target)
     if spec is None:
         raise IRError(f"{node.target} is not a canonical op", where=node.name)
-    args = []
+    args: list[str] = []
+    named = False  # a tensor behind a named argument is named too
     for name, value in zip(spec.args, node.args, strict=True):
-        if isinstance(value, fx.Node):
-            args.append(names[value])
-        elif value is None:
-            args.append("none")
+        if value is None or isinstance(value, fx.Node):
+            shown = "none" if value is None else names[value]
+            args.append(f"{name}={shown}" if named else shown)
         else:
+            named = True
             args.append(f"{name}={json.dumps(list(value) if isinstance(value, tuple) else value)}")
     return f"{spec.name}({', '.join(args)})"
 

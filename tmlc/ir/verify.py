@@ -36,6 +36,7 @@ RULES = {
 }
 HISTORY_OPS = (
     "attention",
+    "rope",
     "short_conv",
     "dmel",
     "overlap_add",
@@ -204,7 +205,8 @@ def _outputs(method: Method) -> None:
 
 
 def _state_args(spec: OpSpec, node: fx.Node) -> list[tuple[str, Any]]:
-    names = (*spec.mutates, "position") if spec.name == "attention_state" else spec.mutates
+    reads = "position" in spec.args and "position" not in spec.mutates
+    names = (*spec.mutates, "position") if reads else spec.mutates
     return [(name, node.args[spec.args.index(name)]) for name in names]
 
 
@@ -236,8 +238,8 @@ def _states(method: Method) -> None:
 
 
 def _position(method: Method) -> None:
-    cached, advances = method.calls("attention_state"), method.calls("advance")
-    if not cached and not advances:
+    cached, turned, advances = (method.calls(op) for op in ("attention_state", "rope_state", "advance"))
+    if not cached and not turned and not advances:
         return
     if len(advances) != 1 or method.calls()[-1] is not advances[0]:
         _fail("position", method.name, "", f"{len(advances)} advance calls, or one that is not the last call")
@@ -245,10 +247,12 @@ def _position(method: Method) -> None:
     position, x, limit = bound
     if type_of(x).shape[0] != Dim(1):
         _fail("position", method.name, advances[0].name, "the rows it counts are not n")
+    for node in (*cached, *turned):
+        spec = spec_of(node.target)
+        if spec is None or node.args[spec.args.index("position")] is not position:
+            _fail("position", method.name, node.name, "it reads another position than the one that advances")
     for node in cached:
         args: dict[str, Any] = dict(zip(OPS["attention_state"].args, node.args, strict=True))
-        if args["position"] is not position:
-            _fail("position", method.name, node.name, "it reads another position than the one that advances")
         capacity, window, sinks = type_of(args["k_cache"]).shape[0], args["window"], args["sinks"]
         if window == 0 and not 0 < limit <= capacity:
             _fail("cache", method.name, node.name, f"a linear cache of {capacity} rows, advance limit {limit}")

@@ -16,14 +16,8 @@
 namespace tmlc {
 namespace {
 
-constexpr int64_t position_end = int64_t{1} << 62;
-
 // ---- advance --------------------------------------------------------------------------------------------------------
 
-const char* check_position(const TensorInfo& t) {
-    TMLC_REQUIRE(t.space == Space::slot && t.dtype == DType::i64 && t.fixed(1, 1), "the position must be i64 [1,1] in the slot");
-    return nullptr;
-}
 const char* check_advance(const Call& c) {
     TMLC_REQUIRE(arity(c, 1, 1, 0), "wrong number of operands");
     TMLC_REQUIRE(c.i[0] >= 0 && c.i[0] < position_end, "the limit is out of range");
@@ -39,29 +33,39 @@ int run_advance(const RunArgs& a) {
 
 // ---- attention ------------------------------------------------------------------------------------------------------
 
-// The sizes of one attention call and where its scratch lies.
+// Which optional operands a call has, behind the caches: flags 1 (rel, rel_table) and 2 (sink_logits).
+struct AttentionFlags {
+    bool known;
+    int rel = 0, sink_logits = 0, operands = 7;  // operand numbers, 0: not there
+    explicit AttentionFlags(int64_t flags) : known(flags >= 0 && flags <= 3) {
+        if ((flags & 1) != 0) rel = operands, operands += 2;
+        if ((flags & 2) != 0) sink_logits = operands++;
+    }
+};
+
+// The sizes of one attention call and where its scratch lies; d columns in a key, dv in a value.
 struct Shape {
-    int64_t heads, kv_heads, per, d, window, sinks, capacity, rank, extent;
+    int64_t heads, kv_heads, per, d, dv, window, sinks, capacity, rank, extent;
     int64_t tile, blocks;                          // rows of a tile; the most key blocks that a tile can see
     int64_t q_at, bias_at, score_at, sums_at, acc_at, floats;  // in floats, for one thread
-    int64_t bias_stride, d_pad;
+    int64_t bias_stride, dv_pad;
 
     template <class T>  // TensorInfo or Operand
-    Shape(const T& q, const T* rel, const T* rel_table, const int64_t* i)
-        : heads(i[0]), kv_heads(i[1]), per(heads / kv_heads), d(q.cols / heads), window(i[2]),
+    Shape(const T& q, const T& v, const T* rel, const T* rel_table, const int64_t* i)
+        : heads(i[0]), kv_heads(i[1]), per(heads / kv_heads), d(q.cols / heads), dv(v.cols / kv_heads), window(i[2]),
           sinks(i[2] > 0 ? i[3] : 0), capacity(i[4]), rank(rel ? rel->cols / heads : 0),
           extent(rel ? rel_table->cols : 0) {
         tile = std::min<int64_t>(8, std::max<int64_t>(1, 16 / per));
         blocks = window > 0 ? sinks / 16 + (window - 1 + tile + 15) / 16 + 1 : capacity / 16;
         bias_stride = rel ? round_up(extent, 16) + 32 : 0;
-        d_pad = round_up(d, 16);
+        dv_pad = round_up(dv, 16);
         int64_t at = 0;
         const auto take = [&](int64_t size) { const int64_t here = at; at += round_up(size, 16); return here; };
         q_at = take(tile * per * d);
         bias_at = take(tile * per * bias_stride);
         score_at = take(tile * per * blocks * 16);
         sums_at = take(tile * per);
-        acc_at = take(tile * per * d_pad);
+        acc_at = take(tile * per * dv_pad);
         floats = at;
     }
     // Where the cache keeps position p.
@@ -78,38 +82,47 @@ struct Shape {
 };
 
 const char* check_attention(const Call& c) {
-    TMLC_REQUIRE((c.n_t == 7 || c.n_t == 9) && c.n_i == 5 && c.n_f == 3, "wrong number of operands");
+    TMLC_REQUIRE(c.n_i == 6 && c.n_f == 4, "wrong number of operands");
+    const AttentionFlags with(c.i[5]);
+    TMLC_REQUIRE(with.known && c.n_t == with.operands, "wrong number of operands");
     const TensorInfo &out = *c.t[0], &q = *c.t[1], &k = *c.t[2], &v = *c.t[3], &k_cache = *c.t[5], &v_cache = *c.t[6];
     const int64_t heads = c.i[0], kv = c.i[1], window = c.i[2], sinks = c.i[3], capacity = c.i[4];
     TMLC_REQUIRE(kv >= 1 && heads >= kv && heads <= 4096 && heads % kv == 0, "heads must be a multiple of kv heads");
     for (int j = 0; j < 4; ++j)
         TMLC_REQUIRE(is_f32(*c.t[j]) && c.t[j]->a == 1 && c.t[j]->b == 0, "q, k, v and the output must be f32 with n rows");
-    TMLC_REQUIRE(q.cols % heads == 0 && q.cols == out.cols && q.cols / heads <= 4096, "q and the output must be [n,H*D]");
-    const int64_t d = q.cols / heads;
-    TMLC_REQUIRE(k.cols == kv * d && v.cols == kv * d, "k and v must be [n,G*D]");
+    TMLC_REQUIRE(q.cols % heads == 0 && q.cols / heads <= 4096, "q must be [n,H*D]");
+    TMLC_REQUIRE(v.cols % kv == 0 && v.cols / kv <= 4096, "v must be [n,G*Dv]");
+    const int64_t d = q.cols / heads, dv = v.cols / kv;
+    TMLC_REQUIRE(k.cols == kv * d, "k must be [n,G*D]");
+    TMLC_REQUIRE(out.cols == heads * dv, "the output must be [n,H*Dv]");
     if (const char* what = check_position(*c.t[4])) return what;
     TMLC_REQUIRE(capacity >= 16 && capacity <= 1 << 24 && capacity % 16 == 0, "the capacity must be a multiple of 16");
     TMLC_REQUIRE(k_cache.space == Space::slot && is_float(k_cache) && k_cache.fixed(kv * (capacity / 16), d * 16) && dense(k_cache),
                  "k_cache must be [G*C/16, D*16] in the slot");
-    TMLC_REQUIRE(v_cache.space == Space::slot && is_float(v_cache) && v_cache.fixed(kv * capacity, d) && dense(v_cache),
-                 "v_cache must be [G*C, D] in the slot");
+    TMLC_REQUIRE(v_cache.space == Space::slot && is_float(v_cache) && v_cache.fixed(kv * capacity, dv) && dense(v_cache),
+                 "v_cache must be [G*C, Dv] in the slot");
     TMLC_REQUIRE(window >= 0 && window <= 1 << 24 && sinks >= 0, "the window is out of range");
     if (window > 0) {
         TMLC_REQUIRE(sinks % 16 == 0 && sinks < capacity, "sinks must be a multiple of 16 below the capacity");
         TMLC_REQUIRE(capacity - sinks >= window - 1 + c.max_n, "the ring is smaller than window - 1 + max_n");
     }
-    if (c.n_t == 9) {
-        const TensorInfo &rel = *c.t[7], &table = *c.t[8];
+    if (with.rel > 0) {
+        const TensorInfo &rel = *c.t[with.rel], &table = *c.t[with.rel + 1];
         TMLC_REQUIRE(is_f32(rel) && rel.same_rows(q) && rel.cols % heads == 0, "rel must be f32 [n,H*R]");
         TMLC_REQUIRE(is_f32(table) && table.a == 0 && table.b == rel.cols / heads && table.cols <= 1 << 24,
                      "rel_table must be f32 [R,extent]");
     }
-    for (int j = 0; j < 3; ++j) TMLC_REQUIRE(finite(c.f[j]), "the scales must be finite");
-    TMLC_REQUIRE(c.f[1] >= 0, "log_floor must not be negative");
+    if (with.sink_logits > 0)
+        TMLC_REQUIRE(is_f32(*c.t[with.sink_logits]) && c.t[with.sink_logits]->fixed(1, heads),
+                     "sink_logits must be f32 [1,H]");
+    for (int j = 0; j < 4; ++j) TMLC_REQUIRE(finite(c.f[j]), "the scales must be finite");
+    TMLC_REQUIRE(c.f[1] >= 0 && c.f[3] >= 0, "log_floor and softcap must not be negative");
     return nullptr;
 }
 int64_t scratch_attention(const Call& c, int threads) {
-    return 4 * threads * Shape(*c.t[1], c.n_t == 9 ? c.t[7] : nullptr, c.n_t == 9 ? c.t[8] : nullptr, c.i).floats;
+    const AttentionFlags with(c.i[5]);
+    const TensorInfo* rel = with.rel > 0 ? c.t[with.rel] : nullptr;
+    return 4 * threads * Shape(*c.t[1], *c.t[3], rel, rel != nullptr ? c.t[with.rel + 1] : nullptr, c.i).floats;
 }
 
 // Stores row values into a cache of either dtype, `step` elements apart.
@@ -211,9 +224,9 @@ void value_rows_of(const float* w, int64_t w_stride, int64_t count, const void* 
 struct Attention {
     const Shape& s;
     const Operand &out, &q, &k_cache, &v_cache;
-    const Operand *rel, *rel_table;
+    const Operand *rel, *rel_table, *sink_logits;
     int64_t position;
-    double scale, log_floor, log_alpha;
+    double scale, log_floor, log_alpha, softcap;
 
     float tau(int64_t p) const {
         if (!(log_floor > 0)) return 1.0f;
@@ -241,11 +254,14 @@ struct Attention {
         store(bias + 16 + round_up(distances, 16), zero16());
     }
 
-    // Turns the raw scores of the query at p into exp(score - max), zero where a key is not visible; returns their sum.
+    // Turns the raw scores of the query at p into exp(score - max), zero where a key is not visible; returns their sum,
+    // with that of the head's sink logit (a key that has no value) where there is one.
     template <class StartOf>
-    float softmax(float* score, const float* bias, int64_t p, const StartOf& start_of, int64_t n_blocks) const {
+    float softmax(float* score, const float* bias, int64_t head, int64_t p, const StartOf& start_of, int64_t n_blocks) const {
         const w16 lane = lane_numbers();
-        v16 top = splat(-INFINITY);
+        const v16 sink = splat(sink_logits != nullptr ? sink_logits->f32()[head] : -INFINITY);
+        const v16 cap = splat(static_cast<float>(softcap)), uncap = splat(static_cast<float>(1.0 / softcap));
+        v16 top = sink;
         int64_t first, last;
         for (int64_t b = 0; b < n_blocks; ++b) {
             s.visible(p, start_of(b), first, last);
@@ -253,6 +269,7 @@ struct Attention {
             v16 x = load(score + b * 16);
             const int64_t nearest = p - start_of(b) - 15;  // distance of the last lane; lanes run backwards in distance
             if (bias != nullptr && nearest < s.extent) x = x + reverse(load(bias + 16 + nearest));
+            if (softcap > 0) x = cap * tanh16(x * uncap);
             const w16 seen = (splat_int(static_cast<int32_t>(first)) <= lane) & (lane < splat_int(static_cast<int32_t>(last)));
             x = choose(seen, x, splat(-INFINITY));
             top = max16(top, x);
@@ -267,7 +284,8 @@ struct Attention {
             sum = sum + e;
             store(score + b * 16, e);
         }
-        return sum_lanes(sum);
+        if (sink_logits == nullptr) return sum_lanes(sum);
+        return sum_lanes(sum) + max_lanes(exp16(sink - highest));
     }
 
     // Rows [r0, r0 + rows) for the query heads of one kv head.
@@ -286,7 +304,7 @@ struct Attention {
                     fill_bias(biases + at * s.bias_stride, rel->f32(r0 + r) + head * s.rank, t, p0 + r);
             }
         }
-        std::memset(acc, 0, static_cast<size_t>(4 * rows * per * s.d_pad));
+        std::memset(acc, 0, static_cast<size_t>(4 * rows * per * s.dv_pad));
 
         // The blocks of positions that some row sees, ascending: sinks, then the window.
         const int64_t sink_blocks = blocks16(std::min(s.sinks, p1 + 1));
@@ -319,59 +337,63 @@ struct Attention {
     template <class StartOf>
     void finish(int64_t r0, int64_t rows, int64_t g, int64_t n_blocks, const StartOf& start_of, bool bf16,
                 const float* biases, float* scores, float* acc) const {
-        const int64_t per = s.per, d = s.d, stride = s.blocks * 16, p0 = position + r0;
+        const int64_t per = s.per, dv = s.dv, stride = s.blocks * 16, p0 = position + r0;
         float* sums = scores + s.sums_at - s.score_at;
         for (int64_t r = 0; r < rows; ++r)
             for (int64_t h = 0; h < per; ++h) {
                 const int64_t at = r * per + h;
-                sums[at] = softmax(scores + at * stride, rel ? biases + at * s.bias_stride : nullptr, p0 + r, start_of, n_blocks);
+                const float* bias = rel ? biases + at * s.bias_stride : nullptr;
+                sums[at] = softmax(scores + at * stride, bias, g * per + h, p0 + r, start_of, n_blocks);
             }
         const auto values = bf16 ? value_rows_of<value_rows, true> : value_rows_of<value_rows, false>;
         for (int64_t b = 0; b < n_blocks; ++b) {
-            const int64_t start = start_of(b), at = (g * s.capacity + s.index(start)) * d;
+            const int64_t start = start_of(b), at = (g * s.capacity + s.index(start)) * dv;
             const void* v = bf16 ? static_cast<const void*>(v_cache.bf16() + at) : v_cache.f32() + at;
             int64_t first, last, first1, last1;
             s.visible(p0, start, first, last);
             s.visible(p0 + rows - 1, start, first1, last1);
             if (first == first1 && last == last1) {  // both grow with p, so all rows between agree
                 if (first < last)
-                    values(scores + b * 16, stride, rows * per, v, d, first, last, acc, s.d_pad);
+                    values(scores + b * 16, stride, rows * per, v, dv, first, last, acc, s.dv_pad);
                 continue;
             }
             for (int64_t r = 0; r < rows; ++r) {
                 s.visible(p0 + r, start, first, last);
                 if (first < last)
-                    values(scores + r * per * stride + b * 16, stride, per, v, d, first, last, acc + r * per * s.d_pad, s.d_pad);
+                    values(scores + r * per * stride + b * 16, stride, per, v, dv, first, last, acc + r * per * s.dv_pad, s.dv_pad);
             }
         }
         for (int64_t r = 0; r < rows; ++r)
             for (int64_t h = 0; h < per; ++h) {
                 const int64_t at = r * per + h;
                 const v16 inverse = splat(1.0f / sums[at]);
-                float* o = out.f32(r0 + r) + (g * per + h) * d;
-                for (int64_t c = 0; c < d; c += 16) store_n(o + c, load(acc + at * s.d_pad + c) * inverse, d - c);
+                float* o = out.f32(r0 + r) + (g * per + h) * dv;
+                for (int64_t c = 0; c < dv; c += 16) store_n(o + c, load(acc + at * s.dv_pad + c) * inverse, dv - c);
             }
     }
 };
 
 int run_attention(const RunArgs& a) {
     const Operand &q = a.t[1], &k = a.t[2], &v = a.t[3], &k_cache = a.t[5], &v_cache = a.t[6];
-    const Operand *rel = a.n_t == 9 ? &a.t[7] : nullptr, *rel_table = a.n_t == 9 ? &a.t[8] : nullptr;
-    const Shape s(q, rel, rel_table, a.i);
-    const int64_t position = *a.t[4].i64(), n = q.rows, d = s.d;
+    const AttentionFlags with(a.i[5]);
+    const Operand *rel = with.rel > 0 ? &a.t[with.rel] : nullptr, *rel_table = rel != nullptr ? rel + 1 : nullptr;
+    const Operand* sink_logits = with.sink_logits > 0 ? &a.t[with.sink_logits] : nullptr;
+    const Shape s(q, v, rel, rel_table, a.i);
+    const int64_t position = *a.t[4].i64(), n = q.rows, d = s.d, dv = s.dv;
     if (position < 0 || position >= position_end) return bad_index;
     if (s.window == 0 && position + n > s.capacity) return bad_index;
 
-    a.par.split(s.kv_heads, n * k.cols * 4, [&](int64_t begin, int64_t end, int) {
+    a.par.split(s.kv_heads, n * (k.cols + v.cols) * 2, [&](int64_t begin, int64_t end, int) {
         for (int64_t g = begin; g < end; ++g)
             for (int64_t r = 0; r < n; ++r) {
                 const int64_t at = s.index(position + r);
                 put(k_cache, (g * s.capacity + at / 16 * 16) * d + at % 16, 16, k.f32(r) + g * d, d);
-                put(v_cache, (g * s.capacity + at) * d, 1, v.f32(r) + g * d, d);
+                put(v_cache, (g * s.capacity + at) * dv, 1, v.f32(r) + g * dv, dv);
             }
     });
 
-    const Attention attention{s, a.t[0], q, k_cache, v_cache, rel, rel_table, position, a.f[0], a.f[1], a.f[2]};
+    const Attention attention{s,           a.t[0],   q,      k_cache, v_cache, rel,   rel_table,
+                              sink_logits, position, a.f[0], a.f[1],  a.f[2],  a.f[3]};
     const int64_t tiles = (n + s.tile - 1) / s.tile;
     const int64_t seen = s.window > 0 ? std::min(position + n, s.sinks + s.window + n) : position + n;
     float* scratch = reinterpret_cast<float*>(a.scratch);

@@ -25,7 +25,14 @@ inline int64_t packed_cols(DType t, int64_t k) { return (t == DType::bf16 ? (k +
 inline bool packed(const TensorInfo& w, int64_t blocks, int64_t k) {
     return is_float(w) && w.fixed(blocks, packed_cols(w.dtype, k)) && dense(w);
 }
+constexpr int64_t max_experts = 1 << 16, max_choices = 1 << 10;
 inline int64_t round_up(int64_t v, int64_t to) { return (v + to - 1) / to * to; }
+
+constexpr int64_t position_end = int64_t{1} << 62;
+inline const char* check_position(const TensorInfo& t) {
+    TMLC_REQUIRE(t.space == Space::slot && t.dtype == DType::i64 && t.fixed(1, 1), "the position must be i64 [1,1] in the slot");
+    return nullptr;
+}
 
 inline int64_t no_scratch(const Call&, int) { return 0; }
 

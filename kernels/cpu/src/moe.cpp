@@ -13,8 +13,6 @@
 namespace tmlc {
 namespace {
 
-constexpr int64_t max_experts = 1 << 16, max_choices = 1 << 10;
-
 // ---- routing --------------------------------------------------------------------------------------------------------
 
 // Scratch of one row being routed: scores of the E + S experts, then the logits of the K chosen.
@@ -145,8 +143,24 @@ struct Layout {
     }
 };
 
+// Flag 1 of the call: gate_up_bias and down_bias are its last two operands.
+bool has_biases(const int64_t* i, int n_i) { return n_i == 3 && (i[2] & 1) != 0; }
+
+// What happens between the two products of an expert, sixteen columns at a time.
+struct Activation {
+    float alpha = 0.0f, limit = 0.0f;
+    v16 operator()(v16 gate, v16 up) const {
+        if (!(alpha > 0.0f)) return silu16(gate) * up;
+        const v16 most = splat(limit), g = min16(gate, most);
+        return (max16(min16(up, most), zero16() - most) + splat(1.0f)) * (g * sigmoid16(splat(alpha) * g));
+    }
+};
+
 const char* check_moe(const Call& c) {
-    TMLC_REQUIRE(arity(c, 6, 2, 0), "wrong number of operands");
+    const bool biases = has_biases(c.i, c.n_i);
+    TMLC_REQUIRE((c.n_i == 2 && c.n_f == 0) || (c.n_i == 3 && c.n_f == 2), "wrong number of operands");
+    TMLC_REQUIRE(c.n_i == 2 || (c.i[2] >= 0 && c.i[2] <= 1), "unknown flags");
+    TMLC_REQUIRE(c.n_t == (biases ? 8 : 6), "wrong number of operands");
     const TensorInfo &out = *c.t[0], &x = *c.t[1], &weights = *c.t[2], &experts = *c.t[3], &up = *c.t[4], &down = *c.t[5];
     const int64_t e = c.i[0], f = c.i[1];
     TMLC_REQUIRE(e >= 1 && e <= max_experts && f >= 1 && f <= 1 << 24, "absurd number or size of experts");
@@ -156,6 +170,9 @@ const char* check_moe(const Call& c) {
     TMLC_REQUIRE(packed(up, e * 2 * blocks16(f), x.cols), "gate_up is not packed for these experts");
     TMLC_REQUIRE(packed(down, e * blocks16(x.cols), f), "down is not packed for these experts");
     TMLC_REQUIRE(x.rows(c.max_n) <= int64_t{1} << 24, "too many rows");
+    TMLC_REQUIRE(!biases || (is_f32(*c.t[6]) && c.t[6]->fixed(e, 2 * f)), "gate_up_bias must be f32 [E,2f]");
+    TMLC_REQUIRE(!biases || (is_f32(*c.t[7]) && c.t[7]->fixed(e, x.cols)), "down_bias must be f32 [E,d]");
+    for (int j = 0; j < c.n_f; ++j) TMLC_REQUIRE(finite(c.f[j]) && c.f[j] >= 0, "alpha and limit must not be negative");
     return nullptr;
 }
 int64_t scratch_moe(const Call& c, int) {
@@ -166,6 +183,10 @@ int run_moe(const RunArgs& a) {
     const Operand &out = a.t[0], &x = a.t[1], &weights = a.t[2], &experts = a.t[3], &up = a.t[4], &down = a.t[5];
     const int64_t n_experts = a.i[0], f = a.i[1], d = x.cols, choices = weights.cols, n = x.rows, pairs = n * choices;
     const int64_t f_blocks = blocks16(f), d_blocks = blocks16(d);
+    const bool biases = has_biases(a.i, a.n_i);
+    const Operand *up_bias = biases ? &a.t[6] : nullptr, *down_bias = biases ? &a.t[7] : nullptr;
+    Activation activate;
+    if (a.n_i == 3) activate = {static_cast<float>(a.f[0]), static_cast<float>(a.f[1])};
     const Layout at(n_experts, d, f, pairs);
     auto* starts = reinterpret_cast<int64_t*>(a.scratch + at.starts);    // of each expert's pairs in `order`
     auto* touched = reinterpret_cast<int64_t*>(a.scratch + at.touched);  // experts with pairs, ascending
@@ -214,7 +235,13 @@ int run_moe(const RunArgs& a) {
                     p[1] = w1.block(base + f_blocks + b);
                 },
                 [&](int64_t r, int64_t b, const float* sums) {
-                    store(hidden + (i0 + r) * at.f + b * 16, silu16(load(sums)) * load(sums + 16));
+                    v16 gate = load(sums), value = load(sums + 16);
+                    if (up_bias != nullptr) {
+                        const float* bias = up_bias->f32(e) + b * 16;
+                        gate = gate + load_n(bias, f - b * 16);
+                        value = value + load_n(bias + f, f - b * 16);
+                    }
+                    store(hidden + (i0 + r) * at.f + b * 16, activate(gate, value));
                 });
         });
     });
@@ -225,7 +252,9 @@ int run_moe(const RunArgs& a) {
             for_tiles<1>(
                 rows + i0, count, first, last, w2, [&](int64_t b, const void** p) { p[0] = w2.block(base + b); },
                 [&](int64_t r, int64_t b, const float* sums) {
-                    store(results + order[i0 + r] * at.d + b * 16, load(sums));
+                    v16 v = load(sums);
+                    if (down_bias != nullptr) v = v + load_n(down_bias->f32(e) + b * 16, d - b * 16);
+                    store(results + order[i0 + r] * at.d + b * 16, v);
                 });
         });
     });

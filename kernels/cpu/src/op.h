@@ -82,6 +82,7 @@ struct RunArgs {
     const Operand* t;
     int n_t;
     const int64_t* i;
+    int n_i;
     const double* f;
     int64_t n;           // the call's n
     uint8_t* scratch;    // 64-byte aligned, as many bytes as `scratch` asked for
@@ -105,7 +106,9 @@ struct OpDef {
 struct OpTable { const OpDef* ops; int count; };
 OpTable dense_ops();       // dense.cpp: copy, norms, linear, elementwise, embedding
 OpTable attention_ops();   // attention.cpp: attention, advance, short_conv
+OpTable head_ops();        // heads.cpp: rope, head_columns, concat_heads
 OpTable moe_ops();         // moe.cpp: sink_router, router, moe
+OpTable topk_ops();        // topk.cpp: topk_router
 OpTable media_ops();       // media.cpp: bag_embedding, dmel, patchify, overlap_add
 OpTable random_ops();      // random.cpp: philox_normal, sample
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tmlc.errors import ContextFullError
-from tmlc.ir.ops.registry import conv_taps, exact, matrix, need, op, wide
+from tmlc.ir.ops.registry import conv_taps, exact, matrix, need, op, vector, wide
 from tmlc.ir.types import TensorType
 
 
@@ -25,23 +25,32 @@ def _attention(
     sinks: int,
     log_floor: float,
     log_alpha: float,
+    sink_logits: TensorType | None,
+    softcap: float,
 ) -> TensorType:
     n, cols = matrix(q, "q")
     d = exact(cols, num_heads, "columns of q per head")
     need(num_kv_heads > 0 and num_heads % num_kv_heads == 0, f"{num_heads} heads over {num_kv_heads} kv heads")
-    for t, name in ((k, "k"), (v, "v")):
-        rows, kv_cols = matrix(t, name)
-        need(rows == n and kv_cols == num_kv_heads * d, f"{name} must be [{n}, {num_kv_heads * d}], not {t}")
+    rows, k_cols = matrix(k, "k")
+    need(rows == n and k_cols == num_kv_heads * d, f"k must be [{n}, {num_kv_heads * d}], not {k}")
+    rows, v_cols = matrix(v, "v")
+    v_width = exact(v_cols, num_kv_heads, "columns of v per kv head")
+    need(rows == n, f"v must have {n} rows, not {v}")
+    need(sink_logits is None or vector(sink_logits, "sink_logits") == num_heads, f"{sink_logits} for {num_heads} heads")
+    need(softcap >= 0, f"softcap {softcap} must not be negative")
     need((rel is None) == (rel_table is None), "rel and rel_table come together")
     if rel is not None and rel_table is not None:
         rows, rel_cols = matrix(rel, "rel")
         ranks, _ = matrix(rel_table, "rel_table")
         need(rows == n and rel_cols == num_heads * ranks, f"rel must be [{n}, {num_heads}·{ranks}], not {rel}")
     need(window >= 0 and sinks >= 0, f"window {window} and sinks {sinks} must not be negative")
-    return q
+    return TensorType("f32", (n, num_heads * v_width))
 
 
-_HEADS = "int num_heads, int num_kv_heads, float scale, int window, int sinks, float log_floor, float log_alpha"
+_HEADS = (
+    "int num_heads, int num_kv_heads, float scale, int window, int sinks, float log_floor, float log_alpha, "
+    "Tensor? sink_logits=None, float softcap=0.0"
+)
 
 
 @op(f"attention(Tensor q, Tensor k, Tensor v, Tensor? rel, Tensor? rel_table, {_HEADS}) -> Tensor", _attention)
@@ -58,6 +67,8 @@ def attention(
     sinks: int,
     log_floor: float,
     log_alpha: float,
+    sink_logits: Tensor | None = None,
+    softcap: float = 0.0,
 ) -> Tensor:
     """Causal attention over one sequence from position 0, with learned relative bias; window 0 = all keys."""
     positions = torch.arange(q.shape[0], device=q.device)
@@ -76,6 +87,8 @@ def attention(
         sinks,
         log_floor,
         log_alpha,
+        sink_logits,
+        softcap,
     )
 
 
@@ -94,12 +107,15 @@ def attend(
     sinks: int,
     log_floor: float,
     log_alpha: float,
+    sink_logits: Tensor | None = None,
+    softcap: float = 0.0,
 ) -> Tensor:
     """One dense masked softmax of queries at absolute positions q_pos[n] over keys at k_pos[m] (int64).
 
     A key at j is visible from p when j <= p and (window = 0, or j > p - window, or j < sinks).
     score = scale·(q·τ)·k_j + τ·(rel @ rel_table)[p - j] (0 beyond the table's extent),
-    τ = 1 + log_alpha·ln(max(1, (p + 1)/log_floor)), or 1 when log_floor is 0.
+    τ = 1 + log_alpha·ln(max(1, (p + 1)/log_floor)), or 1 when log_floor is 0. softcap c > 0: score → c·tanh(score/c).
+    sink_logits[H]: one more score a head in the softmax, whose share goes to no value.
     """
     n, m, group = q.shape[0], k.shape[0], num_heads // num_kv_heads
     heads = q.reshape(n, num_heads, -1).transpose(0, 1)
@@ -118,7 +134,13 @@ def attend(
     visible = distance >= 0
     if window > 0:
         visible = visible & ((distance < window) | (k_pos[None, :] < sinks))
-    probabilities = torch.softmax(scores.masked_fill(~visible, -math.inf), dim=-1)
+    if softcap > 0:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~visible, -math.inf)
+    if sink_logits is not None:
+        sink = wide(sink_logits.reshape(num_heads, 1, 1), q).expand(num_heads, n, 1)
+        scores = torch.cat([scores, sink], -1)
+    probabilities = torch.softmax(scores, dim=-1)[..., :m]
     return (probabilities @ values).transpose(0, 1).reshape(n, -1)
 
 
@@ -138,12 +160,16 @@ def _attention_state(
     sinks: int,
     log_floor: float,
     log_alpha: float,
+    sink_logits: TensorType | None,
+    softcap: float,
 ) -> TensorType:
-    result = _attention(q, k, v, rel, rel_table, num_heads, num_kv_heads, scale, window, sinks, log_floor, log_alpha)
+    heads = (num_heads, num_kv_heads, scale, window, sinks, log_floor, log_alpha)
+    result = _attention(q, k, v, rel, rel_table, *heads, sink_logits, softcap)
     need(position == TensorType("i64", (1, 1)), f"position must be i64[1, 1], not {position}")
-    for t, name in ((k_cache, "k_cache"), (v_cache, "v_cache")):
+    for t, name, new in ((k_cache, "k_cache", k), (v_cache, "v_cache", v)):
         rows, cols = matrix(t, name, ("f32", "bf16"))
-        need(cols == k.shape[1] and t == k_cache, f"{name} must be [C, {k.shape[1]}] like k_cache, not {t}")
+        like = t.dtype == k_cache.dtype and rows == k_cache.shape[0]
+        need(cols == new.shape[1] and like, f"{name} must be [C, {new.shape[1]}] like k_cache, not {t}")
         need(
             window == 0 or rows - sinks >= window,
             f"a cache of {rows} rows cannot hold {sinks} sinks and {window}",
@@ -173,6 +199,8 @@ def attention_state(
     sinks: int,
     log_floor: float,
     log_alpha: float,
+    sink_logits: Tensor | None = None,
+    softcap: float = 0.0,
 ) -> Tensor:
     """attention of n new positions, whose keys and values are first written to the cache (linear or ring)."""
     n, capacity, start = q.shape[0], k_cache.shape[0], int(position)
@@ -206,6 +234,8 @@ def attention_state(
         sinks,
         log_floor,
         log_alpha,
+        sink_logits,
+        softcap,
     )
 
 

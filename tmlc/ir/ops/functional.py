@@ -15,9 +15,11 @@ from torch import Tensor
 
 from tmlc.ir.ops import attention as _attention
 from tmlc.ir.ops import dense as _dense
+from tmlc.ir.ops import heads as _heads
 from tmlc.ir.ops import media as _media
 from tmlc.ir.ops import moe as _moe
 from tmlc.ir.ops import random as _random
+from tmlc.ir.ops import topk as _topk
 
 _ops = torch.ops.tmlc
 
@@ -110,9 +112,39 @@ def attention(
     sinks: int = 0,
     log_floor: float = 0.0,
     log_alpha: float = 0.0,
+    sink_logits: Tensor | None = None,
+    softcap: float = 0.0,
 ) -> Tensor:
-    args = (q, k, v, rel, rel_table, num_heads, num_kv_heads, scale, window, sinks, log_floor, log_alpha)
-    return _call("attention", _attention.attention, q, *args)
+    heads = (num_heads, num_kv_heads, scale, window, sinks, log_floor, log_alpha)
+    return _call("attention", _attention.attention, q, q, k, v, rel, rel_table, *heads, sink_logits, softcap)
+
+
+def rope(
+    x: Tensor, inv_freq: Tensor, num_heads: int, offset: int = 0, interleaved: bool = False, scaling: float = 1.0
+) -> Tensor:
+    return _call("rope", _heads.rope, x, x, inv_freq, num_heads, offset, interleaved, scaling)
+
+
+def head_columns(x: Tensor, num_heads: int, start: int, stop: int) -> Tensor:
+    return _call("head_columns", _heads.head_columns, x, x, num_heads, start, stop)
+
+
+def concat_heads(a: Tensor, b: Tensor, num_heads: int, shared: int = 0) -> Tensor:
+    return _call("concat_heads", _heads.concat_heads, a, a, b, num_heads, shared)
+
+
+def topk_router(
+    logits: Tensor,
+    bias: Tensor | None,
+    scores: int,
+    top_k: int,
+    normalise: bool = False,
+    groups: int = 1,
+    top_groups: int = 1,
+    scale: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    args = (logits, bias, scores, top_k, normalise, groups, top_groups, scale)
+    return _call("topk_router", _topk.topk_router, logits, *args)
 
 
 def sink_router(
@@ -122,8 +154,19 @@ def sink_router(
     return _call("sink_router", _moe.sink_router, logits, *args)
 
 
-def moe(x: Tensor, weights: Tensor, experts: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    return _call("moe", _moe.moe, x, x, weights, experts, gate_up, down)
+def moe(
+    x: Tensor,
+    weights: Tensor,
+    experts: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    alpha: float = 0.0,
+    limit: float = 0.0,
+) -> Tensor:
+    args = (x, weights, experts, gate_up, down, gate_up_bias, down_bias, alpha, limit)
+    return _call("moe", _moe.moe, x, *args)
 
 
 def shared_experts(x: Tensor, weights: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:

@@ -75,7 +75,17 @@ def router(
     return sink_router(nnf.linear(x, wide(weight, x)), bias, scale, top_k, n_shared, route_scale)
 
 
-def _moe(x: TensorType, weights: TensorType, experts: TensorType, gate_up: TensorType, down: TensorType) -> TensorType:
+def _moe(
+    x: TensorType,
+    weights: TensorType,
+    experts: TensorType,
+    gate_up: TensorType,
+    down: TensorType,
+    gate_up_bias: TensorType | None,
+    down_bias: TensorType | None,
+    alpha: float,
+    limit: float,
+) -> TensorType:
     n, d = matrix(x, "x")
     _routes(n, weights, "weights", "f32")
     _routes(n, experts, "experts", "i64")
@@ -91,6 +101,11 @@ def _moe(x: TensorType, weights: TensorType, experts: TensorType, gate_up: Tenso
         tuple(down.shape) == (count, d, wide_rows // 2),
         f"down must be [{count}, {d}, {wide_rows // 2}], not {down}",
     )
+    need((gate_up_bias is None) == (down_bias is None), "gate_up_bias and down_bias come together")
+    if gate_up_bias is not None and down_bias is not None:
+        for t, cols, name in ((gate_up_bias, wide_rows, "gate_up_bias"), (down_bias, d, "down_bias")):
+            need(t == TensorType("f32", (count, cols)), f"{name} must be f32[{count}, {cols}], not {t}")
+    need(alpha >= 0 and (alpha == 0 or limit > 0), f"alpha {alpha} and limit {limit} must be positive, or alpha 0")
     return x
 
 
@@ -99,22 +114,47 @@ def _routes(n: Any, t: TensorType, what: str, dtype: str) -> None:
     need(rows == n, f"{what} must have {n} rows, not {rows}")
 
 
-@op("moe(Tensor x, Tensor weights, Tensor experts, Tensor gate_up, Tensor down) -> Tensor", _moe)
-def moe(x: Tensor, weights: Tensor, experts: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    """Σ_j weights_j · down_e(silu(gate_e x)·up_e x), e = experts_j, j ascending."""
+@op(
+    "moe(Tensor x, Tensor weights, Tensor experts, Tensor gate_up, Tensor down, Tensor? gate_up_bias=None, "
+    "Tensor? down_bias=None, float alpha=0.0, float limit=0.0) -> Tensor",
+    _moe,
+)
+def moe(
+    x: Tensor,
+    weights: Tensor,
+    experts: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    alpha: float = 0.0,
+    limit: float = 0.0,
+) -> Tensor:
+    """Σ_j weights_j · (down_e·act(gate_e x + bias, up_e x + bias) + bias), e = experts_j, j ascending.
+
+    alpha 0: act(g, u) = silu(g)·u. Else with g = min(g, limit), u = clamp(u, -limit, limit): (u + 1)·g·sigmoid(alpha·g).
+    """
     f = down.shape[2]
     parts = x.new_zeros(*experts.shape, x.shape[1])
     for e in experts.unique().tolist():
         if not 0 <= e < gate_up.shape[0]:
             raise IndexError(f"expert {e} outside 0..{gate_up.shape[0] - 1}")
         row, j = torch.where(experts == e)
-        both = nnf.linear(x[row], wide(gate_up[e], x))
-        hidden = nnf.silu(both[:, :f]) * both[:, f:]
-        parts[row, j] = weights[row, j, None] * nnf.linear(hidden, wide(down[e], x))
+        both = nnf.linear(x[row], wide(gate_up[e], x), None if gate_up_bias is None else wide(gate_up_bias[e], x))
+        hidden = _gated(both[:, :f], both[:, f:], alpha, limit)
+        bias = None if down_bias is None else wide(down_bias[e], x)
+        parts[row, j] = weights[row, j, None] * nnf.linear(hidden, wide(down[e], x), bias)
     out = torch.zeros_like(x)
     for column in range(experts.shape[1]):
         out = out + parts[:, column]
     return out
+
+
+def _gated(gate: Tensor, up: Tensor, alpha: float, limit: float) -> Tensor:
+    if alpha == 0:
+        return nnf.silu(gate) * up
+    gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    return (up + 1) * gate * torch.sigmoid(alpha * gate)
 
 
 def _shared_experts(

@@ -1,8 +1,8 @@
 """The table of canonical ops, and the decorator that registers one there and as `torch.ops.tmlc.<name>`.
 
 An op is registered once: its schema, its shape function, and a plain PyTorch body which *is* its meaning, its
-fallback and the oracle of every kernel test. Schemas have no default values, so that a traced call always
-carries every argument, in the order of docs/ir.md.
+fallback and the oracle of every kernel test. A call in a program always carries every argument, in the order of
+docs/ir.md: arguments that came later than their op have defaults in the schema, which `program.positional` fills in.
 """
 
 from __future__ import annotations
@@ -78,13 +78,14 @@ def op(
         _LIBRARY.impl(name, body, "CompositeExplicitAutograd")
 
         def fake(*args: Any) -> Any:
+            args = (*args, *(a.default_value for a in schema_args[len(args) :]))
             like = next(a for a in args if isinstance(a, torch.Tensor))
             result = shapes(*[TensorType.of(a) if isinstance(a, torch.Tensor) else a for a in args])
             empty = [like.new_empty(t.shape, dtype=t.torch_dtype) for t in _types(result)]
             return empty[0] if isinstance(result, TensorType) else tuple(empty) if empty else None
 
-        torch.library.register_fake(f"tmlc::{name}", fake, lib=_LIBRARY)
         schema_args = getattr(torch.ops.tmlc, name).default._schema.arguments
+        torch.library.register_fake(f"tmlc::{name}", fake, lib=_LIBRARY)
         mutates = tuple(a.name for a in schema_args if a.alias_info is not None and a.alias_info.is_write)
         doc = (reference.__doc__ or "").strip().partition("\n")[0]
         OPS[name] = OpSpec(name, schema, reference, shapes, mutates, doc, from_pass, view)
