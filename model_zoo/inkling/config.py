@@ -73,18 +73,23 @@ class InklingConfig:
 _SAME_EXPORT = "take config.json and the processor's files from the same export as the weights"
 
 
-def text_config(raw: dict[str, Any], where: str) -> TextConfig:
-    """`TextConfig.from_inkling`, after what the backbone does not have is refused by name.
-
-    Raises:
-        CheckpointError: an unknown kind of layer, activation or routing, or a field that is missing or wrong.
-    """
+def check_layer_types(raw: Mapping[str, Any], where: str) -> None:
+    """Refuses kinds of layers that the family has not, by the number of the layer."""
     known = {"layer_types": ("hybrid", "hybrid_sliding"), "mlp_layer_types": ("dense", "sparse")}
     for name, kinds in known.items():
         for layer, kind in enumerate(raw.get(name) or ()):
             if kind not in kinds:
                 raise CheckpointError(f"{name} of layer {layer} is {kind!r}", where=f"{where}: {name}[{layer}]",
                                       fix=f"tmlc compiles layers of type {' and '.join(kinds)}")  # fmt: skip
+
+
+def text_config(raw: dict[str, Any], where: str) -> TextConfig:
+    """`TextConfig.from_inkling`, after what the backbone does not have is refused by name.
+
+    Raises:
+        CheckpointError: an unknown kind of layer, activation or routing, or a field that is missing or wrong.
+    """
+    check_layer_types(raw, where)
     if raw.get("hidden_act", "silu") != "silu":
         raise CheckpointError(f"hidden_act is {raw['hidden_act']!r}", where=f"{where}: hidden_act",
                               fix="tmlc compiles Inkling experts with silu only")  # fmt: skip
@@ -143,7 +148,7 @@ def _audio(raw: dict[str, Any], processor: Mapping[str, Any], where: str) -> tup
         "mel_vocab_size": stride, "dmel_min": float(_number(processor, "dmel_min_value", -7.0)),
         "dmel_max": float(_number(processor, "dmel_max_value", 2.0)),
     }  # fmt: skip
-    return _section(AudioConfig, values, f"{where}: audio_config"), levels, analysis
+    return build_section(AudioConfig, values, f"{where}: audio_config"), levels, analysis
 
 
 def _vision(raw: dict[str, Any], processor: Mapping[str, Any], where: str) -> VisionConfig:
@@ -169,7 +174,7 @@ def _vision(raw: dict[str, Any], processor: Mapping[str, Any], where: str) -> Vi
         "num_hidden_layers": raw.get("n_layers", raw.get("num_hidden_layers", 24)), "height": height, "width": width,
         "image_mean": mean, "image_std": std,
     }  # fmt: skip
-    return _section(VisionConfig, values, f"{where}: vision_config")
+    return build_section(VisionConfig, values, f"{where}: vision_config")
 
 
 def _normalisation(processor: Mapping[str, Any]) -> tuple[list[float], list[float]]:
@@ -211,7 +216,8 @@ def _samples(value: float, name: str, where: str) -> int:
     return round(value)
 
 
-def _section(cls: type[S], values: dict[str, Any], where: str) -> S:
+def build_section(cls: type[S], values: dict[str, Any], where: str) -> S:
+    """The section of these values. CheckpointError names at most three fields that do not fit."""
     try:
         return cls.model_validate(values)
     except ValidationError as error:

@@ -176,8 +176,14 @@ class TokenModel(nn.Module):
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
         self.text_config = config
-        self.model = Backbone(config)
+        self.model = self._backbone(config)
         self.lm_head = Linear(config.hidden_size, config.vocab_size)
+
+    def _backbone(self, config: TextConfig) -> nn.Module:
+        return Backbone(config)
+
+    def _decode(self) -> nn.Module:
+        return _Decode(cast(Backbone, self.model))
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids int64[n, 1] → logits [n, logits_size] of the whole sequence."""
@@ -194,7 +200,7 @@ class TokenModel(nn.Module):
         temperature = MethodInput("temperature", torch.float32, (1, 0), 1, _greedy)
         return {
             "embed_text": MethodDef(_EmbedText(self.model), (ids,), ("x",)),
-            "decode": MethodDef(_Decode(self.model), (x,), ("hidden",)),
+            "decode": MethodDef(self._decode(), (x,), ("hidden",)),
             "unembed": MethodDef(_Unembed(self.lm_head, text), (hidden,), ("logits",)),
             "next_token": MethodDef(_NextToken(self.lm_head, text), (hidden, key, temperature), ("ids",)),
         }

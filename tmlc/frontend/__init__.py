@@ -27,10 +27,11 @@ _OVERRIDES = {"context": "limit", "policy": "policy", "sinks": "sinks", "max_app
 
 
 def _architectures() -> dict[str, Callable[[Checkpoint], Frontend]]:
-    from tmlc.frontend.inkling import inkling_mm, inkling_text
+    from tmlc.frontend.inkling import inkling2_text, inkling_mm, inkling_text
     from tmlc.frontend.interaction import interaction
 
-    return {"tmlc_interaction": interaction, "inkling_text": inkling_text, "inkling_mm_model": inkling_mm}
+    return {"tmlc_interaction": interaction, "inkling_text": inkling_text, "inkling_mm_model": inkling_mm,
+            "inkling2_text": inkling2_text}
 
 
 def load_program(
