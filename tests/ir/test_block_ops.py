@@ -44,7 +44,8 @@ def test_taps_of_a_dynamic_convolution_count_backwards_and_differ_by_head(residu
     got = F.dynamic_conv(x, weight, taps, residual)
     for t in range(n):
         for c in range(heads * width):
-            want = sum((weight[j, c] + taps[t, c // width * kernel + j]) * x[t - j, c] for j in range(min(kernel, t + 1)))
+            seen = range(min(kernel, t + 1))
+            want = sum((weight[j, c] + taps[t, c // width * kernel + j]) * x[t - j, c] for j in seen)
             torch.testing.assert_close(got[t, c], want + x[t, c] * residual)
 
 
@@ -57,7 +58,7 @@ def test_a_dynamic_convolution_continues_after_its_tail():
 
 
 def test_a_sink_may_differ_from_row_to_row():
-    n, heads, width = 5, 2, 4
+    n, heads = 5, 2
     q, k, v, sinks = rand(n, 8), rand(n, 8, seed=1), rand(n, 8, seed=2), rand(n, heads)
     got = F.attention(q, k, v, None, None, heads, heads, 0.5, sink_logits=sinks)
     for t in range(n):

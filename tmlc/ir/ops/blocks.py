@@ -1,4 +1,4 @@
-"""What Inkling-2 adds: mixing of residual blocks, L2 clips, soft caps, and a short convolution whose taps are computed."""
+"""What Inkling-2 adds: mixing of residual blocks, L2 clips, soft caps, a short convolution whose taps are computed."""
 
 from __future__ import annotations
 
