@@ -66,6 +66,7 @@ class CompileReport:
         model, kind, target, precision: what was compiled for what.
         passes: one record for each pass.
         coverage: which kernel runs which op of which method.
+        notes: what the frontend says of how it read the checkpoint.
         seconds: wall time of each stage.
         package_bytes, weight_bytes, arena_bytes, scratch_bytes, session_bytes: sizes.
         digest: of the package.
@@ -80,6 +81,7 @@ class CompileReport:
     precision: str
     passes: list[PassRecord] = field(default_factory=list)
     coverage: list[Coverage] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     package_bytes: int = 0
     weight_bytes: int = 0
@@ -188,6 +190,7 @@ def compile(
         ready.record,
     )
     report.seconds, report.program, report.coverage = seconds, ready, coverage(ready)
+    report.notes = list(ready.meta.get("notes", ()))
     if stop_after is not None:
         return report
 

@@ -178,8 +178,11 @@ class Backbone(nn.Module):
 
 
 def unembed(hidden: Tensor, weight: Tensor, config: TextConfig) -> Tensor:
-    """hidden[n, d] → logits [n, logits_size]: muP scaling, the head, and the vocabulary's padding cut off."""
+    """hidden[n, d] → logits [n, logits_size]: muP scaling, the head, a soft cap if the model has one, and the
+    vocabulary's padding cut off."""
     logits = F.linear(F.scale(hidden, 1.0 / config.logits_mup_width_multiplier), weight)
+    if config.logit_cap:
+        logits = F.softcap(logits, config.logit_cap)
     if config.logits_size == config.vocab_size:
         return logits
     return F.columns(logits, 0, config.logits_size)

@@ -88,6 +88,11 @@ class TextConfig(Section):
         """Columns of the logits: the vocabulary without its padding."""
         return self.unpadded_vocab_size or self.vocab_size
 
+    @property
+    def logit_cap(self) -> float:
+        """Soft cap of the logits; 0 for none."""
+        return 0.0
+
     def is_sliding(self, layer: int) -> bool:
         return self.layer_types[layer] == "hybrid_sliding"
 

@@ -156,14 +156,34 @@ class _Vocode(nn.Module):
         return self.vocoder(mel)
 
 
+def embed_audio(tower: AudioTower) -> MethodDef:
+    """The method that turns samples [n, hop] into positions."""
+    pcm = MethodInput("pcm", torch.float32, (1, 0), tower.config.hop_length, _pcm)
+    return MethodDef(_EmbedAudio(tower), (pcm,), ("x",))
+
+
+def embed_video(tower: VisionTower) -> MethodDef:
+    """The method that turns clips of whole frames into positions, one for each patch."""
+    vision = tower.config
+    rows = (vision.temporal_patch_size * vision.height, 0)
+    video = MethodInput("video", torch.uint8, rows, vision.width * 3, _whole(256, torch.uint8))
+    return MethodDef(_EmbedVideo(tower), (video,), ("x",))
+
+
 class TokenModel(nn.Module):
     """Text in, text out: an Inkling backbone with its head, under the names of `InklingForCausalLM`."""
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
         self.text_config = config
-        self.model = Backbone(config)
+        self.model = self._backbone(config)
         self.lm_head = Linear(config.hidden_size, config.vocab_size)
+
+    def _backbone(self, config: TextConfig) -> nn.Module:
+        return Backbone(config)
+
+    def _decode(self) -> nn.Module:
+        return _Decode(cast(Backbone, self.model))
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids int64[n, 1] → logits [n, logits_size] of the whole sequence."""
@@ -180,7 +200,7 @@ class TokenModel(nn.Module):
         temperature = MethodInput("temperature", torch.float32, (1, 0), 1, _greedy)
         return {
             "embed_text": MethodDef(_EmbedText(self.model), (ids,), ("x",)),
-            "decode": MethodDef(_Decode(self.model), (x,), ("hidden",)),
+            "decode": MethodDef(self._decode(), (x,), ("hidden",)),
             "unembed": MethodDef(_Unembed(self.lm_head, text), (hidden,), ("logits",)),
             "next_token": MethodDef(_NextToken(self.lm_head, text), (hidden, key, temperature), ("ids",)),
         }
@@ -210,18 +230,16 @@ class InteractionModel(TokenModel):
         return model
 
     def methods(self) -> dict[str, MethodDef]:
-        config, text = self.config, super().methods()
-        audio, vision, speech = config.audio_config, config.vision_config, config.speech_config
-        pcm = MethodInput("pcm", torch.float32, (1, 0), audio.hop_length, _pcm)
-        rows = (vision.temporal_patch_size * vision.height, 0)
-        video = MethodInput("video", torch.uint8, rows, vision.width * 3, _whole(256, torch.uint8))
+        text, speech = super().methods(), self.config.speech_config
+        heard = embed_audio(self.audio_tower)
+        (pcm,) = heard.inputs
         hidden, key, _ = text["next_token"].inputs
         mel = MethodInput("mel", torch.float32, (speech.frames_per_position, 0), speech.n_mel_bins, _normal)
         return {
             "embed_text": text["embed_text"],
-            "embed_audio": MethodDef(_EmbedAudio(self.audio_tower), (pcm,), ("x",)),
+            "embed_audio": heard,
             "embed_speech": MethodDef(_EmbedSpeech(self.audio_tower, self.self_voice), (pcm,), ("x",)),
-            "embed_video": MethodDef(_EmbedVideo(self.vision_tower), (video,), ("x",)),
+            "embed_video": embed_video(self.vision_tower),
             "decode": text["decode"],
             "unembed": text["unembed"],
             "next_token": text["next_token"],

@@ -17,7 +17,7 @@ from tmlc.pipeline.registry import register_pass
 
 #: Caches and sinks are whole blocks of this many positions (docs/plan-format.md).
 BLOCK = 16
-_STATELESS = ("attention", "rope", "short_conv", "dmel", "overlap_add")
+_STATELESS = ("attention", "rope", "short_conv", "dynamic_conv", "dmel", "overlap_add")
 
 
 @register_pass("state.insert")
@@ -114,6 +114,7 @@ class _Rewriter:
             "attention": self._attention,
             "rope": self._rope,
             "short_conv": self._short_conv,
+            "dynamic_conv": self._dynamic_conv,
             "dmel": self._dmel,
             "overlap_add": self._overlap_add,
         }
@@ -196,6 +197,16 @@ class _Rewriter:
         tail = self._state(place, what, "conv_tail", (weight.cols - 1, type_of(args["x"]).cols))
         return call(self.method.graph, "short_conv_state", (args["x"], args["weight"], tail, args["residual"]))
 
+    def _dynamic_conv(self, node: fx.Node, index: int) -> fx.Node:
+        args = named_args(node)
+        taps, channels = type_of(args["weight"]).shape
+        if taps < 2:
+            raise self._cannot(node, "a convolution of one tap has no history")
+        place, module = _place(weight_of(args["weight"]), index)
+        tail = self._state(place, f"{module}_tail" if module else "tail", "conv_tail", (taps - 1, channels))
+        head = (args["x"], args["weight"], args["taps"], tail)
+        return call(self.method.graph, "dynamic_conv_state", (*head, args["residual"]))
+
     def _dmel(self, node: fx.Node, index: int) -> fx.Node:
         args = named_args(node)
         kept = type_of(args["window"]).cols - type_of(args["pcm"]).cols
@@ -220,5 +231,5 @@ def _place(weight: str | None, index: int) -> tuple[str, str]:
     k_sconv. Without a number in the name, the op's index in its method."""
     parts = (weight or "").split(".")
     numbers = [part for part in parts if re.fullmatch(r"\d+", part)]
-    names = [part for part in parts if part not in ("weight", "conv1d", "") and part not in numbers]
+    names = [part for part in parts if part not in ("weight", "static_weight", "conv1d", "") and part not in numbers]
     return numbers[0] if numbers else str(index), names[-1] if names else ""

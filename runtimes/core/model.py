@@ -50,8 +50,9 @@ class Model:
         self._check_text()
         if manifest.model.kind == "interaction":
             self._check_interaction()
-        elif self.layout.audio_in or self.layout.audio_out or self.layout.video_positions:
-            raise PackageError("a token model takes no audio or video", where="manifest.json: tick")
+        elif self.layout.audio_out or (self.layout.audio_in and self.layout.hop < 1):
+            raise PackageError("a token model may hear and see, but it does not speak", where="manifest.json: tick")
+        self._check_media()
         self.chunk = min(self._spec("decode").max_n, manifest.context.max_append)
         self.times = dict.fromkeys(backend.methods, 0)
         self._x = np.zeros((self.chunk, self.width), np.float32)
@@ -91,12 +92,17 @@ class Model:
 
     def _check_interaction(self) -> None:
         layout = self.layout
-        hidden, key = _rows("f32", 1, self.width), _rows("i64", 1, 3)
         if layout.audio_in < 1 or layout.hop < 1 or layout.end_of_tick_token_id < 0:
             raise PackageError(
                 "an interaction model needs audio positions and an end-of-tick token",
                 where="manifest.json: tick",
             )
+        self.speaks = layout.audio_out > 0
+
+    def _check_media(self) -> None:
+        """What the model hears and sees, of any kind, and what an interaction model says."""
+        layout = self.layout
+        hidden, key = _rows("f32", 1, self.width), _rows("i64", 1, 3)
         sizes = {
             "audio": 4 * layout.audio_in * layout.hop,
             "video": layout.clip_frames * layout.frame_height * layout.frame_width * 3,
@@ -107,20 +113,20 @@ class Model:
                 raise PackageError(f"{size} bytes of {what} a tick are absurd", where="manifest.json: tick")
         if layout.video_positions and not sizes["video"]:
             raise PackageError("video needs frames that are not empty", where="manifest.json: tick")
-        self.hears, self.hop = True, layout.hop
-        self._spec("embed_audio").require([_rows("f32", 1, self.hop)], [hidden])
+        if layout.audio_in:
+            self.hears, self.hop = True, layout.hop
+            self._spec("embed_audio").require([_rows("f32", 1, self.hop)], [hidden])
         if layout.video_positions:
             frame_rows, frame_cols = layout.clip_frames * layout.frame_height, layout.frame_width * 3
             clip = _rows("u8", frame_rows, frame_cols)
             self._spec("embed_video").require([clip], [_rows("f32", layout.video_positions, self.width)])
             self.sees = True
-        if layout.audio_out:
+        if self.speaks:
             mel = _rows("f32", layout.frames_per_position, layout.n_mel)
             pcm = _rows("f32", 1, self.hop)
             self._spec("embed_speech").require([pcm], [hidden])
             self._spec("speak").require([hidden, key], [mel])
             self._spec("vocode").require([mel], [pcm])
-            self.speaks = True
 
     def reset_times(self) -> None:
         for name in self.times:

@@ -207,19 +207,23 @@ class Session:
                 raise InputError("this model does not read: it takes no text")
             if len(self._talk.queue) + len(tokens) > MAX_QUEUED_TOKENS:
                 raise InputError(f"more than {MAX_QUEUED_TOKENS} typed tokens are waiting")
-        if not tokens and engine.kind == "tokens" and not self._talk.positions:
+        nothing = not tokens and given.video is None and (given.audio is None or not given.audio.size)
+        if nothing and engine.kind == "tokens" and not self._talk.positions:
             raise InputError("the first tick of a token model needs at least one token")
         return tokens
 
     def _fill(self, given: TickInput, tokens: list[int]) -> Staged:
-        """Copies a checked input into the session's own buffers, padded to a whole tick and a whole clip."""
-        staged = Staged(self._pcm, tokens=tokens)
+        """Copies a checked input into the session's own buffers, padded to a whole clip and a whole tick (for a token
+        model, which hears no silence of its own: to whole positions)."""
         samples = 0
         if given.audio is not None:
             samples = given.audio.size
             self._pcm.reshape(-1)[:samples] = given.audio
         self._pcm.reshape(-1)[samples:] = 0.0
-        staged.padded = self._pcm.size - samples
+        whole = self.engine.kind == "interaction" or not samples
+        heard = self._pcm if whole else self._pcm[: -(-samples // self.engine.model.hop)]
+        staged = Staged(heard, tokens=tokens, samples=samples)
+        staged.padded = heard.size - samples
         if given.video is not None:
             self._clip[:] = given.video.reshape(given.video.shape[0], *self._clip.shape[1:])
             staged.clip = self._clip.reshape(-1, self._clip.shape[2])

@@ -96,6 +96,7 @@ class Staged:
     """A checked TickInput in the session's own buffers."""
 
     pcm: np.ndarray
+    samples: int = 0
     clip: np.ndarray | None = None
     tokens: list[int] = field(default_factory=list)
     padded: int = 0
@@ -217,8 +218,8 @@ class InteractionDriver(Driver):
 
 
 class TokenDriver(Driver):
-    """A plain token model: a tick appends its tokens, then decodes up to `text_out` more and appends
-    each.
+    """A plain token model: a tick appends what came (audio, a clip, tokens, in this order), then decodes
+    up to `text_out` more tokens and appends each.
 
     Stops early after an end-of-sequence token; that token is part of the context and of the output.
     """
@@ -227,8 +228,13 @@ class TokenDriver(Driver):
         begun, model = perf_counter_ns(), self.model
         model.reset_times()
         model.begin(slot)
+        if staged.samples:
+            model.put_audio(staged.pcm)
+        if staged.clip is not None:
+            model.put_video(staged.clip)
         model.put_text(staged.tokens)
-        hidden = model.flush() if staged.tokens else talk.hidden
+        came = staged.samples or staged.clip is not None or staged.tokens
+        hidden = model.flush() if came else talk.hidden
         tokens: list[int] = []
         for output in range(self.layout.text_out):
             tokens.append(model.next_token(hidden, (talk.seed, talk.tick, output), talk.temperature))
@@ -240,7 +246,8 @@ class TokenDriver(Driver):
         talk.positions += model.appended
         nothing = np.zeros(0, np.float32)
         return self._finish(
-            talk, begun, begun, tokens, nothing, silent=int(not tokens), padded_samples=0, dropped_clips=0
+            talk, begun, begun, tokens, nothing, silent=int(not tokens),
+            padded_samples=staged.padded if staged.samples else 0, dropped_clips=0,
         )
 
 

@@ -1,5 +1,7 @@
 """Weight maps: inference, evaluation against plain torch, and what they refuse."""
 
+import json
+
 import pytest
 import torch
 
@@ -70,6 +72,35 @@ def test_casting_down_and_up_again_rounds(weights, tensors):
     assert torch.equal(weights.evaluate("both", tensors)[:4], tensors["a"].bfloat16().float())
 
 
+def test_a_constant_holds_its_values_and_survives_the_text_form(weights, tensors):
+    values = torch.randn(3, 5, dtype=torch.float64).float()
+    weights.constant("k", values)
+    weights.transpose("kt", "k", [1, 0])
+    assert weights["k"].srcs == () and weights.tensors(["kt"]) == []
+    entry = json.loads(json.dumps(weights["k"].args))
+    again = WeightMap()
+    again.add("k", "constant", [], entry)
+    assert torch.equal(again.evaluate("k", {}), values) and torch.equal(weights.evaluate("kt", tensors), values.T)
+
+
+@pytest.mark.parametrize("data", ["", "!", "eJwDAAAAAAE="])
+def test_a_constant_whose_data_does_not_fit_is_refused(weights, data):
+    weights.add("k", "constant", [], {"dtype": "f32", "shape": [1 << 20, 4], "data": data})
+    with pytest.raises(IRError, match="the data of the constant is not 16777216 bytes"):
+        weights.evaluate("k", {})
+
+
+def test_interleaved_rows_are_taken_apart(weights, tensors):
+    """Reshape, then slice or transpose, then reshape: a step of two, without a copy beside the stored tensor."""
+    weights.reshape("pairs", "a", [2, 2, 6])
+    weights.slice("odd3", "pairs", 1, 1, 2)
+    weights.reshape("odd", "odd3", [2, 6])
+    assert torch.equal(weights.evaluate("odd", tensors), tensors["a"][1::2])
+    weights.transpose("halves3", "pairs", [1, 0, 2])
+    weights.reshape("halves", "halves3", [4, 6])
+    assert torch.equal(weights.evaluate("halves", tensors), torch.cat([tensors["a"][::2], tensors["a"][1::2]]))
+
+
 def test_only_what_is_needed_is_kept_and_read(weights):
     weights.concat("ab", ["a", "b"])
     assert weights.tensors(["ab"]) == ["a", "b"]
@@ -95,6 +126,7 @@ def test_a_missing_or_different_checkpoint_tensor_is_named(weights, tensors):
         ("concat", ["a", "e"], {"axis": 0}, "cannot concatenate"),
         ("concat", ["a", "b"], {"axis": 2}, "axis 2"),
         ("concat", [], {"axis": 0}, "needs sources"),
+        ("constant", ["a"], {"dtype": "f32", "shape": [1], "data": ""}, "no sources"),
         ("stack", ["a", "b"], {}, "cannot stack"),
         ("transpose", ["a"], {"axes": [0, 0]}, "not an order"),
         ("slice", ["a"], {"axis": 0, "start": 2, "stop": 5}, "not inside"),

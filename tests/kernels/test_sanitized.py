@@ -139,6 +139,37 @@ def foreign_experts(b, rng):
     )
 
 
+def blocks(b, rng):
+    """Residual blocks, clips, a convolution with computed taps, attention with computed sinks, capped experts."""
+    x, y = b.input(0, "f32", 24), b.output(0, "f32", 20)
+    mixed, half, taps = b.arena("f32", (1, 0), 24), b.arena("f32", (1, 0), 12), b.arena("f32", (1, 0), 6)
+    out, sinks = b.arena("f32", (1, 0), 12), b.arena("f32", (1, 0), 2)
+    weights, chosen = b.arena("f32", (1, 0), 2), b.arena("i32", (1, 0), 2)
+    position = b.slot("i64", 1, 1)
+    caches = [b.slot("f32", 2 * 3, 6 * 16), b.slot("f32", 2 * 48, 6)]
+    up, down = b.weight(rng.random((4 * 2, 12 * 16), np.float32)), b.weight(rng.random((4, 5 * 16), np.float32))
+    b.method(
+        [x],
+        [y],
+        [
+            ("mix_blocks", [mixed, x, b.weight(rng.random((2, 12), np.float32))], [], [1e-6]),
+            ("l2_clip", [mixed, mixed, b.weight(rng.random((1, 24), np.float32))], [4], [1.5]),
+            ("head_columns", [half, mixed], [2, 3, 9]),
+            ("head_columns", [taps, mixed], [2, 1, 4]),
+            ("head_columns", [sinks, mixed], [1, 5, 7]),
+            ("dynamic_conv", [out, half, b.weight(rng.random((3, 12), np.float32)), taps, b.slot("f32", 2, 12)], [1]),
+            ("attention", [half, out, out, out, position, *caches, sinks], [2, 2, 9, 16, 48, 2], [0.3, 0.0, 0.0, 0.0]),
+            ("topk_router", [weights, chosen, b.tensor("arena", "f32", (1, 0), 4, b.tensors[half][2], 12)],
+             [1, 2, 1, 1, 1], [1.0]),
+            ("moe", [out, half, weights, chosen, up, down], [4, 5, 2], [0.0, 0.0, 0.7, 1.1]),
+            ("sigmoid", [out, out]),
+            ("softcap", [out, out], [], [2.0]),
+            ("concat_columns", [y, out, b.tensor("arena", "f32", (1, 0), 8, b.tensors[half][2], 12)]),
+            ("advance", [position], [0]),
+        ],
+    )  # fmt: skip
+
+
 def media(b, rng):
     """Everything that hears, sees, draws and speaks."""
     pcm, levels = b.input(0, "f32", 8), b.arena("i32", (1, 0), 3)
@@ -192,7 +223,9 @@ def codes(b, rng):
     )
 
 
-SEEDS = {f.__name__: f for f in (dense, attention, experts, foreign_heads, foreign_experts, codes, media)}
+SEEDS = {
+    f.__name__: f for f in (dense, attention, experts, foreign_heads, foreign_experts, blocks, codes, media)
+}
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,7 @@ REFUSED = {
     "attention": "it is stateless, state.insert makes it attention_state",
     "rope": "it is stateless, state.insert makes it rope_state",
     "short_conv": "it is stateless, state.insert makes it short_conv_state",
+    "dynamic_conv": "it is stateless, state.insert makes it dynamic_conv_state",
     "dmel": "it is stateless, state.insert makes it dmel_state",
     "overlap_add": "it is stateless, state.insert makes it overlap_add_state",
     "shared_experts": "route.stack_experts joins it with moe",
@@ -106,6 +107,19 @@ def _short_conv(c: Call) -> None:
     c.emit("short_conv", t, [int(c.args["residual"])])
 
 
+def _dynamic_conv(c: Call) -> None:
+    t = [c.x("x"), c.weight("weight"), c.x("taps"), c.state("tail")]
+    c.emit("dynamic_conv", t, [int(c.args["residual"])])
+
+
+def _l2_clip(c: Call) -> None:
+    c.emit("l2_clip", [c.x("x"), *c.optional("scale")], [c.args["num_heads"]], [c.args["threshold"]])
+
+
+def _mix_blocks(c: Call) -> None:
+    c.emit("mix_blocks", [c.x("x"), c.weight("queries")], f=[c.args["eps"]])
+
+
 def _attention(c: Call) -> None:
     heads, groups = int(c.args["num_heads"]), int(c.args["num_kv_heads"])
     cache = c.args["k_cache"].meta["type"]
@@ -161,8 +175,10 @@ def _moe(c: Call) -> None:
     t += [c.weight("gate_up", "k16.gate_up"), c.weight("down", "k16.experts")]
     biases = c.optional("gate_up_bias") + c.optional("down_bias")
     alpha, limit = c.args["alpha"], c.args["limit"]
-    if biases or alpha:
-        c.emit("moe", [*t, *biases], [experts, f, 1 if biases else 0], [alpha, limit])
+    caps = [c.args["gate_cap"], c.args["up_cap"]] if c.args["gate_cap"] else []
+    if biases or alpha or caps:
+        flags = (1 if biases else 0) + (2 if caps else 0)
+        c.emit("moe", [*t, *biases], [experts, f, flags], [alpha, limit, *caps])
     else:
         c.emit("moe", t, [experts, f])
 
@@ -205,6 +221,12 @@ LOWERINGS: dict[str, Lowering] = {
     "swiglu": _elementwise("swiglu", ["gate", "up"]),
     "modulate": _elementwise("modulate", ["x", "scale", "shift"]),
     "short_conv_state": Lowering("short_conv", _short_conv),
+    "dynamic_conv_state": Lowering("dynamic_conv", _dynamic_conv),
+    "sigmoid": _elementwise("sigmoid", ["x"]),
+    "softcap": _elementwise("softcap", ["x"], ("cap",)),
+    "l2_clip": Lowering("l2_clip", _l2_clip),
+    "concat_columns": _elementwise("concat_columns", ["a", "b"]),
+    "mix_blocks": Lowering("mix_blocks", _mix_blocks),
     "attention_state": Lowering("attention", _attention),
     "rope_state": Lowering("rope", _rope),
     "head_columns": Lowering("head_columns", _head_columns),

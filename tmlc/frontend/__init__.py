@@ -16,6 +16,8 @@ from tmlc.frontend.checkpoint import Checkpoint, open_checkpoint
 if TYPE_CHECKING:
     from tmlc.frontend.model import Frontend
     from tmlc.ir.program import Program
+    from tmlc.ir.types import TensorType
+    from tmlc.ir.weights import WeightMap
 
 __all__ = ["Checkpoint", "load_program", "open_checkpoint"]
 
@@ -25,10 +27,11 @@ _OVERRIDES = {"context": "limit", "policy": "policy", "sinks": "sinks", "max_app
 
 
 def _architectures() -> dict[str, Callable[[Checkpoint], Frontend]]:
-    from tmlc.frontend.inkling import inkling_text
+    from tmlc.frontend.inkling import inkling2_text, inkling_mm, inkling_text
     from tmlc.frontend.interaction import interaction
 
-    return {"tmlc_interaction": interaction, "inkling_text": inkling_text}
+    return {"tmlc_interaction": interaction, "inkling_text": inkling_text, "inkling_mm_model": inkling_mm,
+            "inkling2_text": inkling2_text}
 
 
 def load_program(
@@ -64,7 +67,13 @@ def load_program(
     frontend = known[str(found)](opened)
     _override(frontend.context, overrides)
     tensors = frontend.model.state_dict(keep_vars=True)
-    opened.require({n: (tuple(t.shape), t.is_floating_point()) for n, t in tensors.items()}, frontend.ignore)
+    expected: dict[str, tuple[tuple[int, ...], bool]] = {}
+    for name, tensor in tensors.items():
+        if name not in frontend.constants:
+            stored = frontend.stored.get(name)
+            place, shape = (name, tuple(tensor.shape)) if stored is None else (stored.tensor, stored.shape)
+            expected[place] = (shape, tensor.is_floating_point())
+    opened.require(expected, frontend.ignore)
     return _trace(opened, frontend, {id(t): n for n, t in tensors.items()}, on_progress)
 
 
@@ -102,11 +111,9 @@ def _trace(
         methods[name] = Method(name, graph, _max_n(graph, frontend.context["max_append"]))
         for node in methods[name].placeholders("weight"):
             weight = role(node)[1]
-            if weight in weights:
-                continue
-            # The traced model is a float32 one; quantize.cast decides later what the engine reads.
-            checkpoint.weights[weight].declare(weights, weight, type_of(node).dtype)
-    meta = {
+            if weight not in weights:
+                _define(weights, weight, type_of(node), checkpoint, frontend)
+    meta: dict[str, Any] = {
         "kind": frontend.kind,
         "name": frontend.name,
         "tick": frontend.tick,
@@ -114,9 +121,27 @@ def _trace(
         "outputs": {name: list(method.outputs) for name, method in frontend.methods.items()},
         "tokenizer": _tokenizer(checkpoint),
     }
+    if frontend.notes:
+        meta["notes"] = list(frontend.notes)
     program = Program(methods, weights, meta=meta)
     verify(program)
     return program
+
+
+def _define(weights: WeightMap, name: str, needed: TensorType, checkpoint: Checkpoint, frontend: Frontend) -> None:
+    """Adds one parameter to the map: a checkpoint tensor, in the layout and dtype that the graph reads."""
+    from tmlc.frontend.model import Stored
+
+    if name in frontend.constants:
+        weights.constant(name, frontend.constants[name])
+        return
+    stored = frontend.stored.get(name, Stored(name, needed.shape))
+    # The traced model is a float32 one; quantize passes decide later what the engine reads.
+    at = f"{name}.stored" if stored.steps else name
+    checkpoint.weights[stored.tensor].declare(weights, at, needed.dtype)
+    for number, (op, args) in enumerate(stored.steps, 1):
+        last = number == len(stored.steps)
+        at = weights.add(name if last else f"{name}.{op}{number}", op, [at], args)
 
 
 def _max_n(graph: Any, max_append: int) -> int:

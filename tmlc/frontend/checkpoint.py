@@ -127,10 +127,10 @@ class Checkpoint:
         return self.tensors.keys()
 
     def digest(self, on_progress: Callable[[str], None] | None = None) -> dict[str, str]:
-        """sha256 of `config.json`, the index, the tokenizer and preprocessor files, and every shard, by file name."""
+        """sha256 of `config.json`, the index, the tokenizer and processor files, and every shard, by file name."""
         names = [
             n
-            for n in ("config.json", INDEX, "tokenizer.json", "preprocessor_config.json")
+            for n in ("config.json", INDEX, "tokenizer.json", "preprocessor_config.json", "processor_config.json")
             if (self.folder / n).is_file()
         ]
         digests = {}

@@ -1,19 +1,32 @@
-"""The frontend of Inkling text checkpoints as transformers saves them (`model_type: inkling_text`)."""
+"""The frontend of Inkling checkpoints: text only (`inkling_text`), or with audio and images (`inkling_mm_model`).
+
+`save_pretrained` and the original release write the parts of an `inkling_mm_model` under the release's names, with the
+gate and up rows of every feed-forward interleaved; the names of the modules in transformers are read just as well.
+"""
 
 from __future__ import annotations
 
+import json
+from typing import Any
+
 import torch
 
+from tmlc.errors import CheckpointError
 from tmlc.frontend.checkpoint import Checkpoint
-from tmlc.frontend.model import Frontend, Traceable
+from tmlc.frontend.inkling_names import is_release, module_place, release_place, text2_place
+from tmlc.frontend.model import Frontend, Stored, Traceable
+from tmlc.model_zoo.inkling.config import InklingConfig, flat_processor, text_config
+from tmlc.model_zoo.inkling.multimodal import InklingModel, audio_constants
+from tmlc.model_zoo.inkling.text2 import Text2Config, TokenModel2
 from tmlc.model_zoo.interaction.config import TextConfig
-from tmlc.model_zoo.interaction.modeling import token_model
+from tmlc.model_zoo.interaction.modeling import TokenModel, token_model
 
 #: Runtime defaults: such a checkpoint has none of its own.
 CONTEXT, SINKS, MAX_APPEND = 4096, 16, 64
+TICK_MS, VIDEO_EVERY = 200, 5
 #: Multi-token-prediction layers are for speculative decoding; the engine does not use them.
 _NOT_NEEDED = "model.mtp."
-
+_PROCESSOR = ("preprocessor_config.json", "processor_config.json")
 
 def inkling_text(checkpoint: Checkpoint) -> Frontend:
     """The text model on the meta device: embed_text, decode, unembed, next_token.
@@ -21,10 +34,72 @@ def inkling_text(checkpoint: Checkpoint) -> Frontend:
     Raises:
         CheckpointError: config.json lacks fields or describes what the backbone does not have.
     """
-    config = TextConfig.from_inkling(checkpoint.config)
+    config = text_config(checkpoint.config, str(checkpoint.folder / "config.json"))
     with torch.device("meta"):
         model = token_model(config)
+    return _frontend(checkpoint, model, config, {}, {}, {})
+
+
+def inkling2_text(checkpoint: Checkpoint) -> Frontend:
+    """Inkling-2's text model on the meta device, with the methods of `inkling_text`.
+
+    Raises:
+        CheckpointError: config.json describes what the model has not.
+    """
+    config = Text2Config.read(checkpoint.config, str(checkpoint.folder / "config.json"))
+    with torch.device("meta"):
+        model = TokenModel2(config)
+    shapes = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+    ones = {name: torch.ones(shape) for name, shape in shapes.items() if name.endswith(".v_norm.weight")}
+    release = is_release(checkpoint.tensors)
+    heads = {
+        f"model.layers.{i}.self_attn.{name}.scale": config.heads(i)[0]
+        for i in range(config.num_hidden_layers)
+        for name in ("q_l2_clip", "rel_l2_clip")
+    }
+    stored = {n: text2_place(n, shape, release, heads.get(n, 1)) for n, shape in shapes.items() if n not in ones}
+    return _frontend(checkpoint, model, config, {}, stored, ones)
+
+
+def inkling_mm(checkpoint: Checkpoint) -> Frontend:
+    """The model with its stems on the meta device: the methods of the text model, embed_audio and embed_video.
+
+    Raises:
+        CheckpointError: config.json or a processor file lacks fields or describes what the engine cannot do.
+    """
+    where = str(checkpoint.folder / "config.json")
+    config = InklingConfig.read(checkpoint.config, flat_processor(_processor_files(checkpoint)), where)
+    with torch.device("meta"):
+        model = InklingModel(config)
+    audio, vision = config.audio, config.vision
+    tick = {
+        "audio_in": max(1, round(TICK_MS * audio.sample_rate / 1000 / audio.hop_length)),
+        "sample_rate": audio.sample_rate,
+        "hop": audio.hop_length,
+        "video_every": VIDEO_EVERY,
+        "video_frames": vision.temporal_patch_size,
+        "frame_height": vision.height,
+        "frame_width": vision.width,
+        "video_positions": vision.positions,
+    }
+    constants = audio_constants(config)
+    shapes = {name: tuple(t.shape) for name, t in model.state_dict().items() if name not in constants}
+    place = release_place if is_release(checkpoint.tensors) else module_place
+    stored = {name: place(name, shape) for name, shape in shapes.items()}
+    return _frontend(checkpoint, model, config.text, tick, stored, constants)
+
+
+def _frontend(
+    checkpoint: Checkpoint,
+    model: TokenModel,
+    config: TextConfig,
+    tick: dict[str, Any],
+    stored: dict[str, Stored],
+    constants: dict[str, torch.Tensor],
+) -> Frontend:
     eos = config.eos_token_id
+    skipped = [name for name in checkpoint.tensors if name.startswith(_NOT_NEEDED)]
+    notes = [f"{len(skipped)} multi-token-prediction tensors ({_NOT_NEEDED}*) are not used"] if skipped else []
     return Frontend(
         kind="tokens",
         name=checkpoint.folder.resolve().name,
@@ -36,6 +111,31 @@ def inkling_text(checkpoint: Checkpoint) -> Frontend:
             "sinks": SINKS,
             "max_append": MAX_APPEND,
         },
-        tick={"duration_ms": 200, "text_out": 8, "eos": eos if isinstance(eos, list) else [] if eos is None else [eos]},
+        tick={
+            "duration_ms": TICK_MS,
+            "text_out": 8,
+            "eos": eos if isinstance(eos, list) else [] if eos is None else [eos],
+            **tick,
+        },
         ignore=lambda name: name.startswith(_NOT_NEEDED),
+        stored=stored,
+        constants=constants,
+        notes=tuple(notes),
     )
+
+
+def _processor_files(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
+    """The processor's files that the checkpoint has, by name."""
+    found = {}
+    for name in _PROCESSOR:
+        path = checkpoint.folder / name
+        if not path.is_file():
+            continue
+        try:
+            value = json.loads(path.read_bytes())
+        except (OSError, ValueError, RecursionError) as error:
+            raise CheckpointError(f"{name} cannot be read: {error}", where=str(path), fix="export it again") from None
+        if not isinstance(value, dict):
+            raise CheckpointError(f"{name} is not a JSON object", where=str(path), fix="export it again")
+        found[name] = value
+    return found

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from tmlc.ir.dims import Dim
 from tmlc.ir.types import TensorType, dtype_name
@@ -34,15 +34,34 @@ class Traceable:
 
 
 @dataclass(frozen=True)
+class Stored:
+    """How a parameter is made of a checkpoint tensor that has another name or layout.
+
+    Attributes:
+        tensor: its name in the checkpoint.
+        shape: its shape there.
+        steps: weight ops (`tmlc.ir.weights`) with their args, applied in order; they must end in the parameter's shape.
+    """
+
+    tensor: str
+    shape: tuple[int, ...]
+    steps: tuple[tuple[str, dict[str, Any]], ...] = ()
+
+
+@dataclass(frozen=True)
 class Frontend:
     """A model that can be compiled.
 
     Attributes:
         kind: "interaction" or "tokens".
-        model: on the meta device; its parameters and buffers have the names of the checkpoint's tensors.
+        model: on the meta device; its parameters and buffers have the names of the checkpoint's tensors, but for those
+            that `stored` and `constants` name.
         context: runtime defaults {limit, policy, sinks, max_append}.
         tick: what a tick driver needs to know, plain data.
         ignore: tells of a surplus checkpoint tensor that it is known and not needed.
+        stored: parameter → where its values are, for those that the checkpoint keeps under another name or layout.
+        constants: parameter or buffer → its values, for those that no checkpoint holds.
+        notes: what a person should know of how the checkpoint was read; they end up in the compile report.
     """
 
     kind: str
@@ -52,3 +71,6 @@ class Frontend:
     context: dict[str, Any]
     tick: dict[str, Any]
     ignore: Callable[[str], bool]
+    stored: Mapping[str, Stored] = field(default_factory=dict)
+    constants: Mapping[str, Tensor] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()

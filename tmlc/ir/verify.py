@@ -38,6 +38,7 @@ HISTORY_OPS = (
     "attention",
     "rope",
     "short_conv",
+    "dynamic_conv",
     "dmel",
     "overlap_add",
 )  # stateless forms that need the whole sequence

@@ -7,6 +7,8 @@ emitters'.
 
 from __future__ import annotations
 
+import base64
+import zlib
 from collections.abc import Callable, ItemsView, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -35,11 +37,12 @@ class TensorSource(Protocol):
 class WeightEntry:
     """One weight: `dst` = `op`(`srcs`, `args`), of the given type.
 
-    `source` has one src, the name of a checkpoint tensor; the srcs of every other op are earlier entries.
-    Args: concat {axis}, stack {} (a new first axis), transpose {axes}, slice {axis, start, stop}, reshape
-        {shape}, cast {dtype}, quantize {scheme} (a quantised dtype; its value is float32, rounded to the codes),
-        dequantize: those of `Dequantize`; its srcs are codes, scales, then zero points and global scale where the
-        arguments name them.
+    `source` has one src, the name of a checkpoint tensor; `constant` has none: its values are in its args (as windows
+    and filters that a checkpoint's config implies); the srcs of every other op are earlier entries.
+    Args: constant {dtype, shape, data: little-endian values, deflated, base64}, concat {axis}, stack {} (a new
+        first axis), transpose {axes}, slice {axis, start, stop}, reshape {shape}, cast {dtype}, quantize {scheme} (a
+        quantised dtype; its value is float32, rounded to the codes), dequantize: those of `Dequantize`; its srcs are
+        codes, scales, then zero points and global scale where the arguments name them.
     """
 
     dst: str
@@ -103,6 +106,14 @@ class WeightMap:
         made = TensorType(dtype, tuple(int(size) for size in shape))
         self._entries[dst] = WeightEntry(dst, "source", (tensor or dst,), {}, made.dtype, made.shape)
         return dst
+
+    def constant(self, dst: str, values: torch.Tensor) -> str:
+        """Values that no checkpoint holds; they are part of the map, so keep them small."""
+        plain = values.detach().cpu().contiguous()
+        data = plain.reshape(-1).view(torch.uint8).numpy().tobytes()
+        made = TensorType.of(plain)
+        deflated = base64.b64encode(zlib.compress(data, 9)).decode("ascii")
+        return self.add(dst, "constant", [], {"dtype": made.dtype, "shape": list(plain.shape), "data": deflated})
 
     def concat(self, dst: str, srcs: Sequence[str], axis: int = 0) -> str:
         return self.add(dst, "concat", srcs, {"axis": axis})
@@ -177,6 +188,10 @@ class WeightMap:
         """Writes the entry's value into `out` (same shape, perhaps a view), converted to its dtype."""
         if entry.op == "source":
             out.copy_(self._stored(entry, source))
+        elif entry.op == "constant":
+            out.copy_(_values(entry))
+        elif entry.op == "reshape" and out.is_contiguous():
+            self._fill(self[entry.srcs[0]], source, out.view(self[entry.srcs[0]].shape))
         elif entry.op == "concat":
             at = 0
             for src in entry.srcs:
@@ -218,7 +233,7 @@ def infer_weight(dst: str, op: str, types: Sequence[TensorType], args: dict[str,
     try:
         if op not in WEIGHT_OPS:
             raise IRError(f"unknown weight op {op!r}", fix=f"use one of source, {', '.join(WEIGHT_OPS)}")
-        if not types:
+        if not types and op != "constant":
             raise IRError(f"{op} needs sources")
         if any(t.dtype in QUANTISED for t in types):
             fix = "quantise last: rewrite the weight before its codes are made"
@@ -228,6 +243,26 @@ def infer_weight(dst: str, op: str, types: Sequence[TensorType], args: dict[str,
         raise IRError(f"wrong arguments for {op}: {args}", where=dst) from None
     except IRError as error:
         raise IRError(error.what, where=dst, fix=error.fix) from None
+
+
+def _values(entry: WeightEntry) -> torch.Tensor:
+    """What a constant holds. IRError when its data does not fit its type."""
+    dtype = entry.type.torch_dtype
+    size = prod(entry.shape) * dtype.itemsize
+    try:
+        unpack = zlib.decompressobj()
+        data = unpack.decompress(base64.b64decode(entry.args["data"], validate=True), size + 1)
+    except (ValueError, zlib.error):
+        data = b""
+    if len(data) != size:
+        raise IRError(f"the data of the constant is not {size} bytes", where=entry.dst)
+    return torch.frombuffer(bytearray(data), dtype=dtype).reshape(entry.shape)
+
+
+def _constant(types: list[TensorType], dtype: str, shape: Sequence[int], data: str) -> TensorType:
+    if types or not isinstance(data, str) or min(shape, default=1) < 1:
+        raise IRError("a constant has a dtype, a shape, data and no sources")
+    return TensorType(dtype, tuple(shape))
 
 
 def _one(types: list[TensorType], op: str) -> TensorType:
@@ -295,6 +330,7 @@ def _quantize(types: list[TensorType], scheme: str) -> TensorType:
 
 
 WEIGHT_OPS: dict[str, Callable[..., TensorType]] = {
+    "constant": _constant,
     "concat": _concat,
     "stack": _stack,
     "transpose": _transpose,

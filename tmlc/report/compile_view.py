@@ -22,6 +22,7 @@ def compile_tables(view: dict[str, Any]) -> list[RenderableType]:
         ("model", f"{view['model']} ({view['kind']}) for {view['target']}, {view['precision']}"),
         ("took", stages),
     ]
+    lines += [("note", str(text)) for text in view.get("notes", ())]
     if view["out"] is not None:
         lines += [
             ("weights", megabytes(view["weight_bytes"])),

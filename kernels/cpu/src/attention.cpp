@@ -113,8 +113,9 @@ const char* check_attention(const Call& c) {
                      "rel_table must be f32 [R,extent]");
     }
     if (with.sink_logits > 0)
-        TMLC_REQUIRE(is_f32(*c.t[with.sink_logits]) && c.t[with.sink_logits]->fixed(1, heads),
-                     "sink_logits must be f32 [1,H]");
+        TMLC_REQUIRE(is_f32(*c.t[with.sink_logits]) && c.t[with.sink_logits]->cols == heads &&
+                         (c.t[with.sink_logits]->fixed(1, heads) || c.t[with.sink_logits]->same_rows(q)),
+                     "sink_logits must be f32 [1,H] or [n,H]");
     for (int j = 0; j < 4; ++j) TMLC_REQUIRE(finite(c.f[j]), "the scales must be finite");
     TMLC_REQUIRE(c.f[1] >= 0 && c.f[3] >= 0, "log_floor and softcap must not be negative");
     return nullptr;
@@ -259,7 +260,8 @@ struct Attention {
     template <class StartOf>
     float softmax(float* score, const float* bias, int64_t head, int64_t p, const StartOf& start_of, int64_t n_blocks) const {
         const w16 lane = lane_numbers();
-        const v16 sink = splat(sink_logits != nullptr ? sink_logits->f32()[head] : -INFINITY);
+        const int64_t sink_row = sink_logits != nullptr && sink_logits->rows > 1 ? p - position : 0;
+        const v16 sink = splat(sink_logits != nullptr ? sink_logits->f32(sink_row)[head] : -INFINITY);
         const v16 cap = splat(static_cast<float>(softcap)), uncap = splat(static_cast<float>(1.0 / softcap));
         v16 top = sink;
         int64_t first, last;

@@ -143,13 +143,17 @@ struct Layout {
     }
 };
 
-// Flag 1 of the call: gate_up_bias and down_bias are its last two operands.
+// Flag 1 of the call: gate_up_bias and down_bias are its last two operands. Flag 2: its last two numbers are soft caps.
 bool has_biases(const int64_t* i, int n_i) { return n_i == 3 && (i[2] & 1) != 0; }
+bool has_caps(const int64_t* i, int n_i) { return n_i == 3 && (i[2] & 2) != 0; }
+
+TMLC_INLINE v16 capped(v16 x, float cap) { return splat(cap) * tanh16(x * splat(1.0f / cap)); }
 
 // What happens between the two products of an expert, sixteen columns at a time.
 struct Activation {
-    float alpha = 0.0f, limit = 0.0f;
+    float alpha = 0.0f, limit = 0.0f, gate_cap = 0.0f, up_cap = 0.0f;
     v16 operator()(v16 gate, v16 up) const {
+        if (gate_cap > 0.0f) return capped(gate, gate_cap) * sigmoid16(gate) * capped(up, up_cap);
         if (!(alpha > 0.0f)) return silu16(gate) * up;
         const v16 most = splat(limit), g = min16(gate, most);
         return (max16(min16(up, most), zero16() - most) + splat(1.0f)) * (g * sigmoid16(splat(alpha) * g));
@@ -158,8 +162,8 @@ struct Activation {
 
 const char* check_moe(const Call& c) {
     const bool biases = has_biases(c.i, c.n_i);
-    TMLC_REQUIRE((c.n_i == 2 && c.n_f == 0) || (c.n_i == 3 && c.n_f == 2), "wrong number of operands");
-    TMLC_REQUIRE(c.n_i == 2 || (c.i[2] >= 0 && c.i[2] <= 1), "unknown flags");
+    TMLC_REQUIRE((c.n_i == 2 && c.n_f == 0) || (c.n_i == 3 && (c.n_f == 2 || c.n_f == 4)), "wrong number of operands");
+    TMLC_REQUIRE(c.n_i == 2 || (c.i[2] >= 0 && c.i[2] <= 3 && has_caps(c.i, c.n_i) == (c.n_f == 4)), "unknown flags");
     TMLC_REQUIRE(c.n_t == (biases ? 8 : 6), "wrong number of operands");
     const TensorInfo &out = *c.t[0], &x = *c.t[1], &weights = *c.t[2], &experts = *c.t[3], &up = *c.t[4], &down = *c.t[5];
     const int64_t e = c.i[0], f = c.i[1];
@@ -172,7 +176,8 @@ const char* check_moe(const Call& c) {
     TMLC_REQUIRE(x.rows(c.max_n) <= int64_t{1} << 24, "too many rows");
     TMLC_REQUIRE(!biases || (is_f32(*c.t[6]) && c.t[6]->fixed(e, 2 * f)), "gate_up_bias must be f32 [E,2f]");
     TMLC_REQUIRE(!biases || (is_f32(*c.t[7]) && c.t[7]->fixed(e, x.cols)), "down_bias must be f32 [E,d]");
-    for (int j = 0; j < c.n_f; ++j) TMLC_REQUIRE(finite(c.f[j]) && c.f[j] >= 0, "alpha and limit must not be negative");
+    for (int j = 0; j < c.n_f; ++j) TMLC_REQUIRE(finite(c.f[j]) && c.f[j] >= 0, "alpha, limit and caps must not be negative");
+    TMLC_REQUIRE(c.n_f < 4 || (c.f[0] == 0 && c.f[2] > 0 && c.f[3] > 0), "both caps must be positive, and alpha 0");
     return nullptr;
 }
 // Bytes behind the layout for quantised rows: those of x while stage one runs, the hidden ones in stage two.
@@ -195,6 +200,7 @@ int run_moe(const RunArgs& a) {
     const Operand *up_bias = biases ? &a.t[6] : nullptr, *down_bias = biases ? &a.t[7] : nullptr;
     Activation activate;
     if (a.n_i == 3) activate = {static_cast<float>(a.f[0]), static_cast<float>(a.f[1])};
+    if (has_caps(a.i, a.n_i)) activate.gate_cap = static_cast<float>(a.f[2]), activate.up_cap = static_cast<float>(a.f[3]);
     const Layout at(n_experts, d, f, pairs);
     auto* starts = reinterpret_cast<int64_t*>(a.scratch + at.starts);    // of each expert's pairs in `order`
     auto* touched = reinterpret_cast<int64_t*>(a.scratch + at.touched);  // experts with pairs, ascending

@@ -110,6 +110,7 @@ OpTable head_ops();        // heads.cpp: rope, head_columns, concat_heads
 OpTable moe_ops();         // moe.cpp: sink_router, router, moe
 OpTable topk_ops();        // topk.cpp: topk_router
 OpTable media_ops();       // media.cpp: bag_embedding, dmel, patchify, overlap_add
+OpTable block_ops();       // blocks.cpp: sigmoid, softcap, l2_clip, concat_columns, mix_blocks, dynamic_conv
 OpTable random_ops();      // random.cpp: philox_normal, sample
 
 }  // namespace tmlc

@@ -25,7 +25,8 @@ constexpr int64_t max_cols = int64_t{1} << 31, max_space = int64_t{1} << 36;
 struct Ops {
     std::vector<const OpDef*> all;
     Ops() {
-        for (const OpTable& t : {dense_ops(), attention_ops(), moe_ops(), media_ops(), random_ops(), head_ops(), topk_ops()})
+        for (const OpTable& t : {dense_ops(), attention_ops(), moe_ops(), media_ops(), random_ops(), head_ops(), topk_ops(),
+                                block_ops()})
             for (int i = 0; i < t.count; ++i) all.push_back(t.ops + i);
     }
 };

@@ -36,7 +36,10 @@ def _attention(
     rows, v_cols = matrix(v, "v")
     v_width = exact(v_cols, num_kv_heads, "columns of v per kv head")
     need(rows == n, f"v must have {n} rows, not {v}")
-    need(sink_logits is None or vector(sink_logits, "sink_logits") == num_heads, f"{sink_logits} for {num_heads} heads")
+    if sink_logits is not None and len(sink_logits.shape) == 2 and sink_logits.shape[0] != 1:
+        need(matrix(sink_logits, "sink_logits") == (n, num_heads), f"{sink_logits} for {num_heads} heads")
+    elif sink_logits is not None:
+        need(vector(sink_logits, "sink_logits") == num_heads, f"{sink_logits} for {num_heads} heads")
     need(softcap >= 0, f"softcap {softcap} must not be negative")
     need((rel is None) == (rel_table is None), "rel and rel_table come together")
     if rel is not None and rel_table is not None:
@@ -115,7 +118,7 @@ def attend(
     A key at j is visible from p when j <= p and (window = 0, or j > p - window, or j < sinks).
     score = scale·(q·τ)·k_j + τ·(rel @ rel_table)[p - j] (0 beyond the table's extent),
     τ = 1 + log_alpha·ln(max(1, (p + 1)/log_floor)), or 1 when log_floor is 0. softcap c > 0: score → c·tanh(score/c).
-    sink_logits[H]: one more score a head in the softmax, whose share goes to no value.
+    sink_logits[H] or [n, H]: one more score a head in the softmax, whose share goes to no value.
     """
     n, m, group = q.shape[0], k.shape[0], num_heads // num_kv_heads
     heads = q.reshape(n, num_heads, -1).transpose(0, 1)
@@ -138,7 +141,7 @@ def attend(
         scores = softcap * torch.tanh(scores / softcap)
     scores = scores.masked_fill(~visible, -math.inf)
     if sink_logits is not None:
-        sink = wide(sink_logits.reshape(num_heads, 1, 1), q).expand(num_heads, n, 1)
+        sink = wide(sink_logits.reshape(-1, num_heads, 1), q).transpose(0, 1).expand(num_heads, n, 1)
         scores = torch.cat([scores, sink], -1)
     probabilities = torch.softmax(scores, dim=-1)[..., :m]
     return (probabilities @ values).transpose(0, 1).reshape(n, -1)

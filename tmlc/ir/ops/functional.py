@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tmlc.ir.ops import attention as _attention
+from tmlc.ir.ops import blocks as _blocks
 from tmlc.ir.ops import dense as _dense
 from tmlc.ir.ops import heads as _heads
 from tmlc.ir.ops import media as _media
@@ -164,8 +165,10 @@ def moe(
     down_bias: Tensor | None = None,
     alpha: float = 0.0,
     limit: float = 0.0,
+    gate_cap: float = 0.0,
+    up_cap: float = 0.0,
 ) -> Tensor:
-    args = (x, weights, experts, gate_up, down, gate_up_bias, down_bias, alpha, limit)
+    args = (x, weights, experts, gate_up, down, gate_up_bias, down_bias, alpha, limit, gate_cap, up_cap)
     return _call("moe", _moe.moe, x, *args)
 
 
@@ -200,3 +203,27 @@ def sample(logits: Tensor, key: Tensor, temperature: Tensor) -> Tensor:
 
 def overlap_add(frames: Tensor, window: Tensor, hop: int) -> Tensor:
     return _call("overlap_add", _media.overlap_add, frames, frames, window, hop)
+
+
+def sigmoid(x: Tensor) -> Tensor:
+    return _call("sigmoid", _blocks.sigmoid, x, x)
+
+
+def softcap(x: Tensor, cap: float) -> Tensor:
+    return _call("softcap", _blocks.softcap, x, x, cap)
+
+
+def l2_clip(x: Tensor, scale: Tensor | None, num_heads: int, threshold: float) -> Tensor:
+    return _call("l2_clip", _blocks.l2_clip, x, x, scale, num_heads, threshold)
+
+
+def concat_columns(a: Tensor, b: Tensor) -> Tensor:
+    return _call("concat_columns", _blocks.concat_columns, a, a, b)
+
+
+def mix_blocks(x: Tensor, queries: Tensor, eps: float) -> Tensor:
+    return _call("mix_blocks", _blocks.mix_blocks, x, x, queries, eps)
+
+
+def dynamic_conv(x: Tensor, weight: Tensor, taps: Tensor, residual: bool = True) -> Tensor:
+    return _call("dynamic_conv", _blocks.dynamic_conv, x, x, weight, taps, residual)

@@ -86,6 +86,8 @@ def _moe(
     down_bias: TensorType | None,
     alpha: float,
     limit: float,
+    gate_cap: float,
+    up_cap: float,
 ) -> TensorType:
     n, d = matrix(x, "x")
     _routes(n, weights, "weights", "f32")
@@ -107,6 +109,10 @@ def _moe(
         for t, cols, name in ((gate_up_bias, wide_rows, "gate_up_bias"), (down_bias, d, "down_bias")):
             need(t == TensorType("f32", (count, cols)), f"{name} must be f32[{count}, {cols}], not {t}")
     need(alpha >= 0 and (alpha == 0 or limit > 0), f"alpha {alpha} and limit {limit} must be positive, or alpha 0")
+    need(
+        (gate_cap == up_cap == 0) or (gate_cap > 0 and up_cap > 0 and alpha == 0),
+        f"gate_cap {gate_cap} and up_cap {up_cap} must both be positive, with alpha 0",
+    )
     return x
 
 
@@ -117,7 +123,7 @@ def _routes(n: Any, t: TensorType, what: str, dtype: str) -> None:
 
 @op(
     "moe(Tensor x, Tensor weights, Tensor experts, Tensor gate_up, Tensor down, Tensor? gate_up_bias=None, "
-    "Tensor? down_bias=None, float alpha=0.0, float limit=0.0) -> Tensor",
+    "Tensor? down_bias=None, float alpha=0.0, float limit=0.0, float gate_cap=0.0, float up_cap=0.0) -> Tensor",
     _moe,
 )
 def moe(
@@ -130,11 +136,14 @@ def moe(
     down_bias: Tensor | None = None,
     alpha: float = 0.0,
     limit: float = 0.0,
+    gate_cap: float = 0.0,
+    up_cap: float = 0.0,
 ) -> Tensor:
     """Σ_j weights_j · (down_e·act(gate_e x + bias, up_e x + bias) + bias), e = experts_j, j ascending.
 
     alpha 0: act(g, u) = silu(g)·u. Else, with g = min(g, limit) and u = clamp(u, -limit, limit):
     (u + 1)·g·sigmoid(alpha·g).
+    gate_cap c > 0: act(g, u) = c·tanh(g/c)·sigmoid(g)·C·tanh(u/C), C = up_cap.
     """
     f = down.shape[2]
     parts = x.new_zeros(*experts.shape, x.shape[1])
@@ -143,7 +152,7 @@ def moe(
             raise IndexError(f"expert {e} outside 0..{gate_up.shape[0] - 1}")
         row, j = torch.where(experts == e)
         both = nnf.linear(x[row], wide(gate_up[e], x), None if gate_up_bias is None else wide(gate_up_bias[e], x))
-        hidden = _gated(both[:, :f], both[:, f:], alpha, limit)
+        hidden = _gated(both[:, :f], both[:, f:], alpha, limit, gate_cap, up_cap)
         bias = None if down_bias is None else wide(down_bias[e], x)
         parts[row, j] = weights[row, j, None] * nnf.linear(hidden, wide(down[e], x), bias)
     out = torch.zeros_like(x)
@@ -152,7 +161,9 @@ def moe(
     return out
 
 
-def _gated(gate: Tensor, up: Tensor, alpha: float, limit: float) -> Tensor:
+def _gated(gate: Tensor, up: Tensor, alpha: float, limit: float, gate_cap: float, up_cap: float) -> Tensor:
+    if gate_cap > 0:
+        return gate_cap * torch.tanh(gate / gate_cap) * torch.sigmoid(gate) * (up_cap * torch.tanh(up / up_cap))
     if alpha == 0:
         return nnf.silu(gate) * up
     gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)

@@ -1,0 +1,135 @@
+"""Where Inkling checkpoints keep each parameter: the names of transformers' modules, or those of the original release.
+
+The release joins gate and up of every feed-forward in one tensor (`w13`), row by row in turn.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from tmlc.frontend.model import Stored
+
+_RELEASE = "model.llm."
+_ATTENTION_QUERY = re.compile(r"^model\.layers\.(\d+)\.attention_input\.query$")
+
+# A parameter's name here → the original release's, first match wins. What no pattern changes keeps its name.
+_NAMES = [
+    (re.compile(pattern), name)
+    for pattern, name in (
+        (r"^lm_head\.weight$", "model.llm.unembed.weight"),
+        (r"^model\.embed_tokens\.weight$", "model.llm.embed.weight"),
+        (r"^model\.embed_tokens\.embed_norm\.", "model.llm.embed_norm."),
+        (r"^audio_tower\.embed_audio_tokens\.embed_audio_tokens\.", "model.audio.encoder."),
+        (r"^audio_tower\.norm\.", "model.audio.final_norm."),
+        (r"^vision_tower\.encoder_layers\.(\d+)\.projection\.", r"model.visual.layers.linear_\1."),
+        (r"^vision_tower\.encoder_layers\.(\d+)\.layer_norm\.", r"model.visual.layers.norm_\1."),
+        (r"^vision_tower\.", "model.visual."),
+        (r"^model\.layers\.(\d+)\.self_attn\.q_proj\.", r"model.llm.layers.\1.attn.wq_du."),
+        (r"^model\.layers\.(\d+)\.self_attn\.k_proj\.", r"model.llm.layers.\1.attn.wk_dv."),
+        (r"^model\.layers\.(\d+)\.self_attn\.v_proj\.", r"model.llm.layers.\1.attn.wv_dv."),
+        (r"^model\.layers\.(\d+)\.self_attn\.r_proj\.", r"model.llm.layers.\1.attn.wr_du."),
+        (r"^model\.layers\.(\d+)\.self_attn\.o_proj\.", r"model.llm.layers.\1.attn.wo_ud."),
+        (r"^model\.layers\.(\d+)\.self_attn\.([kv]_sconv)\.conv1d\.", r"model.llm.layers.\1.attn.\2."),
+        (r"^model\.layers\.(\d+)\.self_attn\.", r"model.llm.layers.\1.attn."),
+        (r"^model\.layers\.(\d+)\.(attn_sconv|mlp_sconv)\.conv1d\.", r"model.llm.layers.\1.\2."),
+        (r"^model\.layers\.(\d+)\.input_layernorm\.", r"model.llm.layers.\1.attn_norm."),
+        (r"^model\.layers\.(\d+)\.post_attention_layernorm\.", r"model.llm.layers.\1.mlp_norm."),
+        (r"^model\.layers\.(\d+)\.mlp\.gate\.e_score_correction_bias$", r"model.llm.layers.\1.mlp.gate.bias"),
+        (r"^model\.layers\.(\d+)\.mlp\.(gate|up)_proj\.", r"model.llm.layers.\1.mlp.w13_dn."),
+        (r"^model\.layers\.(\d+)\.mlp\.down_proj\.", r"model.llm.layers.\1.mlp.w2_md."),
+        (r"^model\.(.*\.experts)\.gate_up_proj$", r"model.llm.\1.w13_weight"),
+        (r"^model\.(.*\.experts)\.down_proj$", r"model.llm.\1.w2_weight"),
+        (r"^model\.(.*\.shared_experts)\.(gate|up)_proj$", r"model.llm.\1.shared_w13_weight"),
+        (r"^model\.(.*\.shared_experts)\.down_proj$", r"model.llm.\1.shared_w2_weight"),
+        (r"^model\.", "model.llm."),
+    )
+]  # fmt: skip
+
+# The same for Inkling-2.
+_NAMES_2 = [
+    (re.compile(pattern), name)
+    for pattern, name in (
+        (r"^lm_head\.weight$", "model.llm.unembed.weight"),
+        (r"^model\.embed_tokens\.weight$", "model.llm.embed.weight"),
+        (r"^model\.embed_tokens\.embed_norm\.", "model.llm.embed_norm."),
+        (r"^model\.final_input\.query$", "model.llm.attn_res.output_query"),
+        (r"^model\.layers\.(\d+)\.mlp_input\.query$", r"model.llm.attn_res.mlp_queries.\1"),
+        (r"^model\.(.*)\.self_attn\.q_proj\.", r"model.llm.\1.attn.wq_du."),
+        (r"^model\.(.*)\.self_attn\.k_proj\.", r"model.llm.\1.attn.wk_dv."),
+        (r"^model\.(.*)\.self_attn\.v_proj\.", r"model.llm.\1.attn.wv_dv."),
+        (r"^model\.(.*)\.self_attn\.r_proj\.", r"model.llm.\1.attn.wr_du."),
+        (r"^model\.(.*)\.self_attn\.o_proj\.", r"model.llm.\1.attn.wo_ud."),
+        (r"^model\.(.*)\.self_attn\.gate_proj\.", r"model.llm.\1.attn.gate_attn."),
+        (r"^model\.(.*)\.self_attn\.sink_proj\.", r"model.llm.\1.attn.attn_sink_proj."),
+        (r"^model\.(.*)\.self_attn\.([kv]_sconv)\.conv1d\.", r"model.llm.\1.attn.\2."),
+        (r"^model\.(.*)\.self_attn\.([kv]_sconv)\.static_weight$", r"model.llm.\1.attn.\2.static_w"),
+        (r"^model\.(.*)\.self_attn\.([kv]_sconv)\.weight_proj\.weight$", r"model.llm.\1.attn.\2.weight_proj"),
+        (r"^model\.(.*)\.self_attn\.", r"model.llm.\1.attn."),
+        (r"^model\.(.*)\.post_attention_convolution\.conv1d\.", r"model.llm.\1.attn_sconv."),
+        (r"^model\.(.*)\.post_mlp_convolution\.conv1d\.", r"model.llm.\1.mlp_sconv."),
+        (r"^model\.(.*)\.([qkv])_input_layernorm\.", r"model.llm.\1.\2_input_norm."),
+        (r"^model\.(.*)\.input_layernorm\.", r"model.llm.\1.attn_norm."),
+        (r"^model\.(.*)\.post_attention_layernorm\.", r"model.llm.\1.mlp_norm."),
+        (r"^model\.(.*)\.gate\.e_score_correction_bias$", r"model.llm.\1.gate.bias"),
+        (r"^model\.(.*\.experts)\.gate_up_proj$", r"model.llm.\1.w13_weight"),
+        (r"^model\.(.*\.experts)\.down_proj$", r"model.llm.\1.w2_weight"),
+        (r"^model\.", "model.llm."),
+    )
+]  # fmt: skip
+
+
+def is_release(tensors: Iterable[str]) -> bool:
+    """Whether a checkpoint has the original release's names."""
+    return any(name.startswith(_RELEASE) for name in tensors)
+
+
+def module_place(name: str, shape: tuple[int, ...]) -> Stored:
+    """Where `InklingForConditionalGeneration.state_dict()` keeps a parameter."""
+    if name.startswith("model."):
+        return Stored(f"model.language_model.{name.removeprefix('model.')}", shape)
+    return Stored(name if name.startswith("lm_head.") else f"model.{name}", shape)
+
+
+def release_place(name: str, shape: tuple[int, ...]) -> Stored:
+    """Where the original release keeps a parameter: gate and up of a feed-forward share a tensor, row by row."""
+    return _interleaved(name, _renamed(_NAMES, name), shape)
+
+
+def text2_place(name: str, shape: tuple[int, ...], release: bool, heads: int) -> Stored:
+    """Where `Inkling2ForCausalLM` keeps a parameter, by its own names or the release's.
+
+    Args:
+        heads: of the scales of L2 clips, which are stored a row a head.
+    """
+    tensor = name
+    if release:
+        query = _ATTENTION_QUERY.match(name)  # the first layer has none, so the release counts from the second
+        tensor = f"model.llm.attn_res.attn_queries.{int(query[1]) - 1}" if query else _renamed(_NAMES_2, name)
+    if name.endswith("_l2_clip.scale"):
+        return Stored(tensor, (heads, shape[1] // heads), (("reshape", {"shape": list(shape)}),))
+    return _interleaved(name, tensor, shape)
+
+
+def _renamed(names: list[tuple[re.Pattern[str], str]], name: str) -> str:
+    return next((pattern.sub(new, name) for pattern, new in names if pattern.search(name)), name)
+
+
+def _interleaved(name: str, tensor: str, shape: tuple[int, ...]) -> Stored:
+    """A tensor as it is, or gate and up taken out of the one that holds their rows in turn."""
+    if tensor.endswith("experts.w13_weight"):
+        experts, rows, size = shape
+        return Stored(tensor, shape, (
+            ("reshape", {"shape": [experts, rows // 2, 2, size]}),
+            ("transpose", {"axes": [0, 2, 1, 3]}),
+            ("reshape", {"shape": list(shape)}),
+        ))  # fmt: skip
+    if "w13" in tensor:
+        *before, rows, size = shape
+        axis, half = len(before) + 1, int("up_proj" in name)
+        return Stored(tensor, (*before, 2 * rows, size), (
+            ("reshape", {"shape": [*before, rows, 2, size]}),
+            ("slice", {"axis": axis, "start": half, "stop": half + 1}),
+            ("reshape", {"shape": list(shape)}),
+        ))  # fmt: skip
+    return Stored(tensor, shape)
