@@ -7,12 +7,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
 from tmlc.runtimes.core.tick import TickInput
 from tmlc.runtimes.media.timed_text import TimedText
-from tmlc.runtimes.media.video import VideoSource
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,13 @@ class TickShape:
         return self.duration_ms / 1000
 
 
+class Camera(Protocol):
+    """What shows frames: `VideoSource`, or anything made up that does the same."""
+
+    def at(self, seconds: float) -> np.ndarray | None:
+        """The frame on show, uint8 [height, width, 3], or None. Times never decrease."""
+
+
 @dataclass
 class Recording:
     """Inputs of one conversation. Tick k carries what was heard, typed and seen in [k, k+1) x the tick's length.
@@ -49,7 +56,7 @@ class Recording:
 
     shape: TickShape
     audio: np.ndarray | None = None
-    video: VideoSource | None = None
+    video: Camera | None = None
     text: list[TimedText] | None = None
     tokens: tuple[int, ...] = ()
 
