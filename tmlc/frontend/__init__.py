@@ -76,7 +76,6 @@ def _trace(
 ) -> Program:
     from tmlc.frontend.trace import trace_method
     from tmlc.ir.program import Method, Program, role, type_of
-    from tmlc.ir.types import dtype_name
     from tmlc.ir.verify import verify
     from tmlc.ir.weights import WeightMap
 
@@ -90,13 +89,8 @@ def _trace(
             weight = role(node)[1]
             if weight in weights:
                 continue
-            stored, needed = dtype_name(checkpoint.tensors[weight].torch_dtype), type_of(node)
-            if stored == needed.dtype:
-                weights.source(weight, stored, needed.shape)
-            else:
-                # The traced model is a float32 one; quantize.cast decides later what the engine reads.
-                weights.source(f"{weight}.{stored}", stored, needed.shape, tensor=weight)
-                weights.cast(weight, f"{weight}.{stored}", needed.dtype)
+            # The traced model is a float32 one; quantize.cast decides later what the engine reads.
+            checkpoint.weights[weight].declare(weights, weight, type_of(node).dtype)
     meta = {
         "kind": frontend.kind,
         "name": frontend.name,
