@@ -1,4 +1,4 @@
-"""What tests of several rooms share: the kernel sources compiled with the sanitizers, each file once."""
+"""What tests of several rooms share: no compile cache, and the kernel sources compiled with the sanitizers once."""
 
 import os
 import platform
@@ -72,3 +72,11 @@ def sanitized(tmp_path_factory: pytest.TempPathFactory) -> SanitizedBuild:
     if subprocess.run(command, capture_output=True).returncode:
         pytest.skip("needs the address and undefined-behaviour sanitizers of the C++ compiler")
     return SanitizedBuild(compiler, folder)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_compile_cache():
+    """Tests of what compiling does must compile; tests/cache brings a cache of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TMLC_CACHE", "off")
+        yield

@@ -11,14 +11,6 @@ from tmlc.model_zoo.interaction.checkpoint import create_checkpoint
 from tmlc.model_zoo.interaction.config import InteractionConfig, read_preset
 
 
-@pytest.fixture(scope="session", autouse=True)
-def no_cache():
-    """Tests of what compiling does must compile; tests/cache has a cache of its own."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TMLC_CACHE", "off")
-        yield
-
-
 def run_cli(*args, code=0):
     """Run `tmlc ARGS` in this process; the exit code must be `code`. The result carries `.json` when it parses."""
     result = CliRunner().invoke(cli, [str(a) for a in args])
