@@ -25,7 +25,7 @@ def variants() -> dict[str, list[str]]:
     """Compiler flags of each instruction-set variant that this kind of machine can have."""
     machine = platform.machine().lower()
     if machine in ("x86_64", "amd64"):
-        v4 = "-march=x86-64-v4 -mavx512bf16 -mavx512vnni -mprefer-vector-width=512".split()
+        v4 = ["-march=x86-64-v4", "-mavx512bf16", "-mavx512vnni", "-mprefer-vector-width=512"]
         return {"portable": ["-march=x86-64"], "v3": ["-march=x86-64-v3"], "v4": v4}
     if machine in ("aarch64", "arm64"):
         return {"portable": ["-march=armv8-a"], "neon": ["-march=armv8.2-a+dotprod"]}
@@ -41,10 +41,11 @@ class BuildKernels(build_ext):
 
 SOURCES = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "kernels/cpu/src").glob("*.cpp"))
 HEADERS = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "kernels/cpu/src").glob("*.[hd]*"))
-COMMON = (
-    "-std=c++17 -O3 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math -ffp-contract=fast "
-    "-Wall -Wextra -Werror -Wno-psabi -pthread"
-).split()
+COMMON = [
+    *("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-pthread"),
+    *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"),
+    *("-Wall", "-Wextra", "-Werror", "-Wno-psabi"),
+]
 
 setup(
     packages=packages(),

@@ -9,6 +9,8 @@ from __future__ import annotations
 import datetime
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +20,9 @@ import pytest
 
 from tmlc.report.machine import machine, slug
 
-RESULTS = Path(__file__).parent / "results"
+PERF = Path(__file__).parent
+RESULTS = PERF / "results"
+sys.path.insert(0, str(PERF))  # the suites share long_session.py, which is a script too
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,7 @@ FACTS: dict[str, Any] = {}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--record", action="store_true", help="write perf/results/<machine>.json")
     parser.addoption("--enforce", action="store_true", help="fail a case whose figure misses its target")
 
 
@@ -56,23 +61,30 @@ def figure(request: pytest.FixtureRequest) -> Callable[..., None]:
     return record
 
 
+@pytest.fixture
+def facts() -> dict[str, Any]:
+    """What goes into the results beside the figures."""
+    return FACTS
+
+
+def tmlc_cli(*args: object) -> None:
+    """Run the command line in a process of its own, so that this one never imports PyTorch."""
+    subprocess.run([sys.executable, "-m", "tmlc.cli.main", *map(str, args)], check=True, capture_output=True)
+
+
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A nano checkpoint, seed 0."""
-    from tmlc.model_zoo.interaction.checkpoint import create_checkpoint
-
     folder = tmp_path_factory.mktemp("zoo") / "nano"
-    create_checkpoint("nano", 0, folder)
+    tmlc_cli("zoo", "create", "nano", "--seed", 0, "-o", folder)
     return folder
 
 
 @pytest.fixture(scope="session")
 def nano(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The nano checkpoint compiled for the CPU in float32."""
-    import tmlc
-
     path = tmp_path_factory.mktemp("engines") / "nano.tmlc"
-    tmlc.compile(checkpoint, path, target="cpu", precision="fp32")
+    tmlc_cli("compile", checkpoint, "-o", path, "--precision", "fp32")
     return path
 
 
@@ -88,7 +100,7 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    if not FIGURES:
+    if not FIGURES or not session.config.getoption("--record"):
         return
     RESULTS.mkdir(exist_ok=True)
     body = {

@@ -123,9 +123,7 @@ def frames() -> np.ndarray:
         centre_x = SIDE * (0.5 + 0.32 * np.sin(angle))
         centre_y = SIDE * (0.5 + 0.22 * np.sin(2 * angle))
         inside = (x - centre_x) ** 2 + (y - centre_y) ** 2 <= (SIDE * 0.13) ** 2
-        shown[index] = np.where(
-            inside[..., None], np.array(colours[index // (FPS * 6) % 5], np.uint8), backdrop
-        )
+        shown[index] = np.where(inside[..., None], np.array(colours[index // (FPS * 6) % 5], np.uint8), backdrop)
     return shown
 
 
@@ -157,9 +155,7 @@ def write_text(path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "-o", "--out", type=Path, default=Path(__file__).parent, help="folder for the three files"
-    )
+    parser.add_argument("-o", "--out", type=Path, default=Path(__file__).parent, help="folder for the three files")
     out = parser.parse_args().out
     out.mkdir(parents=True, exist_ok=True)
     write_wav(out / "speech.wav", voice())

@@ -55,9 +55,7 @@ def read_audio(path: str | os.PathLike[str], rate: int = 16000) -> np.ndarray:
             if stream is not None:
                 parts.append(stream.resample_chunk(np.zeros(0, np.float32), last=True))
     except (soundfile.LibsndfileError, RuntimeError, OSError) as error:
-        raise MediaError(
-            f"the audio cannot be decoded: {_reason(error)}", where=str(path), fix=FIX
-        ) from error
+        raise MediaError(f"the audio cannot be decoded: {_reason(error)}", where=str(path), fix=FIX) from error
     samples = np.concatenate(parts) if parts else np.zeros(0, np.float32)
     if samples.size == 0:
         raise MediaError("the audio file holds no samples", where=str(path), fix=FIX)

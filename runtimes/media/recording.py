@@ -7,12 +7,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
 from tmlc.runtimes.core.tick import TickInput
 from tmlc.runtimes.media.timed_text import TimedText
-from tmlc.runtimes.media.video import VideoSource
 
 
 @dataclass(frozen=True)
@@ -40,16 +40,25 @@ class TickShape:
         return self.duration_ms / 1000
 
 
+class Camera(Protocol):
+    """What shows frames: `VideoSource`, or anything made up that does the same."""
+
+    def at(self, seconds: float) -> np.ndarray | None:
+        """The frame on show, uint8 [height, width, 3], or None. Times never decrease."""
+
+
 @dataclass
 class Recording:
-    """Inputs of one conversation. Tick k carries what was heard, typed and seen in [k, k+1) x the tick's
-    length.
+    """Inputs of one conversation. Tick k carries what was heard, typed and seen in [k, k+1) x the tick's length.
+
+    `tokens` come with every tick, after its text.
     """
 
     shape: TickShape
     audio: np.ndarray | None = None
-    video: VideoSource | None = None
+    video: Camera | None = None
     text: list[TimedText] | None = None
+    tokens: tuple[int, ...] = ()
 
     def duration(self) -> float:
         """Seconds up to the end of the audio and of the last typed text; video alone has no length of its
@@ -65,9 +74,7 @@ class Recording:
         return math.ceil(round(length / self.shape.seconds, 6))
 
     def _tick_of(self, seconds: float) -> int:
-        return math.floor(
-            round(seconds / self.shape.seconds, 6)
-        )  # 0.6 s is in tick 3, whatever 0.6 / 0.2 rounds to
+        return math.floor(round(seconds / self.shape.seconds, 6))  # 0.6 s is in tick 3, whatever 0.6 / 0.2 rounds to
 
     def ticks(self, count: int) -> Iterator[TickInput]:
         """The first `count` ticks, in order. After the end of the audio they carry none, which the engine
@@ -75,17 +82,13 @@ class Recording:
         """
         shape, pending = self.shape, list(self.text or [])
         for index in range(count):
-            audio = (
-                None
-                if self.audio is None
-                else self.audio[index * shape.samples : (index + 1) * shape.samples]
-            )
+            audio = None if self.audio is None else self.audio[index * shape.samples : (index + 1) * shape.samples]
             if audio is not None and audio.size == 0:
                 audio = None
             typed = []
             while pending and self._tick_of(pending[0].at) <= index:
                 typed.append(pending.pop(0).text)
-            yield TickInput(audio=audio, video=self._clip(index), text=" ".join(typed) or None)
+            yield TickInput(audio=audio, video=self._clip(index), text=" ".join(typed) or None, tokens=self.tokens)
 
     def _clip(self, index: int) -> np.ndarray | None:
         """The clip of tick `index`: frames spread evenly over the tick, or None between clips and outside the
@@ -93,9 +96,7 @@ class Recording:
         """
         if self.video is None or self.shape.frames == 0 or index % self.shape.video_every:
             return None
-        times = [
-            (index + (i + 0.5) / self.shape.frames) * self.shape.seconds for i in range(self.shape.frames)
-        ]
+        times = [(index + (i + 0.5) / self.shape.frames) * self.shape.seconds for i in range(self.shape.frames)]
         seen = [self.video.at(t) for t in times]
         frames = [frame for frame in seen if frame is not None]
         if not frames:

@@ -46,9 +46,7 @@ def read_timed_text(path: str | os.PathLike[str]) -> list[TimedText]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         problem = getattr(error, "problem", None) or "it does not parse"
-        raise MediaError(
-            f"not YAML: {problem}", where=_at(path, mark.line if mark else 0), fix=FIX
-        ) from error
+        raise MediaError(f"not YAML: {problem}", where=_at(path, mark.line if mark else 0), fix=FIX) from error
     if root is None:
         return []
     if not isinstance(root, yaml.SequenceNode):

@@ -103,9 +103,7 @@ class VideoSource:
                     shown = start + 1.0 / float(rate)
                     yield start, shown, frame
         except (av.FFmpegError, OSError, ValueError) as error:
-            raise MediaError(
-                f"the video cannot be decoded: {_reason(error)}", where=str(self.path), fix=FIX
-            ) from error
+            raise MediaError(f"the video cannot be decoded: {_reason(error)}", where=str(self.path), fix=FIX) from error
 
 
 def _reason(error: Exception) -> str:

@@ -28,7 +28,7 @@ def test_help_lists_every_verb_and_the_first_walk(tmlc_cli):
 def test_every_verb_explains_itself_with_an_example(tmlc_cli, verb):
     out = tmlc_cli(verb, "--help").stdout
     assert f"Usage: tmlc {verb}" in out
-    assert f"  tmlc {verb}" in out[out.index("Examples:"):]
+    assert f"  tmlc {verb}" in out[out.index("Examples:") :]
 
 
 @pytest.mark.parametrize("verb", ["compile", "inspect", "verify", "run", "profile", "doctor"])
@@ -118,7 +118,7 @@ def test_a_traceback_comes_only_with_debug(monkeypatch):
 
 def test_a_reader_that_leaves_early_is_no_error():
     code = "import sys; from tmlc.cli.main import cli; cli.main(['--help'])"
-    command = f"{sys.executable} -c \"{code}\" | true; exit ${{PIPESTATUS[0]}}"
+    command = f'{sys.executable} -c "{code}" | true; exit ${{PIPESTATUS[0]}}'
     assert subprocess.run(["bash", "-c", command], capture_output=True, check=False).returncode == 0
 
 

@@ -1,6 +1,9 @@
 """`tmlc zoo`."""
 
 import json
+import math
+
+import pytest
 
 from tmlc.model_zoo.interaction.config import PRESETS
 
@@ -14,21 +17,28 @@ def test_list_gives_every_preset_with_its_size(tmlc_cli):
     assert rows["small"]["active_parameters"] < rows["small"]["parameters"] / 5
 
 
-def test_create_writes_a_checkpoint_that_inspect_reads(tmlc_cli, checkpoint):
-    assert {"config.json", "tokenizer.json", "preprocessor_config.json"} <= {p.name for p in checkpoint.iterdir()}
-    view = tmlc_cli("inspect", checkpoint, "--json").json
+@pytest.fixture(scope="module")
+def nano(tmlc_cli, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("zoo") / "nano"
+    tmlc_cli("zoo", "create", "nano", "--seed", "0", "-o", folder)
+    return folder
+
+
+def test_create_writes_a_checkpoint_that_inspect_reads(tmlc_cli, nano):
+    assert {"config.json", "tokenizer.json", "preprocessor_config.json"} <= {p.name for p in nano.iterdir()}
+    view = tmlc_cli("inspect", nano, "--json").json
     assert view["model_type"] == "tmlc_interaction"
-    assert view["parameters"] == sum(_product(t["shape"]) for t in view["tensors"].values())
+    assert view["parameters"] == sum(math.prod(t["shape"]) for t in view["tensors"].values())
 
 
-def test_the_seed_decides_every_byte(tmlc_cli, checkpoint, tmp_path):
+def test_the_seed_decides_every_byte(tmlc_cli, nano, tmp_path):
     made = tmlc_cli("zoo", "create", "nano", "--seed", "0", "-o", tmp_path / "same", "--json").json
     assert made["seed"] == 0 and made["shards"] >= 1
-    for path in checkpoint.iterdir():
+    for path in nano.iterdir():
         assert (tmp_path / "same" / path.name).read_bytes() == path.read_bytes()
     tmlc_cli("zoo", "create", "nano", "--seed", "1", "-o", tmp_path / "other")
-    name = next(p.name for p in checkpoint.iterdir() if p.suffix == ".safetensors")
-    assert (tmp_path / "other" / name).read_bytes() != (checkpoint / name).read_bytes()
+    name = next(p.name for p in nano.iterdir() if p.suffix == ".safetensors")
+    assert (tmp_path / "other" / name).read_bytes() != (nano / name).read_bytes()
 
 
 def test_shards_are_as_small_as_asked(tmlc_cli, tmp_path):
@@ -40,7 +50,7 @@ def test_shards_are_as_small_as_asked(tmlc_cli, tmp_path):
 
 def test_nothing_is_overwritten_without_force(tmlc_cli, tmp_path):
     target = tmp_path / "nano"
-    target.mkdir()
+    tmlc_cli("zoo", "create", "nano", "-o", target)
     (target / "mine.txt").write_text("precious")
     assert "already exists" in tmlc_cli("zoo", "create", "nano", "-o", target, code=2).stderr
     assert (target / "mine.txt").read_text() == "precious"
@@ -49,8 +59,13 @@ def test_nothing_is_overwritten_without_force(tmlc_cli, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["nano"]
 
 
-def _product(shape):
-    result = 1
-    for size in shape:
-        result *= size
-    return result
+def test_force_never_removes_a_folder_that_is_no_checkpoint(tmlc_cli, tmp_path):
+    (tmp_path / "mine.txt").write_text("precious")
+    assert "not a checkpoint" in tmlc_cli("zoo", "create", "nano", "-o", tmp_path, "--force", code=2).stderr
+    assert (tmp_path / "mine.txt").read_text() == "precious"
+
+
+def test_matrices_can_be_stored_in_bf16(tmlc_cli, tmp_path):
+    tmlc_cli("zoo", "create", "nano", "--dtype", "bfloat16", "-o", tmp_path / "nano")
+    tensors = tmlc_cli("inspect", tmp_path / "nano", "--json").json["tensors"]
+    assert tensors["lm_head.weight"]["dtype"] == "BF16" and tensors["model.norm.weight"]["dtype"] == "F32"

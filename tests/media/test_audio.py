@@ -39,9 +39,7 @@ def test_a_file_longer_than_one_block_has_no_seam(tmp_path):
     assert np.abs(heard[2000:-2000] - tone(16000, 4.0)[: heard.size][2000:-2000]).max() < 2e-3
 
 
-@pytest.mark.parametrize(
-    "subtype", ["PCM_U8", "PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE", "ULAW", "ALAW"]
-)
+@pytest.mark.parametrize("subtype", ["PCM_U8", "PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE", "ULAW", "ALAW"])
 def test_every_wav_coding_is_read(tmp_path, subtype):
     soundfile.write(tmp_path / "in.wav", tone(16000), 16000, subtype=subtype)
     assert np.abs(read_audio(tmp_path / "in.wav") - tone(16000)).max() < 0.05

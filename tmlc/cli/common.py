@@ -51,7 +51,7 @@ def stdout_console() -> Console:
     """Where tables go: coloured on a terminal, plain and 110 columns wide in a pipe."""
     from rich.console import Console
 
-    return Console(width=None if sys.stdout.isatty() else 110, highlight=False, soft_wrap=False)
+    return Console(width=None if sys.stdout.isatty() else 110, highlight=False, markup=False)
 
 
 def show(*parts: RenderableType) -> None:

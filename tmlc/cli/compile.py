@@ -35,7 +35,7 @@ tmlc compile nano/ -o nano.tmlc --pipeline mine.yaml
 @click.option("--stop-after", metavar="PASS", help="End after this pass; writes no package. Useful with --dump.")
 @click.option("--dump", type=_PATH, metavar="DIR", help="Write the program's text form before and after every pass.")
 @click.option("--print-pipeline", is_flag=True, help="Print the pipeline as YAML and end.")
-@click.option("--check", is_flag=True, help="Compare outputs on real inputs after every pass; names the one that breaks.")
+@click.option("--check", is_flag=True, help="Compare outputs on real inputs after every pass.")
 @click.option("--context", type=click.IntRange(1), metavar="N", help="Positions that a session keeps.")
 @click.option("--context-policy", metavar="NAME", help="At the bound: ring_with_sinks or end.")
 @click.option("--sinks", type=click.IntRange(0), metavar="N", help="First positions that a ring never forgets.")

@@ -20,9 +20,7 @@ _FILE = click.Path(path_type=Path)
 def recording_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """Adds --audio, --video, --fps and --text."""
     for option in (
-        click.option(
-            "--text", type=_FILE, metavar="YAML", help="Timed text: a list of {at: seconds, text: ...}."
-        ),
+        click.option("--text", type=_FILE, metavar="YAML", help="Timed text: a list of {at: seconds, text: ...}."),
         click.option(
             "--fps",
             type=click.FloatRange(0.1, 1000),
@@ -30,12 +28,8 @@ def recording_options(function: Callable[..., Any]) -> Callable[..., Any]:
             show_default=True,
             help="Frames a second of a folder of pictures (a video file knows its own).",
         ),
-        click.option(
-            "--video", type=_FILE, metavar="PATH", help="Video file, or folder of PNG or JPEG frames."
-        ),
-        click.option(
-            "--audio", type=_FILE, metavar="WAV", help="WAV of any rate and channels (FLAC and OGG too)."
-        ),
+        click.option("--video", type=_FILE, metavar="PATH", help="Video file, or folder of PNG or JPEG frames."),
+        click.option("--audio", type=_FILE, metavar="WAV", help="WAV of any rate and channels (FLAC and OGG too)."),
     ):
         function = option(function)
     return function

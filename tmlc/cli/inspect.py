@@ -27,9 +27,7 @@ def command(path: Path, method: str | None, tensors: bool, as_json: bool) -> Non
     tensors).
     """
     if not path.exists():
-        raise UsageError(
-            "no such file or folder", where=str(path), fix="give a .tmlc package or a checkpoint folder"
-        )
+        raise UsageError("no such file or folder", where=str(path), fix="give a .tmlc package or a checkpoint folder")
     if (path / "config.json").is_file():
         _checkpoint(path, method, tensors, as_json)
     else:
@@ -62,9 +60,7 @@ def _checkpoint(path: Path, method: str | None, tensors: bool, as_json: bool) ->
     from tmlc.report.package_view import checkpoint_tables, describe_checkpoint
 
     if method is not None:
-        raise UsageError(
-            "--ir is for packages", where=str(path), fix="compile the checkpoint first, or leave it out"
-        )
+        raise UsageError("--ir is for packages", where=str(path), fix="compile the checkpoint first, or leave it out")
     view = describe_checkpoint(path)
     if as_json:
         print_json(view)

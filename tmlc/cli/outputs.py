@@ -50,9 +50,7 @@ class Outputs:
         self._work = Path(tempfile.mkdtemp(prefix=".tmlc-", dir=self.folder))
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         assert self._work is not None
         try:
             if kind is None:

@@ -58,9 +58,7 @@ tmlc profile nano.tmlc --budget 300ms --threads 1 --json
     show_default=True,
     help="Random stream of the session.",
 )
-@click.option(
-    "-o", "--out", type=click.Path(path_type=Path), metavar="STEM", help="Also write STEM.json and STEM.txt."
-)
+@click.option("-o", "--out", type=click.Path(path_type=Path), metavar="STEM", help="Also write STEM.json and STEM.txt.")
 @THREADS
 @FORCE
 def command(
@@ -91,9 +89,7 @@ def command(
 
     total = parse_milliseconds(budget)
     outputs = (
-        Outputs(out.absolute().parent, [f"{out.name}.json", f"{out.name}.txt"], force)
-        if out is not None
-        else None
+        Outputs(out.absolute().parent, [f"{out.name}.json", f"{out.name}.txt"], force) if out is not None else None
     )
     engine = tmlc.load(package, threads=threads, sessions=1)
     try:
@@ -108,7 +104,7 @@ def command(
         made_up = audio is None and video is None and text is None
         if made_up:
             length = SECONDS if seconds is None else seconds
-            recording = synthetic_recording(shape, length, engine.manifest.tick.audio_in > 0)
+            recording = synthetic_recording(shape, length, engine.model.hears, engine.tokenizer is not None)
         else:
             recording = open_recording(engine.manifest, audio, video, fps, text)
             length = recording.duration() if seconds is None else seconds

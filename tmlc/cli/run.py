@@ -37,9 +37,7 @@ tmlc run nano.tmlc --text typed.yaml --seconds 20 --clock wall -o out/
     type=click.FloatRange(0.0, 86400.0, min_open=True),
     help="Length of the run.  [default: the recording's length]",
 )
-@click.option(
-    "--tail", type=click.FloatRange(0.0, 3600.0), default=0.0, help="Seconds of silence after the recording."
-)
+@click.option("--tail", type=click.FloatRange(0.0, 3600.0), default=0.0, help="Seconds of silence after the recording.")
 @click.option(
     "--clock",
     type=click.Choice(["input", "wall"]),
@@ -116,7 +114,7 @@ def command(
             sink = WavWriter(outputs.path("output.wav"), rate) if rate else None
             try:
                 for played in play(session, recording, count, make_clock(clock, period)):
-                    timeline.write(json.dumps(played.record(period), ensure_ascii=False) + "\n")
+                    timeline.write(json.dumps(played.record(period)) + "\n")
                     transcript.add(played.index, played.given.text, played.output.text)
                     if sink is not None and played.output.audio is not None:
                         sink.write(played.output.audio)

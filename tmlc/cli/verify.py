@@ -17,9 +17,7 @@ tmlc verify nano.tmlc --isa portable --threads 1 --json
 """,
 )
 @click.argument("package", type=click.Path(path_type=Path))
-@click.option(
-    "--isa", metavar="NAME", help="Kernel variant to verify (`tmlc doctor` lists them).  [default: the best]"
-)
+@click.option("--isa", metavar="NAME", help="Kernel variant to verify (`tmlc doctor` lists them).  [default: the best]")
 @THREADS
 def command(package: Path, isa: str | None, threads: int | None, as_json: bool) -> None:
     """Check every byte of PACKAGE, then replay its golden calls here and compare the outputs.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 
@@ -27,9 +27,7 @@ def list_presets(as_json: bool) -> None:
     if as_json:
         print_json(rows)
         return
-    found = table(
-        "presets", "preset", "parameters", "active", "float32", "layers", "experts", "context", "what for"
-    )
+    found = table("presets", "preset", "parameters", "active", "float32", "layers", "experts", "context", "what for")
     for row in rows:
         found.add_row(
             row["name"],
@@ -46,7 +44,7 @@ def list_presets(as_json: bool) -> None:
 
 @command.command(
     "create",
-    epilog="\b\nExamples:\n  tmlc zoo create nano -o nano/\n  tmlc zoo create small --seed 3 -o small/",
+    epilog="\b\nExamples:\n  tmlc zoo create nano -o nano/\n  tmlc zoo create small --dtype bfloat16 -o small/",
 )
 @click.argument("preset")
 @click.option(
@@ -71,17 +69,32 @@ def list_presets(as_json: bool) -> None:
     show_default=True,
     help="Largest shard, in MB.",
 )
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16"]),
+    default="float32",
+    show_default=True,
+    help="Of matrices and embeddings.",
+)
 @FORCE
 @JSON
 @DEBUG
-def create(preset: str, out: Path, seed: int, shard_mb: int, force: bool, as_json: bool) -> None:
+def create(
+    preset: str,
+    out: Path,
+    seed: int,
+    shard_mb: int,
+    dtype: Literal["float32", "bfloat16"],
+    force: bool,
+    as_json: bool,
+) -> None:
     """Write a checkpoint of PRESET with random weights, in the Hugging Face folder form."""
     require_compiler("creating a checkpoint")
     from tmlc.report.zoo_view import create_preset
 
     check_output(out, force)
     with progress(as_json) as report:
-        result: dict[str, Any] = create_preset(preset, seed, out, shard_mb * 1_000_000, force, report)
+        result: dict[str, Any] = create_preset(preset, seed, out, shard_mb * 1_000_000, dtype, force, report)
     if as_json:
         print_json(result)
     else:

@@ -49,6 +49,8 @@ def check_finite(tensor: torch.Tensor, name: str) -> None:
     """Raises CheckpointError that names the tensor when it holds NaN or infinity."""
     if not tensor.is_floating_point() or tensor.numel() == 0:
         return
+    if tensor.itemsize == 1:
+        tensor = tensor.bfloat16()  # exact; torch does not compare fp8
     low, high = torch.aminmax(tensor)  # both carry a NaN on, and no copy is made
     if not (torch.isfinite(low) and torch.isfinite(high)):
         bad = tensor.numel() - int(torch.isfinite(tensor).sum())

@@ -115,21 +115,19 @@ def _trace(
 
 def _define(weights: WeightMap, name: str, needed: TensorType, checkpoint: Checkpoint, frontend: Frontend) -> None:
     """Adds one parameter to the map: a checkpoint tensor, in the layout and dtype that the graph reads."""
-    from tmlc.frontend.model import Stored
-    from tmlc.ir.types import dtype_name
-
     if name in frontend.constants:
         weights.constant(name, frontend.constants[name])
         return
-    stored = frontend.stored.get(name, Stored(name, needed.shape))
-    dtype = dtype_name(checkpoint.tensors[stored.tensor].torch_dtype)
     # The traced model is a float32 one; quantize.cast decides later what the engine reads.
-    steps = [*stored.steps, *([("cast", {"dtype": needed.dtype})] if dtype != needed.dtype else [])]
-    at = f"{name}.{dtype}" if steps else name
-    weights.source(at, dtype, stored.shape, tensor=stored.tensor)
+    stored = frontend.stored.get(name)
+    if stored is None or not stored.steps:
+        checkpoint.weights[name if stored is None else stored.tensor].declare(weights, name, needed.dtype)
+        return
+    weight = checkpoint.weights[stored.tensor]
+    at = weight.declare(weights, f"{name}.stored", weight.dtype)
+    steps = [*stored.steps, *([("cast", {"dtype": needed.dtype})] if weight.dtype != needed.dtype else [])]
     for number, (op, args) in enumerate(steps, 1):
-        last = number == len(steps)
-        at = weights.add(name if last else f"{name}.{op}{number}", op, [at], args)
+        at = weights.add(name if number == len(steps) else f"{name}.{op}{number}", op, [at], args)
 
 
 def _max_n(graph: Any, max_append: int) -> int:

@@ -11,13 +11,17 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from tmlc.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from tmlc.frontend.quantized import StoredWeight
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -31,6 +35,10 @@ DTYPES: dict[str, tuple[torch.dtype, int]] = {
     "I64": (torch.int64, 8),
     "I32": (torch.int32, 4),
     "U8": (torch.uint8, 1),
+    "I8": (torch.int8, 1),
+    "F8_E4M3": (torch.float8_e4m3fn, 1),
+    "F8_E5M2": (torch.float8_e5m2, 1),
+    "F8_E8M0": (torch.float8_e8m0fnu, 1),
 }
 
 
@@ -55,6 +63,17 @@ class Checkpoint:
     def __init__(self, folder: Path, config: dict[str, Any], tensors: dict[str, TensorInfo]) -> None:
         self.folder, self.config, self.tensors = folder, config, tensors
         self._open: tuple[str, Any] | None = None
+
+    @cached_property
+    def weights(self) -> dict[str, StoredWeight]:
+        """The model's weights: the tensors, where several that are one quantised weight count as that weight.
+
+        Raises:
+            CheckpointError: a quantisation that tmlc does not read, or tensors that do not fit the one named.
+        """
+        from tmlc.frontend.quantized import stored_weights
+
+        return stored_weights(self)
 
     @property
     def shards(self) -> list[str]:
@@ -122,6 +141,8 @@ class Checkpoint:
             if on_progress is not None:
                 on_progress(name)
             tensor = self.get(name)
+            if tensor.is_floating_point() and tensor.itemsize == 1:
+                tensor = tensor.bfloat16()  # exact, and torch does not know what is finite in one byte
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
                 nan, inf = int(torch.isnan(tensor).sum()), int(torch.isinf(tensor).sum())
                 kinds = [f"{count} {kind}" for count, kind in ((nan, "NaN"), (inf, "infinite")) if count]
@@ -137,17 +158,17 @@ class Checkpoint:
         """Compares the checkpoint with what a model needs.
 
         Args:
-            expected: tensor name → (shape, whether it must be of a floating dtype).
-            ignore: tells of a surplus tensor that it is known and not needed.
+            expected: weight name → (shape, whether it must be of a floating dtype).
+            ignore: tells of a surplus weight that it is known and not needed.
 
         Raises:
             CheckpointError: tensors are missing, or there are extra ones, or shapes or dtypes are wrong.
         """
-        where = str(self.folder)
-        missing = [n for n in expected if n not in self.tensors]
+        where, weights = str(self.folder), self.weights
+        missing = [n for n in expected if n not in weights]
         if missing:
             raise CheckpointError(f"missing tensors: {listed(missing)}", where=where, fix=FIX_INCOMPLETE)
-        extra = [n for n in self.tensors if n not in expected and not ignore(n)]
+        extra = [n for n in weights if n not in expected and not ignore(n)]
         if extra:
             raise CheckpointError(
                 f"tensors that the model in config.json does not have: {listed(extra)}",
@@ -155,9 +176,9 @@ class Checkpoint:
                 fix="config.json and the shards belong to different models: take both from the same export",
             )
         wrong = [
-            f"{n} is {list(self.tensors[n].shape)}, config.json says {list(shape)}"
+            f"{n} is {list(weights[n].shape)}, config.json says {list(shape)}"
             for n, (shape, _) in expected.items()
-            if self.tensors[n].shape != tuple(shape)
+            if weights[n].shape != tuple(shape)
         ]
         if wrong:
             raise CheckpointError(
@@ -166,9 +187,9 @@ class Checkpoint:
                 fix="config.json and the shards belong to different models",
             )
         dtypes = [
-            f"{n} is {self.tensors[n].dtype}"
+            f"{n} is {weights[n].stored}"
             for n, (_, floating) in expected.items()
-            if self.tensors[n].torch_dtype.is_floating_point != floating
+            if weights[n].floating != floating
         ]
         if dtypes:
             raise CheckpointError(

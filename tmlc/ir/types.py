@@ -18,9 +18,14 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
     "i32": torch.int32,
     "i64": torch.int64,
     "u8": torch.uint8,
+    # What quantised checkpoints are stored in; nothing computes in them.
+    "i8": torch.int8,
+    "f8e4m3": torch.float8_e4m3fn,
+    "f8e5m2": torch.float8_e5m2,
+    "f8e8m0": torch.float8_e8m0fnu,
 }
 _NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
-ITEM_BYTES = {"f32": 4, "bf16": 2, "i32": 4, "i64": 8, "u8": 1}
+ITEM_BYTES = {name: dtype.itemsize for name, dtype in TORCH_DTYPES.items()}
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -32,7 +37,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 @dataclass(frozen=True, slots=True)
 class TensorType:
-    """dtype (`f32 bf16 i32 i64 u8`) and shape; while a method is traced sizes may be torch.SymInt."""
+    """dtype (a name in TORCH_DTYPES) and shape; while a method is traced sizes may be torch.SymInt."""
 
     dtype: str
     shape: tuple[Any, ...]

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import torch
 
 from tmlc.errors import CheckpointError, IRError
+from tmlc.ir.dequantize import Dequantize, dequantize_into, dequantized_type
 from tmlc.ir.types import TensorType, dtype_name
 
 __all__ = ["WEIGHT_OPS", "TensorSource", "WeightEntry", "WeightMap"]
@@ -35,7 +36,8 @@ class WeightEntry:
     `source` has one src, the name of a checkpoint tensor; `constant` has none: its values are in its args (as windows
     and filters that a checkpoint's config implies); the srcs of every other op are earlier entries.
     Args: constant {dtype, shape, data: little-endian values, deflated, base64}, concat {axis}, stack {} (a new
-        first axis), transpose {axes}, slice {axis, start, stop}, reshape {shape}, cast {dtype}.
+        first axis), transpose {axes}, slice {axis, start, stop}, reshape {shape}, cast {dtype}, dequantize: those of
+        `Dequantize`; its srcs are codes, scales, then zero points and global scale where the arguments name them.
     """
 
     dst: str
@@ -127,6 +129,10 @@ class WeightMap:
     def cast(self, dst: str, src: str, dtype: str) -> str:
         return self.add(dst, "cast", [src], {"dtype": dtype})
 
+    def dequantize(self, dst: str, srcs: Sequence[str], args: dict[str, Any]) -> str:
+        """Numbers of stored codes and scales; `args` are those of `Dequantize` that differ from its defaults."""
+        return self.add(dst, "dequantize", srcs, args)
+
     def needed(self, names: Iterable[str]) -> list[str]:
         """The entries that the named ones are made of, and themselves, in map order."""
         keep, todo = set(), list(names)
@@ -194,11 +200,20 @@ class WeightMap:
                 self._fill(self[entry.srcs[0]], source, out)
             else:  # cast twice: the first one rounds, so it has to be done
                 out.copy_(self.evaluate(entry.dst, source))
+        elif entry.op == "dequantize":
+            stored = [self[src] for src in entry.srcs]
+            names = [part.srcs[0] if part.op == "source" else part.dst for part in stored]
+            tensors = [self.evaluate(part.dst, source) for part in stored]
+            dequantize_into(Dequantize(**_tuples(entry.args)), tensors, names, out)
         else:
             value = self.evaluate(entry.srcs[0], source)
             if entry.op == "slice":
                 value = value.narrow(entry.args["axis"], entry.args["start"], entry.args["stop"] - entry.args["start"])
             out.copy_(value.reshape(entry.shape))
+
+
+def _tuples(args: dict[str, Any]) -> dict[str, Any]:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in args.items()}
 
 
 def infer_weight(dst: str, op: str, types: Sequence[TensorType], args: dict[str, Any]) -> TensorType:
@@ -296,4 +311,5 @@ WEIGHT_OPS: dict[str, Callable[..., TensorType]] = {
     "slice": _slice,
     "reshape": _reshape,
     "cast": _cast,
+    "dequantize": dequantized_type,
 }

@@ -30,6 +30,6 @@ def compile_tables(view: dict[str, Any]) -> list[RenderableType]:
             ("arena", f"{megabytes(view['arena_bytes'])}, scratch {megabytes(view['scratch_bytes'])}"),
             ("wrote", f"{view['out']} ({megabytes(view['package_bytes'])}, sha256 {view['digest'][:16]}…)"),
         ]
-    missed = [(record["pass"], miss) for record in view["passes"] for miss in record["near_misses"]]
-    rest = [grid([(f"near miss in {name}", str(miss)) for name, miss in missed])] if missed else []
+    near = [(record["pass"], miss) for record in view["passes"] for miss in record["near_misses"]]
+    rest = [grid([(f"near miss in {name}", str(miss)) for name, miss in near])] if near else []
     return [passes, *rest, grid(lines)]

@@ -91,9 +91,7 @@ def _cpu(kernels: dict[str, Any]) -> TargetState:
     if kernels["problem"]:
         return TargetState("cpu", torch, False, kernels["problem"], kernels["fix"])
     if not torch:
-        return TargetState(
-            "cpu", False, True, "runs packages; compiling needs PyTorch", "pip install 'tmlc[compile]'"
-        )
+        return TargetState("cpu", False, True, "runs packages; compiling needs PyTorch", "pip install 'tmlc[compile]'")
     return TargetState("cpu", True, True, f"kernels {kernels['chosen']}")
 
 
@@ -129,15 +127,11 @@ def doctor_tables(view: dict[str, Any]) -> list[RenderableType]:
     )
     targets = table("targets", "target", "compile", "run", "", "what to do")
     for target in view["targets"]:
-        targets.add_row(
-            target["name"], _mark(target["compile"]), _mark(target["run"]), target["note"], target["fix"]
-        )
+        targets.add_row(target["name"], _mark(target["compile"]), _mark(target["run"]), target["note"], target["fix"])
     extras = table("extras", "extra", "installed", "for", "command")
     for name, extra in view["extras"].items():
         versions = ", ".join(f"{d} {version or 'missing'}" for d, version in extra["packages"].items())
-        extras.add_row(
-            name, versions, extra["for"], "" if extra["complete"] else extra["install"].replace("[", r"\[")
-        )
+        extras.add_row(name, versions, extra["for"], "" if extra["complete"] else extra["install"])
     return [head, targets, extras]
 
 

@@ -76,11 +76,7 @@ def package_tables(view: dict[str, Any], where: Path) -> list[RenderableType]:
         memory.add_row(name, megabytes(count), remark)
     methods = table("methods", "method", "inputs", "outputs", "max n", "kernel calls")
     for method in manifest["methods"]:
-        calls = [
-            f"{sum(ops[method['name']].values())}"
-            for ops in view["op_counts"].values()
-            if method["name"] in ops
-        ]
+        calls = [f"{sum(ops[method['name']].values())}" for ops in view["op_counts"].values() if method["name"] in ops]
         methods.add_row(
             method["name"],
             _signatures(method["inputs"]),
@@ -184,9 +180,7 @@ def checkpoint_tables(view: dict[str, Any], where: Path, all_tensors: bool) -> l
     if all_tensors:
         tensors = table("tensors", "name", "shape", "dtype", "shard")
         for name, info in view["tensors"].items():
-            tensors.add_row(
-                name, " × ".join(map(str, info["shape"])) or "scalar", info["dtype"], info["shard"]
-            )
+            tensors.add_row(name, " × ".join(map(str, info["shape"])) or "scalar", info["dtype"], info["shard"])
         return [head, config, tensors]
     groups: dict[str, list[dict[str, Any]]] = {}
     for name, info in view["tensors"].items():

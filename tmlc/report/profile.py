@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from tmlc.runtimes.core.engine import Engine
 
 TYPED_EVERY_SECONDS = 2.0
+NOT_STAGES = ("first_audio", "total", "wait")  # timings of a tick that are not the time of one method
 
 
 class SyntheticVideo:
@@ -40,20 +41,21 @@ class SyntheticVideo:
         return self._random.integers(0, 256, self._size, np.uint8)
 
 
-def synthetic_recording(shape: TickShape, seconds: float, hears: bool, seed: int = 0) -> Recording:
-    """Inputs that make the model do all its work in every tick: noise with the loudness of speech that comes
-    and goes, camera frames (when the model sees), and a word typed every two seconds."""
+def synthetic_recording(shape: TickShape, seconds: float, hears: bool, reads: bool = True, seed: int = 0) -> Recording:
+    """Inputs that make the model do all its work in every tick.
+
+    Noise with the loudness of speech that comes and goes (`hears`), camera frames (when the model sees), a word typed
+    every two seconds (`reads`: it has a tokenizer), and for a model that does not hear a token in every tick.
+    """
     random = np.random.default_rng(seed)
     audio = None
     if hears:
         t = np.arange(int(seconds * shape.sample_rate)) / shape.sample_rate
-        loudness = 0.002 + 0.1 * np.clip(np.sin(2 * np.pi * 0.4 * t), 0, 1) * np.abs(
-            np.sin(2 * np.pi * 2.3 * t)
-        )
+        loudness = 0.002 + 0.1 * np.clip(np.sin(2 * np.pi * 0.4 * t), 0, 1) * np.abs(np.sin(2 * np.pi * 2.3 * t))
         audio = (random.standard_normal(t.size) * loudness).astype(np.float32)
-    typed = [TimedText(float(at), "hello") for at in np.arange(0.0, seconds, TYPED_EVERY_SECONDS)]
+    typed = [TimedText(float(at), "hello") for at in np.arange(0.0, seconds if reads else 0.0, TYPED_EVERY_SECONDS)]
     video = SyntheticVideo(shape, seed) if shape.frames else None
-    return Recording(shape, audio=audio, video=video, text=typed)
+    return Recording(shape, audio=audio, video=video, text=typed, tokens=() if hears else (0,))
 
 
 def resident_bytes() -> int | None:
@@ -96,8 +98,9 @@ def profile_engine(
         missed += played.late_ms + played.step_ms > budget.step_ms
         late = max(late, played.late_ms)
         spoke += not played.output.stats.get("silent", 0)
-        for name, ms in played.output.timings.items():
-            stages.setdefault(name, []).append(float(ms))
+        if played.index:
+            for name, ms in played.output.timings.items():
+                stages.setdefault(name, []).append(float(ms))
         if played.index == mark:
             resident_first = resident_bytes()
         report("playing", played.index + 1, count)
@@ -118,7 +121,7 @@ def profile_engine(
         "ticks_with_output": spoke,
         "first_tick_ms": steps[0],
         "step_ms": as_dict(measured),
-        "stages_ms": {name: as_dict(spread(values[1:])) for name, values in stages.items()},
+        "stages_ms": {name: as_dict(spread(values)) for name, values in stages.items()},
         "turn_latency": turn_latency(measured, budget),
         "missed_deadlines": missed,
         "latest_start_ms": late,
@@ -156,7 +159,11 @@ def profile_tables(view: dict[str, Any]) -> list[RenderableType]:
         ]
     )
     timing = table("a tick", "what", "p50", "p95", "p99", "max", "jitter")
-    for name, values in [("step (all of it)", steps), *((f"  {n}", v) for n, v in view["stages_ms"].items())]:
+    stages = {name: values for name, values in view["stages_ms"].items() if name not in NOT_STAGES}
+    rows = [("step (all of it)", steps), *((f"  {name}", values) for name, values in stages.items())]
+    if "first_audio" in view["stages_ms"]:
+        rows.append(("start to first audio", view["stages_ms"]["first_audio"]))
+    for name, values in rows:
         timing.add_row(name, *(milliseconds(values[k]) for k in ("p50", "p95", "p99", "max", "jitter")))
     latency = table(f"turn latency against {turn['budget_ms']:g} ms", "part", "typical", "worst", "")
     assumptions = turn["assumptions"]

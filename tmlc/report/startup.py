@@ -20,7 +20,16 @@ from tmlc.errors import KernelError
 
 
 def peak_rss_bytes() -> int:
-    """The most memory this process has had resident so far."""
+    """The most memory this process has had resident so far.
+
+    Linux keeps getrusage's figure across exec, so a child would report its parent's: there the kernel is asked for
+    the figure of this program alone.
+    """
+    status = Path("/proc/self/status")
+    if status.is_file():
+        for line in status.read_text(encoding="ascii", errors="replace").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

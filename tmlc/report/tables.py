@@ -36,7 +36,7 @@ def plain_text(parts: list[RenderableType], width: int = 110) -> str:
     from rich.console import Console
 
     sink = io.StringIO()
-    console = Console(file=sink, width=width, highlight=False, force_terminal=False, color_system=None)
+    console = Console(file=sink, width=width, highlight=False, markup=False, force_terminal=False, color_system=None)
     for part in parts:
         console.print(part)
     return "\n".join(line.rstrip() for line in sink.getvalue().splitlines()) + "\n"

@@ -30,9 +30,7 @@ def replay(engine: Engine, package: Path, report: Callable[[str, int, int], None
     with open_package(package, verify=False) as opened:
         calls = read_golden(opened)
     if not calls:
-        raise PackageError(
-            "the package holds no golden data", where=str(package), fix="compile the checkpoint again"
-        )
+        raise PackageError("the package holds no golden data", where=str(package), fix="compile the checkpoint again")
     model, slots = engine.model, engine.slots
     rows: dict[str, dict[str, Any]] = {}
     slot, sequence = None, None

@@ -6,9 +6,11 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from tmlc.errors import UsageError
 from tmlc.model_zoo.interaction.checkpoint import create_checkpoint
 from tmlc.model_zoo.interaction.config import PRESETS, InteractionConfig, read_preset
 from tmlc.model_zoo.interaction.modeling import count_parameters
@@ -38,17 +40,27 @@ def _entry(name: str) -> dict[str, Any]:
 
 
 def create_preset(
-    name: str, seed: int, out: Path, shard_bytes: int, force: bool, report: Callable[[str, int, int], None]
+    name: str,
+    seed: int,
+    out: Path,
+    shard_bytes: int,
+    dtype: Literal["float32", "bfloat16"],
+    force: bool,
+    report: Callable[[str, int, int], None],
 ) -> dict[str, Any]:
     """Write the checkpoint; with `force`, an older folder at `out` goes only when the new one is complete.
 
     Raises:
-        UsageError: unknown preset.
+        UsageError: unknown preset, or `out` holds something that is no checkpoint (it is never removed).
     """
     read_preset(name)
+    if force and out.is_dir() and any(out.iterdir()) and not (out / "config.json").is_file():
+        raise UsageError("the folder is not a checkpoint, so --force does not replace it", where=str(out),
+                         fix="name another folder, or remove this one yourself")  # fmt: skip
     fresh = out.with_name(f".{out.name}.new") if force and out.exists() else out
     try:
-        create_checkpoint(name, seed, fresh, shard_bytes, on_progress=lambda done, total: report("writing", done, total))
+        tell = partial(report, "writing")
+        create_checkpoint(name, seed, fresh, shard_bytes, dtype, on_progress=tell)
         if fresh != out:
             shutil.rmtree(out) if out.is_dir() else out.unlink()
             fresh.rename(out)

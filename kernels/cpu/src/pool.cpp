@@ -1,11 +1,14 @@
 // The thread pool of pool.h.
 #include "pool.h"
 
+#include <algorithm>
+
 namespace tmlc {
 namespace {
 
 constexpr int64_t small_work = 32768;  // multiply-adds below which a hand-over costs more than it saves
 constexpr int spins = 4000;            // about 50 us
+constexpr int64_t parts_each = 2;      // parts a thread gets when all are free: a late one then costs half its share
 
 inline void pause_cpu() {
 #if defined(__x86_64__) || defined(__i386__)
@@ -14,6 +17,12 @@ inline void pause_cpu() {
     asm volatile("yield");
 #endif
 }
+
+// The ticket: [round 32][parts 16][taken 16].
+constexpr uint64_t pack(uint64_t round, uint64_t parts) { return round << 32 | parts << 16; }
+constexpr uint64_t round_of(uint64_t ticket) { return ticket >> 32; }
+constexpr int64_t parts_of(uint64_t ticket) { return static_cast<int64_t>(ticket >> 16 & 0xffff); }
+constexpr int64_t taken_of(uint64_t ticket) { return static_cast<int64_t>(ticket & 0xffff); }
 
 }  // namespace
 
@@ -30,28 +39,40 @@ Pool::Pool(int threads) {
 Pool::~Pool() {
     {
         std::lock_guard<std::mutex> lock(mutex_);
-        stop_ = true;
-        round_.fetch_add(1, std::memory_order_seq_cst);
+        stop_.store(true, std::memory_order_seq_cst);
     }
     wake_.notify_all();
     for (auto& w : workers_) w.join();
 }
 
+void Pool::take_parts(uint64_t round, int thread) {
+    uint64_t ticket = ticket_.load(std::memory_order_acquire);
+    while (round_of(ticket) == round && taken_of(ticket) < parts_of(ticket)) {
+        if (!ticket_.compare_exchange_weak(ticket, ticket + 1, std::memory_order_acq_rel, std::memory_order_acquire))
+            continue;
+        const int64_t parts = parts_of(ticket), part = taken_of(ticket);
+        (*fn_)(units_ * part / parts, units_ * (part + 1) / parts, thread);
+        done_.fetch_add(1, std::memory_order_release);
+        ticket = ticket_.load(std::memory_order_acquire);
+    }
+}
+
 void Pool::worker(int index) {
     uint64_t seen = 0;
+    const auto news = [&](std::memory_order order) {
+        return round_of(ticket_.load(order)) != seen || stop_.load(order);
+    };
     for (;;) {
-        for (int i = 0; i < spins && round_.load(std::memory_order_acquire) == seen; ++i) pause_cpu();
-        if (round_.load(std::memory_order_acquire) == seen) {
+        for (int i = 0; i < spins && !news(std::memory_order_acquire); ++i) pause_cpu();
+        if (!news(std::memory_order_acquire)) {
             std::unique_lock<std::mutex> lock(mutex_);
             sleepers_.fetch_add(1, std::memory_order_seq_cst);
-            wake_.wait(lock, [&] { return round_.load(std::memory_order_seq_cst) != seen; });
+            wake_.wait(lock, [&] { return news(std::memory_order_seq_cst); });
             sleepers_.fetch_sub(1, std::memory_order_seq_cst);
         }
-        seen = round_.load(std::memory_order_acquire);
-        if (stop_) return;
-        const int64_t n = threads(), begin = units_ * index / n, end = units_ * (index + 1) / n;
-        if (begin < end) (*fn_)(begin, end, index);
-        pending_.fetch_sub(1, std::memory_order_release);
+        if (stop_.load(std::memory_order_acquire)) return;
+        seen = round_of(ticket_.load(std::memory_order_acquire));
+        take_parts(seen, index);
     }
 }
 
@@ -63,16 +84,18 @@ void Pool::split(int64_t units, int64_t work, const RangeFn& fn) {
         fn(0, units, 0);
         return;
     }
+    const int64_t parts = std::min<int64_t>(units, parts_each * threads());  // threads are at most 1024
+    const uint64_t round = (round_of(ticket_.load(std::memory_order_relaxed)) + 1) & 0xffffffff;
     fn_ = &fn;
     units_ = units;
-    pending_.store(static_cast<int>(workers_.size()), std::memory_order_relaxed);
-    round_.fetch_add(1, std::memory_order_seq_cst);
+    done_.store(0, std::memory_order_relaxed);
+    ticket_.store(pack(round, static_cast<uint64_t>(parts)), std::memory_order_seq_cst);
     if (sleepers_.load(std::memory_order_seq_cst) > 0) {
         { std::lock_guard<std::mutex> lock(mutex_); }  // a worker that is about to sleep has seen the new round or waits
         wake_.notify_all();
     }
-    fn(0, units / threads(), 0);
-    for (int i = 0; pending_.load(std::memory_order_acquire) > 0; ++i) {
+    take_parts(round, 0);
+    for (int i = 0; done_.load(std::memory_order_acquire) < parts; ++i) {
         pause_cpu();
         if (i >= spins) std::this_thread::yield();
     }

@@ -1,4 +1,4 @@
-// A persistent thread pool: static splits, workers that spin for a moment and then sleep.
+// A persistent thread pool: parts that whoever is free takes, workers that spin for a moment and then sleep.
 #pragma once
 #include <atomic>
 #include <condition_variable>
@@ -18,9 +18,11 @@ struct Serial final : Parallel {
     }
 };
 
-// `threads` counts the caller. Between two splits of a tick the workers keep spinning (a wake-up costs more than most
-// operations); after about 50 us without work they sleep. Two callers may share a pool: whoever finds it taken runs
-// its split alone, which changes no result.
+// `threads` counts the caller. A split is cut into a few equal parts; callers and workers take parts until none is left,
+// so a worker that the system has not given a core to holds nothing up (on a busy machine it often has none). Which
+// thread computes a part changes no result. Between two splits of a tick the workers keep spinning (a wake-up costs more
+// than most operations); after about 50 us without work they sleep. Two callers may share a pool: whoever finds it taken
+// runs its split alone.
 class Pool final : public Parallel {
 public:
     explicit Pool(int threads);
@@ -30,15 +32,18 @@ public:
 
 private:
     void worker(int index);
+    void take_parts(uint64_t round, int thread);
 
     std::vector<std::thread> workers_;
     std::atomic<bool> taken_{false};
-    alignas(64) std::atomic<uint64_t> round_{0};
-    alignas(64) std::atomic<int> pending_{0};
+    // The round, how many parts it has and how many are taken, in one word: a part can be taken only of the round that
+    // a thread has seen, and the rest of that round's fields cannot change before the part is done.
+    alignas(64) std::atomic<uint64_t> ticket_{0};
+    alignas(64) std::atomic<int64_t> done_{0};
     std::atomic<int> sleepers_{0};
     std::mutex mutex_;
     std::condition_variable wake_;
-    bool stop_ = false;           // written before a round is announced, read after it was seen
+    std::atomic<bool> stop_{false};
     const RangeFn* fn_ = nullptr;
     int64_t units_ = 0;
 };

@@ -1,0 +1,120 @@
+"""`tmlc inspect` and `tmlc verify`."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+
+def test_a_package_shows_methods_states_passes_memory_and_kernel_calls(tmlc_cli, package):
+    out = tmlc_cli("inspect", package).stdout
+    words = (
+        "decode",
+        "embed_audio",
+        "f32[n, 800]",
+        "kv_ring",
+        "conv_tail",
+        "state.insert",
+        "arena",
+        "attention",
+        "linear",
+    )
+    assert all(word in out for word in words)
+
+
+def test_the_json_of_a_package_has_the_manifest_and_the_counts(tmlc_cli, package):
+    view = tmlc_cli("inspect", package, "--json").json
+    assert view["manifest"]["model"]["name"] == "tiny"
+    assert view["op_counts"]["cpu"]["decode"]["attention"] == 2
+    assert sum(s["bytes"] for s in view["manifest"]["states"]) <= view["manifest"]["session_bytes"]
+    assert view["weights"]["bytes"] <= view["manifest"]["memory"]["weight_bytes"]
+
+
+def test_ir_prints_one_method_or_all_in_the_form_that_the_parser_reads(tmlc_cli, package):
+    from tmlc.ir.text import parse_program
+
+    one = tmlc_cli("inspect", package, "--ir", "decode").stdout
+    assert one.startswith("method decode(max_n=") and one.rstrip().endswith("}") and one.count("method ") == 1
+    whole = tmlc_cli("inspect", package, "--ir", "all").stdout
+    assert one in whole and "decode" in parse_program(whole).methods
+    assert tmlc_cli("inspect", package, "--ir", "decode", "--json").json["ir"] == one
+    assert "embed_text" in tmlc_cli("inspect", package, "--ir", "dance", code=2).stderr
+
+
+def test_a_checkpoint_shows_config_and_tensors(tmlc_cli, checkpoint):
+    out = tmlc_cli("inspect", checkpoint).stdout
+    assert "tmlc_interaction" in out and "model.layers" in out and "parameters" in out
+    assert "model.norm.weight" in tmlc_cli("inspect", checkpoint, "--tensors").stdout
+    tmlc_cli("inspect", checkpoint, "--ir", "decode", code=2)
+
+
+def test_what_is_neither_is_refused(tmlc_cli, package, tmp_path):
+    (tmp_path / "text.tmlc").write_text("not a package")
+    (tmp_path / "empty").mkdir()
+    for path in (tmp_path / "text.tmlc", tmp_path / "empty", tmp_path / "missing"):
+        for verb in ("inspect", "verify"):
+            error = tmlc_cli(verb, path, code=2).stderr
+            assert len(error.rstrip("\n").split("\n")) == 2 and path.name in error
+    tmlc_cli("inspect", package, "--tensors", code=2)
+
+
+def test_a_byte_flipped_anywhere_is_refused_by_every_verb_that_loads(tmlc_cli, package, tmp_path):
+    data = bytearray(package.read_bytes())
+    for at in np.random.default_rng(0).integers(0, len(data), 6):
+        data[at] ^= 1
+        (tmp_path / "x.tmlc").write_bytes(data)
+        for args in (["inspect"], ["verify"], ["run", "--seconds", "1", "-o", str(tmp_path / "out")], ["profile"]):
+            assert "error: " in tmlc_cli(args[0], tmp_path / "x.tmlc", *args[1:], code=2).stderr
+        data[at] ^= 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_verify_passes_on_this_machine_for_every_kernel_variant(tmlc_cli, package):
+    for isa in tmlc_cli("doctor", "--json").json["cpu_kernels"]["available"]:
+        view = tmlc_cli("verify", package, "--isa", isa, "--threads", "1", "--json").json
+        assert view["passed"]
+        assert {m["method"] for m in view["methods"]} >= {"decode", "speak", "vocode", "embed_video", "next_token"}
+    assert "ok" in tmlc_cli("verify", package).stdout
+
+
+def test_verify_fails_with_exit_1_and_names_the_method_when_an_output_differs(tmlc_cli, checkpoint, tmp_path):
+    """A package whose recorded numbers are those of another machine, as it were: one golden value is changed, and
+    the digests around it are made right again."""
+    import hashlib
+
+    from tmlc.package.safetensors_io import dump, load
+    from tmlc.package.writer import seal
+
+    folder = tmp_path / "x.tmlc"
+    tmlc_cli("compile", checkpoint, "-o", folder, "--folder", "--json")
+    index = json.loads((folder / "golden/golden.json").read_text())
+    call = next(c for c in index["calls"] if c["method"] == "vocode")
+    tensors = {
+        name: np.array(array) for name, array in load((folder / "golden/golden.safetensors").read_bytes(), "x").items()
+    }
+    tensors[call["outputs"][0]][0, 0] += 0.5
+    (folder / "golden/golden.safetensors").write_bytes(dump(tensors))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    data = (folder / "golden/golden.safetensors").read_bytes()
+    manifest["files"]["golden/golden.safetensors"] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    text = json.dumps(manifest).encode()
+    (folder / "manifest.json").write_bytes(text)
+    (folder / "SHA256").write_bytes(seal(text))
+    result = tmlc_cli("verify", folder, code=1)
+    assert "MISMATCH" in result.stdout and "vocode" in result.stderr
+    view = tmlc_cli("verify", folder, "--json", code=1).json
+    assert [m["method"] for m in view["methods"] if not m["passed"]] == ["vocode"]
+
+
+def test_an_unknown_kernel_variant_is_refused(tmlc_cli, package):
+    assert "abacus" in tmlc_cli("verify", package, "--isa", "abacus", code=2).stderr
+
+
+@pytest.mark.parametrize("verb", ["inspect", "verify"])
+def test_a_package_as_a_folder_reads_the_same(tmlc_cli, checkpoint, package, tmp_path, verb):
+    shutil.copytree(checkpoint, tmp_path / "c")
+    tmlc_cli("compile", tmp_path / "c", "-o", tmp_path / "x.tmlc", "--folder", "--json")
+    one = tmlc_cli(verb, package, "--json").json
+    two = tmlc_cli(verb, tmp_path / "x.tmlc", "--json").json
+    assert one["digest"] == two["digest"]
