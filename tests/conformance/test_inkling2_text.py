@@ -3,6 +3,8 @@
 Thresholds, caps and windows are drawn small, so that clips, soft caps, rings and the log scaling all act.
 """
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -156,3 +158,27 @@ def test_what_the_engine_cannot_do_is_refused_with_its_place(change, what, tmp_p
     with pytest.raises(CheckpointError) as caught:
         load_program(checkpoint)
     assert what in caught.value.what and caught.value.where and caught.value.fix
+
+
+def test_mxfp8_experts_of_the_release_are_read_and_taken_apart(tmp_path):
+    """Codes and power-of-two scales of 1 x 32, under the release's names; the hub's config does not mention them."""
+    settings = {**draw(1), "hidden_size": 32, "moe_intermediate_size": 32}
+    random_model(settings, 1).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    generator, expected = torch.Generator().manual_seed(0), {}
+    for name in [n for n in tensors if n.endswith(("experts.w13_weight", "experts.w2_weight"))]:
+        codes = tensors[name].to(torch.float8_e4m3fn)
+        exponents = torch.randint(120, 130, (*codes.shape[:-1], 1), generator=generator, dtype=torch.uint8)
+        tensors[name], tensors[f"{name}_scale"] = codes, exponents
+        expected[name] = codes.float() * torch.exp2(exponents.float() - 127)
+    save_file(tensors, tmp_path / "model.safetensors")
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["transformers_version"]  # the release was not saved by transformers
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    program, checkpoint = tmlc.program(tmp_path), open_checkpoint(tmp_path)
+    for layer in range(settings["num_hidden_layers"]):
+        gate_up = program.weights.evaluate(f"model.layers.{layer}.mlp.experts.gate_up_proj", checkpoint)
+        both = expected[f"model.llm.layers.{layer}.mlp.experts.w13_weight"]
+        assert torch.equal(gate_up, torch.cat([both[:, ::2], both[:, 1::2]], 1))
+        down = program.weights.evaluate(f"model.layers.{layer}.mlp.experts.down_proj", checkpoint)
+        assert torch.equal(down, expected[f"model.llm.layers.{layer}.mlp.experts.w2_weight"])
