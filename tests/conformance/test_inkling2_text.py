@@ -3,6 +3,8 @@
 Thresholds, caps and windows are drawn small, so that clips, soft caps, rings and the log scaling all act.
 """
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -67,7 +69,7 @@ def random_model(settings: dict, seed: int) -> Inkling2ForCausalLM:
 
 @torch.no_grad()
 def expect(model: Inkling2ForCausalLM, ids: list[int]) -> np.ndarray:
-    return model(torch.tensor(ids)[None], use_cache=False).logits[0].numpy()
+    return model(torch.tensor(ids)[None], use_cache=False).logits[0].float().numpy()
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -76,7 +78,13 @@ def test_logits_equal_transformers_whole_and_in_random_chunks(seed, tmp_path):
     model = random_model(settings, seed)
     model.save_pretrained(tmp_path / "checkpoint", **({"max_shard_size": "60KB"} if seed % 2 else {}))
     assert "model.llm.attn_res.output_query" in open_checkpoint(tmp_path / "checkpoint")
-    tmlc.compile(tmp_path / "checkpoint", tmp_path / "model.tmlc", precision="fp32")
+    report = tmlc.compile(tmp_path / "checkpoint", tmp_path / "model.tmlc", precision="fp32")
+    matches = {record.name: record.matches for record in report.passes}
+    sliding, full = (settings["layer_types"].count(kind) for kind in ("hybrid_sliding", "hybrid"))
+    # q, r, gate and sinks, with k and v where they read the same input; else k and v each with their computed taps
+    assert matches["fuse.merge_linears"] == sliding + 3 * full
+    assert matches["state.insert"] == 5 * (sliding + full)
+    assert matches["fuse.residual_norm"] == matches["route.fuse_router"] == matches["route.stack_experts"] == 0
     rng = np.random.default_rng(seed)
     ids = rng.integers(0, 50, POSITIONS).tolist()
     expected = expect(model, ids)
@@ -101,8 +109,25 @@ def test_logits_equal_transformers_whole_and_in_random_chunks(seed, tmp_path):
     assert choices.tolist() == said, "greedy decoding went another way"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 4])
+def test_bf16_errs_no_more_than_bf16_of_transformers(seed, tmp_path):
+    model = random_model(draw(seed), seed)
+    model.save_pretrained(tmp_path / "checkpoint")
+    tmlc.compile(tmp_path / "checkpoint", tmp_path / "model.tmlc", precision="bf16")
+    ids = np.random.default_rng(seed).integers(0, 50, POSITIONS).tolist()
+    expected = expect(model, ids)
+    with tmlc.load(tmp_path / "model.tmlc", threads=1) as engine, engine.session() as session:
+        found = session.append(tokens=ids)
+    narrow = Inkling2ForCausalLM.from_pretrained(
+        tmp_path / "checkpoint", dtype=torch.bfloat16, attn_implementation="eager", experts_implementation="eager"
+    )
+    theirs = expect(narrow.eval(), ids)
+    assert np.sqrt(np.square(found - expected).mean()) <= 1.5 * np.sqrt(np.square(theirs - expected).mean())
+
+
 def test_module_names_give_the_same_weights_and_every_tensor_is_read_once(tmp_path):
-    model = random_model(draw(0), 0)
+    model = random_model(draw(1), 1)
     model.save_pretrained(tmp_path / "release")
     (tmp_path / "plain").mkdir()
     (tmp_path / "plain" / "config.json").write_bytes((tmp_path / "release" / "config.json").read_bytes())
@@ -133,3 +158,27 @@ def test_what_the_engine_cannot_do_is_refused_with_its_place(change, what, tmp_p
     with pytest.raises(CheckpointError) as caught:
         load_program(checkpoint)
     assert what in caught.value.what and caught.value.where and caught.value.fix
+
+
+def test_mxfp8_experts_of_the_release_are_read_and_taken_apart(tmp_path):
+    """Codes and power-of-two scales of 1 x 32, under the release's names; the hub's config does not mention them."""
+    settings = {**draw(1), "hidden_size": 32, "moe_intermediate_size": 32}
+    random_model(settings, 1).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    generator, expected = torch.Generator().manual_seed(0), {}
+    for name in [n for n in tensors if n.endswith(("experts.w13_weight", "experts.w2_weight"))]:
+        codes = tensors[name].to(torch.float8_e4m3fn)
+        exponents = torch.randint(120, 130, (*codes.shape[:-1], 1), generator=generator, dtype=torch.uint8)
+        tensors[name], tensors[f"{name}_scale"] = codes, exponents
+        expected[name] = codes.float() * torch.exp2(exponents.float() - 127)
+    save_file(tensors, tmp_path / "model.safetensors")
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["transformers_version"]  # the release was not saved by transformers
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    program, checkpoint = tmlc.program(tmp_path), open_checkpoint(tmp_path)
+    for layer in range(settings["num_hidden_layers"]):
+        gate_up = program.weights.evaluate(f"model.layers.{layer}.mlp.experts.gate_up_proj", checkpoint)
+        both = expected[f"model.llm.layers.{layer}.mlp.experts.w13_weight"]
+        assert torch.equal(gate_up, torch.cat([both[:, ::2], both[:, 1::2]], 1))
+        down = program.weights.evaluate(f"model.layers.{layer}.mlp.experts.down_proj", checkpoint)
+        assert torch.equal(down, expected[f"model.llm.layers.{layer}.mlp.experts.w2_weight"])

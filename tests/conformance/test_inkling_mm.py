@@ -184,7 +184,7 @@ class Mixed:
 
 @torch.no_grad()
 def expect(model: InklingForConditionalGeneration, inputs: dict[str, torch.Tensor]) -> np.ndarray:
-    return model(**inputs, use_cache=False).logits[0].numpy()
+    return model(**inputs, use_cache=False).logits[0].float().numpy()
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -193,7 +193,13 @@ def test_text_audio_and_images_equal_transformers_whole_and_in_random_chunks(see
     model = random_model(config, seed)
     save(model, processor, tmp_path / "checkpoint", **({"max_shard_size": "60KB"} if seed % 2 else {}))
     assert (tmp_path / "checkpoint" / "model.safetensors.index.json").is_file() == bool(seed % 2)
-    tmlc.compile(tmp_path / "checkpoint", tmp_path / "model.tmlc", precision="fp32")
+    report = tmlc.compile(tmp_path / "checkpoint", tmp_path / "model.tmlc", precision="fp32")
+    matches = {record.name: record.matches for record in report.passes}
+    layers, sparse = len(model.model.language_model.layers), config["text_config"]["mlp_layer_types"].count("sparse")
+    assert matches["route.fuse_router"] == matches["route.stack_experts"] == sparse
+    assert matches["fuse.merge_linears"] == layers + (layers - sparse)  # q, k, v, r; gate and up of dense layers
+    assert matches["fuse.residual_norm"] == 2 * layers
+    assert matches["state.insert"] == 5 * layers + 1  # attention and four convolutions; the audio window
     mixed = Mixed(config, processor, seed)
     inputs = mixed.inputs()
     expected = expect(model, inputs)
@@ -212,6 +218,27 @@ def test_text_audio_and_images_equal_transformers_whole_and_in_random_chunks(see
     inputs["input_ids"] = torch.cat([inputs["input_ids"], torch.tensor(said)[None]], 1)
     choices = expect(model, inputs)[len(whole) - 1 : -1].argmax(1)
     assert choices.tolist() == said, "greedy decoding went another way"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 5])
+def test_bf16_errs_no_more_than_bf16_of_transformers(seed, tmp_path):
+    config, processor = draw(seed)
+    model = random_model(config, seed)
+    save(model, processor, tmp_path / "checkpoint")
+    tmlc.compile(tmp_path / "checkpoint", tmp_path / "model.tmlc", precision="bf16")
+    mixed = Mixed(config, processor, seed)
+    inputs = mixed.inputs()
+    expected = expect(model, inputs)
+    with tmlc.load(tmp_path / "model.tmlc", threads=1) as engine, engine.session() as session:
+        found = mixed.append_whole(session)
+    narrow = InklingForConditionalGeneration.from_pretrained(
+        tmp_path / "checkpoint", dtype=torch.bfloat16, attn_implementation="eager", experts_implementation="eager"
+    )
+    if "pixel_values" in inputs:
+        inputs["pixel_values"] = inputs["pixel_values"].bfloat16()
+    theirs = expect(narrow.eval(), inputs)
+    assert np.sqrt(np.square(found - expected).mean()) <= 1.5 * np.sqrt(np.square(theirs - expected).mean())
 
 
 @dataclass

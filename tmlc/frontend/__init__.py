@@ -130,18 +130,19 @@ def _trace(
 
 def _define(weights: WeightMap, name: str, needed: TensorType, checkpoint: Checkpoint, frontend: Frontend) -> None:
     """Adds one parameter to the map: a checkpoint tensor, in the layout and dtype that the graph reads."""
-    from tmlc.frontend.model import Stored
-
     if name in frontend.constants:
         weights.constant(name, frontend.constants[name])
         return
-    stored = frontend.stored.get(name, Stored(name, needed.shape))
-    # The traced model is a float32 one; quantize passes decide later what the engine reads.
-    at = f"{name}.stored" if stored.steps else name
-    checkpoint.weights[stored.tensor].declare(weights, at, needed.dtype)
-    for number, (op, args) in enumerate(stored.steps, 1):
-        last = number == len(stored.steps)
-        at = weights.add(name if last else f"{name}.{op}{number}", op, [at], args)
+    # The traced model is a float32 one; quantize.cast decides later what the engine reads.
+    stored = frontend.stored.get(name)
+    if stored is None or not stored.steps:
+        checkpoint.weights[name if stored is None else stored.tensor].declare(weights, name, needed.dtype)
+        return
+    weight = checkpoint.weights[stored.tensor]
+    at = weight.declare(weights, f"{name}.stored", weight.dtype)
+    steps = [*stored.steps, *([("cast", {"dtype": needed.dtype})] if weight.dtype != needed.dtype else [])]
+    for number, (op, args) in enumerate(steps, 1):
+        at = weights.add(name if number == len(steps) else f"{name}.{op}{number}", op, [at], args)
 
 
 def _max_n(graph: Any, max_append: int) -> int:
