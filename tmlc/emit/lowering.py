@@ -16,10 +16,15 @@ BLOCK = 16
 # Ops that never reach an engine, and what takes their place.
 REFUSED = {
     "attention": "it is stateless, state.insert makes it attention_state",
+    "rope": "it is stateless, state.insert makes it rope_state",
     "short_conv": "it is stateless, state.insert makes it short_conv_state",
     "dmel": "it is stateless, state.insert makes it dmel_state",
     "overlap_add": "it is stateless, state.insert makes it overlap_add_state",
     "shared_experts": "route.stack_experts joins it with moe",
+    "rope_state": "the CPU has no kernel for it",
+    "head_columns": "the CPU has no kernel for it",
+    "concat_heads": "the CPU has no kernel for it",
+    "topk_router": "the CPU has no kernel for it",
 }
 
 
