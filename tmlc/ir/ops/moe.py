@@ -132,7 +132,7 @@ def moe(
 ) -> Tensor:
     """Σ_j weights_j · (down_e·act(gate_e x + bias, up_e x + bias) + bias), e = experts_j, j ascending.
 
-    alpha 0: act(g, u) = silu(g)·u. Else with g = min(g, limit), u = clamp(u, -limit, limit): (u + 1)·g·sigmoid(alpha·g).
+    alpha 0: act(g, u) = silu(g)·u. Else, of g = min(g, limit) and u = clamp(u, ±limit): (u + 1)·g·sigmoid(alpha·g).
     """
     f = down.shape[2]
     parts = x.new_zeros(*experts.shape, x.shape[1])
