@@ -21,10 +21,6 @@ REFUSED = {
     "dmel": "it is stateless, state.insert makes it dmel_state",
     "overlap_add": "it is stateless, state.insert makes it overlap_add_state",
     "shared_experts": "route.stack_experts joins it with moe",
-    "rope_state": "the CPU has no kernel for it",
-    "head_columns": "the CPU has no kernel for it",
-    "concat_heads": "the CPU has no kernel for it",
-    "topk_router": "the CPU has no kernel for it",
 }
 
 
