@@ -150,7 +150,7 @@ def cut(lift: Lifter, node: fx.Node) -> Value | None:
     if x is None or axis not in (-1, len(x.axes) - 1) or not x.last:
         return None
     start, stop, step = bounds(node, x.dims[-1])
-    return columns(lift, x, start, stop) if step == 1 and x.plain else None
+    return columns(lift, x, start, stop) if step == 1 and x.plain and start < stop else None
 
 
 def bounds(node: fx.Node, size: int) -> tuple[int, int, int]:

@@ -244,12 +244,13 @@ def _groups(outside: Any, biased: fx.Node) -> tuple[int, int]:
     if name_of(scatter) != "scatter" or scatter.args[3] != 1 or name_of(scatter.args[0]) not in ("zeros_like", "zeros"):
         raise Near("the mask of the experts' groups was not understood")
     best = _first_of(scatter.args[2], "topk", 1)
-    total = under(best, "topk") if best is not None and _last_axis(best, 2) else None
-    pair: Any = _first_of(total.args[0], "topk", 0) if name_of(total) == "sum" and list(total.args[1]) == [-1] else None
-    grouped = under(pair, "topk") if pair is not None and pair.args[1] == 2 and _last_axis(pair, 2) else None
-    if best is None or under(grouped, "reshape") is not biased:
+    total: Any = under(best, "topk") if best is not None and _last_axis(best, 2) else None
+    scored = name_of(total) == "sum" and list(total.args[1]) == [-1]
+    pair = _first_of(total.args[0], "topk", 0) if scored else None
+    grouped: Any = under(pair, "topk") if scored and pair and pair.args[1] == 2 and _last_axis(pair, 2) else None
+    if best is None or grouped is None or under(grouped, "reshape") is not biased:
         raise Near("groups of experts are not scored by the sum of their two best")
-    _, groups, each = shape_of(pair.args[0])
+    _, groups, each = shape_of(grouped)
     if shape_of(spread)[1:] != (groups, each):
         raise Near("the mask of the experts' groups has another shape than the groups")
     return int(groups), int(best.args[1])

@@ -74,7 +74,7 @@ def source_of(node: fx.Node) -> str:
 
 
 def simplify(graph: fx.Graph) -> None:
-    """Removes no-ops and checks, and turns buffers that are filled piece by piece into a concatenation.
+    """Removes no-ops, empty parts and checks, and turns buffers that are filled piece by piece into a concatenation.
 
     Raises:
         FrontendError: a tensor is changed in place while something else still reads it.
@@ -89,9 +89,17 @@ def simplify(graph: fx.Graph) -> None:
             graph.erase_node(node)
         elif kind and _changes(node):
             _refuse_shared(node, order)
+        elif kind == "cat" and len(full := _not_empty(node.args[0])) == 1:
+            node.replace_all_uses_with(full[0])
+            graph.erase_node(node)
         elif kind and _is_no_op(node, kind):
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
+
+
+def _not_empty(parts: Any) -> list[fx.Node]:
+    """Those of some tensors that have no size of 0."""
+    return [part for part in parts if not any(isinstance(size, int) and size == 0 for size in shape_of(part))]
 
 
 def _is_no_op(node: fx.Node, kind: str) -> bool:

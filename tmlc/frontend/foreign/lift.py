@@ -28,6 +28,10 @@ __all__ = ["Lifter", "Near", "NearMiss", "matcher"]
 Matcher = Callable[["Lifter", fx.Node], "Value | None"]
 MATCHERS: dict[str, list[Matcher]] = {}
 SHOWN = 6  # near misses that an error spells out
+#: Operations inside ideas; where nothing comes near an idea, others are named first.
+INNER = {"pow", "mean", "rsqrt", "neg", "sub", "div", "softmax", "sigmoid", "tanh", "max", "topk", "gather", "scatter",
+         "masked_fill", "bitwise_not", "logical_not", "zeros_like", "index", "bmm", "repeat_interleave",
+         "clamp"}  # fmt: skip
 
 
 class Near(Exception):
@@ -167,6 +171,10 @@ class Lifter:
         near = [self.near[current] for current in ordered if current in self.near]
         if near:
             return near
+        unknown = [n for n in ordered if name_of(n) not in MATCHERS and name_of(n) not in INNER]
+        if unknown:
+            reason = "no matcher knows this operation"
+            return [NearMiss(module_of(n), str(n.target), reason, source_of(n)) for n in unknown]
         known = "its operands are understood, this combination is not"
         first = [
             NearMiss(module_of(n), str(n.target), known, source_of(n))

@@ -28,11 +28,15 @@ FAMILIES = {
     "mixtral": "MixtralForCausalLM",
     "gpt_oss": "GptOssForCausalLM",
     "deepseek_v3": "DeepseekV3ForCausalLM",
+    "glm4_moe": "Glm4MoeForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "phi3": "Phi3ForCausalLM",
 }
 #: Angles of other variants depend on the length of the sequence, which a stream does not have.
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 INSTALL = 'pip install "tmlc[hf]"'
-_EXAMPLE = 5
+_EXAMPLE = 1021  # a length that is no other size of a model: export would take equal sizes for one
 _MOST = 1 << 16
 _NOISY = ("torch._guards", "torch.export._trace", "torch._dynamo", "torch.fx.experimental.symbolic_shapes")
 
@@ -80,8 +84,8 @@ def build(checkpoint: Checkpoint) -> nn.Module:
     with _quiet("transformers"):
         try:
             config = CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
-        except (TypeError, ValueError, KeyError, AttributeError) as error:
-            raise CheckpointError(f"transformers refuses the config: {error}", where=where, fix="correct it") from None
+        except Exception as error:
+            raise CheckpointError(f"transformers refuses the config: {error}", where=where, fix="correct it") from error
         _refuse(config, where)
         config._attn_implementation = "eager"
         try:
