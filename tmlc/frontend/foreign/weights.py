@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 from tmlc.frontend.checkpoint import Checkpoint
-from tmlc.ir.types import dtype_name
 from tmlc.ir.weights import WeightMap
 
 _STACK = re.compile(r"(?P<layer>.+)\.mlp\.experts\.(?P<which>gate_up_proj|down_proj)")
@@ -38,7 +37,7 @@ class ForeignWeights:
     def __init__(self, checkpoint: Checkpoint, model: nn.Module, tied: Mapping[str, str]) -> None:
         self.map, self._checkpoint = WeightMap(), checkpoint
         self._tensors = dict(model.state_dict(keep_vars=True))
-        self._tied = {a: b for a, b in tied.items() if a not in checkpoint and a in self._tensors}
+        self._tied = {a: b for a, b in tied.items() if a not in checkpoint.weights and a in self._tensors}
         expected: dict[str, tuple[tuple[int, ...], bool]] = {}
         for name, tensor in self._tensors.items():
             if name not in self._tied:
@@ -77,17 +76,17 @@ class ForeignWeights:
     def _disk(self, name: str) -> list[str | tuple[str, ...]]:
         """The checkpoint's tensors that make a parameter: itself, or for every expert its one or two."""
         stack = _STACK.fullmatch(name)
-        if name in self._checkpoint:
+        if name in self._checkpoint.weights:
             return [name]
         if stack is None:
             other = [name.replace(a, b) for a, b in _RENAMED if a in name]
-            return [next((n for n in other if n in self._checkpoint), name)]
+            return [next((n for n in other if n in self._checkpoint.weights), name)]
         forms = []
         for form in _EXPERTS:
             wanted = form[:2] if stack["which"] == "gate_up_proj" else form[2:]
             count = self._tensors[name].shape[0]
             forms.append([tuple(t.format(layer=stack["layer"], e=e) for t in wanted) for e in range(count)])
-        best = max(forms, key=lambda experts: sum(t in self._checkpoint for tensors in experts for t in tensors))
+        best = max(forms, key=lambda experts: sum(t in self._checkpoint.weights for tensors in experts for t in tensors))
         return list(best)
 
     def _raw(self, name: str) -> tuple[str, str]:
@@ -99,7 +98,7 @@ class ForeignWeights:
         if len(disk) == 1 and isinstance(disk[0], str):
             dst = f"{name}{suffix}"
             if dst not in self.map:
-                self.map.source(dst, dtype, self._checkpoint.tensors[disk[0]].shape, tensor=disk[0])
+                self._checkpoint.weights[disk[0]].declare(self.map, dst, dtype)
             return dst, dtype
         dst = f"{name}{suffix}"
         if dst in self.map:
@@ -111,14 +110,11 @@ class ForeignWeights:
         return stacks[0] if len(stacks) == 1 else self.map.concat(dst, stacks, axis=1), dtype
 
     def _single(self, tensor: str, dtype: str) -> str:
-        stored, shape = self._dtype(tensor), self._checkpoint.tensors[tensor].shape
-        if stored == dtype:
-            return self.map.source(tensor, stored, shape)
-        self.map.source(f"{tensor}.{stored}", stored, shape, tensor=tensor)
-        return self.map.cast(tensor, f"{tensor}.{stored}", dtype)
+        self._checkpoint.weights[tensor].declare(self.map, tensor, dtype)
+        return tensor
 
     def _dtype(self, tensor: str) -> str:
-        return dtype_name(self._checkpoint.tensors[tensor].torch_dtype)
+        return self._checkpoint.weights[tensor].dtype
 
 
 def _tag(how: Sequence[int]) -> str:
