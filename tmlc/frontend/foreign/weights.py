@@ -86,7 +86,8 @@ class ForeignWeights:
             wanted = form[:2] if stack["which"] == "gate_up_proj" else form[2:]
             count = self._tensors[name].shape[0]
             forms.append([tuple(t.format(layer=stack["layer"], e=e) for t in wanted) for e in range(count)])
-        best = max(forms, key=lambda experts: sum(t in self._checkpoint.weights for tensors in experts for t in tensors))
+        known = self._checkpoint.weights
+        best = max(forms, key=lambda experts: sum(t in known for tensors in experts for t in tensors))
         return list(best)
 
     def _raw(self, name: str) -> tuple[str, str]:
