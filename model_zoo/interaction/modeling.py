@@ -176,14 +176,15 @@ class TokenModel(nn.Module):
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
         self.text_config = config
-        self.model = self._backbone(config)
+        # Other backbones are called, and embed text, like this one.
+        self.model = cast(Backbone, self._backbone(config))
         self.lm_head = Linear(config.hidden_size, config.vocab_size)
 
     def _backbone(self, config: TextConfig) -> nn.Module:
         return Backbone(config)
 
     def _decode(self) -> nn.Module:
-        return _Decode(cast(Backbone, self.model))
+        return _Decode(self.model)
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids int64[n, 1] → logits [n, logits_size] of the whole sequence."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import fx
 
 from tmlc.ir.program import Method, Program, replace
@@ -46,7 +48,8 @@ def _entry(program: Program, node: fx.Node) -> str | None:
         return None
     if op == "columns":
         start, stop = int(arg(node, "start")), int(arg(node, "stop"))
-        wanted, args = f"{source}.columns_{start}_{stop}", {"axis": 1, "start": start, "stop": stop}
+        wanted = f"{source}.columns_{start}_{stop}"
+        args: dict[str, Any] = {"axis": 1, "start": start, "stop": stop}
     else:
         cols = int(arg(node, "cols"))
         rows = shape[0] * shape[1] // cols

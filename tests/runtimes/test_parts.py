@@ -227,7 +227,7 @@ def test_a_package_whose_methods_do_not_fit_is_refused(backend, make_engine, met
         {"audio_out": 1 << 26},
         {"clip_frames": 0},
         {"frame_width": 0},
-        {"kind": "tokens", "audio_in": 1, "hop": 8},
+        {"kind": "tokens", "audio_in": 1, "hop": 0},
         {"kind": "tokens", "video_positions": 3},
         {"kind": "tokens", "audio_out": 1},
     ],
