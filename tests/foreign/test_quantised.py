@@ -1,4 +1,4 @@
-"""Foreign checkpoints stored quantised, as gpt-oss (MXFP4 experts) and DeepSeek-V3 (FP8 blocks) are released, compile to
+"""Foreign checkpoints stored quantised, as gpt-oss (MXFP4 experts) and DeepSeek-V3 (FP8 blocks) come, compile to
 the engine that their dequantised twins compile to.
 """
 
@@ -33,7 +33,7 @@ def fp8(tensors):
     """Every projection in blocks that its shape does not fill, experts one by one as they are on disk."""
     stored, plain, block = dict(tensors), dict(tensors), [12, 20]
     for name, tensor in tensors.items():
-        if name.endswith("_proj.weight") or name.endswith("_proj_with_mqa.weight"):
+        if name.endswith(("_proj.weight", "_proj_with_mqa.weight")):
             scales = torch.rand(-(-tensor.shape[0] // 12), -(-tensor.shape[1] // 20)) / 100 + 0.001
             codes = (tensor / 0.006).to(torch.float8_e4m3fn)
             stored |= {name: codes, f"{name}_scale_inv": scales}
