@@ -11,7 +11,8 @@ from transformers import InklingForCausalLM, InklingTextConfig
 
 import tmlc
 
-POSITIONS = 150
+POSITIONS = 300
+GREEDY, PROMPT = 64, 20
 CONFIGS = {
     "grouped heads, two shared experts": dict(
         vocab_size=67, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
@@ -82,11 +83,14 @@ def case(request, tmp_path):
     ids = torch.randint(0, 32, (POSITIONS,), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         expected = model(ids[None], use_cache=False).logits[0].numpy()
-    return tmp_path / "model.tmlc", ids.tolist(), expected
+        text = ids[:PROMPT]
+        for _ in range(GREEDY):
+            text = torch.cat([text, model(text[None], use_cache=False).logits[0, -1:].argmax(-1)])
+    return tmp_path / "model.tmlc", ids.tolist(), expected, text.tolist()
 
 
-def test_logits_equal_transformers_whole_and_in_random_chunks(case):
-    package, ids, expected = case
+def test_the_engine_equals_transformers_whole_in_random_chunks_and_greedily(case):
+    package, ids, expected, text = case
     assert 0.5 < expected.std() < 2.0, "the bound of 1e-4 is meant for logits of unit scale"
     with tmlc.load(package, threads=1) as engine:
         with engine.session() as session:
@@ -100,3 +104,10 @@ def test_logits_equal_transformers_whole_and_in_random_chunks(case):
                 parts.append(session.append(tokens=ids[at : at + size]))
                 at += size
         assert np.array_equal(np.concatenate(parts), whole), "the cut into appends changed bits"
+        with engine.session() as session:
+            said = text[:PROMPT]
+            logits = session.append(tokens=said)
+            while len(said) < len(text):
+                said.append(int(logits[-1].argmax()))
+                logits = session.append(tokens=said[-1:])
+        assert said == text
