@@ -111,3 +111,21 @@ def test_the_engine_equals_transformers_whole_in_random_chunks_and_greedily(case
                 said.append(int(logits[-1].argmax()))
                 logits = session.append(tokens=said[-1:])
         assert said == text
+
+
+@pytest.mark.parametrize("name", sorted(CONFIGS))
+def test_bf16_errs_no_more_than_bf16_of_transformers(name, tmp_path):
+    """Root mean square over all logits: where one position routes otherwise, the largest error says nothing more."""
+    model = random_model(CONFIGS[name], seed=len(name))
+    model.save_pretrained(tmp_path / "checkpoint")
+    tmlc.compile(tmp_path / "checkpoint", tmp_path / "model.tmlc", precision="bf16")
+    narrow = InklingForCausalLM.from_pretrained(
+        tmp_path / "checkpoint", dtype=torch.bfloat16, attn_implementation="eager", experts_implementation="eager"
+    ).eval()
+    ids = torch.randint(0, 32, (POSITIONS,), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected, theirs = (m(ids[None], use_cache=False).logits[0].float().numpy() for m in (model, narrow))
+    with tmlc.load(tmp_path / "model.tmlc", threads=1) as engine, engine.session() as session:
+        found = session.append(tokens=ids.tolist())
+    ours, allowed = (float(np.sqrt(np.square(x - expected).mean())) for x in (found, theirs))
+    assert 0 < ours <= 1.5 * allowed
