@@ -78,6 +78,12 @@ struct Parallel {
     virtual ~Parallel() = default;
 };
 
+// One session's part of a call: positions [begin, begin + n) of the call's n are its, and so is the slot.
+struct Span {
+    int64_t begin, n;
+    uint8_t* slot;
+};
+
 struct RunArgs {
     const Operand* t;
     int n_t;
@@ -87,6 +93,20 @@ struct RunArgs {
     int64_t n;           // the call's n
     uint8_t* scratch;    // 64-byte aligned, as many bytes as `scratch` asked for
     Parallel& par;
+    const TensorInfo* const* info;  // of the operands
+    const Span* spans;              // the sessions of this call, in the order of their positions
+    int n_spans;
+
+    // Operand j as session s has it: its own state, its own rows of what has rows for each position, or the whole.
+    Operand at(int j, int s) const {
+        Operand o = t[j];
+        const TensorInfo& x = *info[j];
+        if (x.space == Space::slot) o.data = spans[s].slot + x.offset;
+        if (x.a == 0) return o;
+        o.data = static_cast<uint8_t*>(o.data) + x.a * spans[s].begin * x.stride * size_of(x.dtype);
+        o.rows = x.rows(spans[s].n);
+        return o;
+    }
 };
 
 constexpr int ok = 0;                 // status of run
@@ -100,11 +120,15 @@ struct OpDef {
     int (*run)(const RunArgs&);
     int n_outputs;                              // the first n_outputs operands (and slot operands) are written
     bool in_place = false;                      // an output may be exactly one of the inputs (no other overlap ever)
+    // A call with a state in the slot runs once for each session, unless the op says that it takes all of them at once
+    // (RunArgs::spans): then it must use RunArgs::at for whatever lies in the slot.
+    bool all_spans = false;
 };
 
 // The tables that the kernel files define; plan.cpp chains them into one numbering.
 struct OpTable { const OpDef* ops; int count; };
-OpTable dense_ops();       // dense.cpp: copy, norms, linear, elementwise, embedding
+OpTable dense_ops();       // dense.cpp: copy, norms, elementwise, embedding
+OpTable linear_ops();      // linear.cpp: linear
 OpTable attention_ops();   // attention.cpp: attention, advance, short_conv
 OpTable head_ops();        // heads.cpp: rope, head_columns, concat_heads
 OpTable moe_ops();         // moe.cpp: sink_router, router, moe

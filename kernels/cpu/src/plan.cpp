@@ -25,7 +25,7 @@ constexpr int64_t max_cols = int64_t{1} << 31, max_space = int64_t{1} << 36;
 struct Ops {
     std::vector<const OpDef*> all;
     Ops() {
-        for (const OpTable& t : {dense_ops(), attention_ops(), moe_ops(), media_ops(), random_ops(), head_ops(), topk_ops(),
+        for (const OpTable& t : {dense_ops(), linear_ops(), attention_ops(), moe_ops(), media_ops(), random_ops(), head_ops(), topk_ops(),
                                 block_ops()})
             for (int i = 0; i < t.count; ++i) all.push_back(t.ops + i);
     }
@@ -354,8 +354,9 @@ int Plan::run(Parallel& par, int method, int64_t n, uint8_t* slot, int64_t slot_
     for (size_t k = 0; status == ok && k < m.code.size(); ++k) {
         Code& c = m.code[k];
         for (size_t j = 0; j < c.info.size(); ++j) operands_[j] = resolve(*c.info[j], n, slot, inputs, outputs);
+        const Span span{0, n, slot};
         const RunArgs args{operands_.data(),  static_cast<int>(c.info.size()), c.ints.data(), static_cast<int>(c.ints.size()),
-                           c.floats.data(), n, scratch_.data(), par};
+                           c.floats.data(), n, scratch_.data(), par, c.info.data(), &span, 1};
         if (profiling_) {
             const auto start = std::chrono::steady_clock::now();
             status = c.op->run(args);
