@@ -128,7 +128,9 @@ def _attention(c: Call) -> None:
         raise c.emitter.fail(c.node, f"a cache of {capacity} positions is not a multiple of {BLOCK}")
     values = c.args["v_cache"].meta["type"]
     k_cache = c.emitter.state(c.args["k_cache"], cache.dtype, groups * capacity // BLOCK, width // groups * BLOCK)
-    v_cache = c.emitter.state(c.args["v_cache"], values.dtype, groups * capacity, int(values.shape[1]) // groups)
+    v_width = int(values.shape[1]) // groups
+    v_rows, v_cols = (capacity // BLOCK, v_width * BLOCK) if values.dtype == "u8" else (capacity, v_width)
+    v_cache = c.emitter.state(c.args["v_cache"], values.dtype, groups * v_rows, v_cols)
     t = [c.x("q"), c.x("k"), c.x("v"), c.state("position"), k_cache, v_cache]
     bias, sink_logits = c.optional("rel") + c.optional("rel_table"), c.optional("sink_logits")
     flags = (1 if bias else 0) + (2 if sink_logits else 0)
