@@ -1,6 +1,6 @@
 """Attention, short convolutions and positions: streaming equals the whole sequence, bit for bit in any cut."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -264,6 +264,77 @@ def test_attention_that_cannot_be_safe_is_refused(best, rng, change, why):
     case = Case(**change)
     with pytest.raises(PlanError, match=why):
         make(best, case, {})
+
+
+@pytest.mark.parametrize(
+    ("k", "v", "why"),
+    [
+        (("u8", 8, 6 * 16 + 64, 0), ("u8", 8, 8 * 16 + 64, 0), "int8 k_cache"),  # columns not in whole fours
+        (("u8", 8, 8 * 16, 0), ("u8", 8, 8 * 16 + 64, 0), "int8 k_cache"),  # no room for the scales
+        (("u8", 7, 8 * 16 + 64, 0), ("u8", 8, 8 * 16 + 64, 0), "int8 k_cache"),
+        (("u8", 8, 8 * 16 + 64, 2), ("u8", 8, 8 * 16 + 64, 0), "int8 k_cache"),  # scales would not be aligned
+        (("u8", 8, 8 * 16 + 64, 0), ("u8", 128, 12, 0), "int8 v_cache"),
+        (("u8", 8, 8 * 16 + 64, 0), ("u8", 9, 8 * 16 + 64, 0), "int8 v_cache"),
+        (("u8", 8, 8 * 16 + 64, 0), ("f32", 128, 6, 0), "both"),
+        (("i32", 8, 6 * 16, 0), ("i32", 128, 6, 0), "both"),
+        (("f32", 8, 6 * 16, 0), ("bf16", 128, 6, 0), "both"),
+    ],
+)
+def test_malformed_caches_are_refused(best, k, v, why):
+    b = best.Builder(max_n=4)
+    x, y, position = b.input(0, "f32", 12), b.output(0, "f32", 12), b.slot("i64", 1, 1)
+    caches = []
+    for dtype, rows, cols, shift in (k, v):
+        cache = b.slot(dtype, rows + 1, cols)
+        caches.append(b.tensor("slot", dtype, (0, rows), cols, b.tensors[cache][2] + shift))
+    code = [("attention", [y, x, x, x, position, *caches], [2, 2, 0, 0, 64, 0], [1.0, 0.0, 0.0, 0.0])]
+    b.method([x], [y], [*code, ("advance", [position], [64])])
+    with pytest.raises(PlanError, match=why):
+        b.build(best.library)
+
+
+def test_int8_caches_cost_little_beside_float32(bench, rng):
+    """Keys and values of standard deviation 1: the mean error stays below 1/127 of it, and the largest below 4/127."""
+    exact = Case(d=64, capacity=304, scale=0.125)
+    coded = replace(exact, dtype="int8")
+    t = inputs(exact, 300, rng)
+    error = np.abs(stream(bench, exact, t, cut(300, [16])) - stream(bench, coded, t, cut(300, [16])))
+    assert 0 < error.mean() < 1 / 127 and error.max() < 4 / 127
+
+
+@pytest.mark.parametrize("dtype", ["f32", "bf16", "int8"])
+def test_a_row_that_is_not_finite_spoils_no_row_before_it(bench, rng, dtype):
+    case = Case(dtype=dtype, d=8, capacity=48)
+    t = inputs(case, 40, rng)
+    clean = stream(bench, case, t, cut(40, [16]))
+    t["k"][21, 3], t["v"][21, 9] = np.inf, np.nan
+    spoiled = stream(bench, case, t, cut(40, [16]))
+    assert np.array_equal(clean[:21], spoiled[:21])
+    assert np.isnan(spoiled[21:]).any(axis=1).all()
+
+
+@pytest.mark.parametrize("dtype", ["f32", "bf16", "int8"])
+def test_sessions_of_one_call_do_not_change_bits(bench, rng, dtype):
+    """Eight sessions, long and short ones, with a row or a few each: the same bits as alone, whatever the threads."""
+    case = Case(heads=4, kv=2, d=16, window=600, sinks=16, capacity=704, rank=2, extent=50, dtype=dtype, max_n=32)
+    t = inputs(case, 1300, rng)
+    names, (plan, wide) = ["q", "k", "v", "rel"], (make(bench, case, t, threads) for threads in (1, 3))
+    slots, want, parts, joined = [], [], [], []
+    for s, history in enumerate((0, 3, 31, 511, 512, 700, 900, 1200)):
+        slot = np.zeros(plan.slot_bytes, np.uint8)
+        out = np.zeros((32, case.heads * case.v), np.float32)
+        for at in range(0, history, 32):
+            n = min(32, history - at)
+            plan.run(None, 0, n, slot, [t[x][at : at + n] for x in names], [out])
+        n = 1 + s % 3 * 2
+        slots.append(slot.copy())
+        joined.append([t[x][history : history + n] for x in names])
+        plan.run(None, 0, n, slot, joined[-1], [out])
+        want.append(out[:n].copy())
+        parts.append((n, slots[-1]))
+    got = np.zeros((sum(n for n, _ in parts), case.heads * case.v), np.float32)
+    wide.run_batch(bench.pool(3), 0, parts, [np.concatenate(x) for x in zip(*joined, strict=True)], [got])
+    assert np.array_equal(got, np.concatenate(want))
 
 
 def test_all_keys_without_a_limit_is_refused(best):

@@ -49,12 +49,14 @@ def dense(b, rng):
 
 
 def attention(b, rng):
-    """A linear cache and a ring with sinks, one of each dtype, with relative bias."""
-    for window, sinks, capacity, dtype in ((0, 0, 32, "f32"), (9, 16, 48, "bf16")):
+    """A linear cache and rings with sinks, one of each form, with relative bias."""
+    for window, sinks, capacity, dtype in ((0, 0, 32, "f32"), (9, 16, 48, "bf16"), (9, 16, 48, "u8")):
         x, y = b.input(0, "f32", 24), b.output(0, "f32", 24)
         kv, rel = b.arena("f32", (1, 0), 12), b.arena("f32", (1, 0), 8)
         position = b.slot("i64", 1, 1)
         caches = [b.slot(dtype, 2 * capacity // 16, 6 * 16), b.slot(dtype, 2 * capacity, 6)]
+        if dtype == "u8":
+            caches = [b.slot(dtype, 2 * capacity // 16, 8 * 16 + 64) for _ in "kv"]
         table = b.weight(rng.random((2, 7), np.float32))
         left = b.tensor("input", "f32", (1, 0), 12, 0, 24)
         operands, ints = [y, x, kv, kv, position, *caches, rel, table], [4, 2, window, sinks, capacity, 1]
