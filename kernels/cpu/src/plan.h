@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "memory.h"
 #include "op.h"
 
 namespace tmlc {
@@ -14,19 +15,6 @@ const OpDef* op_at(int opcode);  // nullptr when there is none
 
 // One status beyond those of op.h: the call itself is wrong (n, buffer sizes, alignment, a busy plan).
 constexpr int bad_call = 3;
-
-// Zeroed memory, 64-byte aligned, one block for the life of a plan.
-class Block {
-public:
-    bool reserve(int64_t bytes);  // false when the system has no more
-    uint8_t* data() const { return data_; }
-    int64_t bytes() const { return bytes_; }
-
-private:
-    std::unique_ptr<uint8_t, void (*)(void*)> raw_{nullptr, nullptr};
-    uint8_t* data_ = nullptr;
-    int64_t bytes_ = 0;
-};
 
 struct Buffer {
     const void* data;
@@ -64,6 +52,8 @@ public:
     int64_t arena_bytes() const { return arena_.bytes(); }
     int64_t slot_bytes() const { return slot_bytes_; }
     int64_t scratch_bytes() const { return scratch_.bytes(); }
+    const Block& arena() const { return arena_; }
+    const Block& scratch() const { return scratch_; }
     void profile(bool on);
 
 private:
