@@ -75,6 +75,7 @@ class Backend(ABC):
         methods: signatures by name.
         slot_bytes: bytes of session state that every call reads and writes.
         isa, threads: the variant of the kernels and the number of threads, for reports.
+        cores: the core of each thread where they are pinned; the first is meant for whoever calls.
     """
 
     target: str
@@ -82,6 +83,7 @@ class Backend(ABC):
     slot_bytes: int
     isa: str
     threads: int
+    cores: tuple[int, ...] | None = None
 
     @abstractmethod
     def call(self, method: str, n: int, slot: np.ndarray, inputs: Sequence[np.ndarray]) -> Sequence[np.ndarray]:

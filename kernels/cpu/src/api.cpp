@@ -29,6 +29,8 @@ TMLC_API void* tmlc_pool_create(int threads) {
     }
 }
 TMLC_API int tmlc_pool_threads(void* pool) { return static_cast<Pool*>(pool)->threads(); }
+// Ties worker i to core cores[i]; 0, or the system's error number.
+TMLC_API int tmlc_pool_pin(void* pool, const int* cores, int count) { return static_cast<Pool*>(pool)->pin(cores, count); }
 TMLC_API void tmlc_pool_destroy(void* pool) { delete static_cast<Pool*>(pool); }
 
 TMLC_API void* tmlc_plan_create(const int64_t* words, int64_t n_words, const void* weights, int64_t weight_bytes,
@@ -49,6 +51,9 @@ TMLC_API void* tmlc_plan_create(const int64_t* words, int64_t n_words, const voi
 TMLC_API int64_t tmlc_plan_arena_bytes(void* plan) { return static_cast<Plan*>(plan)->arena_bytes(); }
 TMLC_API int64_t tmlc_plan_slot_bytes(void* plan) { return static_cast<Plan*>(plan)->slot_bytes(); }
 TMLC_API int64_t tmlc_plan_scratch_bytes(void* plan) { return static_cast<Plan*>(plan)->scratch_bytes(); }
+// Where the arena and the scratch lie, for whoever wants to lock them in memory.
+TMLC_API const void* tmlc_plan_arena(void* plan) { return static_cast<Plan*>(plan)->arena().data(); }
+TMLC_API const void* tmlc_plan_scratch(void* plan) { return static_cast<Plan*>(plan)->scratch().data(); }
 TMLC_API void tmlc_plan_destroy(void* plan) { delete static_cast<Plan*>(plan); }
 
 // `inputs` and `outputs` have as many entries as the method declares, `parts` n_parts (the binding checks that); pool may
