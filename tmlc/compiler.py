@@ -52,9 +52,6 @@ PLAN = "engines/cpu/plan.json"
 PROGRAM = "program.ir"
 TOKENIZER = "tokenizer.json"
 
-# New positions that one call of a method may bring, where a tick needs fewer than an append of `max_append`.
-MAX_N = {"embed_speech": 4, "speak": 4, "vocode": 4, "next_token": 4}
-
 Progress = Callable[[str, int, int], None]
 
 
@@ -181,7 +178,7 @@ def compile(
         traced = load_program(source, bounds)
         tell("reading the checkpoint", 1, 1)
     with _timed(seconds, "passes"):
-        steps = _configured(steps, traced, precision, bounds, kv)
+        steps = _configured(steps, precision, bounds, kv)
         checker = Checker(traced, source) if check else None
         ready = _run_passes(traced, steps, source, checker, dump, tell, on_record)
     precision = _precision_of(ready)
@@ -292,7 +289,6 @@ def _pipeline(
 
 def _configured(
     steps: Pipeline,
-    traced: Program,
     precision: str | None,
     bounds: dict[str, Any],
     kv: str | None,
@@ -303,14 +299,7 @@ def _configured(
     if coder is not None:
         steps = _with_codes(steps, coder)
     steps = steps.configure("quantize.cast", precision=precision if coder is None else "bf16")
-    steps = steps.configure("state.insert", **bounds, kv_dtype=kv_dtype)
-    limits = {
-        name: min(MAX_N[name], method.max_n) for name, method in traced.methods.items() if name in MAX_N
-    }
-    chosen: dict[str, int] = {}
-    for step in steps.steps:
-        chosen |= step.config.get("max_n", {}) if step.name == "memory.plan" else {}
-    return steps.configure("memory.plan", max_n=limits | chosen)
+    return steps.configure("state.insert", **bounds, kv_dtype=kv_dtype)
 
 
 def _with_codes(steps: Pipeline, coder: str) -> Pipeline:

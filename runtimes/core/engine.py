@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib import import_module
@@ -19,13 +19,14 @@ from tmlc.errors import CapacityError, InputError, PackageError, SessionError, T
 from tmlc.package.manifest import Manifest
 from tmlc.package.reader import Package, open_package
 from tmlc.runtimes.core.backend import Backend
+from tmlc.runtimes.core.batch import tick_batch
 from tmlc.runtimes.core.model import Model
 from tmlc.runtimes.core.placement import Placement
 from tmlc.runtimes.core.session import LogSink, Session
 from tmlc.runtimes.core.slots import SlotPool
 from tmlc.runtimes.core.snapshot import read_snapshot
 from tmlc.runtimes.core.text import Tokenizer, load_tokenizer
-from tmlc.runtimes.core.tick import DRIVERS, Conversation, Driver, finite_temperature
+from tmlc.runtimes.core.tick import DRIVERS, Conversation, Driver, TickInput, TickOutput, finite_temperature
 
 BACKENDS = {"cpu": "tmlc.runtimes.cpu.backend"}
 """Modules with `open_backend(package, threads, isa, placement) -> Backend`, by target."""
@@ -86,9 +87,9 @@ class Engine:
                 f"the manifest says {manifest.session_bytes} bytes a session, the plan {backend.slot_bytes}",
                 fix="compile the checkpoint again with this version of tmlc",
             )
-        self.model = Model(backend, manifest)
-        self.driver: Driver = DRIVERS[self.kind](self.model)
         self.slots = SlotPool(sessions, backend.slot_bytes)
+        self.model = Model(backend, manifest, sessions)
+        self.driver: Driver = DRIVERS[self.kind](self.model, sessions)
         self._package: Package | None = None
         self._device = threading.Lock()
         self._closed = False
@@ -143,6 +144,29 @@ class Engine:
         self._check_open()
         talk = self._conversation(int(seed), finite_temperature(temperature))
         return self._admit(talk, log, None)
+
+    def tick_batch(
+        self, sessions: Sequence[Session], inputs: Sequence[TickInput | None]
+    ) -> list[TickOutput | Exception]:
+        """One tick of several sessions in lock-step: weights, and each expert that any of them needs, are read once
+        for all. Each session's output and state are bit for bit those of `Session.tick`, whatever the company.
+
+        Args:
+            sessions: of this engine, none twice; they may be at different ticks.
+            inputs: what each of them gets (None: nothing but silence).
+
+        Returns:
+            In the order of `sessions`, each one's output, or the error that `Session.tick` would have raised:
+            InputError and SessionError (nothing of that session was changed), ContextFullError (it is closed),
+            KernelError (it is poisoned). What is wrong with one session changes nothing for the others, except
+            that a kernel that stops on an index out of range poisons all sessions of the batch. All inputs are
+            checked before anything runs.
+
+        Raises:
+            UsageError: the call makes no sense (a session twice, of another engine, without an input; a package
+            whose methods take one session at a time); nothing was changed.
+        """
+        return tick_batch(self, sessions, inputs)
 
     def restore(self, blob: bytes, log: LogSink | None = None) -> Session:
         """The session that `Session.snapshot` described, in a slot of this engine.

@@ -47,18 +47,23 @@ class CpuBackend(Backend):
         self._views: dict[tuple[str, int], list[np.ndarray]] = {}
         self._plan = Plan(library, words.words, self._weights, threads)
         self._pool = Pool(library, threads, self.cores)
+        reasons = ((name, self._plan.unbatched(index)) for name, index in self._index.items())
+        self.unbatched = next((f"{name}: {why}" for name, why in reasons if why is not None), "")
         self._lock(placed)
 
-    def call(self, method: str, n: int, slot: np.ndarray, inputs: Sequence[np.ndarray]) -> Sequence[np.ndarray]:
-        spec = self.methods[method]
+    def call(
+        self, method: str, parts: Sequence[tuple[int, np.ndarray]], inputs: Sequence[np.ndarray]
+    ) -> Sequence[np.ndarray]:
+        spec, n = self.methods[method], sum(n for n, _ in parts)
         check_inputs(spec, n, inputs)
-        if slot.nbytes != self.slot_bytes:
-            raise InputError(f"a slot of this plan has {self.slot_bytes} bytes, not {slot.nbytes}")
+        for _, slot in parts:
+            if slot.nbytes != self.slot_bytes:
+                raise InputError(f"a slot of this plan has {self.slot_bytes} bytes, not {slot.nbytes}")
         outputs = self._views.get((method, n))
         if outputs is None:
             buffers = zip(self._outputs[method], spec.outputs, strict=True)
             outputs = self._views[method, n] = [buffer[: out.rows(n)] for buffer, out in buffers]
-        self._plan.run(self._pool, self._index[method], n, slot, list(inputs), outputs)
+        self._plan.run_batch(self._pool, self._index[method], parts, inputs, outputs)
         return outputs
 
     def _lock(self, placement: Placement) -> None:
