@@ -223,8 +223,25 @@ def codes(b, rng):
     )
 
 
+def head(b, rng):
+    """A token drawn from hidden states: float and quantised weights, with and without a bias, scaled and capped."""
+    x, key, heat = b.input(0, "f32", 20), b.input(1, "i64", 3), b.input(2, "f32", 1)
+    ids, drawn = b.output(0, "i32", 1), b.output(1, "i32", 1)
+    plain = b.weight(rng.random((3, 20 * 16), np.float32))
+    coded = b.weight(rng.integers(0, 60, (3, 16 * 32 + 32)).astype(np.uint8))
+    bias = b.weight(rng.random((1, 40), np.float32))
+    b.method(
+        [x, key, heat],
+        [ids, drawn],
+        [
+            ("head_sample", [ids, x, plain, key, heat, bias], [37], [0.5, 2.0]),
+            ("head_sample", [drawn, x, coded, key, heat], [48], [1.0, 0.0]),
+        ],
+    )
+
+
 SEEDS = {
-    f.__name__: f for f in (dense, attention, experts, foreign_heads, foreign_experts, blocks, codes, media)
+    f.__name__: f for f in (dense, attention, experts, foreign_heads, foreign_experts, blocks, codes, media, head)
 }
 
 

@@ -200,6 +200,11 @@ def _philox_normal(c: Call) -> None:
     c.emit("philox_normal", [c.x("key")])
 
 
+def _head_sample(c: Call) -> None:
+    t = [c.x("x"), c.weight("weight", "k16"), c.x("key"), c.x("temperature"), *c.optional("bias")]
+    c.emit("head_sample", t, [c.args["entries"]], [c.args["alpha"], c.args["cap"]])
+
+
 def _overlap_add(c: Call) -> None:
     c.emit("overlap_add", [c.x("frames"), c.weight("window"), c.state("overlap")])
 
@@ -241,6 +246,7 @@ LOWERINGS: dict[str, Lowering] = {
     "philox_normal": Lowering("philox_normal", _philox_normal),
     "sample": _elementwise("sample", ["logits", "key", "temperature"]),
     "overlap_add_state": Lowering("overlap_add", _overlap_add),
+    "head_sample": Lowering("head_sample", _head_sample),
 }
 
 # Views cost nothing: another entry of the tensor table over the same bytes.
