@@ -58,7 +58,8 @@ def _head(node: fx.Node) -> tuple[fx.Node, fx.Node, float, float, int] | str:
             return f"its logits begin at column {arg(here, 'start')}"
         settings[op] = arg(here, "cap") if op == "softcap" else arg(here, "stop")
         here = arg(here, "x")
-    if weight_of(arg(here, "weight")) is None or (arg(here, "bias") is not None and weight_of(arg(here, "bias")) is None):
+    given = [node for node in (arg(here, "weight"), arg(here, "bias")) if node is not None]
+    if not all(weight_of(node) for node in given):
         return "the weight of its logits is computed"
     x, alpha = arg(here, "x"), 1.0
     if op_of(x) == "scale":

@@ -56,16 +56,28 @@ void choose_highest(Best& best, const float* logits, int64_t first, int64_t coun
     for (int64_t j = 0; j < count; ++j)
         if (best.beaten_by(logits[j], first + j)) best = {logits[j], first + j};
 }
+// The words of 32 entries of one row, kept because two blocks of columns mostly follow each other.
+struct Noise {
+    int64_t row = -1, first = -1;
+    uint32_t words[32];
+    void prepare(const Operand& key, int64_t r, int64_t entry) {
+        if (r == row && entry == first) return;
+        row = r, first = entry;
+        uint32_t blocks[4][8];
+        philox<8>(Stream(key.i64(r), gumbel_domain), static_cast<uint32_t>(entry / 4), blocks);
+        for (int j = 0; j < 32; ++j) words[j] = blocks[j % 4][j / 4];
+    }
+};
 // The same for logits/T + Gumbel; `first` is a multiple of 16.
-void choose_noisy(Best& best, const float* logits, int64_t first, int64_t count, double temperature, const Stream& stream) {
-    uint32_t words[4][4];
-    philox<4>(stream, static_cast<uint32_t>(first / 4), words);
+void choose_noisy(Best& best, const float* logits, int64_t first, int64_t count, double temperature, const Noise& noise) {
+    const uint32_t* const words = noise.words + (first - noise.first);
+    double highest = best.score;
     for (int64_t j = 0; j < count; ++j) {
-        const uint32_t word = words[j % 4][j / 4];
+        const uint32_t word = words[j];
         const double base = static_cast<double>(logits[j]) / temperature;
-        if (!(gumbel_bound(base, word) >= best.score)) continue;
+        if (!(gumbel_bound(base, word) >= highest)) continue;
         const double score = gumbel_score(base, word);
-        if (best.beaten_by(score, first + j)) best = {score, first + j};
+        if (best.beaten_by(score, first + j)) best = {score, first + j}, highest = score;
     }
 }
 
@@ -96,6 +108,7 @@ int run_head_sample(const RunArgs& a) {
     constexpr int64_t chunk = 64;
     a.par.split(blocks16(entries), n * entries * k, [&](int64_t begin, int64_t end, int thread) {
         Best* const mine = found + thread * at.found_row;
+        Noise noise;
         for (int64_t r0 = 0; r0 < n; r0 += chunk) {
             const float* rows[chunk];
             const int64_t count = std::min(chunk, n - r0);
@@ -113,8 +126,9 @@ int run_head_sample(const RunArgs& a) {
                     alignas(64) float logits[16];
                     store(logits, v);
                     const float t = temperature.f32(r0 + r)[0];
-                    if (t == 0.0f) choose_highest(mine[r0 + r], logits, first, here);
-                    else choose_noisy(mine[r0 + r], logits, first, here, t, Stream(key.i64(r0 + r), gumbel_domain));
+                    if (t == 0.0f) return choose_highest(mine[r0 + r], logits, first, here);
+                    noise.prepare(key, r0 + r, first & ~int64_t{31});
+                    choose_noisy(mine[r0 + r], logits, first, here, t, noise);
                 });
         }
     });
