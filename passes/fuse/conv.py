@@ -17,8 +17,8 @@ _PRODUCTS = ("linear", "moe")
 
 @register_pass("fuse.conv")
 class FuseConv(Pass):
-    """Turns `linear` (+ `scale_by`) or `moe` and the `short_conv_state` (+ `scale`) behind it into one op: the thread that
-    has made a column convolves it at once, so that no barrier and no call lies between.
+    """Turns `linear` (+ `scale_by`) or `moe` and the `short_conv_state` (+ `scale`) behind it into one op: whoever has
+    made a column convolves it at once, with no barrier and no call between.
 
     Convolutions of neighbouring columns of one linear (keys and values) become one, with one filter and one tail.
     """
@@ -149,9 +149,7 @@ def _fuse(
         _forget(program, method, old)
 
 
-def _filter(
-    program: Program, method: Method, convs: list[_Conv], filters: dict[tuple[str, ...], str]
-) -> fx.Node:
+def _filter(program: Program, method: Method, convs: list[_Conv], filters: dict[tuple[str, ...], str]) -> fx.Node:
     weights = [arg(conv.node, "weight") for conv in convs]
     if len(convs) == 1:
         return weights[0]

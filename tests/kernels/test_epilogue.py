@@ -1,4 +1,4 @@
-"""What `linear` and `moe` do behind their products: bit for bit scale_by, short_conv, scale and add, one after the other,
+"""What `linear` and `moe` do behind their products: bit for bit scale_by, short_conv, scale and add, one by one,
 whatever the cut, the threads and the columns; and near float64."""
 
 import numpy as np

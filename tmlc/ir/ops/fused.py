@@ -73,7 +73,7 @@ def _after(
     if taps is not None and tail is not None:
         channels, count = conv_taps(taps, "taps")
         need(2 <= count <= MAX_TAPS, f"{count} taps; a fused convolution has 2..{MAX_TAPS}")
-        need(0 <= start and start + channels <= y.shape[1], f"columns {start}..{start + channels} are not inside {y}")
+        need(start >= 0 and start + channels <= y.shape[1], f"columns {start}..{start + channels} are not inside {y}")
         need(tail == TensorType("f32", (count - 1, channels)), f"tail must be f32[{count - 1}, {channels}], not {tail}")
         need(math.isfinite(level), f"level {level} must be finite")
     if addend is not None:
