@@ -43,6 +43,37 @@ def as_stored(w: np.ndarray, dtype: str) -> np.ndarray:
     return from_bf16(to_bf16(w)) if dtype == "bf16" else w.astype(np.float32)
 
 
+def quantised(rng, m, k, scheme):
+    """Random codes of a matrix as (what they stand for [m, k] float64, packed uint8 [blocks, bytes])."""
+    group = 64 if scheme == "i4g64" else 32
+    groups, blocks = -(-k // group), -(-m // 16)
+    scales = (rng.random((blocks * 16, groups)) * 0.02 + 1e-3).astype(np.float16)
+    scales[m:] = 0
+    if scheme == "i8g32":
+        codes = rng.integers(0, 256, (blocks * 16, groups, group), np.uint8)
+        below = np.full((blocks * 16, groups), 128.0)
+    else:
+        codes = rng.integers(0, 16, (blocks * 16, groups, group), np.uint8)
+        zeros = rng.integers(0, 256, (blocks * 16, groups), np.uint8)
+        below = zeros / 16
+    wide = (codes.astype(np.float64) - below[..., None]) * scales.astype(np.float64)[..., None]
+    packed = []
+    for b in range(blocks):
+        rows = slice(16 * b, 16 * b + 16)
+        for g in range(groups):
+            quads = codes[rows, g].reshape(16, group // 4, 4).transpose(1, 0, 2)  # [quad][row][input]
+            if scheme == "i8g32":
+                packed += [quads.tobytes()]
+            else:
+                for half in range(group // 32):
+                    eight = quads[8 * half : 8 * half + 8]
+                    packed += [(eight[:4] | eight[4:] << 4).tobytes()]
+            packed += [scales[rows, g].tobytes()]
+            if scheme != "i8g32":
+                packed += [zeros[rows, g].tobytes()]
+    return wide.reshape(blocks * 16, -1)[:m, :k], np.frombuffer(b"".join(packed), np.uint8).reshape(blocks, -1)
+
+
 @dataclass
 class Builder:
     """A plan under construction; tensor numbers are what its methods return and take."""
@@ -122,6 +153,7 @@ class Bench:
     as_stored = staticmethod(as_stored)
     to_bf16 = staticmethod(to_bf16)
     from_bf16 = staticmethod(from_bf16)
+    quantised = staticmethod(quantised)
     _pools: dict[int, Pool] = field(default_factory=dict)
 
     def pool(self, threads: int) -> Pool | None:

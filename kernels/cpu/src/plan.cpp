@@ -27,7 +27,7 @@ struct Ops {
     std::vector<const OpDef*> all;
     Ops() {
         for (const OpTable& t : {dense_ops(), linear_ops(), attention_ops(), moe_ops(), media_ops(), random_ops(), head_ops(), topk_ops(),
-                                block_ops()})
+                                block_ops(), head_sample_ops()})
             for (int i = 0; i < t.count; ++i) all.push_back(t.ops + i);
     }
 };
