@@ -38,6 +38,11 @@ def pack(w: np.ndarray, dtype: str) -> np.ndarray:
     return np.ascontiguousarray(pairs).reshape(blocks, k2 * 16)
 
 
+def in_turn(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
+    """The blocks of an expert's gate and up matrices as `moe` reads them: gate 0, up 0, gate 1, …"""
+    return np.stack([gate, up], 1).reshape(2 * len(gate), -1)
+
+
 def as_stored(w: np.ndarray, dtype: str) -> np.ndarray:
     """What a weight is after rounding to its stored dtype, as float32."""
     return from_bf16(to_bf16(w)) if dtype == "bf16" else w.astype(np.float32)
@@ -120,6 +125,7 @@ class Bench:
     Builder = Builder
     pack = staticmethod(pack)
     as_stored = staticmethod(as_stored)
+    in_turn = staticmethod(in_turn)
     to_bf16 = staticmethod(to_bf16)
     from_bf16 = staticmethod(from_bf16)
     _pools: dict[int, Pool] = field(default_factory=dict)
