@@ -3,7 +3,7 @@
 // Weights come in blocks of 16 output columns, K-major (docs/plan-format.md). A tile is R rows by one block, each row
 // with accumulators of its own that run over K in order, so every output element has the same bits whatever the tile it
 // was computed in. Blocks follow each other in memory: a tile reads one stream, some lines ahead, past the end of its
-// block into the next (several blocks at a time were twice as slow: docs/performance.md). Many rows take the tiles of a
+// block into the next (eight streams at a time reached half of that from memory). Many rows take the tiles of a
 // block one after the other, while the block is in the cache.
 #pragma once
 #include "form.h"
