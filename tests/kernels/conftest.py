@@ -38,6 +38,11 @@ def pack(w: np.ndarray, dtype: str) -> np.ndarray:
     return np.ascontiguousarray(pairs).reshape(blocks, k2 * 16)
 
 
+def in_turn(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
+    """The blocks of an expert's gate and up matrices as `moe` reads them: gate 0, up 0, gate 1, …"""
+    return np.stack([gate, up], 1).reshape(2 * len(gate), -1)
+
+
 def as_stored(w: np.ndarray, dtype: str) -> np.ndarray:
     """What a weight is after rounding to its stored dtype, as float32."""
     return from_bf16(to_bf16(w)) if dtype == "bf16" else w.astype(np.float32)
@@ -60,17 +65,19 @@ def quantised(rng, m, k, scheme):
     packed = []
     for b in range(blocks):
         rows = slice(16 * b, 16 * b + 16)
-        for g in range(groups):
-            quads = codes[rows, g].reshape(16, group // 4, 4).transpose(1, 0, 2)  # [quad][row][input]
-            if scheme == "i8g32":
-                packed += [quads.tobytes()]
-            else:
-                for half in range(group // 32):
-                    eight = quads[8 * half : 8 * half + 8]
-                    packed += [(eight[:4] | eight[4:] << 4).tobytes()]
-            packed += [scales[rows, g].tobytes()]
+        for begin in range(0, groups, 4):
+            run = range(begin, min(begin + 4, groups))
+            for g in run:
+                quads = codes[rows, g].reshape(16, group // 4, 4).transpose(1, 0, 2)  # [quad][row][input]
+                if scheme == "i8g32":
+                    packed += [quads.tobytes()]
+                else:
+                    for half in range(group // 32):
+                        eight = quads[8 * half : 8 * half + 8]
+                        packed += [(eight[:4] | eight[4:] << 4).tobytes()]
+            packed += [scales[rows, g].tobytes() for g in run]
             if scheme != "i8g32":
-                packed += [zeros[rows, g].tobytes()]
+                packed += [zeros[rows, g].tobytes() for g in run]
     return wide.reshape(blocks * 16, -1)[:m, :k], np.frombuffer(b"".join(packed), np.uint8).reshape(blocks, -1)
 
 
@@ -151,6 +158,7 @@ class Bench:
     Builder = Builder
     pack = staticmethod(pack)
     as_stored = staticmethod(as_stored)
+    in_turn = staticmethod(in_turn)
     to_bf16 = staticmethod(to_bf16)
     from_bf16 = staticmethod(from_bf16)
     quantised = staticmethod(quantised)

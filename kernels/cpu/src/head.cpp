@@ -101,7 +101,7 @@ int run_head_sample(const RunArgs& a) {
             for (int64_t r = begin; r < end; ++r)
                 for (int64_t c = 0; c < k; c += 16) store_n(scaled(r) + c, splat(alpha) * load_n(x.f32(r) + c, k - c), k - c);
         });
-    if (matrix.quantised()) quantise_rows(a.par, n, k, a.scratch + at.codes, plain);
+    if (matrix.quantised()) quantise_rows(a.par, n, k, matrix.form, a.scratch + at.codes, plain);
     Best* const found = reinterpret_cast<Best*>(a.scratch + at.found);
     std::fill(found, found + at.found_row * threads, Best{-std::numeric_limits<double>::infinity(), 0});
 
@@ -116,20 +116,18 @@ int run_head_sample(const RunArgs& a) {
                 rows[r] = matrix.quantised()
                               ? reinterpret_cast<const float*>(a.scratch + at.codes + (r0 + r) * at.code_bytes)
                               : plain(r0 + r);
-            for_tiles<1>(
-                rows, count, begin, end, matrix, [&](int64_t b, const void** p) { p[0] = matrix.block(b); },
-                [&](int64_t r, int64_t b, const float* sums) {
-                    const int64_t first = b * 16, here = std::min<int64_t>(16, entries - first);
-                    v16 v = load(sums);
-                    if (bias != nullptr) v = v + load_n(bias + first, here);
-                    if (capping) v = cap * tanh16(v * uncap);
-                    alignas(64) float logits[16];
-                    store(logits, v);
-                    const float t = temperature.f32(r0 + r)[0];
-                    if (t == 0.0f) return choose_highest(mine[r0 + r], logits, first, here);
-                    noise.prepare(key, r0 + r, first & ~int64_t{31});
-                    choose_noisy(mine[r0 + r], logits, first, here, t, noise);
-                });
+            for_tiles<1>(rows, count, begin, end, matrix, 0, [&](int64_t r, int64_t b, auto& sums) {
+                const int64_t first = b * 16, here = std::min<int64_t>(16, entries - first);
+                v16 v = load(sums[0]);
+                if (bias != nullptr) v = v + load_n(bias + first, here);
+                if (capping) v = cap * tanh16(v * uncap);
+                alignas(64) float logits[16];
+                store(logits, v);
+                const float t = temperature.f32(r0 + r)[0];
+                if (t == 0.0f) return choose_highest(mine[r0 + r], logits, first, here);
+                noise.prepare(key, r0 + r, first & ~int64_t{31});
+                choose_noisy(mine[r0 + r], logits, first, here, t, noise);
+            });
         }
     });
     for (int64_t r = 0; r < n; ++r) {

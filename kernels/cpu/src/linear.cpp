@@ -39,7 +39,7 @@ int run_linear(const RunArgs& a) {
     const Packed packed_w(w, x.cols);
     const int64_t row_bytes = QuantRow(x.cols).bytes();
     if (packed_w.quantised())
-        quantise_rows(a.par, x.rows, x.cols, a.scratch, [&](int64_t r) { return x.f32(r); });
+        quantise_rows(a.par, x.rows, x.cols, packed_w.form, a.scratch, [&](int64_t r) { return x.f32(r); });
     // The epilogue takes so many blocks at a time: whole strips of tiles of every shape, little enough for the cache.
     constexpr int64_t chunk = 64, strip = 24;
     a.par.split(w.rows, out.rows * out.cols * x.cols, [&](int64_t begin, int64_t end, int) {
@@ -51,14 +51,12 @@ int run_linear(const RunArgs& a) {
                 for (int64_t r = 0; r < count; ++r)
                     rows[r] = packed_w.quantised() ? reinterpret_cast<const float*>(a.scratch + (r0 + r) * row_bytes)
                                                    : x.f32(r0 + r);
-                for_tiles<1>(
-                    rows, count, b0, b1, packed_w, [&](int64_t b, const void** p) { p[0] = packed_w.block(b); },
-                    [&](int64_t r, int64_t b, const float* sums) {
-                        const int64_t left = out.cols - b * 16;
-                        v16 v = load(sums);
-                        if (bias != nullptr) v = v + load_n(bias + b * 16, left);
-                        store_n(out.f32(r0 + r) + b * 16, v, left);
-                    });
+                for_tiles<1>(rows, count, b0, b1, packed_w, 0, [&](int64_t r, int64_t b, auto& sums) {
+                    const int64_t left = out.cols - b * 16;
+                    v16 v = load(sums[0]);
+                    if (bias != nullptr) v = v + load_n(bias + b * 16, left);
+                    store_n(out.f32(r0 + r) + b * 16, v, left);
+                });
             }
             if (epilogue.any()) epilogue.apply(b0 * 16, b1 * 16);
             b0 = b1;
