@@ -29,7 +29,8 @@ class InsertState(Pass):
     Sliding layers keep a ring of their window. Global layers follow the policy: `ring_with_sinks` keeps the first
     `sinks` positions and a ring of the last `context - sinks`; `end` keeps all `context` positions and then stops the
     session. `kv_dtype` is what keys and values are kept as: `int8` is codes with a scale for each position and kv head,
-    half the bytes of `bf16`. Settings that are left out come from the model's own runtime defaults (`program.meta["context"]`).
+    half the bytes of `bf16`. Settings that are left out come from the model's own runtime defaults
+    (`program.meta["context"]`).
     """
 
     class Config(PassConfig):

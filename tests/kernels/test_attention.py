@@ -60,7 +60,10 @@ CASES = {
     "int8_odd_head": Case(heads=6, kv=2, d=7, dv=5, dtype="int8", window=17, sinks=16, capacity=48, rank=4, extent=40),
     "int8_head_80": Case(d=80, heads=10, kv=2, dtype="int8", softcap=2.0, sink_logits=True, log_floor=9.0),
     "int8_wide": Case(d=272, dv=34, heads=9, kv=3, dtype="int8", window=9, capacity=32, rank=4, extent=9),
-    **{f"splits_{dtype}": Case(heads=2, kv=1, d=8, capacity=1312, dtype=dtype, max_n=64) for dtype in ("f32", "bf16", "int8")},
+    **{
+        f"splits_{dtype}": Case(heads=2, kv=1, d=8, capacity=1312, dtype=dtype, max_n=64)
+        for dtype in ("f32", "bf16", "int8")
+    },
     **{
         f"splits_of_a_ring_{dtype}": Case(
             heads=2, kv=1, d=8, window=700, sinks=32, capacity=800, rank=2, extent=600, dtype=dtype, max_n=64

@@ -54,7 +54,7 @@ TMLC_INLINE v16 store_factors(void* row, int64_t at, v16 x) {
 #if defined(__AVX512BF16__)
         const __m256i half = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x));
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(static_cast<uint16_t*>(row) + at), half);
-        const auto words = __builtin_convertvector(reinterpret_cast<u16n>(half), i32n);
+        const auto words = reinterpret_cast<w16>(_mm512_maskz_cvtepu16_epi32(0xffff, half));  // see load_f16
         return bits_to_float(detail::shift_left(words, 16));
 #else
         const v16 rounded = round_bf16(x);

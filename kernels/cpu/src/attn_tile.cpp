@@ -16,11 +16,15 @@ constexpr float log2_e = 1.44269504f;
 // 2^x for x <= 0 (0 below -126; NaN stays NaN), to about 1e-7; where weights are rounded anyway, to 3e-6.
 template <bool EXACT>
 TMLC_INLINE v16 exp2_16(v16 x) {
+#if defined(__AVX512F__)
+    const v16 r = _mm512_maskz_reduce_ps(0xffff, x, 0);  // x less the nearest whole number
+#else
     const v16 low = splat(-126.0f), magic = splat(12582912.0f);
     const v16 bounded = choose(x < low, low, x);
     const v16 shifted = bounded + magic;
     const v16 r = bounded - (shifted - magic);
     const w16 n = float_to_bits(shifted) - splat_int(0x4b400000 - 127);
+#endif
     v16 p;
     if constexpr (EXACT) {
         p = splat(0.000153458124f);
@@ -37,8 +41,19 @@ TMLC_INLINE v16 exp2_16(v16 x) {
         p = fma(p, r, splat(0.693121791f));
         p = fma(p, r, splat(0.999999285f));
     }
+#if defined(__AVX512F__)
+    return _mm512_maskz_scalef_ps(0xffff, p, x - r);
+#else
     const v16 y = p * bits_to_float(detail::shift_left(n, 23));
     return choose(x < low, zero16(), y);
+#endif
+}
+TMLC_INLINE v16 larger(v16 a, v16 b) {  // max16 in one instruction; where b is NaN, a
+#if defined(__AVX512F__)
+    return _mm512_maskz_max_ps(0xffff, b, a);
+#else
+    return max16(a, b);
+#endif
 }
 // 2^x for a whole x <= 0; 0 below -126, and where x is NaN (then the sums that it multiplies are NaN already).
 float power(float x) {
@@ -92,6 +107,28 @@ void value_rows_of(const float* e, int64_t e_at, int64_t count, const uint8_t* v
     if constexpr (T > 1) value_rows_of<F, T / 2, EDGE>(e, e_at, count, v, dv, first, last, acc, acc_stride);
 }
 
+// out[t] = r[t] . C vectors of the columns of a table of `rank` rows, of which `left` are there (the rest count as zero).
+template <int T, int C>
+__attribute__((noinline)) void table_products(const float* const* r, int64_t rank, const float* table, int64_t stride, int64_t left,
+                                              v16 (&out)[T][C]) {
+    const float* x[T];
+    for (int t = 0; t < T; ++t) x[t] = r[t];
+    v16 sum[T][C];
+    TMLC_UNROLL for (int t = 0; t < T; ++t)
+        TMLC_UNROLL for (int i = 0; i < C; ++i) sum[t][i] = zero16();
+    for (int64_t j = 0; j < rank; ++j, table += stride) {
+        v16 column[C];
+        TMLC_UNROLL for (int i = 0; i < C; ++i)
+            column[i] = left >= 16 * C ? load(table + 16 * i) : left > 16 * i ? load_n(table + 16 * i, left - 16 * i) : zero16();
+        TMLC_UNROLL for (int t = 0; t < T; ++t) {
+            const v16 factor = splat(x[t][j]);
+            TMLC_UNROLL for (int i = 0; i < C; ++i) sum[t][i] = fma(factor, column[i], sum[t][i]);
+        }
+    }
+    TMLC_UNROLL for (int t = 0; t < T; ++t)
+        TMLC_UNROLL for (int i = 0; i < C; ++i) out[t][i] = sum[t][i];
+}
+
 // One split at work: positions are relative to its start.
 struct Split {
     const Tile& tile;
@@ -140,21 +177,7 @@ struct Split {
                     r[t] = tile.rel->f32(tile.r0 + query / s.per) + (tile.g * s.per + query % s.per) * s.rank;
                 }
                 v16 sum[T][C];
-                for (int t = 0; t < T; ++t)
-                    for (int i = 0; i < C; ++i) sum[t][i] = zero16();
-                const bool whole = c + c0 + 16 * C <= s.extent;
-                for (int64_t j = 0; j < s.rank; ++j) {
-                    const float* row = tile.rel_table->f32(j) + c + c0;
-                    v16 column[C];
-                    for (int i = 0; i < C; ++i) {
-                        const int64_t left = s.extent - c - c0 - 16 * i;
-                        column[i] = whole ? load(row + 16 * i) : left > 0 ? load_n(row + 16 * i, left) : zero16();
-                    }
-                    for (int t = 0; t < T; ++t) {
-                        const v16 x = splat(r[t][j]);
-                        for (int i = 0; i < C; ++i) sum[t][i] = fma(x, column[i], sum[t][i]);
-                    }
-                }
+                table_products<T, C>(r, s.rank, tile.rel_table->f32() + c + c0, tile.rel_table->stride, s.extent - c - c0, sum);
                 for (int t = 0; t < T && t0 + t < queries_here; ++t) {
                     const int64_t query = at + t0 + t;
                     const v16 factor = splat(taus[query / s.per] * unit());
@@ -190,8 +213,14 @@ struct Split {
         const float* own_bias = tile.rel != nullptr ? bias + at * s.bias_stride + 16 - bias_from : nullptr;
         const float cap = static_cast<float>(tile.f[3]);
         v16 high = splat(-INFINITY);
-        for (const Interval& in : parts)
+        // From this block on, keys are near enough for a bias; before it, whole blocks need only be looked at.
+        const int64_t near_from = own_bias == nullptr ? split_keys : std::max<int64_t>(p - start - 15 - s.extent + 16, 0) / 16 * 16;
+        for (const Interval& in : parts) {
+            const int64_t plain = round_up(in.begin, 16), plain_end = cap > 0 ? plain : std::min(in.end / 16 * 16, near_from);
+            for (int64_t b = plain; b < plain_end; b += 16) high = larger(high, load(score + b));
             for (int64_t b = in.begin / 16 * 16; b < in.end; b += 16) {
+                if (b == plain && plain_end > plain) b = plain_end;
+                if (b >= in.end) break;
                 v16 x = load(score + b);
                 const int64_t nearest = p - start - b - 15;  // distance of the last lane: it falls along the lanes
                 const bool edge = b < in.begin || b + 16 > in.end;
@@ -200,8 +229,9 @@ struct Split {
                 if (cap > 0) x = splat(cap * log2_e) * tanh16(x * splat(1.0f / cap));
                 if (edge) x = choose(lanes_of(in, b), x, splat(-INFINITY));
                 if (edge || near || cap > 0) store(score + b, x);
-                high = max16(high, x);
+                high = larger(high, x);
             }
+        }
         const float most = top_lane(high), top = most > -INFINITY ? std::ceil(most) : 0.0f;
         const v16 relative = splat(top);
         v16 sum = zero16();
@@ -254,7 +284,10 @@ struct Split {
         const uint8_t* v[split_keys / 16] = {};
         for (int part_of = 0; part_of < 2; ++part_of) {
             const Interval any = seen_by_any(part_of);
-            for (int64_t b = any.begin / 16; 16 * b < any.end; ++b) v[b] = block_of(tile.cache.v, tile.cache.v_block, 16 * b);
+            for (int64_t b = any.begin / 16; 16 * b < any.end; ++b) {
+                v[b] = block_of(tile.cache.v, tile.cache.v_block, 16 * b);
+                __builtin_prefetch(v[b] + codes_off);
+            }
         }
         for (int64_t at = 0; at < count; ++at) {
             softmax<KV::int8>(at);

@@ -229,8 +229,8 @@ def attention_state(
     sink_logits: Tensor | None = None,
     softcap: float = 0.0,
 ) -> Tensor:
-    """attention of n new positions, whose keys and values are first written to the cache (linear or ring): float32, bf16,
-    or int8 codes (uint8, tmlc/ir/ops/kv.py)."""
+    """attention of n new positions, whose keys and values are first written to the cache (linear or ring): float32,
+    bf16, or int8 codes (uint8, tmlc/ir/ops/kv.py)."""
     n, capacity, start = q.shape[0], k_cache.shape[0], int(position)
     held = min(start + n, capacity) if window == 0 else min(window - 1 + n, start + n)
     if held > capacity - (sinks if window else 0) or (window == 0 and start + n > capacity):
