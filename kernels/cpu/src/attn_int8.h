@@ -1,8 +1,8 @@
 // Inner products of attention for int8 caches: exact integer sums of codes x 15-bit factors, scaled afterwards.
 //
-// Factors (queries; weights of values) are whole numbers of -32512..32512 times one scale for a group, as activations are
-// for quantised weights (quant.h). Codes are unsigned bytes in quads: [16 lanes][4 inputs]. A group is 128 inputs, so
-// that its sum fits 32 bits.
+// Factors (queries; weights of values) are whole numbers of -32512..32512 times one scale for a group: two bytes each,
+// where activations of quantised weights have one (quant.h), because a cache is small beside the weights and its products
+// are few. Codes are unsigned bytes in quads: [16 lanes][4 inputs]. A group is 128 inputs, so that its sum fits 32 bits.
 #pragma once
 #include "attn_dots.h"
 #include "quant.h"
@@ -10,6 +10,7 @@
 namespace tmlc {
 
 constexpr int64_t factor_group = 128;
+constexpr float factor_peak = 32512.0f;  // 127 * 256: both bytes of a factor stay signed bytes
 
 // A row of factors takes 2 bytes each: the high bytes, then (`plane` bytes on) the low ones where there is VNNI, else
 // 16-bit numbers. `plane` is the number of factors, rounded up to 16.
@@ -126,14 +127,14 @@ struct Rounded { float scale; int32_t sum; };
 template <class X>
 TMLC_INLINE Rounded round_factors(int64_t vectors, uint8_t* row, int64_t at, int64_t plane, float peak, const X& x) {
     const bool usable = peak <= 3.4028235e38f, flat = peak < 1e-30f;
-    const v16 to_code = splat(usable && !flat ? quant_peak / peak : 0.0f), magic = splat(12582912.0f);
+    const v16 to_code = splat(usable && !flat ? factor_peak / peak : 0.0f), magic = splat(12582912.0f);
     w16 sum = splat_int(0);
     for (int64_t i = 0; i < vectors; ++i) {
         const w16 c = usable ? float_to_bits(fma(x(i), to_code, magic)) - float_to_bits(magic) : splat_int(0);
         store_codes(row, at + 16 * i, plane, c);
         sum = sum + c;
     }
-    return {!usable ? NAN : flat ? 0.0f : peak / quant_peak, sum_ints(sum)};
+    return {!usable ? NAN : flat ? 0.0f : peak / factor_peak, sum_ints(sum)};
 }
 
 // A query: its codes, then one scale, then the sums of codes of its groups.
