@@ -225,7 +225,6 @@ def load(
     isa: str | None = None,
     pin: bool = False,
     lock_memory: bool = False,
-    weights: str = "mmap",
 ) -> Engine:
     """Loads a package and reserves everything its sessions will need.
 
@@ -238,8 +237,6 @@ def load(
         has.
         pin: tie each worker thread to a core of its own, among those that this process may use.
         lock_memory: keep weights, states and buffers in memory, so that no tick waits for a page.
-        weights: "mmap" uses the file where it lies; "huge" copies the weights into huge pages, which costs
-            the time and the memory of a copy at load and saves a little in every tick (docs/latency.md).
 
     Raises:
         PackageError, PlanError: the package is damaged, altered, foreign, newer, or its plan is refused.
@@ -252,7 +249,7 @@ def load(
         raise UsageError(f"threads must be 1 to {MAX_THREADS}, not {threads}")
     if not isinstance(sessions, int):
         raise UsageError(f"sessions must be a whole number, not {sessions!r}")
-    placement = Placement(pin, lock_memory, weights)
+    placement = Placement(pin, lock_memory)
     package = open_package(path)
     try:
         backend = _open_target(package, target, count, isa, placement)

@@ -1,21 +1,14 @@
-"""Where an engine's threads and memory are put: cores to tie workers to, pages to lock, weights in huge pages."""
+"""Where an engine's threads and memory are put: cores to tie workers to, pages to lock."""
 
 from __future__ import annotations
 
 import ctypes
 import errno
-import mmap
 import os
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from tmlc.errors import CapacityError, UsageError
-
-WEIGHTS = ("mmap", "huge")
-HUGE_PAGE = 1 << 21
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,17 +18,10 @@ class Placement:
     Attributes:
         pin: tie each worker thread to a core of its own.
         lock_memory: keep every page that a tick uses in memory.
-        weights: "mmap" uses the package's file where it lies; "huge" copies the weights into anonymous
-            memory that the system may back with huge pages.
     """
 
     pin: bool = False
     lock_memory: bool = False
-    weights: str = "mmap"
-
-    def __post_init__(self) -> None:
-        if self.weights not in WEIGHTS:
-            raise UsageError(f"weights must be one of {', '.join(WEIGHTS)}, not {self.weights!r}")
 
     def cores(self, threads: int) -> tuple[int, ...] | None:
         """The core of each thread when pinned: the first `threads` that this process may use.
@@ -56,14 +42,6 @@ class Placement:
             )
         return tuple(allowed[:threads])
 
-    def place(self, weights: np.ndarray) -> np.ndarray:
-        """The weights where the kernels shall read them: `weights` itself, or a copy of the same bytes.
-
-        Raises:
-            CapacityError: no memory for the copy.
-        """
-        return weights if self.weights == "mmap" or not weights.nbytes else _huge_copy(weights)
-
     def lock(self, address: int, nbytes: int, what: str) -> None:
         """Locks memory where `lock_memory` asks for it.
 
@@ -72,25 +50,6 @@ class Placement:
         """
         if self.lock_memory and nbytes:
             lock_pages(address, nbytes, what)
-
-
-def _huge_copy(weights: np.ndarray) -> np.ndarray:
-    size = -(-weights.nbytes // HUGE_PAGE) * HUGE_PAGE
-    try:
-        memory = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    except (OSError, ValueError) as error:
-        raise CapacityError(
-            f"no memory for a copy of {weights.nbytes} bytes of weights", fix='load with weights="mmap"'
-        ) from error
-    raw = np.frombuffer(memory, np.uint8)  # keeps the mapping alive
-    start = -raw.ctypes.data % HUGE_PAGE
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with suppress(OSError):  # a kernel without huge pages: the copy lies in small ones
-            memory.madvise(mmap.MADV_HUGEPAGE)
-    placed = raw[start : start + weights.nbytes]
-    placed[:] = weights
-    placed.flags.writeable = False
-    return placed
 
 
 def lock_pages(address: int, nbytes: int, what: str) -> None:

@@ -1,4 +1,4 @@
-"""Threads tied to cores, locked pages and copied weights: what is promised, and what is said when it cannot be had."""
+"""Threads tied to cores and locked pages: what is promised, and what is said when it cannot be had."""
 
 import os
 import resource
@@ -59,20 +59,6 @@ def test_a_core_that_is_not_there_is_an_error_and_leaves_no_thread():
 
 def test_without_pin_there_are_no_cores():
     assert Placement().cores(10_000) is None
-
-
-def test_copied_weights_are_the_same_bytes_aligned_and_read_only():
-    weights = np.random.default_rng(0).integers(0, 256, 3_000_001).astype(np.uint8)
-    placed = Placement(weights="huge").place(weights)
-    assert np.array_equal(placed, weights) and not np.shares_memory(placed, weights)
-    assert placed.ctypes.data % (1 << 21) == 0 and not placed.flags.writeable
-    assert Placement().place(weights) is weights
-    assert Placement(weights="huge").place(weights[:0]).nbytes == 0
-
-
-def test_unknown_place_for_weights_is_refused():
-    with pytest.raises(UsageError, match="mmap, huge"):
-        Placement(weights="disk")
 
 
 def locked_bytes() -> int:
