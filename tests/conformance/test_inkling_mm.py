@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from transformers import InklingConfig, InklingFeatureExtractor, InklingForConditionalGeneration, InklingProcessor
 from transformers.models import inkling
@@ -24,6 +25,10 @@ from tmlc.ir.program import Program
 from tmlc.ir.run import ProgramRunner
 
 POSITIONS, GREEDY = 300, 64
+NORMS_ONCE = pytest.mark.skipif(
+    transformers.__version__.startswith("5.17."),
+    reason="transformers 5.17 normalises the embedded positions of mixed input twice; 5.18 and later once",
+)
 SEEDS = [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 9))]
 
 
@@ -187,6 +192,7 @@ def expect(model: InklingForConditionalGeneration, inputs: dict[str, torch.Tenso
     return model(**inputs, use_cache=False).logits[0].float().numpy()
 
 
+@NORMS_ONCE
 @pytest.mark.parametrize("seed", SEEDS)
 def test_text_audio_and_images_equal_transformers_whole_and_in_random_chunks(seed, tmp_path):
     config, processor = draw(seed)
@@ -280,6 +286,17 @@ def test_module_names_and_release_names_give_the_same_weights(small, tmp_path):
     assert sorted(names) == sorted(other.used_weights())
     for name in names:
         assert torch.equal(small.program.weights.evaluate(name, first), other.weights.evaluate(name, second)), name
+
+
+def test_the_norm_of_tokens_is_read_where_transformers_5_17_keeps_it(small, tmp_path):
+    for name in ("config.json", "processor_config.json"):
+        (tmp_path / name).write_bytes((small.folder / name).read_bytes())
+    new, old = (f"model.language_model.{p}embed_norm.weight" for p in ("embed_tokens.", ""))
+    tensors = {name: tensor.clone() for name, tensor in small.model.state_dict().items()}
+    tensors[old] = tensors.pop(old if old in tensors else new)
+    save_file(tensors, tmp_path / "model.safetensors")
+    norm = tmlc.program(tmp_path).weights.evaluate("model.embed_tokens.embed_norm.weight", open_checkpoint(tmp_path))
+    assert torch.equal(norm, tensors[old])
 
 
 def test_multi_token_prediction_weights_are_skipped_with_a_note(small):
