@@ -338,6 +338,29 @@ def test_patches_come_in_the_order_of_the_image_processor_but_for_its_empty_colu
         assert all(torch.equal(still, expected) for still in found)
 
 
+def test_pixel_values_are_those_of_the_image_processor(small):
+    """The processor itself, on a frame of the package's size: its patches (but for the empty column) are those that the
+    tests make and, through the vision tower, what `embed_video` answers to the frame."""
+    try:
+        from transformers.models.inkling.image_processing_inkling import InklingImageProcessor
+    except (ImportError, RuntimeError) as error:
+        pytest.skip(f"needs a torchvision that was built for this torch: {error}")
+    mixed, frame = Mixed(small.config, small.processor, 0), small.processor["frame_size"]
+    height, width = frame["height"], frame["width"]
+    image = np.random.default_rng(1).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    clip = np.stack([image] * mixed.frames)
+    given = InklingImageProcessor(**small.processor["image_processor"])(images=[image], return_tensors="pt")
+    patches = given["pixel_values"].unflatten(0, (height // mixed.patch, -1))[:, : width // mixed.patch].flatten(0, 1)
+    assert torch.equal(patches[:, 0], patches[:, 1]), "a still image is its frame repeated"
+    patches = patches[:, :1].repeat(1, mixed.frames, 1, 1, 1)
+    torch.testing.assert_close(patches, mixed.pixel_values(clip[None]), rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        expected = small.model.model.vision_tower(patches).pooler_output[:, 0]
+    session = ProgramRunner(small.program, open_checkpoint(small.folder)).session()
+    (found,) = session.call("embed_video", torch.from_numpy(clip.reshape(-1, width * 3)))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_a_tick_takes_audio_and_a_clip_and_writes_text(small):
     mixed = Mixed(small.config, small.processor, 3)
     clip = next(value for kind, value in mixed.pieces if kind == "image")[: mixed.frames]
