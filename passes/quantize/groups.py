@@ -31,9 +31,9 @@ class GroupConfig(PassConfig):
         exclude: patterns (`*.head.*`) of weights to leave alone.
         budget: bytes that the worst layers may take more than at the plain precision, as a part of all quantised
             bytes: they get the next higher precision, in order of their error for each byte that this costs.
-        sensitivity: what decides which layers are worst: `output`, how far the next-token distributions on the calibration
-            text move when the layer alone is rounded; `weight`, the relative squared error of its weight. Default:
-            `output` where there is a calibration text.
+        sensitivity: what decides which layers are worst: `output`, how far the next-token distributions on the
+            calibration text move when the layer alone is rounded; `weight`, the relative squared error of its weight.
+            Default: `output` where there is a calibration text.
         calibration: token ids of text as the model will see it.
         report: measure the error of each layer (needs one more reading of the checkpoint; the budget needs it).
     """

@@ -18,10 +18,11 @@ from torch import Tensor, fx
 
 from tmlc.errors import PipelineError
 from tmlc.ir.ops import spec_of
-from tmlc.ir.program import Method, Program, role
+from tmlc.ir.program import Method, Program, role, type_of
 from tmlc.ir.quantize import SCHEMES, dequantised, row_chunks
 from tmlc.ir.run import one_thread
 from tmlc.ir.weights import TensorSource
+from tmlc.passes.match import arg
 
 CHAIN = ("embed_text", "decode", "unembed")
 
@@ -47,10 +48,9 @@ def output_effects(
         PipelineError: the program is no such chain, there are no ids, or one is outside the vocabulary.
     """
     _refuse(program)
-    table = next(node for node in program.methods[CHAIN[0]].placeholders("weight"))
-    vocabulary = int(program.weights[role(table)[1]].shape[0])
+    vocabulary = min(int(type_of(arg(node, "table")).shape[0]) for node in program.methods[CHAIN[0]].calls("embedding"))
     if not ids or any(not 0 <= token < vocabulary for token in ids):
-        what = f"an id is outside the vocabulary of {vocabulary}" if ids else "sensitivity `output` has no text to measure"
+        what = f"an id is outside the vocabulary of {vocabulary}" if ids else "there is no text to measure effects on"
         raise PipelineError(what, where="calibration", fix="give ids of some text in this model's tokens (128 do)")
     value: _Value = {"": torch.tensor(ids)[:, None]}
     with one_thread(), torch.no_grad():
@@ -74,6 +74,8 @@ def _refuse(program: Program) -> None:
         what = f"the model has no method {missing[0]}"
     elif program.states:
         what = "the program has states"
+    elif not program.methods[CHAIN[0]].calls("embedding"):
+        what = "embed_text looks nothing up"
     elif odd := [name for name in CHAIN if len(program.methods[name].inputs) != 1]:
         what = f"{odd[0]} takes more than one input"
     if what:
@@ -84,9 +86,7 @@ def _refuse(program: Program) -> None:
         )
 
 
-def _walk(
-    method: Method, values: dict[fx.Node, _Value], weight: Callable[[fx.Node], _Value]
-) -> _Value:
+def _walk(method: Method, values: dict[fx.Node, _Value], weight: Callable[[fx.Node], _Value]) -> _Value:
     """The method's first output in every variant; `values` holds its input, `weight` gives what else is read."""
     left = {node: len(node.users) for node in method.graph.nodes}
     for node in method.graph.nodes:

@@ -222,7 +222,7 @@ def test_the_budget_goes_where_the_sensitivity_says(chain, settings, spared):
 def test_what_cannot_be_measured_at_the_outputs_is_refused(chain, program_of, weights_for):
     program, weights = chain
     for ids in ([9], [-1], []):
-        with pytest.raises(PipelineError, match="outside the vocabulary of 9|no text to measure"):
+        with pytest.raises(PipelineError, match=r"outside the vocabulary of 9|no text to measure effects"):
             measured(program, weights, "quantize.int4", budget=0.1, calibration=ids, sensitivity="output")
     alone = program_of(FUSED)
     with pytest.raises(PipelineError, match="has no method embed_text"):

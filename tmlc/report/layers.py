@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from tmlc.package.manifest import is_text
+from tmlc.package.fields import is_text
 from tmlc.report.tables import table
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tmlc.errors import PackageError, UsageError
-from tmlc.package.manifest import is_text
+from tmlc.package.fields import is_text
 from tmlc.report.layers import layer_tables
 from tmlc.report.tables import grid, megabytes, table
 
