@@ -2,6 +2,7 @@
 #   make demo      from a checkpoint to a conversation, on this machine
 #   make test      lint, types and the tests that take seconds (what CI runs)
 #   make test-all  the tests that take minutes too
+#   make test-transformers VERSION=5.18.0   what depends on transformers, under another version of it
 #   make perf      measure; prints figures beside their targets and writes perf/results/<machine>.json
 
 PYTHON ?= python3
@@ -16,7 +17,7 @@ RECORDING := --audio examples/demo/speech.wav --video examples/demo/camera.mp4 -
 export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-all perf lint types clean
+.PHONY: demo test test-all test-transformers perf lint types clean
 .DEFAULT_GOAL := test
 .DELETE_ON_ERROR:
 
@@ -56,6 +57,16 @@ test: lint types
 
 test-all: lint types
 	$(BIN)/python -m pytest -q
+
+# The version and what it needs are installed beside .venv and come first on the path.
+build/transformers-%: | $(VENV)/dev.stamp
+	$(BIN)/python -m pip install --quiet --target $@.new transformers==$*
+	@mv $@.new $@
+
+test-transformers: $(if $(VERSION),build/transformers-$(VERSION))
+	@test -n "$(VERSION)" || { echo "give a version: make test-transformers VERSION=5.18.0"; exit 2; }
+	PYTHONPATH=$(abspath $<) $(BIN)/python -c "import transformers as t; assert t.__version__ == '$(VERSION)', t.__version__"
+	PYTHONPATH=$(abspath $<) $(BIN)/python -m pytest -q -m "not slow" tests/foreign tests/conformance/test_inkling*.py
 
 perf: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest -q perf --record

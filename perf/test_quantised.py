@@ -69,6 +69,30 @@ def test_quality(trained: TrainedText, reports: dict[str, Any], figure: Callable
         figure(f"quantize.{precision} worst layer, relative error", float(record.notes[1].rsplit(" ", 1)[1]), "")
 
 
+@pytest.mark.parametrize("budget", [0.1, 0.2, 0.4])
+def test_what_a_budget_buys(
+    trained: TrainedText, reports: dict[str, Any], figure: Callable[..., None], budget: float, tmp_path: Path
+) -> None:
+    """int4 with a budget spent by the error of weights, and by the effect on outputs (128 bytes of training text)."""
+    from tmlc.model_zoo.trained_text import library_bytes
+    from tmlc.pipeline.pipeline import Pipeline, Step, load_pipeline
+
+    tokens, calibration = trained.held_out[:POSITIONS], library_bytes()[5000:5128].tolist()
+    base = answers(reports["fp32"].out, tokens)
+    steps = load_pipeline("cpu").configure("quantize.cast", precision="bf16")
+    at = [step.name for step in steps.steps].index("quantize.cast")
+    for sensitivity in ("weight", "output"):
+        coder = Step("quantize.int4", {"budget": budget, "sensitivity": sensitivity, "calibration": calibration})
+        pipeline = Pipeline("budget", (*steps.steps[:at], coder, *steps.steps[at:]))
+        report = tmlc.compile(trained.folder, tmp_path / f"{sensitivity}.tmlc", pipeline=pipeline)
+        what = f"int4, budget {budget}, by {sensitivity}"
+        found = answers(tmp_path / f"{sensitivity}.tmlc", tokens)
+        figure(f"{what}, mean KL from fp32", divergence(base, found), "nats")
+        figure(f"{what}, weights / int4 weights", report.weight_bytes / reports["int4"].weight_bytes, "×")
+        ms = next(record.ms for record in report.passes if record.name == "quantize.int4")
+        figure(f"{what}, the pass", ms / 1e3, "s")
+
+
 @pytest.mark.parametrize("bits", [15, 8])
 def test_rounded_activations(
     trained: TrainedText,

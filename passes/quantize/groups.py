@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -15,6 +16,7 @@ from tmlc.ir.program import Program, replace, role, type_of
 from tmlc.ir.quantize import SCHEMES, dequantised, row_chunks
 from tmlc.ir.weights import TensorSource
 from tmlc.passes.match import arg, fresh_name, op_of
+from tmlc.passes.quantize.sensitivity import output_effects
 from tmlc.pipeline.pass_base import NearMiss, PassConfig, PassContext, PassResult
 
 #: The operands whose kernels read codes. Embeddings are looked up, not multiplied, and stay as they are.
@@ -29,11 +31,17 @@ class GroupConfig(PassConfig):
         exclude: patterns (`*.head.*`) of weights to leave alone.
         budget: bytes that the worst layers may take more than at the plain precision, as a part of all quantised
             bytes: they get the next higher precision, in order of their error for each byte that this costs.
+        sensitivity: what decides which layers are worst: `output`, how far the next-token distributions on the
+            calibration text move when the layer alone is rounded; `weight`, the relative squared error of its weight.
+            Default: `output` where there is a calibration text.
+        calibration: token ids of text as the model will see it.
         report: measure the error of each layer (needs one more reading of the checkpoint; the budget needs it).
     """
 
     exclude: list[str] = Field(default_factory=list)
-    budget: float = 0.0
+    budget: float = Field(default=0.0, ge=0.0)
+    sensitivity: Literal["output", "weight"] | None = None
+    calibration: list[int] = Field(default_factory=list, max_length=4096)
     report: bool = True
 
 
@@ -47,6 +55,15 @@ class Layer:
     spare: str | None  # the scheme (None: left to quantize.cast) that a budget would buy
     error: float = 0.0
     spare_error: float = 0.0
+    effect: float | None = None  # on the outputs, in nats, where that was measured
+
+    @property
+    def gain(self) -> float:
+        """What a higher precision removes: of the squared error of the weight, or of its effect on the outputs (which
+        is taken to fall as that squared error does)."""
+        if self.effect is None:
+            return self.error**2 - self.spare_error**2
+        return self.effect * (1 - (self.spare_error / self.error) ** 2) if self.error else 0.0
 
     def nbytes(self, program: Program, scheme: str | None) -> int:
         shape = program.weights[self.name].shape
@@ -71,6 +88,11 @@ def run_groups(
             layer.error = _error(program, layer.name, layer.scheme, ctx.source)
             if config.budget > 0 and layer.spare is not None:
                 layer.spare_error = _error(program, layer.name, layer.spare, ctx.source)
+        if config.budget > 0 and (config.sensitivity or ("output" if config.calibration else "weight")) == "output":
+            coded = {layer.name: layer.scheme for layer in layers}
+            effects = output_effects(program, coded, ctx.source, config.calibration, ctx.progress)
+            for layer in layers:
+                layer.effect = effects.get(layer.name, 0.0)
     elif config.budget > 0:
         raise PipelineError(
             "a budget needs the checkpoint's values and `report: true`",
@@ -150,11 +172,11 @@ def _spend(program: Program, layers: list[Layer], budget: float) -> set[str]:
     """The layers that get the higher precision: most error removed for each byte first, while the budget lasts."""
     left = budget * sum(layer.nbytes(program, layer.scheme) for layer in layers)
     price = {x.name: x.nbytes(program, x.spare) - x.nbytes(program, x.scheme) for x in layers}
-    gain = {x.name: (x.error**2 - x.spare_error**2) / max(price[x.name], 1) for x in layers}
+    gain = {x.name: x.gain / max(price[x.name], 1) for x in layers}
     spared = set()
     for layer in sorted(layers, key=lambda x: -gain[x.name]):
         able = layer.spare is not None or layer.scheme == "i8g32"
-        if able and layer.error > 0 and price[layer.name] <= left:
+        if able and layer.gain > 0 and price[layer.name] <= left:
             spared.add(layer.name)
             left -= price[layer.name]
     return spared
@@ -178,9 +200,9 @@ def _notes(program: Program, layers: list[Layer], spared: set[str], measured: bo
     notes = [f"{total} bytes of codes, scales and spared weights in {len(layers)} layers ({kinds})"]
     if not measured:
         return [*notes, "errors were not measured"]
-    for layer in sorted(layers, key=lambda x: -x.error):
-        higher = ""
+    for layer in sorted(layers, key=lambda x: (-(x.effect or 0.0), -x.error)):
+        higher = "" if layer.effect is None else f", effect {layer.effect:.2e} nats"
         if layer.name in spared:
-            higher = f", spared: {layer.spare} {layer.spare_error:.4f}" if layer.spare else ", spared: left as it is"
+            higher += f", spared: {layer.spare} {layer.spare_error:.4f}" if layer.spare else ", spared: left as it is"
         notes.append(f"{layer.name}: {layer.scheme} relative error {layer.error:.4f}{higher}")
     return notes

@@ -37,6 +37,42 @@ def test_the_json_of_a_package_has_the_manifest_and_the_counts(tmlc_cli, package
     assert view["weights"]["bytes"] <= view["manifest"]["memory"]["weight_bytes"]
 
 
+def test_the_worst_layers_of_a_quantised_model_are_shown(tmlc_cli, checkpoint, tmp_path):
+    """Worst first, a part of them, in the report of the compilation and in that of the package."""
+    compiled = tmlc_cli("compile", checkpoint, "-o", tmp_path / "int4.tmlc", "--precision", "int4")
+    (record,) = (
+        record
+        for record in tmlc_cli("inspect", tmp_path / "int4.tmlc", "--json").json["manifest"]["pipeline"]
+        if record["pass"] == "quantize.int4"
+    )
+    layers = record["notes"][1:]
+    assert len(layers) > 8
+    for out in (compiled.stdout, tmlc_cli("inspect", tmp_path / "int4.tmlc").stdout):
+        assert f"quantize.int4: layers (worst 8 of {len(layers)}, all: --json)" in out
+        lines = [line.split() for line in out.splitlines() if "i4g32" in line or "i8g32" in line]
+        assert [(n, s, e) for n, s, e in lines] == [
+            (note.partition(":")[0], note.split()[1], note.split()[-1]) for note in layers[:8]
+        ]
+
+
+def test_a_layer_says_its_effect_and_what_it_was_spared():
+    from tmlc.report.layers import layer_tables
+    from tmlc.report.tables import plain_text
+
+    notes = [
+        "7 bytes of codes, scales and spared weights in 2 layers (2 i4g32)",
+        "a.b: i4g32 relative error 0.0710, effect 8.94e-05 nats, spared: i8g32 0.0053",
+        "c: i8g32 relative error 0.0053, effect 1.00e-06 nats",
+        "d: \x1b[31m relative error 0.1",
+        7,
+    ]
+    out = plain_text(layer_tables([{"pass": "quantize.int4", "notes": notes}, {"pass": "fuse.x", "notes": notes}]))
+    assert out.count("layers (2)") == 1 and "\x1b" not in out
+    assert out.split("\n")[-4].split() == ["a.b", "i4g32", "0.0710", "8.94e-05", "i8g32", "0.0053"]
+    assert out.split("\n")[-3].split() == ["c", "i8g32", "0.0053", "1.00e-06"]
+    assert layer_tables([{"pass": "quantize.int4", "notes": "x"}, {"pass": "quantize.int8"}, {}]) == []
+
+
 def test_ir_prints_one_method_or_all_in_the_form_that_the_parser_reads(tmlc_cli, package):
     from tmlc.ir.text import parse_program
 

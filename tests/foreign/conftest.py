@@ -77,7 +77,7 @@ def settings(family: str, seed: int) -> dict[str, Any]:
         made |= sparse | dict(norm_topk_prob=at % 2 == 0, decoder_sparse_step=1 + (at == 1))
     elif family == "olmoe":
         made |= dict(num_experts=experts, num_experts_per_tok=top_k, norm_topk_prob=at % 2 == 1)
-        made |= dict(attention_bias=at == 2)
+        made |= dict(attention_bias=at == 2, clip_qkv=[None, None, 0.7, None, None, 1.1][at])
     elif family == "mixtral":
         made |= dict(num_local_experts=experts, num_experts_per_tok=top_k)
     elif family == "gpt_oss":

@@ -13,6 +13,7 @@ from tmlc.pipeline.manager import run_pipeline
 from tmlc.pipeline.pipeline import Pipeline, Step
 
 DEFAULT = [(family, 0) for family in families()] + [(family, 1) for family in ("llama", "gpt_oss", "deepseek_v3")]
+DEFAULT += [("olmoe", 2)]  # its queries, keys and values are clamped
 SWEEP = [(family, seed) for family in families() for seed in range(6)]
 
 
@@ -75,6 +76,7 @@ def test_logits_equal_transformers(foreign_case, family, seed):
     assert record.name == MATCH_RECORD and record.matches == sum(match_counts(program).values())
     if seed == 0:
         assert match_counts(program) == COUNTS[family]
+    assert match_counts(program).get("clamp", 0) == (6 if (family, seed) == ("olmoe", 2) else 0)
 
 
 @pytest.mark.slow

@@ -108,6 +108,19 @@ def test_bf16_stays_close_and_streams_exactly(inkling, inkling_program):
     assert 0 < errors["quantize.cast"] < 0.1 and errors["state.insert"] < 1e-4
 
 
+def test_the_norm_of_tokens_is_read_where_transformers_5_17_keeps_it(
+    inkling, inkling_config, tmp_path, write_checkpoint
+):
+    new, old = "model.embed_tokens.embed_norm.weight", "model.embed_norm.weight"
+    tensors = load_file(inkling / "model.safetensors")
+    tensors[old] = tensors.pop(new)
+    folder = write_checkpoint(tmp_path / "old", inkling_config, tensors)
+    assert torch.equal(load_program(folder).weights.evaluate(new, open_checkpoint(folder)), tensors[old])
+    del tensors[old]
+    with pytest.raises(CheckpointError, match=f"missing tensors: {new}"):
+        load_program(write_checkpoint(tmp_path / "none", inkling_config, tensors))
+
+
 def test_a_bf16_checkpoint_compiles_to_the_same_structure(inkling, inkling_config, tmp_path, write_checkpoint):
     tensors = load_file(inkling / "model.safetensors")
     narrow = {n: t.bfloat16() if "norm" not in n and "sconv" not in n else t for n, t in tensors.items()}

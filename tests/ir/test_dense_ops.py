@@ -6,7 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from tmlc.errors import IRError
+from tmlc.ir.ops import OPS
 from tmlc.ir.ops import functional as F
+from tmlc.ir.types import TensorType
 
 
 def rng(seed=0):
@@ -31,6 +34,15 @@ def sigmoid(x):
 
 def silu(x):
     return x * sigmoid(x)
+
+
+def test_clamp():
+    x = torch.tensor([[-3.0, -0.5, 0.0, 2.0, float("inf")]])
+    assert F.clamp(x, -0.5, 1.5).tolist() == [[-0.5, -0.5, 0.0, 1.5, 1.5]]
+    assert F.clamp(x * float("nan"), -1.0, 1.0).isnan().all()
+    for lo, hi in ((1.0, 0.5), (-math.inf, 0.0), (0.0, 1e39)):
+        with pytest.raises(IRError, match="no range of float32"):
+            OPS["clamp"].shapes(TensorType("f32", (1, 5)), lo, hi)
 
 
 def test_rms_norm_works_per_group_of_the_weights_length():

@@ -39,6 +39,7 @@ CASES = {
     "silu": (F.silu, [X], [1], []),
     "gelu": (F.gelu, [X], [1], []),
     "swiglu": (F.swiglu, [X, X], [1, 1], []),
+    "clamp": (lambda x: F.clamp(x, -0.5, 1.0), [X], [1], []),
     "modulate": (F.modulate, [X, X, X], [1, 1, 1], []),
     "columns": (lambda x: F.columns(x, 3, 9), [X], [1], []),
     "reshape": (lambda x: F.reshape(x, 48), [rand(20, 12)], [4], []),

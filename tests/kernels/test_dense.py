@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from tmlc.errors import KernelError
+from tmlc.errors import KernelError, PlanError
 
 ROWS = (1, 3, 17)
 COLS = (1, 15, 16, 17, 100)
@@ -28,6 +28,7 @@ ELEMENTWISE = {
     "mul": (2, (), lambda a, b: a * b),
     "add_scaled": (2, (0.3,), lambda a, b: a + np.float64(np.float32(0.3)) * b),
     "scale": (1, (-1.7,), lambda a: np.float64(np.float32(-1.7)) * a),
+    "clamp": (1, (-1.25, 2.5), lambda a: np.minimum(np.maximum(a, -1.25), 2.5)),
     "silu": (1, (), lambda a: a * sigmoid(a)),
     "gelu": (1, (), lambda a: 0.5 * a * (1 + erf(a / math.sqrt(2)))),
     "swiglu": (2, (), lambda g, u: g * sigmoid(g) * u),
@@ -89,6 +90,16 @@ def test_special_values_pass_through(bench):
     silu, gelu = bench.op("silu", [x])[0][0], bench.op("gelu", [x])[0][0]
     assert np.isnan(silu[0]) and silu[1] == np.inf and silu[5] == np.float32(1e38) and abs(silu[6]) == 0
     assert np.isnan(gelu[0]) and gelu[1] == np.inf and gelu[5] == np.float32(1e38) and abs(gelu[6]) == 0
+    most = float(np.finfo(np.float32).max)
+    clamp = bench.op("clamp", [x], floats=[-2.0, most])[0][0]
+    assert np.isnan(clamp[0]) and clamp[1] == np.float32(most) and (clamp[[2, 6]] == -2.0).all()
+    assert np.array_equal(clamp[[3, 4, 5, 7]], x[0, [3, 4, 5, 7]])
+
+
+@pytest.mark.parametrize("bounds", [[2.0, 1.0], [-np.inf, 1.0], [0.0, 1e39], [0.0, np.nan], [0.0]])
+def test_a_clamp_without_a_range_is_refused(best, bounds):
+    with pytest.raises(PlanError, match=r"range of f32|number of operands"):
+        best.op("clamp", [np.zeros((2, 3), np.float32)], floats=bounds)
 
 
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])

@@ -166,6 +166,7 @@ def blocks(b, rng):
             ("moe", [out, half, weights, chosen, up, down], [4, 5, 2], [0.0, 0.0, 0.7, 1.1]),
             ("sigmoid", [out, out]),
             ("softcap", [out, out], [], [2.0]),
+            ("clamp", [out, out], [], [-1.0, 1.5]),
             ("concat_columns", [y, out, b.tensor("arena", "f32", (1, 0), 8, b.tensors[half][2], 12)]),
             ("advance", [position], [0]),
         ],

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from tmlc.errors import PackageError
 from tmlc.package import open_package, zipfile_io
-from tmlc.package.manifest import parse_json, parse_manifest
+from tmlc.package.fields import parse_json
+from tmlc.package.manifest import parse_manifest
 from tmlc.package.safetensors_io import parse_header
 
 from .conftest import make_manifest, write

@@ -6,6 +6,7 @@ import torch
 from tmlc.errors import PipelineError
 from tmlc.ir.quantize import SCHEMES, dequantised
 from tmlc.ir.run import ProgramRunner
+from tmlc.passes.quantize.sensitivity import output_effects
 from tmlc.pipeline.manager import run_pipeline
 from tmlc.pipeline.pipeline import Pipeline, Step
 
@@ -130,3 +131,99 @@ def test_a_budget_keeps_the_worst_layers_higher_and_is_not_passed(program_of, we
 def test_a_budget_without_values_is_an_error(run_pass):
     with pytest.raises(PipelineError, match="budget needs"):
         run_pass("quantize.int4", FUSED, budget=0.1)
+
+
+CHAIN = """
+weight "table" = source("table") : f32[9, 64]
+weight "quiet" = source("quiet") : f32[64, 64]
+weight "loud" = source("loud") : f32[64, 64]
+weight "head" = source("head") : f32[9, 64]
+weight "other" = source("other") : f32[8, 8]
+method embed_text(max_n=8) {
+  %ids = input "ids" : i64[n, 1]
+  %table = weight "table"
+  %x = embedding(%table, %ids)
+  return %x
+}
+method decode(max_n=8) {
+  %x = input "x" : f32[n, 64]
+  %quiet = weight "quiet"
+  %loud = weight "loud"
+  %a = linear(%x, %quiet, none)
+  %small = scale(%a, alpha=0.001)
+  %b = linear(%x, %loud, none)
+  %hidden = add(%small, %b)
+  return %hidden
+}
+method unembed(max_n=8) {
+  %hidden = input "hidden" : f32[n, 64]
+  %head = weight "head"
+  %logits = linear(%hidden, %head, none)
+  return %logits
+}
+method embed_audio(max_n=8) {
+  %pcm = input "pcm" : f32[n, 8]
+  %other = weight "other"
+  %x = linear(%pcm, %other, none)
+  return %x
+}
+"""
+IDS = [3, 0, 8, 1, 1, 5]
+
+
+@pytest.fixture
+def chain(program_of, weights_for):
+    """`quiet` has the larger error (one weight of each group is large), and hardly reaches the outputs."""
+    program = program_of(CHAIN)
+    weights = weights_for(program)
+    weights["quiet"][:, ::32] *= 20
+    return program, weights
+
+
+def test_an_effect_is_the_divergence_of_the_program_with_that_weight_rounded(chain):
+    program, weights = chain
+
+    def distributions(values):
+        session = ProgramRunner(program, values).session()
+        (x,) = session.call("embed_text", torch.tensor(IDS)[:, None])
+        return torch.log_softmax(session.call("unembed", *session.call("decode", x))[0].double(), -1)
+
+    schemes = {"quiet": "i4g32", "loud": "i4g64", "head": "i8g32", "other": "i8g32"}
+    found, plain = output_effects(program, schemes, weights, IDS, lambda line: None), distributions(weights)
+    assert set(found) == {"quiet", "loud", "head"}, "what the outputs do not depend on has no effect on them"
+    for name, effect in found.items():
+        changed = dict(weights)
+        changed[name] = torch.empty_like(weights[name])
+        dequantised(weights[name], SCHEMES[schemes[name]], changed[name])
+        rounded = distributions(changed)
+        assert effect == pytest.approx(float((plain.exp() * (plain - rounded)).sum(-1).mean()), rel=1e-6)
+    assert found["loud"] > 100 * found["quiet"] > 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "spared"),
+    [
+        ({"calibration": IDS}, "loud"),
+        ({"calibration": IDS, "sensitivity": "output"}, "loud"),
+        ({"calibration": IDS, "sensitivity": "weight"}, "quiet"),
+        ({}, "quiet"),
+    ],
+)
+def test_the_budget_goes_where_the_sensitivity_says(chain, settings, spared):
+    program, weights = chain
+    extra = SCHEMES["i8g32"].nbytes(64, 64) - SCHEMES["i4g32"].nbytes(64, 64)
+    total = 2 * SCHEMES["i4g32"].nbytes(64, 64) + SCHEMES["i8g32"].nbytes(9, 64) + SCHEMES["i8g32"].nbytes(8, 8)
+    # enough for one of the two, beside the head
+    after = measured(program, weights, "quantize.int4", budget=1.35 * extra / total, **settings)
+    assert {name for name in ("quiet", "loud") if dtypes(after)[name] == "i8g32"} == {spared}
+    assert any("effect" in note for note in after.record[-1].notes) == (spared == "loud")
+
+
+def test_what_cannot_be_measured_at_the_outputs_is_refused(chain, program_of, weights_for):
+    program, weights = chain
+    for ids in ([9], [-1], []):
+        with pytest.raises(PipelineError, match=r"outside the vocabulary of 9|no text to measure effects"):
+            measured(program, weights, "quantize.int4", budget=0.1, calibration=ids, sensitivity="output")
+    alone = program_of(FUSED)
+    with pytest.raises(PipelineError, match="has no method embed_text"):
+        measured(alone, weights_for(alone), "quantize.int4", budget=0.1, calibration=IDS)

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import package_mutations as mutations
+import snapshot_mutations
 
 import tmlc
 import tmlc.kernels.cpu as kernels
@@ -166,7 +167,7 @@ def main(package: Path, library: Path, first: int, count: int, folder: Path) -> 
         outcome = Outcome()
         try:
             if kind == "snapshot":
-                use_snapshot(outcome, good, mutations.snapshot(blob, rng), rng)
+                use_snapshot(outcome, good, snapshot_mutations.snapshot(blob, rng), rng)
             else:
                 path = folder / str(case)
                 mutations.write_case(kind, original, parts, rng, path)

@@ -15,6 +15,13 @@ if TYPE_CHECKING:
     from tmlc.runtimes.media.recording import Recording, TickShape
 
 _FILE = click.Path(path_type=Path)
+SEED = click.option(
+    "--seed",
+    type=click.IntRange(0, 2**63 - 1),
+    default=0,
+    show_default=True,
+    help="Random stream of the session.",
+)
 
 
 def recording_options(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from tmlc.cli.common import FORCE, PIN, THREADS, note, print_json, progress, show, verb
-from tmlc.cli.inputs import open_recording, recording_options, tick_shape
+from tmlc.cli.inputs import SEED, open_recording, recording_options, tick_shape
 from tmlc.cli.outputs import Outputs
 from tmlc.errors import UsageError
 
@@ -51,13 +51,7 @@ tmlc profile nano.tmlc --budget 300ms --threads 1 --json
     show_default=True,
     help="Fresh processes to measure start-up with.",
 )
-@click.option(
-    "--seed",
-    type=click.IntRange(0, 2**63 - 1),
-    default=0,
-    show_default=True,
-    help="Random stream of the session.",
-)
+@SEED
 @click.option("-o", "--out", type=click.Path(path_type=Path), metavar="STEM", help="Also write STEM.json and STEM.txt.")
 @THREADS
 @PIN

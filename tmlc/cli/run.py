@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from tmlc.cli.common import FORCE, PIN, THREADS, print_json, progress, show, verb
-from tmlc.cli.inputs import open_recording, recording_options
+from tmlc.cli.inputs import SEED, open_recording, recording_options
 from tmlc.cli.outputs import Outputs
 from tmlc.errors import UsageError
 
@@ -45,13 +45,7 @@ tmlc run nano.tmlc --text typed.yaml --seconds 20 --clock wall -o out/
     show_default=True,
     help="input: as fast as it goes. wall: in real time.",
 )
-@click.option(
-    "--seed",
-    type=click.IntRange(0, 2**63 - 1),
-    default=0,
-    show_default=True,
-    help="Random stream of the session.",
-)
+@SEED
 @click.option(
     "--temperature",
     type=click.FloatRange(0.0, 100.0),

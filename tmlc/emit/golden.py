@@ -5,8 +5,7 @@ recording needs no more memory than packing does.
 """
 
 import operator
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ from torch import fx
 
 from tmlc.ir.ops import spec_of
 from tmlc.ir.program import Method, Program, role, type_of
+from tmlc.ir.run import one_thread
 from tmlc.ir.weights import TensorSource
 from tmlc.package.golden import GoldenCall
 
@@ -79,7 +79,7 @@ def record_golden(
     """
     rng = np.random.default_rng(20260)
     calls: list[GoldenCall] = []
-    with _one_thread():
+    with one_thread():
         for number, method in enumerate(program.methods.values()):
             if on_progress is not None:
                 on_progress(method.name)
@@ -91,17 +91,6 @@ def record_golden(
                 answers = tuple(_narrow(out.detach().contiguous().numpy()) for out in outputs)
                 calls.append(GoldenCall(number, method.name, n, given, answers))
     return calls
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """PyTorch may sum in another order with another number of threads; a package must not depend on that."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def tolerances(calls: list[GoldenCall], precision: str) -> dict[str, float]:

@@ -252,6 +252,7 @@ LOWERINGS: dict[str, Lowering] = {
     "silu": _elementwise("silu", ["x"]),
     "gelu": _elementwise("gelu", ["x"]),
     "swiglu": _elementwise("swiglu", ["gate", "up"]),
+    "clamp": _elementwise("clamp", ["x"], ("lo", "hi")),
     "modulate": _elementwise("modulate", ["x", "scale", "shift"]),
     "short_conv_state": Lowering("short_conv", _short_conv),
     "dynamic_conv_state": Lowering("dynamic_conv", _dynamic_conv),

@@ -13,7 +13,7 @@ import torch
 
 from tmlc.errors import CheckpointError
 from tmlc.frontend.checkpoint import Checkpoint
-from tmlc.frontend.inkling_names import is_release, module_place, release_place, text2_place
+from tmlc.frontend.inkling_names import is_release, module_place, norm_place, release_place, text2_place
 from tmlc.frontend.model import Frontend, Stored, Traceable
 from tmlc.model_zoo.inkling.config import InklingConfig, flat_processor, text_config
 from tmlc.model_zoo.inkling.multimodal import InklingModel, audio_constants
@@ -26,6 +26,7 @@ CONTEXT, SINKS, MAX_APPEND = 4096, 16, 64
 TICK_MS, VIDEO_EVERY = 200, 5
 #: Multi-token-prediction layers are for speculative decoding; the engine does not use them.
 _NOT_NEEDED = "model.mtp."
+_EMBED_NORM = "model.embed_tokens.embed_norm.weight"
 _PROCESSOR = ("preprocessor_config.json", "processor_config.json")
 
 def inkling_text(checkpoint: Checkpoint) -> Frontend:
@@ -37,7 +38,9 @@ def inkling_text(checkpoint: Checkpoint) -> Frontend:
     config = text_config(checkpoint.config, str(checkpoint.folder / "config.json"))
     with torch.device("meta"):
         model = token_model(config)
-    return _frontend(checkpoint, model, config, {}, {}, {})
+    norm = norm_place(Stored(_EMBED_NORM, (config.hidden_size,)), checkpoint.tensors)
+    stored = {_EMBED_NORM: norm} if norm.tensor != _EMBED_NORM else {}
+    return _frontend(checkpoint, model, config, {}, stored, {})
 
 
 def inkling2_text(checkpoint: Checkpoint) -> Frontend:
@@ -85,7 +88,7 @@ def inkling_mm(checkpoint: Checkpoint) -> Frontend:
     constants = audio_constants(config)
     shapes = {name: tuple(t.shape) for name, t in model.state_dict().items() if name not in constants}
     place = release_place if is_release(checkpoint.tensors) else module_place
-    stored = {name: place(name, shape) for name, shape in shapes.items()}
+    stored = {name: norm_place(place(name, shape), checkpoint.tensors) for name, shape in shapes.items()}
     return _frontend(checkpoint, model, config.text, tick, stored, constants)
 
 

@@ -6,7 +6,8 @@ The release joins gate and up of every feed-forward in one tensor (`w13`), row b
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
+from dataclasses import replace
 
 from tmlc.frontend.model import Stored
 
@@ -89,6 +90,12 @@ def module_place(name: str, shape: tuple[int, ...]) -> Stored:
     if name.startswith("model."):
         return Stored(f"model.language_model.{name.removeprefix('model.')}", shape)
     return Stored(name if name.startswith("lm_head.") else f"model.{name}", shape)
+
+
+def norm_place(stored: Stored, tensors: Container[str]) -> Stored:
+    """Where the norm of the embedded tokens is: transformers 5.17 keeps it beside the table, later ones in it."""
+    old = stored.tensor.replace("embed_tokens.embed_norm.", "embed_norm.")
+    return replace(stored, tensor=old) if stored.tensor not in tensors and old in tensors else stored
 
 
 def release_place(name: str, shape: tuple[int, ...]) -> Stored:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,7 +17,18 @@ from tmlc.ir.program import Method, Program, role, type_of
 from tmlc.ir.types import TensorType
 from tmlc.ir.weights import TensorSource
 
-__all__ = ["ProgramRunner", "RunnerSession"]
+__all__ = ["ProgramRunner", "RunnerSession", "one_thread"]
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """PyTorch may sum in another order with another number of threads; what decides or enters a package must not."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 class ProgramRunner:

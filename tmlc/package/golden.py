@@ -12,7 +12,7 @@ import numpy as np
 
 from tmlc.errors import PackageError
 from tmlc.package import safetensors_io
-from tmlc.package.manifest import Fields, parse_json
+from tmlc.package.fields import Fields, parse_json
 
 if TYPE_CHECKING:
     from tmlc.package.reader import Package

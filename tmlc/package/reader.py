@@ -14,7 +14,8 @@ import numpy as np
 
 from tmlc.errors import PackageError
 from tmlc.package import zipfile_io
-from tmlc.package.manifest import Manifest, check_member_name, parse_json, parse_manifest
+from tmlc.package.fields import check_member_name, parse_json
+from tmlc.package.manifest import Manifest, parse_manifest
 from tmlc.package.safetensors_io import TensorEntry, parse_header, view
 from tmlc.package.writer import MANIFEST, SEAL, WEIGHTS, seal
 

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from tmlc.errors import PackageError
-from tmlc.package.manifest import DTYPES, parse_json
+from tmlc.package.fields import parse_json
+from tmlc.package.manifest import DTYPES
 
 ALIGN = 64
 PAGE = 4096

@@ -17,7 +17,8 @@ from types import TracebackType
 from typing import Any, BinaryIO
 
 from tmlc.errors import PackageError
-from tmlc.package.manifest import FileInfo, Manifest, check_member_name, parse_manifest
+from tmlc.package.fields import check_member_name
+from tmlc.package.manifest import FileInfo, Manifest, parse_manifest
 from tmlc.package.safetensors_io import PAGE, WeightItem, layout, stream
 from tmlc.package.zipfile_io import ZipWriter
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import BinaryIO
 
 from tmlc.errors import PackageError
-from tmlc.package.manifest import check_member_name
+from tmlc.package.fields import check_member_name
 
 COMMENT = b"tmlc-sha256:"
 TRAILER = len(COMMENT) + 64

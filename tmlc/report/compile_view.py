@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from tmlc.report.layers import layer_tables
 from tmlc.report.tables import grid, megabytes, table
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def compile_tables(view: dict[str, Any]) -> list[RenderableType]:
         lines.append(("cache", cache["outcome"] + (f" ({cache['reason']})" if cache["reason"] else "")))
     near = [(record["pass"], miss) for record in view["passes"] for miss in record["near_misses"]]
     rest = [grid([(f"near miss in {name}", str(miss)) for name, miss in near])] if near else []
-    return [passes, *rest, grid(lines)]
+    return [passes, *layer_tables(view["passes"]), *rest, grid(lines)]
 
 
 def lookup_tables(lookup: dict[str, Any]) -> list[RenderableType]:

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tmlc.errors import PackageError, UsageError
-from tmlc.package.manifest import is_text
+from tmlc.package.fields import is_text
+from tmlc.report.layers import layer_tables
 from tmlc.report.tables import grid, megabytes, table
 
 if TYPE_CHECKING:
@@ -105,7 +106,7 @@ def package_tables(view: dict[str, Any], where: Path) -> list[RenderableType]:
         )
     passes = table("passes", "pass", "matches", "near misses", "ops", "settings")
     for record in manifest["pipeline"]:
-        settings = ", ".join(f"{key} {value}" for key, value in record.get("config", {}).items() if value is not None)
+        settings = ", ".join(_setting(k, value) for k, value in record.get("config", {}).items() if value is not None)
         passes.add_row(
             str(record.get("pass")),
             str(record.get("matches")),
@@ -120,7 +121,7 @@ def package_tables(view: dict[str, Any], where: Path) -> list[RenderableType]:
             totals[target].update(by_op)
     for op in sorted(set().union(*totals.values()) if totals else ()):
         counts.add_row(op, *(str(totals[target][op]) for target in totals))
-    return [head, memory, methods, states, passes, counts]
+    return [head, memory, methods, states, passes, *layer_tables(manifest["pipeline"]), counts]
 
 
 def method_ir(package: Package, method: str) -> str:
@@ -235,6 +236,11 @@ def checkpoint_tables(view: dict[str, Any], where: Path, all_tensors: bool) -> l
             megabytes(sum(m["bytes"] for m in members)),
         )
     return [head, config, tensors]
+
+
+def _setting(key: str, value: Any) -> str:
+    text = f"{key} {value}"
+    return text if len(text) <= 60 else f"{text[:57]}…"
 
 
 def _tick_line(tick: dict[str, Any]) -> str:

@@ -1,4 +1,5 @@
 // Dense operations: copies, lookups, norms and elementwise work.
+#include <cfloat>
 #include <cmath>
 #include <cstring>
 
@@ -68,6 +69,11 @@ const char* check_scale(const Call& c) {
     TMLC_REQUIRE(arity(c, 2, 0, 1), "wrong number of operands");
     return same_f32(c, 2);
 }
+const char* check_clamp(const Call& c) {
+    TMLC_REQUIRE(arity(c, 2, 0, 2), "wrong number of operands");
+    TMLC_REQUIRE(std::fabs(c.f[0]) <= FLT_MAX && std::fabs(c.f[1]) <= FLT_MAX && c.f[0] <= c.f[1], "lo..hi must be a range of f32 numbers");
+    return same_f32(c, 2);
+}
 const char* check_scale_by(const Call& c) {
     TMLC_REQUIRE(arity(c, 3, 0, 0), "wrong number of operands");
     TMLC_REQUIRE(is_f32(*c.t[2]) && c.t[2]->fixed(1, 1), "the scale must be f32 [1,1]");
@@ -90,6 +96,10 @@ int run_add_scaled(const RunArgs& a) {
 int run_scale(const RunArgs& a) {
     const v16 alpha = splat(static_cast<float>(a.f[0]));
     return unary(a, 1, [&](v16 x) { return alpha * x; });
+}
+int run_clamp(const RunArgs& a) {
+    const v16 lo = splat(static_cast<float>(a.f[0])), hi = splat(static_cast<float>(a.f[1]));
+    return unary(a, 1, [&](v16 x) { return min16(max16(x, lo), hi); });  // a NaN is neither below nor above
 }
 int run_scale_by(const RunArgs& a) {
     const v16 s = splat(*a.t[2].f32());
@@ -230,6 +240,7 @@ const OpDef table[] = {
     {"mul", check_binary, no_scratch, run_mul, 1, true},
     {"add_scaled", check_add_scaled, no_scratch, run_add_scaled, 1, true},
     {"scale", check_scale, no_scratch, run_scale, 1, true},
+    {"clamp", check_clamp, no_scratch, run_clamp, 1, true},
     {"scale_by", check_scale_by, no_scratch, run_scale_by, 1, true},
     {"add_row", check_add_row, no_scratch, run_add_row, 1, true},
     {"silu", check_unary, no_scratch, run_silu, 1, true},

@@ -45,7 +45,7 @@ def load_foreign(
     """The stateless program of a checkpoint of one of `families()`.
 
     Raises:
-        UsageError: transformers is not installed.
+        UsageError: transformers is not installed, or its version is outside the supported range.
         CheckpointError: the config is refused, or tensors are missing, extra or ill-shaped.
         FrontendError: the model was not understood; it lists the near misses.
     """
@@ -60,7 +60,7 @@ def load_foreign(
     assert attention and dense and experts  # importing them registers their matchers
     tell = on_progress or (lambda name: None)
     tell("config")
-    model = build(checkpoint)
+    model, notes = build(checkpoint)
     weights = ForeignWeights(checkpoint, model, getattr(model, "_tied_weights_keys", None) or {})
     tell("export")
     exported = export(model)
@@ -87,12 +87,14 @@ def load_foreign(
         "outputs": {"embed_text": ["x"], "decode": ["hidden"], "unembed": ["logits"], "next_token": ["ids"]},
         "tokenizer": tokenizer,
     }
+    if notes:
+        meta["notes"] = notes
     program = Program(methods, weights.map, meta=meta)
     program.weights.prune(program.used_weights())
     counts = match_counts(program)
-    notes = [f"{op}: {count}" for op, count in counts.items()]
+    found = [f"{op}: {count}" for op, count in counts.items()]
     program.record.append(
-        PassRecord(MATCH_RECORD, {"model_type": checkpoint.config["model_type"]}, sum(counts.values()), notes=notes)
+        PassRecord(MATCH_RECORD, {"model_type": checkpoint.config["model_type"]}, sum(counts.values()), notes=found)
     )
     verify(program)
     return program

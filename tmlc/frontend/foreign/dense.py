@@ -90,6 +90,17 @@ def activation(lift: Lifter, node: fx.Node) -> Value | None:
     return x.with_columns(lift.emit(name_of(node), x.node), x.dims[-1])
 
 
+@matcher("clamp")
+def clamp(lift: Lifter, node: fx.Node) -> Value | None:
+    x, (_, low, high) = lift.rows(node.args[0]), inputs_of(node, 3)
+    if x is None or not x.matrix:
+        return None
+    lo, hi = number(low), number(high)
+    if lo is None or hi is None:
+        raise Near(f"a clamp to {low}..{high}, where the IR has two numbers")
+    return x.with_columns(lift.emit("clamp", x.node, lo, hi), x.dims[-1])
+
+
 @matcher("add", "mul")
 def arithmetic(lift: Lifter, node: fx.Node) -> Value | None:
     first, second = inputs_of(node, 2)

@@ -13,7 +13,7 @@ from tmlc.frontend.foreign.dense import bounds
 from tmlc.frontend.foreign.graph import dtype_of, inputs_of, name_of, number, shape_of, under
 from tmlc.frontend.foreign.lift import Lifter, Near, matcher
 from tmlc.frontend.foreign.rows import N, Param, Rows, Value
-from tmlc.ir.program import items
+from tmlc.ir.program import items, type_of
 
 SOFTMAX, SIGMOID, RAW = range(3)
 
@@ -40,13 +40,16 @@ def experts(lift: Lifter, node: fx.Node) -> Value | None:
         return None
     if not x.matrix:
         raise Near("the experts' input is not one row a position")
-    if gate_up.ids is not down.ids or name_of(flat) != "reshape" or name_of(down.ids) != "reshape":
+    ids = _unclamped(down.ids, down.weight.shape[0])
+    if gate_up.ids is not down.ids or name_of(flat) != "reshape" or name_of(ids) != "reshape":
         raise Near("weights and experts are not the flattened result of one router")
     if shape_of(stacked)[1:] != (top_k, x.dims[-1]):
         raise Near(f"the sum runs over {list(shape_of(stacked)[1:])}, not over {top_k} experts")
-    routed = route(lift, flat.args[0], down.ids.args[0], int(top_k))
+    routed = route(lift, flat.args[0], ids.args[0], int(top_k))
     if routed is None:
         return None
+    if (scored := type_of(routed[0].args[0].args[0]).cols) != down.weight.shape[0]:  # type: ignore[union-attr, arg-type]
+        raise Near(f"the router chooses among {scored} experts, the layer has {down.weight.shape[0]}")
     stacks = _stacks(lift, gate_up, down, gated.interleaved)
     out = lift.emit("moe", x.node, *routed, *stacks, gated.alpha, gated.limit)
     return Rows(out, (N, 0), x.dims)
@@ -84,6 +87,12 @@ def _expert_linear(lift: Lifter, node: Any) -> _Linear | None:
             raise Near("the experts' product has axes that were not understood")
         return _Linear(vector.args[0], weight, ids, bias and bias[0], at == 1)
     return None
+
+
+def _unclamped(ids: Any, count: int) -> Any:
+    """Expert numbers without a clamp to 0..count-1, which changes none of a router's (transformers 5.17 keeps numbers
+    from elsewhere inside the stack with it)."""
+    return ids.args[0] if name_of(ids) == "clamp" and inputs_of(ids, 3)[1:] == (0, count - 1) else ids
 
 
 def _chosen(lift: Lifter, node: Any) -> tuple[Param, fx.Node] | None:

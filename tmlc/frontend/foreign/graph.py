@@ -88,6 +88,7 @@ def simplify(graph: fx.Graph) -> None:
         if kind in _DEAD:
             graph.erase_node(node)
         elif kind and _changes(node):
+            _read_what_was_changed(node, order)
             _refuse_shared(node, order)
         elif kind == "cat" and len(full := _not_empty(node.args[0])) == 1:
             node.replace_all_uses_with(full[0])
@@ -119,6 +120,13 @@ def _is_no_op(node: fx.Node, kind: str) -> bool:
 def _changes(node: fx.Node) -> bool:
     target = node.target
     return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
+
+
+def _read_what_was_changed(node: fx.Node, order: dict[fx.Node, int]) -> None:
+    """After x.clamp_(…) whoever reads x reads the result: the graph of the plain op names it."""
+    changed = node.args[0]
+    if isinstance(changed, fx.Node):
+        changed.replace_all_uses_with(node, delete_user_cb=lambda user: order[user] > order[node])
 
 
 def _refuse_shared(node: fx.Node, order: dict[fx.Node, int]) -> None:

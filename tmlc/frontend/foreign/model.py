@@ -14,10 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.export.graph_signature import InputKind
+from torch.overrides import TorchFunctionMode
 
 from tmlc.errors import CheckpointError, FrontendError, UsageError
 from tmlc.frontend.checkpoint import Checkpoint
 from tmlc.frontend.foreign.graph import simplify
+from tmlc.frontend.foreign.versions import INSTALL, check_version
 
 #: model_type → the class that a checkpoint of it must have been saved from.
 FAMILIES = {
@@ -35,7 +37,6 @@ FAMILIES = {
 }
 #: Angles of other variants depend on the length of the sequence, which a stream does not have.
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
-INSTALL = 'pip install "tmlc[hf]"'
 _EXAMPLE = 1021  # a length that is no other size of a model: export would take equal sizes for one
 _MOST = 1 << 16
 _NOISY = ("torch._guards", "torch.export._trace", "torch._dynamo", "torch.fx.experimental.symbolic_shapes")
@@ -58,11 +59,12 @@ class Exported:
     symbol: str
 
 
-def build(checkpoint: Checkpoint) -> nn.Module:
-    """The module of a checkpoint on the meta device, with attention and experts in the forms that the matchers read.
+def build(checkpoint: Checkpoint) -> tuple[nn.Module, list[str]]:
+    """The module of a checkpoint on the meta device, with attention and experts in the forms that the matchers read,
+    and notes on the version of transformers.
 
     Raises:
-        UsageError: transformers is not installed.
+        UsageError: transformers is not installed, or its version is outside the supported range.
         CheckpointError: the config is not one of FAMILIES, or asks for what cannot be compiled.
     """
     try:
@@ -72,6 +74,7 @@ def build(checkpoint: Checkpoint) -> nn.Module:
         raise UsageError(
             f"transformers is needed to read a {checkpoint.config['model_type']} checkpoint: {error}", fix=INSTALL
         ) from None
+    notes = check_version(transformers.__version__)
     raw, where = dict(checkpoint.config), str(checkpoint.folder / "config.json")
     family = FAMILIES[raw["model_type"]]
     declared = raw.get("architectures") or [family]
@@ -97,7 +100,7 @@ def build(checkpoint: Checkpoint) -> nn.Module:
             ) from error
         if any(hasattr(module, "is_transposed") for module in model.modules()):
             model.set_experts_implementation("batched_mm")
-    return model
+    return model, notes
 
 
 def _refuse(config: Any, where: str) -> None:
@@ -109,6 +112,19 @@ def _refuse(config: Any, where: str) -> None:
             raise CheckpointError(
                 f"rope_type is {kind!r}", where=f"{where}, rope_parameters", fix=f"tmlc has {', '.join(ROPE_TYPES)}"
             )
+
+
+class _PlainNumbers(TorchFunctionMode):
+    """Makes `torch.tensor(number)` a fill. On the meta device the tensor has no value that could be read out of the
+    exported program afterwards; a fill keeps the number in the graph (the causal mask of transformers before 5.20)."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        named = dict(kwargs or {})
+        if function is torch.tensor and len(args) == 1 and isinstance(args[0], (bool, int, float)):
+            return torch.full((), args[0], **named)
+        return function(*args, **named)
 
 
 class _Whole(nn.Module):
@@ -126,7 +142,8 @@ class _Whole(nn.Module):
             model.base_model.register_forward_hook(lambda m, args, out: seen.update(hidden=out[0])),
         ]
         try:
-            logits = model(input_ids=ids, use_cache=False).logits
+            with _PlainNumbers():
+                logits = model(input_ids=ids, use_cache=False).logits
         finally:
             for hook in hooks:
                 hook.remove()

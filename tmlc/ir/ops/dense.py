@@ -13,6 +13,7 @@ from tmlc.ir.types import QUANTISED, TensorType
 
 TABLE = ("f32", "bf16")
 MATRIX = (*TABLE, *QUANTISED)
+_MOST = torch.finfo(torch.float32).max
 
 
 def _embedding(table: TensorType, ids: TensorType) -> TensorType:
@@ -174,6 +175,17 @@ def gelu(x: Tensor) -> Tensor:
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate)·up."""
     return nnf.silu(gate) * up
+
+
+def _clamp(x: TensorType, lo: float, hi: float) -> TensorType:
+    need(abs(lo) <= _MOST and abs(hi) <= _MOST and lo <= hi, f"{lo}..{hi} is no range of float32 numbers")
+    return _like(x)
+
+
+@op("clamp(Tensor x, float lo, float hi) -> Tensor", _clamp)
+def clamp(x: Tensor, lo: float, hi: float) -> Tensor:
+    """min(max(x, lo), hi); a NaN stays one."""
+    return x.clamp(lo, hi)
 
 
 def _modulate(x: TensorType, scale: TensorType, shift: TensorType) -> TensorType:

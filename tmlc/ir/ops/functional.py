@@ -84,6 +84,10 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return _call("swiglu", _dense.swiglu, gate, gate, up)
 
 
+def clamp(x: Tensor, lo: float, hi: float) -> Tensor:
+    return _call("clamp", _dense.clamp, x, x, lo, hi)
+
+
 def modulate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     return _call("modulate", _dense.modulate, x, x, scale, shift)
 
