@@ -1,8 +1,8 @@
 """Keys and values in one byte each: how the reference ops round them into a cache, and read them back.
 
 A row of an int8 cache is uint8 [G · (D4 + 4)], D4 = D in whole fours: for each of G heads D codes, padding, and the
-four bytes of a float32 scale. x ≈ (code - 128) · scale, code = round(x · 127/peak) + 128, scale = peak / 127, peak = the
-head's largest magnitude; a head below 1e-30 is zero (scale 0), one with an infinity or NaN has the scale NaN.
+four bytes of a float32 scale. x ≈ (code - 128) · scale, code = round(x · 127/peak) + 128, scale = peak / 127, peak =
+the head's largest magnitude; a head below 1e-30 is zero (scale 0), one with an infinity or NaN has the scale NaN.
 """
 
 from __future__ import annotations
