@@ -183,7 +183,7 @@ class Engine:
         try:
             if blob is not None:
                 slot = self.slots.view(index)
-                read_snapshot(blob, slot, talk, self.digest, self.target, self.tokenizer)
+                read_snapshot(blob, slot, talk, self.digest, self.target, self.tokenizer, self.model.vocab)
             session = Session(self, index, talk, log)
         except BaseException:
             self.slots.give_back(index)

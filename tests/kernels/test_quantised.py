@@ -102,7 +102,8 @@ def test_linear_bits_do_not_depend_on_neighbours_threads_or_strides(bench, rng, 
 def experts(bench, rng, e, d, f, up_scheme, down_scheme):
     gates, ups, downs, packed_up, packed_down = [], [], [], [], []
     for _ in range(e):
-        (gate, gate_blocks), (up, up_blocks) = bench.quantised(rng, f, d, up_scheme), bench.quantised(rng, f, d, up_scheme)
+        gate, gate_blocks = bench.quantised(rng, f, d, up_scheme)
+        up, up_blocks = bench.quantised(rng, f, d, up_scheme)
         down, down_blocks = bench.quantised(rng, d, f, down_scheme)
         gates.append(gate)
         ups.append(up)

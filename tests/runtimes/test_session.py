@@ -265,6 +265,7 @@ def test_a_damaged_snapshot_is_refused_and_takes_no_slot(make_engine):
         {"tick": -1},
         {"tick": "1"},
         {"queue": [-1]},
+        {"queue": [65, 260]},  # one more than the vocabulary has
         {"queue": 3},
         {"seed": None},
         {"temperature": 1},
