@@ -13,11 +13,11 @@ from tmlc.pipeline.registry import register_pass
 
 @register_pass("route.select_kernel")
 class SelectKernel(Pass):
-    """Sets on each `moe` from how many rows on an engine groups them by expert, to read each touched expert once; with
-    fewer it runs each pair of row and expert by itself, without the sorting.
+    """Sets on each `moe` from how many rows on an engine groups them by expert, to read each touched expert once;
+    with fewer rows it runs each pair of row and expert by itself, without the sorting.
 
-    The bits of a result do not depend on the choice. The default is the CPU's (docs/passes.md): one row chooses
-    distinct experts, so there is nothing to group, and from two rows on reading an expert once is worth the sorting.
+    The bits of a result do not depend on the choice. The default is the CPU's (docs/passes.md): one row has distinct
+    experts, so there is nothing to group, and from two rows on reading an expert once is worth the sorting.
     """
 
     class Config(PassConfig):
