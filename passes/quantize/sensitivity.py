@@ -119,7 +119,7 @@ def _logits(
 
 
 def _apply(node: fx.Node, inputs: Mapping[fx.Node, _Value], key: str) -> Any:
-    args = fx.node.map_arg(node.args, lambda read: inputs[read].get(key, inputs[read][""]))
+    args: Any = fx.node.map_arg(node.args, lambda read: inputs[read].get(key, inputs[read][""]))
     if node.target is operator.getitem:
         return args[0][args[1]]
     spec = spec_of(node.target)

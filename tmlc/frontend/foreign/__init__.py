@@ -79,7 +79,7 @@ def load_foreign(
         "next_token": _between(logits, {hidden: "hidden"}, sample=True),
     }
     methods = {name: Method(name, graph, most) for name, graph in graphs.items()}
-    meta = {
+    meta: dict[str, Any] = {
         "kind": "tokens",
         "name": checkpoint.folder.resolve().name,
         "tick": {"duration_ms": 200, "text_out": 8, "eos": _eos(model)},
