@@ -13,6 +13,7 @@ import os
 import platform
 import sysconfig
 import threading
+import time
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
@@ -174,6 +175,31 @@ class Pool:
         """Ends the threads (also done when the pool is collected)."""
         self._finalizer()
         self._handle = None
+
+
+class MemoryReader:
+    """Measures how fast a pool's threads read memory that no cache holds.
+
+    Args:
+        pool: whose threads read.
+        megabytes: how much is reserved and read each time; several times the last cache.
+    """
+
+    def __init__(self, pool: Pool, megabytes: int = 512) -> None:
+        self._pool = pool
+        room = np.zeros((megabytes << 20) + 64, np.uint8)
+        self._data = room[-room.ctypes.data % 64 :][: megabytes << 20]
+        self._data[:] = 1  # every page is there, and none is the kernel's one page of zeros
+
+    def bandwidth(self) -> float:
+        """Bytes per second of one pass over the memory."""
+        c, data = self._pool.library._c, self._data
+        started = time.perf_counter()
+        total = c.tmlc_read_memory(self._pool._handle, data.ctypes.data, data.nbytes)
+        seconds = time.perf_counter() - started
+        if total != data.nbytes // 8 * 0x0101010101010101 % 2**64:
+            raise KernelError("the memory that was read is not what was written", fix="the machine's memory is faulty")
+        return data.nbytes / seconds
 
 
 class Plan:
@@ -402,6 +428,7 @@ def _declare(c: ctypes.CDLL) -> ctypes.CDLL:
         "tmlc_plan_profile": (None, [ptr, i32]),
         "tmlc_plan_times": (i32, [ptr, i32, ptr, i64, ptr]),
         "tmlc_plan_destroy": (None, [ptr]),
+        "tmlc_read_memory": (ctypes.c_uint64, [ptr, ptr, i64]),
     }
     for name, (result, arguments) in signatures.items():
         function = getattr(c, name)

@@ -108,6 +108,7 @@ class Session:
         tokens: Sequence[int] = (),
         audio: np.ndarray | None = None,
         video: np.ndarray | None = None,
+        logits: str = "all",
     ) -> np.ndarray:
         """Appends positions outside a tick: audio first, then video, then tokens.
 
@@ -115,9 +116,10 @@ class Session:
             tokens: token ids.
             audio: float32 mono at the model's rate, a whole number of positions (`hop` samples each).
             video: uint8 [frames, height, width, 3], a whole number of clips.
+            logits: of which positions: "all", "last" or "none". Only these are computed.
 
         Returns:
-            float32 [positions, vocab]: the logits at each appended position.
+            float32 [positions, vocab]: the logits at each position asked for.
 
         Raises:
             InputError: wrong shape, dtype or range; nothing was changed.
@@ -135,16 +137,19 @@ class Session:
             count += clips.shape[0] // (layout.clip_frames * layout.frame_height) * layout.video_positions
         if not count:
             raise InputError("append needs at least one position of tokens, audio or video")
-        logits = np.empty((count, model.vocab), np.float32)
+        if logits not in _LOGITS:
+            raise InputError(f"logits must be one of {', '.join(_LOGITS)}, not {logits!r}")
+        wanted = _LOGITS[logits](count)
+        out = np.empty((wanted, model.vocab), np.float32)
         done = 0
 
         def sink(hidden: np.ndarray) -> None:
             nonlocal done
-            model.logits(hidden, logits[done : done + hidden.shape[0]])
+            model.logits(hidden, out[done : done + hidden.shape[0]])
             done += hidden.shape[0]
 
         with self._running(), self.engine.device():
-            model.begin([self._slot], sink)
+            model.begin([self._slot], sink if logits == "all" else None)
             if pcm is not None:
                 model.put_audio([(0, pcm)])
             if clips is not None:
@@ -152,10 +157,12 @@ class Session:
             model.put_text([(0, ids)])
             model.flush()
             self._talk.hidden[0] = model.hidden[0]
+            if logits == "last":
+                model.logits(self._talk.hidden, out)
             self._talk.positions += model.appended[0]
         if self._log is not None:
             self._log(ticklog.appended(ids, audio, video))
-        return logits
+        return out
 
     def _whole_positions(self, audio: np.ndarray) -> np.ndarray:
         hop = self.engine.model.hop
@@ -292,6 +299,9 @@ class Session:
                 self._state = SessionState.CLOSED
                 self._release()
 
+
+_LOGITS: dict[str, Callable[[int], int]] = {"all": lambda count: count, "last": lambda _: 1, "none": lambda _: 0}
+"""How many rows of logits an append of so many positions gives."""
 
 _ADVICE = {
     SessionState.DETACHED: "attach() it first",

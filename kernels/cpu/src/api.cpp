@@ -2,6 +2,7 @@
 #include <cstdio>
 #include <string>
 
+#include "bandwidth.h"
 #include "plan.h"
 #include "pool.h"
 
@@ -104,4 +105,10 @@ TMLC_API int tmlc_plan_times(void* plan, int method, double* ns, int64_t count, 
     for (size_t k = 0; k < m.code.size() && static_cast<int64_t>(k) < count; ++k) ns[k] = m.code[k].ns;
     if (calls != nullptr) *calls = m.calls;
     return static_cast<int>(m.code.size());
+}
+
+// Reads whole 64 KiB units of `data` (64-byte aligned) once, on the pool's threads; returns the sum of their words, which
+// proves that they were read.
+TMLC_API uint64_t tmlc_read_memory(void* pool, const void* data, int64_t bytes) {
+    return tmlc::read_memory(*static_cast<Pool*>(pool), static_cast<const uint8_t*>(data), bytes);
 }
