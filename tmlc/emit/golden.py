@@ -138,7 +138,9 @@ def record_golden(
             answers = recorder.calls(method, [[torch.from_numpy(array) for array in inputs] for inputs in given])
             for n, inputs, outputs in zip(sizes, given, answers, strict=True):
                 arrays = tuple(_narrow(out.detach().contiguous().numpy()) for out in outputs)
-                calls.append(GoldenCall(number, method.name, n, tuple(map(_engine_form, method.inputs, inputs)), arrays))
+                calls.append(
+                    GoldenCall(number, method.name, n, tuple(map(_engine_form, method.inputs, inputs)), arrays)
+                )
     return calls
 
 
@@ -176,9 +178,7 @@ def _example(node: fx.Node, n: int, rng: np.random.Generator) -> np.ndarray:
     if kind.dtype == "u8":
         return rng.integers(0, 256, shape, dtype=np.uint8)
     if _is_key(node):
-        return np.stack([np.full(shape[0], 7), np.arange(shape[0]) // 3, np.arange(shape[0])], 1).astype(
-            np.int64
-        )
+        return np.stack([np.full(shape[0], 7), np.arange(shape[0]) // 3, np.arange(shape[0])], 1).astype(np.int64)
     if kind.dtype == "i64":
         return rng.integers(0, _id_limit(node), shape, dtype=np.int64)
     if name == "temperature":
@@ -190,9 +190,5 @@ def _example(node: fx.Node, n: int, rng: np.random.Generator) -> np.ndarray:
 def _id_limit(node: fx.Node) -> int:
     """Ids must be rows of every table that is looked up with them."""
     tables = [user.args[0] for user in node.users if spec_of(user.target) is not None]
-    sizes = [
-        int(table.meta["type"].shape[0])
-        for table in tables
-        if isinstance(table, fx.Node) and table is not node
-    ]
+    sizes = [int(table.meta["type"].shape[0]) for table in tables if isinstance(table, fx.Node) and table is not node]
     return min(sizes, default=1)

@@ -12,6 +12,7 @@ The value of such a weight in eager PyTorch is the right-hand side, in float32; 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -23,8 +24,10 @@ from tmlc.errors import CheckpointError
 
 __all__ = ["SCHEMES", "Codes", "Scheme", "dequantised", "quantise", "row_chunks"]
 
-_CHUNK = 1 << 19  # elements rounded at a time: what the search works on stays in the cache
+_CHUNK = 1 << 18  # elements rounded at a time: what the search works on stays in the cache
 _REFITS = 4
+_NONE = torch.empty(0)
+_kept = threading.local()
 _LARGEST = 65504.0  # of float16
 _SMALLEST = 2.0**-24
 
@@ -79,12 +82,7 @@ def quantise(rows: Tensor, scheme: Scheme) -> Codes:
     Raises:
         CheckpointError: values beyond what a float16 scale reaches (about 8 million for int8).
     """
-    k = rows.shape[1]
-    groups = scheme.groups(k)
-    padded = torch.zeros(len(rows), groups * scheme.group)
-    padded[:, :k] = rows
-    w = padded.reshape(len(rows), groups, scheme.group)
-    return _int8(w, scheme) if scheme.bits == 8 else _int4(w, k, scheme)
+    return _int8(rows, scheme) if scheme.bits == 8 else _int4(rows, scheme)
 
 
 def row_chunks(rows: int, k: int) -> Iterator[slice]:
@@ -115,23 +113,36 @@ def _half(scale: Tensor) -> Tensor:
     return torch.where(scale > 0, scale.clamp_min(_SMALLEST), scale).half()
 
 
-def _int8(w: Tensor, scheme: Scheme) -> Codes:
+def _int8(rows: Tensor, scheme: Scheme) -> Codes:
+    k, groups = rows.shape[1], scheme.groups(rows.shape[1])
+    padded = torch.zeros(len(rows), groups * scheme.group)
+    padded[:, :k] = rows
+    w = padded.view(len(rows), groups, scheme.group)
     scales = _half(w.abs().amax(-1) / 127)
     wide = scales.float()
     codes = torch.round(w / torch.where(wide > 0, wide, 1.0)[..., None]).clamp_(-127, 127)
     return Codes(scheme, (codes + 128).to(torch.uint8), scales, None)
 
 
-def _int4(w: Tensor, k: int, scheme: Scheme) -> Codes:
+def _int4(rows: Tensor, scheme: Scheme) -> Codes:
     """Scale and zero point of each group by least squares: first those of its whole range, then again and again those
     that fit the codes just made, as long as the squared error falls."""
-    search = _Search(w, k)
+    search = _Search(rows, scheme)
     low, high = search.w.amin(0).clamp_max_(0), search.w.amax(0).clamp_min_(0)
     step = _half(high.sub_(low).mul_(1 / 15)).float()
     search.attempt(step, low)
     for _ in range(_REFITS):
         search.refit()
     return Codes(scheme, *search.found())
+
+
+def _buffers(size: int) -> Tensor:
+    """float32 [3, size], kept by the thread for its next search: fresh pages would cost as much as the search."""
+    if size > 2 * _CHUNK:
+        return torch.empty(3, size)
+    if getattr(_kept, "buffers", _NONE).numel() < 3 * size:
+        _kept.buffers = torch.empty(3 * size)
+    return _kept.buffers[: 3 * size].view(3, size)
 
 
 class _Search:
@@ -143,20 +154,24 @@ class _Search:
     is never the best.
     """
 
-    def __init__(self, w: Tensor, k: int) -> None:
-        rows, groups, group = w.shape
-        self.shape = w.shape
-        columns = (rows * groups + 15) // 16 * 16 | 16  # rows of no power of two: they would meet in the same cache sets
-        wide = torch.zeros(columns, group)
-        wide[: rows * groups] = w.reshape(-1, group)
-        self.w = wide.t().contiguous()
-        self.codes, self.work = torch.empty_like(self.w), torch.empty_like(self.w)
+    def __init__(self, matrix: Tensor, scheme: Scheme) -> None:
+        rows, k = matrix.shape
+        groups, group = scheme.groups(k), scheme.group
+        self.shape = rows, groups, group
+        columns = (rows * groups + 15) // 16 * 16 | 16  # no power of two: its rows would share cache sets
+        first, second, third = _buffers(columns * group)
+        wide = first.view(columns, group)
+        wide[rows * groups :] = 0
+        padded = wide[: rows * groups].view(rows, -1)
+        padded[:, :k], padded[:, k:] = matrix, 0
+        self.w = second.view(group, columns).copy_(wide.t())
+        self.codes, self.work = first.view(group, columns), third.view(group, columns)
         behind = groups * group - k
         last = slice(groups - 1, rows * groups, groups)
         self.behind = self.codes[group - behind :, last]  # no input meets these codes
         self.count = torch.full((columns,), float(group))
         self.count[last] -= behind
-        self.sum_w = self._sum(self.w.clone())
+        self.sum_w = self._sum(self.work.copy_(self.w)).clone()
         self.trial = torch.empty(6, columns)
         self.best = torch.full_like(self.trial, torch.inf)
 
