@@ -3,6 +3,7 @@
 #   make test      lint, types and the tests that take seconds (what CI runs)
 #   make test-all  the tests that take minutes too
 #   make test-transformers VERSION=5.18.0   what depends on transformers, under another version of it
+#   make peers     tmlc beside llama.cpp, transformers, ONNX Runtime and OpenVINO; builds and installs them (docs/performance.md)
 #   make perf      measure; prints figures beside their targets and writes perf/results/<machine>.json
 
 PYTHON ?= python3
@@ -17,7 +18,7 @@ RECORDING := --audio examples/demo/speech.wav --video examples/demo/camera.mp4 -
 export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-all test-transformers perf lint types clean
+.PHONY: demo test test-all test-transformers perf peers lint types clean
 .DEFAULT_GOAL := test
 .DELETE_ON_ERROR:
 
@@ -70,6 +71,19 @@ test-transformers: $(if $(VERSION),build/transformers-$(VERSION))
 
 perf: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest -q perf --record
+
+# Two environments: the exporters need another version of transformers than the peer.
+PEERS := build/peers
+$(PEERS)/%.stamp: perf/peers/%.txt
+	@echo "installing $< under $(PEERS); llama.cpp is built from source: this takes a while"
+	@mkdir -p $(PEERS)
+	$(PYTHON) -m venv $(PEERS)/$*
+	$(PEERS)/$*/bin/python -m pip install --quiet -r $<
+	@touch $@
+
+peers: $(VENV)/dev.stamp $(PEERS)/requirements.stamp $(PEERS)/requirements-export.stamp
+	$(BIN)/python perf/peers/run.py --base $(PEERS)/made --peers $(PEERS)/requirements/bin/python \
+		--export $(PEERS)/requirements-export/bin/python $(ARGS)
 
 clean:
 	rm -rf build out .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

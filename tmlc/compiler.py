@@ -42,6 +42,7 @@ from tmlc.pipeline.pipeline import Pipeline, Step, load_pipeline
 
 PRECISIONS = ("fp32", "bf16", "int8", "int4")
 LATER_PRECISIONS = ("fp16", "fp8")
+KV = {"fp32": "f32", "bf16": "bf16", "int8": "int8"}  # what keys and values are kept as: the setting of state.insert
 TARGETS = ("cpu",)
 LATER_TARGETS = ("triton", "tensorrt", "onnx")
 FEATURES = ("cpu.plan.v1", "weights.k16")
@@ -50,9 +51,6 @@ QUANTISERS = {"quantize.int8": "int8", "quantize.int4": "int4"}
 PLAN = "engines/cpu/plan.json"
 PROGRAM = "program.ir"
 TOKENIZER = "tokenizer.json"
-
-# New positions that one call of a method may bring, where a tick needs fewer than an append of `max_append`.
-MAX_N = {"embed_speech": 4, "speak": 4, "vocode": 4, "next_token": 4}
 
 Progress = Callable[[str, int, int], None]
 
@@ -131,6 +129,7 @@ def compile(
     context_policy: str | None = None,
     sinks: int | None = None,
     max_append: int | None = None,
+    kv: str | None = None,
     on_progress: Progress | None = None,
     on_record: Callable[[PassRecord], None] | None = None,
 ) -> CompileReport:
@@ -152,6 +151,7 @@ def compile(
         dump: folder for the text form of the program after every pass.
         context, context_policy, sinks, max_append: positions a session keeps, "ring_with_sinks" or "end", positions
             kept from the start, positions of one call. Default: the model's.
+        kv: what keys and values are kept as: "fp32", "bf16" or "int8". Default: as `precision` says, else the pipeline.
         on_progress: gets (stage, done, total) as work proceeds.
         on_record: gets the record of each pass when it is done.
 
@@ -163,6 +163,8 @@ def compile(
         PackageError: the package cannot be written; nothing was left behind.
     """
     _check_choice(target, precision)
+    if kv is not None and kv not in KV:
+        raise UsageError(f"unknown kv {kv!r}", where="--kv", fix=f"Use one of: {', '.join(KV)}.")
     tell: Progress = on_progress or (lambda stage, done, total: None)
     steps = _pipeline(target, preset, pipeline, passes, disable, stop_after)
     seconds: dict[str, float] = {}
@@ -176,7 +178,7 @@ def compile(
         traced = load_program(source, bounds)
         tell("reading the checkpoint", 1, 1)
     with _timed(seconds, "passes"):
-        steps = _configured(steps, traced, precision, bounds)
+        steps = _configured(steps, precision, bounds, kv)
         checker = Checker(traced, source) if check else None
         ready = _run_passes(traced, steps, source, checker, dump, tell, on_record)
     precision = _precision_of(ready)
@@ -227,11 +229,11 @@ def compile(
             context=ContextInfo(**ready.meta["context"]),
             memory=MemoryInfo(weight_entries(engine)[1], engine.arena_bytes, report.scratch_bytes),
             targets={target: TargetInfo(PLAN, precision, "k16")},
-            tolerances=tolerances(calls, precision),
+            tolerances=tolerances(calls, precision if _exact_caches(engine) else "bf16"),
             tokenizer=tokenizer,
             producer={"tmlc": tmlc.__version__, "torch": torch.__version__},
             pipeline=tuple(_stable(record) for record in ready.record),
-            required_features=(*FEATURES, *_weight_features(engine)),
+            required_features=(*FEATURES, *_weight_features(engine), *_state_features(engine)),
         )
         manifest = writer.finish(manifest)
     report.weight_bytes, report.arena_bytes = manifest.memory.weight_bytes, engine.arena_bytes
@@ -287,24 +289,17 @@ def _pipeline(
 
 def _configured(
     steps: Pipeline,
-    traced: Program,
     precision: str | None,
     bounds: dict[str, Any],
+    kv: str | None,
 ) -> Pipeline:
     """The steps with the settings that a call of `compile` may override."""
-    kv_dtype = {"fp32": "f32", None: None}.get(precision, "bf16")
+    kv_dtype = KV[kv] if kv is not None else {"fp32": "f32", None: None}.get(precision, "bf16")
     coder = next((name for name, kind in QUANTISERS.items() if kind == precision), None)
     if coder is not None:
         steps = _with_codes(steps, coder)
     steps = steps.configure("quantize.cast", precision=precision if coder is None else "bf16")
-    steps = steps.configure("state.insert", **bounds, kv_dtype=kv_dtype)
-    limits = {
-        name: min(MAX_N[name], method.max_n) for name, method in traced.methods.items() if name in MAX_N
-    }
-    chosen: dict[str, int] = {}
-    for step in steps.steps:
-        chosen |= step.config.get("max_n", {}) if step.name == "memory.plan" else {}
-    return steps.configure("memory.plan", max_n=limits | chosen)
+    return steps.configure("state.insert", **bounds, kv_dtype=kv_dtype)
 
 
 def _with_codes(steps: Pipeline, coder: str) -> Pipeline:
@@ -357,6 +352,15 @@ def _weight_features(engine: CpuEngine) -> list[str]:
     """What a reader must know to use the weights: the codes among them."""
     kinds = {SCHEMES[w.scheme].precision for w in engine.weights if w.scheme}
     return sorted(f"weights.k16.{kind}" for kind in kinds)
+
+
+def _exact_caches(engine: CpuEngine) -> bool:
+    return all(s.dtype == "f32" for s in engine.states if s.kind.startswith("kv_"))
+
+
+def _state_features(engine: CpuEngine) -> list[str]:
+    """What a reader must know to keep the states: caches of codes among them."""
+    return sorted({"states.kv.int8" for s in engine.states if s.kind.startswith("kv_") and s.dtype == "u8"})
 
 
 def _add_tokenizer(writer: PackageWriter, ready: Program, source: Checkpoint) -> str | None:

@@ -97,7 +97,8 @@ class ContextFullError(SessionError):
 class KernelError(TmlcError):
     """A kernel stopped on data it must not use (an index out of range); the session is poisoned.
 
-    `part` is the place of the one session that the call was refused for, before anything changed; None: all are poisoned.
+    `part` is the place of the one session that the call was refused for, before anything changed (None: all sessions
+    of the call are poisoned).
     """
 
     exit_code = 1

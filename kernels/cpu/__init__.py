@@ -13,6 +13,7 @@ import os
 import platform
 import sysconfig
 import threading
+import time
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
@@ -138,20 +139,67 @@ def _load(isa: str) -> Library:
 
 
 class Pool:
-    """A persistent pool of threads; `threads` counts the caller. May serve several plans."""
+    """A persistent pool of threads; `threads` counts the caller. May serve several plans.
 
-    def __init__(self, library: Library, threads: int) -> None:
+    Args:
+        library: the kernels.
+        threads: how many, the caller included.
+        cores: the core of each thread, None leaves them to the system. The caller's own (the first) is not
+            touched: it belongs to the application.
+
+    Raises:
+        UsageError: no such number of threads, or a core that this process may not use.
+    """
+
+    def __init__(self, library: Library, threads: int, cores: Sequence[int] | None = None) -> None:
         self.library = library
         self._handle = library._c.tmlc_pool_create(threads)
         if not self._handle:
             raise UsageError(f"cannot make a pool of {threads} threads", where="threads", fix="use 1 to 1024")
         self.threads: int = library._c.tmlc_pool_threads(self._handle)
         self._finalizer = weakref.finalize(self, library._c.tmlc_pool_destroy, self._handle)
+        if cores is not None:
+            self._pin(cores)
+
+    def _pin(self, cores: Sequence[int]) -> None:
+        number = self.library._c.tmlc_pool_pin(self._handle, (ctypes.c_int * len(cores))(*cores), len(cores))
+        if number:
+            self.close()
+            raise UsageError(
+                f"cannot pin {self.threads} threads to cores {', '.join(map(str, cores))}: {os.strerror(number)}",
+                where="pin",
+                fix="give cores that this process may use (taskset -p shows them), or load without pin",
+            )
 
     def close(self) -> None:
         """Ends the threads (also done when the pool is collected)."""
         self._finalizer()
         self._handle = None
+
+
+class MemoryReader:
+    """Measures how fast a pool's threads read memory that no cache holds.
+
+    Args:
+        pool: whose threads read.
+        megabytes: how much is reserved and read each time; several times the last cache.
+    """
+
+    def __init__(self, pool: Pool, megabytes: int = 512) -> None:
+        self._pool = pool
+        room = np.zeros((megabytes << 20) + 64, np.uint8)
+        self._data = room[-room.ctypes.data % 64 :][: megabytes << 20]
+        self._data[:] = 1  # every page is there, and none is the kernel's one page of zeros
+
+    def bandwidth(self) -> float:
+        """Bytes per second of one pass over the memory."""
+        c, data = self._pool.library._c, self._data
+        started = time.perf_counter()
+        total = c.tmlc_read_memory(self._pool._handle, data.ctypes.data, data.nbytes)
+        seconds = time.perf_counter() - started
+        if total != data.nbytes // 8 * 0x0101010101010101 % 2**64:
+            raise KernelError("the memory that was read is not what was written", fix="the machine's memory is faulty")
+        return data.nbytes / seconds
 
 
 class Plan:
@@ -187,6 +235,10 @@ class Plan:
         self.arena_bytes: int = self._c.tmlc_plan_arena_bytes(self._handle)
         self.slot_bytes: int = self._c.tmlc_plan_slot_bytes(self._handle)
         self.scratch_bytes: int = self._c.tmlc_plan_scratch_bytes(self._handle)
+        self.blocks: tuple[tuple[int, int], ...] = (  # address and bytes of the arena and the scratch
+            (self._c.tmlc_plan_arena(self._handle) or 0, self.arena_bytes),
+            (self._c.tmlc_plan_scratch(self._handle) or 0, self.scratch_bytes),
+        )
         self._calls: dict[int, _Arguments] = {}
         self._parts = (_Part * 8)()
         self._part_at_fault = (ctypes.c_int64 * 1)()
@@ -361,11 +413,14 @@ def _declare(c: ctypes.CDLL) -> ctypes.CDLL:
         "tmlc_op_name": (text, [i32]),
         "tmlc_pool_create": (ptr, [i32]),
         "tmlc_pool_threads": (i32, [ptr]),
+        "tmlc_pool_pin": (i32, [ptr, ptr, i32]),
         "tmlc_pool_destroy": (None, [ptr]),
         "tmlc_plan_create": (ptr, [ptr, i64, ptr, i64, i32, ptr, i64]),
         "tmlc_plan_arena_bytes": (i64, [ptr]),
         "tmlc_plan_slot_bytes": (i64, [ptr]),
         "tmlc_plan_scratch_bytes": (i64, [ptr]),
+        "tmlc_plan_arena": (ptr, [ptr]),
+        "tmlc_plan_scratch": (ptr, [ptr]),
         "tmlc_plan_inputs": (i32, [ptr, i32]),
         "tmlc_plan_outputs": (i32, [ptr, i32]),
         "tmlc_plan_run": (i32, [ptr, ptr, i32, ptr, i64, i64, ptr, ptr, ptr, ptr, ptr, ptr, i64]),
@@ -373,6 +428,7 @@ def _declare(c: ctypes.CDLL) -> ctypes.CDLL:
         "tmlc_plan_profile": (None, [ptr, i32]),
         "tmlc_plan_times": (i32, [ptr, i32, ptr, i64, ptr]),
         "tmlc_plan_destroy": (None, [ptr]),
+        "tmlc_read_memory": (ctypes.c_uint64, [ptr, ptr, i64]),
     }
     for name, (result, arguments) in signatures.items():
         function = getattr(c, name)

@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import fx
 
 from tmlc.errors import PipelineError
+from tmlc.ir.ops.kv import int8_columns
 from tmlc.ir.program import Fact, Method, Program, StateSpec, call, replace, type_of
 from tmlc.passes.match import arg, named_args, weight_of
 from tmlc.pipeline.pass_base import Pass, PassConfig, PassContext, PassResult
@@ -27,7 +28,9 @@ class InsertState(Pass):
 
     Sliding layers keep a ring of their window. Global layers follow the policy: `ring_with_sinks` keeps the first
     `sinks` positions and a ring of the last `context - sinks`; `end` keeps all `context` positions and then stops the
-    session. Settings that are left out come from the model's own runtime defaults (`program.meta["context"]`).
+    session. `kv_dtype` is what keys and values are kept as: `int8` is codes with a scale for each position and kv head,
+    half the bytes of `bf16`. Settings that are left out come from the model's own runtime defaults
+    (`program.meta["context"]`).
     """
 
     class Config(PassConfig):
@@ -35,7 +38,7 @@ class InsertState(Pass):
         policy: Literal["ring_with_sinks", "end"] | None = None
         sinks: int | None = Field(default=None, ge=0)
         max_append: int | None = Field(default=None, gt=0)
-        kv_dtype: Literal["f32", "bf16"] = "f32"
+        kv_dtype: Literal["f32", "bf16", "int8"] = "f32"
 
     provides = frozenset({Fact.STATEFUL})
     config: Config
@@ -167,8 +170,12 @@ class _Rewriter:
         else:
             kind, capacity = "kv_ring", sinks + _blocks(window - 1 + self.bounds.max_append)
         place, _ = _place(weight_of(args["rel_table"]), index)
-        shapes = {what: (capacity, type_of(args[what]).cols) for what in "kv"}
-        caches = [self._state(place, f"{what}_cache", kind, shape, self.kv_dtype) for what, shape in shapes.items()]
+        widths = {what: int(type_of(args[what]).cols) for what in "kv"}
+        dtype = self.kv_dtype
+        if dtype == "int8":  # bytes: codes, and a scale for each head
+            dtype, groups = "u8", int(args["num_kv_heads"])
+            widths = {what: groups * int8_columns(width // groups) for what, width in widths.items()}
+        caches = [self._state(place, f"{what}_cache", kind, (capacity, widths[what]), dtype) for what in "kv"]
         head = (args["q"], args["k"], args["v"], self._position(), *caches, args["rel"], args["rel_table"])
         tail = (
             args["num_heads"],

@@ -1,4 +1,4 @@
-"""What the runtime asks of a target: run one method of the program over one slot.
+"""What the runtime asks of a target: run one method of the program over the slots of a few sessions.
 
 The tick driver, sessions and snapshots know nothing else about a target, so a CPU plan, a CUDA graph or
 an ONNX session can stand behind the same engine.
@@ -75,6 +75,8 @@ class Backend(ABC):
         methods: signatures by name.
         slot_bytes: bytes of session state that every call reads and writes.
         isa, threads: the variant of the kernels and the number of threads, for reports.
+        cores: the core of each thread where they are pinned; the first is meant for whoever calls.
+        unbatched: why a call takes one session only; empty when it takes several.
     """
 
     target: str
@@ -82,17 +84,23 @@ class Backend(ABC):
     slot_bytes: int
     isa: str
     threads: int
+    cores: tuple[int, ...] | None = None
+    unbatched: str = ""
 
     @abstractmethod
-    def call(self, method: str, n: int, slot: np.ndarray, inputs: Sequence[np.ndarray]) -> Sequence[np.ndarray]:
-        """Runs `method` on n new positions of the session whose state is `slot`.
+    def call(
+        self, method: str, parts: Sequence[tuple[int, np.ndarray]], inputs: Sequence[np.ndarray]
+    ) -> Sequence[np.ndarray]:
+        """Runs `method` for one session or several, each of which gets the bits that it would get alone.
 
-        `slot` is uint8[slot_bytes], 64-byte aligned; `inputs` are dense arrays of exactly the method's
-        shapes for this n. The answers are views of buffers that the backend owns, valid until the next
-        call of the same method. Nothing is allocated but the views.
+        `parts` holds, for each session, its number of new positions and its slot: uint8[slot_bytes], 64-byte aligned,
+        none twice. `inputs` are dense arrays of exactly the method's shapes for all positions together, the
+        rows of the first session first, and so are the answers: views of buffers that the backend owns, valid
+        until the next call of the same method. Nothing is allocated but the views.
 
-        Raises ContextFullError when the session's bounded context is used up, KernelError when a kernel
-        met an index out of range (the slot's content is then undefined).
+        Raises ContextFullError when a session's bounded context is used up, KernelError when a slot is damaged
+        or a kernel met an index out of range. With `error.part` set, the call was refused for that session and
+        changed none of them; without it, the content of all these slots is undefined.
         """
 
     @abstractmethod

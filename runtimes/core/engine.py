@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib import import_module
@@ -19,15 +19,17 @@ from tmlc.errors import CapacityError, InputError, PackageError, SessionError, T
 from tmlc.package.manifest import Manifest
 from tmlc.package.reader import Package, open_package
 from tmlc.runtimes.core.backend import Backend
+from tmlc.runtimes.core.batch import tick_batch
 from tmlc.runtimes.core.model import Model
+from tmlc.runtimes.core.placement import Placement
 from tmlc.runtimes.core.session import LogSink, Session
 from tmlc.runtimes.core.slots import SlotPool
 from tmlc.runtimes.core.snapshot import read_snapshot
 from tmlc.runtimes.core.text import Tokenizer, load_tokenizer
-from tmlc.runtimes.core.tick import DRIVERS, Conversation, Driver, finite_temperature
+from tmlc.runtimes.core.tick import DRIVERS, Conversation, Driver, TickInput, TickOutput, finite_temperature
 
 BACKENDS = {"cpu": "tmlc.runtimes.cpu.backend"}
-"""Modules with `open_backend(package, threads, isa) -> Backend`, by target."""
+"""Modules with `open_backend(package, threads, isa, placement) -> Backend`, by target."""
 MAX_THREADS = 256
 
 
@@ -66,6 +68,8 @@ class Engine:
         manifest: the package's manifest.
         kind: "interaction" or "tokens".
         target, isa, threads: what the engine runs on ("cpu"), the variant of its kernels, its threads.
+        cores: with `pin`, the core of each thread: workers are on theirs, the first is left for the thread
+            that calls, which may tie itself to it (`os.sched_setaffinity(0, {engine.cores[0]})`). Else None.
         digest: the package's digest; snapshots and tick logs are bound to it.
         tokenizer: of the package, or None when it has none.
         backend, model, driver, slots: the parts that sessions use.
@@ -77,14 +81,15 @@ class Engine:
         self.manifest, self.digest, self.tokenizer, self.backend = manifest, digest, tokenizer, backend
         self.kind = manifest.model.kind
         self.target, self.isa, self.threads = backend.target, backend.isa, backend.threads
+        self.cores = backend.cores
         if manifest.session_bytes != backend.slot_bytes:
             raise PackageError(
                 f"the manifest says {manifest.session_bytes} bytes a session, the plan {backend.slot_bytes}",
                 fix="compile the checkpoint again with this version of tmlc",
             )
-        self.model = Model(backend, manifest)
-        self.driver: Driver = DRIVERS[self.kind](self.model)
         self.slots = SlotPool(sessions, backend.slot_bytes)
+        self.model = Model(backend, manifest, sessions)
+        self.driver: Driver = DRIVERS[self.kind](self.model, sessions)
         self._package: Package | None = None
         self._device = threading.Lock()
         self._closed = False
@@ -140,6 +145,29 @@ class Engine:
         talk = self._conversation(int(seed), finite_temperature(temperature))
         return self._admit(talk, log, None)
 
+    def tick_batch(
+        self, sessions: Sequence[Session], inputs: Sequence[TickInput | None]
+    ) -> list[TickOutput | Exception]:
+        """One tick of several sessions in lock-step: weights, and each expert that any of them needs, are read once
+        for all. Each session's output and state are bit for bit those of `Session.tick`, whatever the company.
+
+        Args:
+            sessions: of this engine, none twice; they may be at different ticks.
+            inputs: what each of them gets (None: nothing but silence).
+
+        Returns:
+            In the order of `sessions`, each one's output, or the error that `Session.tick` would have raised:
+            InputError and SessionError (nothing of that session was changed), ContextFullError (it is closed),
+            KernelError (it is poisoned). What is wrong with one session changes nothing for the others, except
+            that a kernel that stops on an index out of range poisons all sessions of the batch. All inputs are
+            checked before anything runs.
+
+        Raises:
+            UsageError: the call makes no sense (a session twice, of another engine, without an input; a package
+            whose methods take one session at a time); nothing was changed.
+        """
+        return tick_batch(self, sessions, inputs)
+
     def restore(self, blob: bytes, log: LogSink | None = None) -> Session:
         """The session that `Session.snapshot` described, in a slot of this engine.
 
@@ -155,7 +183,7 @@ class Engine:
         try:
             if blob is not None:
                 slot = self.slots.view(index)
-                read_snapshot(blob, slot, talk, self.digest, self.target, self.tokenizer)
+                read_snapshot(blob, slot, talk, self.digest, self.target, self.tokenizer, self.model.vocab)
             session = Session(self, index, talk, log)
         except BaseException:
             self.slots.give_back(index)
@@ -195,6 +223,8 @@ def load(
     threads: int | None = None,
     sessions: int = 4,
     isa: str | None = None,
+    pin: bool = False,
+    lock_memory: bool = False,
 ) -> Engine:
     """Loads a package and reserves everything its sessions will need.
 
@@ -205,25 +235,29 @@ def load(
         sessions: how many conversations may be open at once.
         isa: instruction-set variant of the kernels (see `tmlc doctor`); None takes the best this machine
         has.
+        pin: tie each worker thread to a core of its own, among those that this process may use.
+        lock_memory: keep weights, states and buffers in memory, so that no tick waits for a page.
 
     Raises:
         PackageError, PlanError: the package is damaged, altered, foreign, newer, or its plan is refused.
         TargetError: the package has not this target, or this machine cannot run it.
-        CapacityError: the memory for the sessions cannot be reserved.
-        UsageError: threads or sessions out of range.
+        CapacityError: the memory for the sessions cannot be reserved, or not be locked.
+        UsageError: threads or sessions out of range, or threads that cannot be pinned.
     """
     count = default_threads() if threads is None else threads
     if not isinstance(count, int) or not 1 <= count <= MAX_THREADS:
         raise UsageError(f"threads must be 1 to {MAX_THREADS}, not {threads}")
     if not isinstance(sessions, int):
         raise UsageError(f"sessions must be a whole number, not {sessions!r}")
+    placement = Placement(pin, lock_memory)
     package = open_package(path)
     try:
-        backend = _open_target(package, target, count, isa)
+        backend = _open_target(package, target, count, isa, placement)
         try:
             named = package.manifest.tokenizer
             tokenizer = load_tokenizer(package.read(named)) if named else None
             engine = Engine(backend, package.manifest, package.digest, tokenizer, sessions)
+            placement.lock(engine.slots.address, engine.slots.reserved_bytes, "session states")
         except BaseException:
             backend.close()
             raise
@@ -239,7 +273,7 @@ def load(
     return engine
 
 
-def _open_target(package: Package, target: str | None, threads: int, isa: str | None) -> Backend:
+def _open_target(package: Package, target: str | None, threads: int, isa: str | None, placement: Placement) -> Backend:
     held = list(package.manifest.targets)
     name = target if target is not None else next((t for t in held if t in BACKENDS), "")
     if name not in held:
@@ -251,5 +285,5 @@ def _open_target(package: Package, target: str | None, threads: int, isa: str | 
     if name not in BACKENDS:
         raise TargetError(f"this tmlc cannot run target {name}", fix=f"it runs: {', '.join(BACKENDS)}")
     module = import_module(BACKENDS[name])
-    backend: Backend = module.open_backend(package, threads, isa)
+    backend: Backend = module.open_backend(package, threads, isa, placement)
     return backend

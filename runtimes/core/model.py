@@ -1,25 +1,33 @@
-"""An engine's methods by what they do: embed what came in, decode positions, choose tokens, speak.
+"""An engine's methods by what they do, for a batch of sessions: embed what came in, decode, choose tokens, speak.
 
-Everything here works over buffers that are allocated once for the engine, so whoever calls holds the
-device. Rows are staged until the call's limit and then decoded together; how they are grouped never
-changes a bit of the result.
+Sessions are named by their number in the batch; one session is a batch of one. A call takes the rows of all sessions,
+as far as its limit allows, so a weight is read once for all of them; how rows are grouped into calls never changes a
+bit of any session's result. Everything works over buffers that are allocated once for the engine, so whoever calls
+holds the device.
+
+A session whose part of a call the backend refuses (its context is full, its slot is damaged) leaves the batch: the call
+runs again without it, and whatever is put for it later is passed over.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from time import perf_counter_ns
 
 import numpy as np
 
-from tmlc.errors import PackageError
+from tmlc.errors import CapacityError, ContextFullError, KernelError, PackageError
 from tmlc.package.manifest import Manifest
-from tmlc.runtimes.core.backend import Backend, MethodSpec, TensorSpec
+from tmlc.runtimes.core.backend import DTYPES, Backend, MethodSpec, TensorSpec
 
 MAX_TICK_BYTES = 1 << 28
 MAX_COLS = 1 << 22  # of a hidden state and of the logits
 
 Sink = Callable[[np.ndarray], None]
+Rows = tuple[int, np.ndarray]
+"""A session's number in the batch, and rows of it: dense, a whole number of positions."""
+Key = tuple[int, int, int]
+"""Of a random number: (seed, tick, index of the output in its tick)."""
 
 
 def _rows(dtype: str, a: int, cols: int) -> TensorSpec:
@@ -33,14 +41,17 @@ class Model:
         width: columns of a hidden state.
         vocab: columns of the logits; token ids are below it.
         hop: samples of one audio position, in and out (0 without audio).
-        chunk: the most positions that one decode call takes.
-        times: nanoseconds spent in each method since `reset_times`.
+        chunk: the most positions that one decode call takes, of all sessions together.
+        times: nanoseconds spent in each method since `begin`, for the whole batch.
+        hidden: float32 [sessions, width], the hidden state of each session's last position.
+        appended: positions that each session of the batch has appended.
+        failed: why a session left the batch, by number.
 
     Raises (when made): PackageError when a method that the model's kind needs is missing or has another
     form.
     """
 
-    def __init__(self, backend: Backend, manifest: Manifest) -> None:
+    def __init__(self, backend: Backend, manifest: Manifest, sessions: int) -> None:
         self.backend, self.layout = backend, manifest.tick
         self.width = self._spec("decode").inputs[0].cols if self._spec("decode").inputs else 0
         outputs = self._spec("unembed").outputs
@@ -55,19 +66,30 @@ class Model:
         self._check_media()
         self.chunk = min(self._spec("decode").max_n, manifest.context.max_append)
         self.times = dict.fromkeys(backend.methods, 0)
-        self._x = np.zeros((self.chunk, self.width), np.float32)
-        self._ids = np.zeros((max(self._spec("embed_text").max_n, 1), 1), np.int32)
-        self._key = np.zeros((1, 3), np.int64)
-        self._temperature = np.zeros((1, 1), np.float32)
-        self._staged = 0
-        self._slot = np.zeros(0, np.uint8)
+        try:
+            self._reserve(sessions)
+        except (MemoryError, ValueError) as error:
+            raise CapacityError("cannot reserve the buffers of a batch", fix="load with fewer sessions") from error
+        self._slots: list[np.ndarray] = []
+        self._staged: list[int] = []
+        self.appended: list[int] = []
+        self.failed: dict[int, ContextFullError | KernelError] = {}
         self._sink: Sink | None = None
-        self._hidden: np.ndarray = self._x[:0]
-        self.appended = 0
 
-    @property
-    def buffer_bytes(self) -> int:
-        return self._x.nbytes + self._ids.nbytes
+    def _reserve(self, sessions: int) -> None:
+        """The buffers: rows that wait for decode, and the arguments of a call that brings several sessions."""
+        self.hidden = np.zeros((sessions, self.width), np.float32)
+        self._rows = np.zeros((sessions, self.chunk, self.width), np.float32)
+        self._limits: dict[str, int] = {}
+        self._joined: dict[str, list[np.ndarray]] = {}
+        for name, spec in self.backend.methods.items():
+            if any(of.b or not of.a for of in spec.inputs):
+                continue  # no method that is called here
+            row = sum(of.a * of.cols * DTYPES[of.dtype].itemsize for of in spec.inputs)
+            most = self.chunk if name == "decode" else spec.max_n
+            limit = min(most, max(1, MAX_TICK_BYTES // max(row, 1)))
+            self._limits[name] = limit
+            self._joined[name] = [of.allocate(limit) for of in spec.inputs]
 
     def _spec(self, name: str) -> MethodSpec:
         if name not in self.backend.methods:
@@ -128,94 +150,146 @@ class Model:
             self._spec("speak").require([hidden, key], [mel])
             self._spec("vocode").require([mel], [pcm])
 
-    def reset_times(self) -> None:
+    def begin(self, slots: Sequence[np.ndarray], sink: Sink | None = None) -> None:
+        """Starts work on a batch. `sink` gets the hidden rows of every decode call, in order."""
+        self._slots, self._sink = list(slots), sink
+        self._staged, self.appended, self.failed = [0] * len(slots), [0] * len(slots), {}
         for name in self.times:
             self.times[name] = 0
 
-    def _call(self, method: str, n: int, *inputs: np.ndarray) -> np.ndarray:
+    @property
+    def present(self) -> list[int]:
+        """The sessions that are still in the batch."""
+        return [s for s in range(len(self._slots)) if s not in self.failed]
+
+    def leave(self, session: int, error: ContextFullError | KernelError) -> None:
+        """Takes a session out of the batch; raises `error` when it was the last one."""
+        self.failed[session] = error
+        if len(self.failed) == len(self._slots):
+            raise error
+
+    def _each(self, method: str, pieces: Sequence[tuple[int, Sequence[np.ndarray]]]) -> Iterator[Rows]:
+        """Runs `method` on the arguments of several sessions, each of them once in `pieces`, and gives back each
+        session's rows of the first output (in order; a session's may come in several parts). The rows are valid until
+        the next ones are asked for."""
+        if not pieces:  # a method that the model may not have
+            return
+        spec, limit = self.backend.methods[method], self._limits[method]
+        group: list[tuple[int, int, list[np.ndarray]]] = []
+        used = 0
+        for session, arrays in pieces:
+            start, count = 0, arrays[0].shape[0] // spec.inputs[0].a
+            while start < count and session not in self.failed:
+                n = min(count - start, limit - used)
+                cut = [x[start * of.a : (start + n) * of.a] for x, of in zip(arrays, spec.inputs, strict=True)]
+                group.append((session, n, cut))
+                start, used = start + n, used + n
+                if used == limit:
+                    yield from self._run(spec, group)
+                    group, used = [], 0
+        if group:
+            yield from self._run(spec, group)
+
+    def _run(self, spec: MethodSpec, group: list[tuple[int, int, list[np.ndarray]]]) -> Iterator[Rows]:
+        """One call, and again without a session that it is refused for."""
         start = perf_counter_ns()
-        out = self.backend.call(method, n, self._slot, inputs)[0]
-        self.times[method] += perf_counter_ns() - start
-        return out
+        while True:
+            parts = [(n, self._slots[session]) for session, n, _ in group]
+            try:
+                rows = self.backend.call(spec.name, parts, self._join(spec, group))[0]
+                break
+            except (ContextFullError, KernelError) as error:
+                if error.part is None:
+                    raise
+                self.leave(group.pop(error.part)[0], error)
+                if not group:
+                    return
+        self.times[spec.name] += perf_counter_ns() - start
+        at, height = 0, spec.outputs[0].a
+        for session, n, _ in group:
+            yield session, rows[at : at + n * height]
+            at += n * height
 
-    def begin(self, slot: np.ndarray, sink: Sink | None = None) -> None:
-        """Starts work on one session. `sink` gets the hidden rows of every decode call, in order."""
-        self._slot, self._sink, self._staged, self.appended = slot, sink, 0, 0
-        self._hidden = self._x[:0]
+    def _join(self, spec: MethodSpec, group: list[tuple[int, int, list[np.ndarray]]]) -> list[np.ndarray]:
+        """The arguments of a call: those of its only session, or copies of all one after another."""
+        if len(group) == 1:
+            return group[0][2]
+        joined = []
+        for k, buffer in enumerate(self._joined[spec.name]):
+            at = 0
+            for _, _, arrays in group:
+                buffer[at : at + arrays[k].shape[0]] = arrays[k]
+                at += arrays[k].shape[0]
+            joined.append(buffer[:at])
+        return joined
 
-    def flush(self) -> np.ndarray:
-        """Decodes what is staged. Returns the hidden state [1, width] of the last position, which is
-        valid until the next decode call."""
-        if self._staged:
-            n, self._staged = self._staged, 0
-            hidden = self._call("decode", n, self._x[:n])
-            self.appended += n
-            self._hidden = hidden[n - 1 :]
+    def flush(self) -> None:
+        """Decodes what is staged; `hidden` has the states of the last positions then."""
+        pieces = [(s, (self._rows[s, :n],)) for s, n in enumerate(self._staged) if n]
+        self._staged = [0] * len(self._slots)
+        for session, hidden in self._each("decode", pieces):
+            self.appended[session] += hidden.shape[0]
+            self.hidden[session] = hidden[-1]
             if self._sink is not None:
                 self._sink(hidden)
-        return self._hidden
 
-    def _stage(self, rows: np.ndarray) -> None:
-        start, count = 0, rows.shape[0]
-        while start < count:
-            step = min(count - start, self.chunk - self._staged)
-            self._x[self._staged : self._staged + step] = rows[start : start + step]
-            self._staged += step
-            start += step
-            if self._staged == self.chunk:
-                self.flush()
+    def _put(self, method: str, pieces: Sequence[Rows]) -> None:
+        """Embeds rows and stages what they become, each session's behind what it has staged already."""
+        for session, rows in self._each(method, [(s, (array,)) for s, array in pieces]):
+            start, count = 0, rows.shape[0]
+            while start < count and session not in self.failed:
+                staged = self._staged[session]
+                step = min(count - start, self.chunk - staged)
+                self._rows[session, staged : staged + step] = rows[start : start + step]
+                self._staged[session] += step
+                start += step
+                if staged + step == self.chunk:
+                    self.flush()
 
-    def _embed(self, method: str, rows: np.ndarray, per_position: int) -> None:
-        """Embeds and stages `rows`, of which every `per_position` make one position of the method's n."""
-        limit, total = self.backend.methods[method].max_n, rows.shape[0] // per_position
-        for start in range(0, total, limit):
-            n = min(limit, total - start)
-            part = rows[start * per_position : (start + n) * per_position]
-            self._stage(self._call(method, n, part))
+    def put_audio(self, pieces: Sequence[Rows]) -> None:
+        """Stages what is heard: float32 [n, hop] of each session."""
+        self._put("embed_audio", pieces)
 
-    def put_audio(self, pcm: np.ndarray) -> None:
-        """Stages what is heard: float32 [n, hop]."""
-        self._embed("embed_audio", pcm, 1)
+    def put_speech(self, pieces: Sequence[Rows]) -> None:
+        """Stages what the model said itself: float32 [n, hop] of each session."""
+        self._put("embed_speech", pieces)
 
-    def put_speech(self, pcm: np.ndarray) -> None:
-        """Stages what the model said itself: float32 [n, hop]."""
-        self._embed("embed_speech", pcm, 1)
+    def put_video(self, pieces: Sequence[Rows]) -> None:
+        """Stages whole clips: uint8 [clips · clip_frames · height, width · 3] of each session."""
+        self._put("embed_video", pieces)
 
-    def put_video(self, rows: np.ndarray) -> None:
-        """Stages whole clips: uint8 [clips · clip_frames · height, width · 3]."""
-        self._embed("embed_video", rows, self.layout.clip_frames * self.layout.frame_height)
-
-    def put_text(self, tokens: Sequence[int]) -> None:
-        """Stages tokens; ids must be in the vocabulary."""
-        limit = self._ids.shape[0]
-        for start in range(0, len(tokens), limit):
-            part = tokens[start : start + limit]
-            ids = self._ids[: len(part)]
-            ids[:, 0] = part
-            self._embed("embed_text", ids, 1)
+    def put_text(self, pieces: Sequence[tuple[int, Sequence[int]]]) -> None:
+        """Stages tokens of each session; ids must be in the vocabulary."""
+        self._put("embed_text", [(s, np.array(tokens, np.int32).reshape(-1, 1)) for s, tokens in pieces])
 
     def logits(self, hidden: np.ndarray, out: np.ndarray) -> None:
-        """Writes the logits of `hidden` [n, width] to `out` [n, vocab]."""
-        limit = self._spec("unembed").max_n
-        for start in range(0, hidden.shape[0], limit):
-            part = hidden[start : start + limit]
-            out[start : start + limit] = self._call("unembed", part.shape[0], part)
+        """Writes the logits of `hidden` [n, width], rows of a batch of one, to `out` [n, vocab]."""
+        at = 0
+        for _, rows in self._each("unembed", [(0, (hidden,))]):
+            out[at : at + rows.shape[0]] = rows
+            at += rows.shape[0]
 
-    def next_token(self, hidden: np.ndarray, key: tuple[int, int, int], temperature: float) -> int:
-        """One token id from `hidden` [1, width]; `key` is (seed, tick, index of the output in its tick)."""
-        self._key[0] = key
-        self._temperature[0, 0] = temperature
-        return int(self._call("next_token", 1, hidden, self._key, self._temperature)[0, 0])
+    def next_token(self, asked: Sequence[tuple[int, Key, float]]) -> Iterator[tuple[int, int]]:
+        """One token id for each (session, key, temperature), from the session's hidden state."""
+        pieces = [
+            (s, (self.hidden[s : s + 1], np.array([key], np.int64), np.array([[heat]], np.float32)))
+            for s, key, heat in asked
+        ]
+        for session, ids in self._each("next_token", pieces):
+            yield session, int(ids[0, 0])
 
-    def speak(self, hidden: np.ndarray, key: tuple[int, int, int]) -> np.ndarray:
-        """The mel frames [frames_per_position, n_mel] that the flow head gives for `hidden` [1, width]."""
-        self._key[0] = key
-        return self._call("speak", 1, hidden, self._key)
+    def speak(self, asked: Sequence[tuple[int, Key]], mel: np.ndarray) -> None:
+        """Writes the mel frames that the flow head gives for a session's hidden state to `mel[session]`, of
+        float32 [sessions, frames_per_position, n_mel]."""
+        pieces = [(s, (self.hidden[s : s + 1], np.array([key], np.int64))) for s, key in asked]
+        for session, frames in self._each("speak", pieces):
+            mel[session] = frames
 
-    def vocode(self, mel: np.ndarray, out: np.ndarray) -> None:
-        """Writes the samples of `mel` [n · frames_per_position, n_mel] to `out` [n, hop], held to [-1, 1]."""
-        limit, frames = self._spec("vocode").max_n, self.layout.frames_per_position
-        for start in range(0, out.shape[0], limit):
-            n = min(limit, out.shape[0] - start)
-            pcm = self._call("vocode", n, mel[start * frames : (start + n) * frames])
-            np.clip(pcm, -1.0, 1.0, out=out[start : start + n])
+    def vocode(self, pieces: Sequence[tuple[int, np.ndarray, np.ndarray]]) -> None:
+        """For each (session, mel, out): writes the samples of `mel` [n · frames_per_position, n_mel] to `out`
+        [n, hop], held to [-1, 1]."""
+        outs, done = {s: out for s, _, out in pieces}, {s: 0 for s, _, _ in pieces}
+        for session, pcm in self._each("vocode", [(s, (mel,)) for s, mel, _ in pieces]):
+            at = done[session]
+            done[session] += pcm.shape[0]
+            np.clip(pcm, -1.0, 1.0, out=outs[session][at : done[session]])

@@ -12,7 +12,6 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
-from time import perf_counter_ns
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -58,12 +57,13 @@ class Session:
 
     Attributes:
         engine: the engine that it runs on.
+        index: the number of its slot.
     """
 
     def __init__(self, engine: Engine, index: int, talk: Conversation, log: LogSink | None) -> None:
         self.engine = engine
         self._talk, self._log = talk, log
-        self._slot = engine.slots.view(index)
+        self.index, self._slot = index, engine.slots.view(index)
         self._release = weakref.finalize(self, engine.slots.give_back, index)
         self._release.atexit = False
         self._lock = threading.Lock()
@@ -108,6 +108,7 @@ class Session:
         tokens: Sequence[int] = (),
         audio: np.ndarray | None = None,
         video: np.ndarray | None = None,
+        logits: str = "all",
     ) -> np.ndarray:
         """Appends positions outside a tick: audio first, then video, then tokens.
 
@@ -115,9 +116,10 @@ class Session:
             tokens: token ids.
             audio: float32 mono at the model's rate, a whole number of positions (`hop` samples each).
             video: uint8 [frames, height, width, 3], a whole number of clips.
+            logits: of which positions: "all", "last" or "none". Only these are computed.
 
         Returns:
-            float32 [positions, vocab]: the logits at each appended position.
+            float32 [positions, vocab]: the logits at each position asked for.
 
         Raises:
             InputError: wrong shape, dtype or range; nothing was changed.
@@ -135,26 +137,32 @@ class Session:
             count += clips.shape[0] // (layout.clip_frames * layout.frame_height) * layout.video_positions
         if not count:
             raise InputError("append needs at least one position of tokens, audio or video")
-        logits = np.empty((count, model.vocab), np.float32)
+        if logits not in _LOGITS:
+            raise InputError(f"logits must be one of {', '.join(_LOGITS)}, not {logits!r}")
+        wanted = _LOGITS[logits](count)
+        out = np.empty((wanted, model.vocab), np.float32)
         done = 0
 
         def sink(hidden: np.ndarray) -> None:
             nonlocal done
-            model.logits(hidden, logits[done : done + hidden.shape[0]])
+            model.logits(hidden, out[done : done + hidden.shape[0]])
             done += hidden.shape[0]
 
         with self._running(), self.engine.device():
-            model.begin(self._slot, sink)
+            model.begin([self._slot], sink if logits == "all" else None)
             if pcm is not None:
-                model.put_audio(pcm)
+                model.put_audio([(0, pcm)])
             if clips is not None:
-                model.put_video(clips)
-            model.put_text(ids)
-            self._talk.hidden[:] = model.flush()
-            self._talk.positions += model.appended
+                model.put_video([(0, clips)])
+            model.put_text([(0, ids)])
+            model.flush()
+            self._talk.hidden[0] = model.hidden[0]
+            if logits == "last":
+                model.logits(self._talk.hidden, out)
+            self._talk.positions += model.appended[0]
         if self._log is not None:
             self._log(ticklog.appended(ids, audio, video))
-        return logits
+        return out
 
     def _whole_positions(self, audio: np.ndarray) -> np.ndarray:
         hop = self.engine.model.hop
@@ -171,20 +179,12 @@ class Session:
     def tick(self, tick: TickInput | None = None) -> TickOutput:
         """One tick: 200 ms of input in, 200 ms of output out (see `tmlc.runtimes.core.tick`).
 
-        Raises what `append` raises, in the same cases.
+        Raises what `append` raises, in the same cases. Several sessions: `Engine.tick_batch`.
         """
-        given = tick if tick is not None else TickInput()
-        checked = self._check(given)
-        with self._running():
-            staged = self._fill(given, checked)
-            begun = perf_counter_ns()
-            with self.engine.device():
-                waited = perf_counter_ns() - begun
-                out = self.engine.driver.tick(self._slot, self._talk, staged)
-        out.timings["wait"] = waited / 1e6
-        if self._log is not None:
-            self._log(ticklog.ticked(given, out))
-        return out
+        (result,) = self.engine.tick_batch([self], [tick])
+        if isinstance(result, Exception):
+            raise result
+        return result
 
     def _check(self, given: TickInput) -> list[int]:
         """Checks one tick's input; returns its tokens, text first."""
@@ -223,7 +223,7 @@ class Session:
         whole = self.engine.kind == "interaction" or not samples
         heard = self._pcm if whole else self._pcm[: -(-samples // self.engine.model.hop)]
         staged = Staged(heard, tokens=tokens, samples=samples)
-        staged.padded = heard.size - samples
+        staged.padded = heard.size - samples if samples or self.engine.kind == "interaction" else 0
         if given.video is not None:
             self._clip[:] = given.video.reshape(given.video.shape[0], *self._clip.shape[1:])
             staged.clip = self._clip.reshape(-1, self._clip.shape[2])
@@ -299,6 +299,9 @@ class Session:
                 self._state = SessionState.CLOSED
                 self._release()
 
+
+_LOGITS: dict[str, Callable[[int], int]] = {"all": lambda count: count, "last": lambda _: 1, "none": lambda _: 0}
+"""How many rows of logits an append of so many positions gives."""
 
 _ADVICE = {
     SessionState.DETACHED: "attach() it first",

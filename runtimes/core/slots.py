@@ -52,6 +52,11 @@ class SlotPool:
         """Bytes of all slots together, padding included."""
         return self._memory.nbytes
 
+    @property
+    def address(self) -> int:
+        """Where the first slot lies."""
+        return int(self._memory.ctypes.data)
+
     def take(self) -> int:
         """The index of a zeroed slot, now owned by the caller. Raises CapacityError when none is free."""
         with self._lock:

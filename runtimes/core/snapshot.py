@@ -46,9 +46,15 @@ def write_snapshot(slot: np.ndarray, talk: Conversation, package: str, target: s
 
 
 def read_snapshot(
-    blob: bytes, slot: np.ndarray, talk: Conversation, package: str, target: str, tokenizer: Tokenizer | None
+    blob: bytes,
+    slot: np.ndarray,
+    talk: Conversation,
+    package: str,
+    target: str,
+    tokenizer: Tokenizer | None,
+    vocab: int,
 ) -> None:
-    """Fills `slot` and `talk` from a snapshot.
+    """Fills `slot` and `talk` from a snapshot of a model with `vocab` tokens.
 
     Raises SessionError, with `slot` and `talk` untouched, when the bytes are damaged, not a snapshot, or
     of another package or target.
@@ -66,6 +72,9 @@ def read_snapshot(
     if len(body) != slot.nbytes + talk.heard.nbytes + talk.hidden.nbytes:
         raise _damaged("its length does not fit its header")
     values = _values(header)
+    # A token that the model has not would stop a kernel, and with it every session of the same batch.
+    if max(values["queue"], default=0) >= vocab:
+        raise _damaged("a queued token is not in the vocabulary")
     decoder = None
     if tokenizer is not None:
         decoder = tokenizer.decoder(values["decoder"] or ())

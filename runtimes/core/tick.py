@@ -14,6 +14,9 @@ A tick in which <silence> was chosen skips the flow head and vocodes constant fr
 appended just the same, so the context cannot tell how silence was made. What the model hears of itself is
 what was handed out, held to [-1, 1]. Random numbers are keyed by (seed, tick, output): outputs
 0..text_out-1 are the tokens, output text_out + j is audio position j.
+
+A driver runs the tick of a batch of sessions in lock-step: each step above is one call for all sessions that take it.
+A session that has chosen its last token, or has nothing to say, sits out the calls that are not its own.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ import numpy as np
 
 from tmlc.errors import InputError, KernelError
 from tmlc.package.manifest import TickLayout
-from tmlc.runtimes.core.model import Model
+from tmlc.runtimes.core.model import Key, Model
 from tmlc.runtimes.core.text import TextDecoder
 
 MAX_QUEUED_TOKENS = 1 << 16
@@ -63,9 +66,10 @@ class TickOutput:
         text: the text that these tokens complete.
         audio: float32 [samples of one tick] in -1..1, owned by the caller; empty for a token model.
         timings: milliseconds by stage: each method called, "first_audio" (from the start of the step to
-            the first output samples), "total" (the step), "wait" (for the device, not part of the step).
+            the first output samples), "total" (the step), "wait" (for the device, not part of the step). All but
+            "first_audio" are those of the whole batch: its calls are shared.
         stats: "appended" positions of this tick, "positions" in all, "silent", "queued_tokens" left over,
-            "padded_samples", "dropped_clips".
+            "padded_samples", "dropped_clips", "batch" (sessions that were ticked together).
     """
 
     index: int
@@ -102,119 +106,177 @@ class Staged:
     padded: int = 0
 
 
+@dataclass(slots=True)
+class Job:
+    """One session's part of a batch, and what its tick gives so far."""
+
+    slot: np.ndarray
+    talk: Conversation
+    staged: Staged
+    tokens: list[int] = field(default_factory=list)
+    audio: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.float32))
+    first: int = 0
+    dropped: int = 0
+
+    def key(self, output: int) -> Key:
+        return self.talk.seed, self.talk.tick, output
+
+
 class Driver(ABC):
     """Runs ticks of one kind of model. Shared by the sessions of an engine; the caller holds the device."""
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Model, sessions: int) -> None:
         self.model, self.layout = model, model.layout
 
-    @abstractmethod
-    def tick(self, slot: np.ndarray, talk: Conversation, staged: Staged) -> TickOutput:
-        """One tick. `talk` changes with the slot; after an error neither may be used again."""
+    def tick(self, jobs: Sequence[Job]) -> list[TickOutput | Exception]:
+        """One tick of each session: its output, or the error that ended it.
 
-    def _finish(
-        self, talk: Conversation, begun: int, first: int, tokens: list[int], audio: np.ndarray, **stats: int
-    ) -> TickOutput:
-        now, model = perf_counter_ns(), self.model
+        A conversation changes with its slot; after an error neither may be used again.
+        """
+        begun, model = perf_counter_ns(), self.model
+        results: list[TickOutput | Exception] = []
+        model.begin([job.slot for job in jobs])
+        try:
+            self._run(jobs)
+            for s in model.present:
+                if not np.isfinite(jobs[s].audio).all():
+                    where = f"tick {jobs[s].talk.tick}"
+                    model.leave(s, KernelError("the model spoke a sample that is not a number", where=where))
+        except Exception as error:  # of a call that all of them shared, or of the last session that was left
+            return [model.failed.get(s, error) for s in range(len(jobs))]
+        now = perf_counter_ns()
+        for s in range(len(jobs)):
+            try:
+                results.append(model.failed.get(s) or self._finish(s, jobs, begun, now))
+            except Exception as error:  # of the tokenizer, over what this session has said
+                results.append(error)
+        return results
+
+    @abstractmethod
+    def _run(self, jobs: Sequence[Job]) -> None:
+        """The steps of the tick, for the sessions that are present."""
+
+    def _choose(self, jobs: Sequence[Job], sessions: Sequence[int], output: int) -> None:
+        """Chooses the next token of each of `sessions`."""
+        asked = [(s, jobs[s].key(output), jobs[s].talk.temperature) for s in sessions]
+        for s, token in self.model.next_token(asked):
+            jobs[s].tokens.append(token)
+
+    def _finish(self, s: int, jobs: Sequence[Job], begun: int, now: int) -> TickOutput:
+        job, model = jobs[s], self.model
+        talk, tokens = job.talk, job.tokens
         timings = {name: ns / 1e6 for name, ns in model.times.items() if ns}
-        if audio.size:
-            timings["first_audio"] = (first - begun) / 1e6
+        if job.audio.size:
+            timings["first_audio"] = (job.first - begun) / 1e6
         timings["total"] = (now - begun) / 1e6
         text = talk.decoder.push(tokens) if talk.decoder is not None else ""
-        stats |= {
-            "appended": model.appended,
+        talk.positions += model.appended[s]
+        stats = {
+            "silent": int(self._silent(tokens)),
+            "padded_samples": job.staged.padded,
+            "dropped_clips": job.dropped,
+            "appended": model.appended[s],
             "positions": talk.positions,
             "queued_tokens": len(talk.queue),
+            "batch": len(jobs),
         }
-        out = TickOutput(talk.tick, tokens, text, audio, timings, stats)
+        out = TickOutput(talk.tick, tokens, text, job.audio.reshape(-1), timings, stats)
         talk.tick += 1
         return out
+
+    @abstractmethod
+    def _silent(self, tokens: list[int]) -> bool:
+        """Did a session that chose these tokens say nothing?"""
 
 
 class InteractionDriver(Driver):
     """Ticks as the head of this file describes them."""
 
-    def __init__(self, model: Model) -> None:
-        super().__init__(model)
+    def __init__(self, model: Model, sessions: int) -> None:
+        super().__init__(model, sessions)
         layout = self.layout
-        frames = layout.audio_out * layout.frames_per_position
-        self._silence = np.full((frames, layout.n_mel), layout.silence_level, np.float32)
-        self._spoken = np.zeros((layout.audio_out, model.hop), np.float32)
+        frames = layout.frames_per_position
+        self._quiet = np.full((layout.audio_out * frames, layout.n_mel), layout.silence_level, np.float32)
+        self._mel = np.zeros((sessions, frames, layout.n_mel), np.float32)
+        self._spoken = np.zeros((sessions, layout.audio_out, model.hop), np.float32)
         self._stops = {layout.silence_token_id, layout.end_of_tick_token_id}
 
-    def tick(self, slot: np.ndarray, talk: Conversation, staged: Staged) -> TickOutput:
-        begun, model, layout = perf_counter_ns(), self.model, self.layout
-        model.reset_times()
-        model.begin(slot)
-        model.put_audio(staged.pcm)
-        dropped = 0
-        if staged.clip is not None:
-            if talk.last_clip is None or talk.tick - talk.last_clip >= layout.video_every:
-                model.put_video(staged.clip)
-                talk.last_clip = talk.tick
-            else:
-                dropped = 1
-        talk.queue.extend(staged.tokens)
-        model.put_text([talk.queue.popleft() for _ in range(min(layout.text_in, len(talk.queue)))])
-        tokens = self._choose(talk, model.flush())
-        silent = layout.silence_token_id in tokens
-        tail = [layout.end_of_tick_token_id]
-        if tokens and tokens[-1] != tail[0]:
-            tail.insert(0, tokens[-1])
-        model.put_text(tail)
-        audio = np.empty((layout.audio_out, model.hop), np.float32)
-        if not layout.audio_out:
-            model.flush()
-            first = begun
-        else:
-            first = self._keep_silent(talk, audio) if silent else self._speak(talk, audio)
-            if not np.isfinite(audio).all():
-                raise KernelError("the model spoke a sample that is not a number", where=f"tick {talk.tick}")
-        talk.positions += model.appended
-        return self._finish(
-            talk,
-            begun,
-            first,
-            tokens,
-            audio.reshape(-1),
-            silent=int(silent),
-            padded_samples=staged.padded,
-            dropped_clips=dropped,
-        )
-
-    def _choose(self, talk: Conversation, hidden: np.ndarray) -> list[int]:
-        """The tokens of this tick; all but the last are appended already."""
-        tokens: list[int] = []
-        for output in range(self.layout.text_out):
-            if tokens:
-                self.model.put_text(tokens[-1:])
-                hidden = self.model.flush()
-            tokens.append(self.model.next_token(hidden, (talk.seed, talk.tick, output), talk.temperature))
-            if tokens[-1] in self._stops:
-                break
-        return tokens
-
-    def _speak(self, talk: Conversation, audio: np.ndarray) -> int:
-        """Speaks the output positions, each hearing the one before. Returns when the first samples came."""
-        model, first = self.model, 0
-        for j in range(self.layout.audio_out):
-            model.put_speech(audio[j - 1 : j] if j else talk.heard)
-            mel = model.speak(model.flush(), (talk.seed, talk.tick, self.layout.text_out + j))
-            model.vocode(mel, audio[j : j + 1])
-            first = first or perf_counter_ns()
-        talk.heard[:] = audio[-1:]
-        return first
-
-    def _keep_silent(self, talk: Conversation, audio: np.ndarray) -> int:
-        """The same positions in one append: what silence sounds like is known before it is heard."""
-        model = self.model
-        model.vocode(self._silence, audio)
-        first = perf_counter_ns()
-        self._spoken[0], self._spoken[1:] = talk.heard[0], audio[:-1]
-        model.put_speech(self._spoken)
+    def _run(self, jobs: Sequence[Job]) -> None:
+        model, layout = self.model, self.layout
+        model.put_audio([(s, job.staged.pcm) for s, job in enumerate(jobs)])
+        model.put_video([(s, clip) for s, job in enumerate(jobs) if (clip := self._clip(job)) is not None])
+        typed = []
+        for s, job in enumerate(jobs):
+            queue = job.talk.queue
+            queue.extend(job.staged.tokens)
+            typed.append((s, [queue.popleft() for _ in range(min(layout.text_in, len(queue)))]))
+        model.put_text(typed)
         model.flush()
-        talk.heard[:] = audio[-1:]
-        return first
+        choosing = model.present
+        for output in range(layout.text_out):
+            if output:
+                model.put_text([(s, jobs[s].tokens[-1:]) for s in choosing])
+                model.flush()
+            choosing = [s for s in choosing if s not in model.failed]
+            self._choose(jobs, choosing, output)
+            choosing = [s for s in choosing if jobs[s].tokens[-1] not in self._stops]
+            if not choosing:
+                break
+        model.put_text([(s, self._tail(jobs[s].tokens)) for s in model.present])
+        if layout.audio_out:
+            self._speak(jobs)
+        else:
+            model.flush()
+
+    def _clip(self, job: Job) -> np.ndarray | None:
+        """The clip of this tick, unless it comes too soon after the last one."""
+        talk = job.talk
+        if job.staged.clip is None:
+            return None
+        if talk.last_clip is not None and talk.tick - talk.last_clip < self.layout.video_every:
+            job.dropped = 1
+            return None
+        talk.last_clip = talk.tick
+        return job.staged.clip
+
+    def _tail(self, tokens: list[int]) -> list[int]:
+        """What ends the tick's text: the last token, when it is not yet appended, and <end_of_tick>."""
+        end = self.layout.end_of_tick_token_id
+        return [end] if not tokens or tokens[-1] == end else [tokens[-1], end]
+
+    def _silent(self, tokens: list[int]) -> bool:
+        return self.layout.silence_token_id in tokens
+
+    def _speak(self, jobs: Sequence[Job]) -> None:
+        """The output positions. Who speaks hears each before the next; who is silent appends all of them with the first
+        one of the others, because what silence sounds like is known before it is heard."""
+        model, layout = self.model, self.layout
+        for s in model.present:
+            jobs[s].audio = np.empty((layout.audio_out, model.hop), np.float32)
+        silent = [s for s in model.present if self._silent(jobs[s].tokens)]
+        speaking = [s for s in model.present if s not in silent]
+        self._vocode(jobs, [(s, self._quiet, jobs[s].audio) for s in silent])
+        for j in range(layout.audio_out):
+            heard = [(s, jobs[s].audio[j - 1 : j] if j else jobs[s].talk.heard) for s in speaking]
+            if j == 0:
+                for s in silent:
+                    self._spoken[s, 0], self._spoken[s, 1:] = jobs[s].talk.heard[0], jobs[s].audio[:-1]
+                heard += [(s, self._spoken[s]) for s in silent]
+            model.put_speech(heard)
+            model.flush()
+            speaking = [s for s in speaking if s not in model.failed]
+            if not speaking:
+                break
+            model.speak([(s, jobs[s].key(layout.text_out + j)) for s in speaking], self._mel)
+            self._vocode(jobs, [(s, self._mel[s], jobs[s].audio[j : j + 1]) for s in speaking])
+        for s in model.present:
+            jobs[s].talk.heard[:] = jobs[s].audio[-1:]
+
+    def _vocode(self, jobs: Sequence[Job], pieces: list[tuple[int, np.ndarray, np.ndarray]]) -> None:
+        self.model.vocode(pieces)
+        now = perf_counter_ns()
+        for s, _, _ in pieces:
+            jobs[s].first = jobs[s].first or now
 
 
 class TokenDriver(Driver):
@@ -224,31 +286,26 @@ class TokenDriver(Driver):
     Stops early after an end-of-sequence token; that token is part of the context and of the output.
     """
 
-    def tick(self, slot: np.ndarray, talk: Conversation, staged: Staged) -> TickOutput:
-        begun, model = perf_counter_ns(), self.model
-        model.reset_times()
-        model.begin(slot)
-        if staged.samples:
-            model.put_audio(staged.pcm)
-        if staged.clip is not None:
-            model.put_video(staged.clip)
-        model.put_text(staged.tokens)
-        came = staged.samples or staged.clip is not None or staged.tokens
-        hidden = model.flush() if came else talk.hidden
-        tokens: list[int] = []
-        for output in range(self.layout.text_out):
-            tokens.append(model.next_token(hidden, (talk.seed, talk.tick, output), talk.temperature))
-            model.put_text(tokens[-1:])
-            hidden = model.flush()
-            if tokens[-1] in self.layout.eos_token_ids:
-                break
-        talk.hidden[:] = hidden
-        talk.positions += model.appended
-        nothing = np.zeros(0, np.float32)
-        return self._finish(
-            talk, begun, begun, tokens, nothing, silent=int(not tokens),
-            padded_samples=staged.padded if staged.samples else 0, dropped_clips=0,
-        )
+    def _run(self, jobs: Sequence[Job]) -> None:
+        model = self.model
+        for s, job in enumerate(jobs):
+            model.hidden[s] = job.talk.hidden[0]
+        model.put_audio([(s, job.staged.pcm) for s, job in enumerate(jobs) if job.staged.samples])
+        model.put_video([(s, job.staged.clip) for s, job in enumerate(jobs) if job.staged.clip is not None])
+        model.put_text([(s, job.staged.tokens) for s, job in enumerate(jobs)])
+        model.flush()
+        choosing = model.present
+        ended = self.layout.eos_token_ids
+        for output in range(self.layout.text_out if choosing else 0):
+            self._choose(jobs, choosing, output)
+            model.put_text([(s, jobs[s].tokens[-1:]) for s in choosing])
+            model.flush()
+            choosing = [s for s in choosing if s not in model.failed and jobs[s].tokens[-1] not in ended]
+        for s in model.present:
+            jobs[s].talk.hidden[0] = model.hidden[s]
+
+    def _silent(self, tokens: list[int]) -> bool:
+        return not tokens
 
 
 DRIVERS: dict[str, type[Driver]] = {"interaction": InteractionDriver, "tokens": TokenDriver}

@@ -10,6 +10,7 @@ from tmlc.errors import CapacityError, InputError
 from tmlc.kernels.cpu import Plan, Pool, load_library
 from tmlc.package.reader import Package
 from tmlc.runtimes.core.backend import Backend, MethodSpec, check_inputs
+from tmlc.runtimes.core.placement import Placement
 from tmlc.runtimes.cpu.plan import plan_words
 
 TARGET = "cpu"
@@ -22,9 +23,14 @@ class CpuBackend(Backend):
         package: an open package with a CPU target; it must stay open as long as the backend.
         threads: size of the kernel thread pool, the caller included.
         isa: instruction-set variant, None for the best that this machine has.
+        placement: where the threads and the memory go.
     """
 
-    def __init__(self, package: Package, threads: int, isa: str | None = None) -> None:
+    def __init__(
+        self, package: Package, threads: int, isa: str | None = None, placement: Placement | None = None
+    ) -> None:
+        placed = placement or Placement()
+        self.cores = placed.cores(threads)
         library = load_library(isa)
         info = package.manifest.targets[TARGET]
         words = plan_words(package.json(info.plan), package.tensors, library.ops)
@@ -39,20 +45,34 @@ class CpuBackend(Backend):
         except (MemoryError, ValueError) as error:
             raise CapacityError("cannot reserve the output buffers of the plan") from error
         self._views: dict[tuple[str, int], list[np.ndarray]] = {}
-        self._plan = Plan(library, words.words, package.weights, threads)
-        self._pool = Pool(library, threads)
+        self._plan = Plan(library, words.words, self._weights, threads)
+        self._pool = Pool(library, threads, self.cores)
+        reasons = ((name, self._plan.unbatched(index)) for name, index in self._index.items())
+        self.unbatched = next((f"{name}: {why}" for name, why in reasons if why is not None), "")
+        self._lock(placed)
 
-    def call(self, method: str, n: int, slot: np.ndarray, inputs: Sequence[np.ndarray]) -> Sequence[np.ndarray]:
-        spec = self.methods[method]
+    def call(
+        self, method: str, parts: Sequence[tuple[int, np.ndarray]], inputs: Sequence[np.ndarray]
+    ) -> Sequence[np.ndarray]:
+        spec, n = self.methods[method], sum(n for n, _ in parts)
         check_inputs(spec, n, inputs)
-        if slot.nbytes != self.slot_bytes:
-            raise InputError(f"a slot of this plan has {self.slot_bytes} bytes, not {slot.nbytes}")
+        for _, slot in parts:
+            if slot.nbytes != self.slot_bytes:
+                raise InputError(f"a slot of this plan has {self.slot_bytes} bytes, not {slot.nbytes}")
         outputs = self._views.get((method, n))
         if outputs is None:
             buffers = zip(self._outputs[method], spec.outputs, strict=True)
             outputs = self._views[method, n] = [buffer[: out.rows(n)] for buffer, out in buffers]
-        self._plan.run(self._pool, self._index[method], n, slot, list(inputs), outputs)
+        self._plan.run_batch(self._pool, self._index[method], parts, inputs, outputs)
         return outputs
+
+    def _lock(self, placement: Placement) -> None:
+        placement.lock(self._weights.ctypes.data, self._weights.nbytes, "weights")
+        for address, nbytes in self._plan.blocks:
+            placement.lock(address, nbytes, "arena and scratch")
+        for arrays in self._outputs.values():
+            for array in arrays:
+                placement.lock(array.ctypes.data, array.nbytes, "output buffers")
 
     def profile(self, on: bool) -> None:
         """Starts or stops timing every kernel call of the plan."""
@@ -78,6 +98,8 @@ class CpuBackend(Backend):
         self._weights = np.empty(0, np.uint8)
 
 
-def open_backend(package: Package, threads: int, isa: str | None = None) -> CpuBackend:
-    """The CPU engine of `package`. Raises PlanError, PackageError, TargetError or CapacityError."""
-    return CpuBackend(package, threads, isa)
+def open_backend(
+    package: Package, threads: int, isa: str | None = None, placement: Placement | None = None
+) -> CpuBackend:
+    """The CPU engine of `package`. Raises PlanError, PackageError, TargetError, UsageError or CapacityError."""
+    return CpuBackend(package, threads, isa, placement)

@@ -147,6 +147,7 @@ def test_writing_into_a_package_that_was_handed_out_does_not_spoil_the_next_one(
 CHANGES = [
     (["--precision", "bf16"], ["precision"]),
     (["--context", "128"], ["context"]),
+    (["--kv", "int8"], ["kv"]),
     (["--check"], ["check"]),
     (["--disable", "fuse.residual_norm"], ["disabled passes"]),
     (["--folder"], ["folder"]),

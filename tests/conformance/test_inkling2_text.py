@@ -88,6 +88,12 @@ def test_logits_equal_transformers_whole_and_in_random_chunks(seed, tmp_path):
     # q, r, gate and sinks, with k and v where they read the same input; else k and v each with their computed taps
     assert matches["fuse.merge_linears"] == sliding + 3 * full
     assert matches["state.insert"] == 5 * (sliding + full)
+    # behind attention and experts, and keys and values where their taps are fixed
+    assert matches["fuse.conv"] == 2 * full + 4 * sliding and matches["fuse.head"] == 1
+    assert matches["route.select_kernel"] == sliding + full
+    # every addition of a layer; at a boundary of residual blocks the one behind attention is not there
+    boundaries = -(-(sliding + full) // settings["n_layers_per_attn_res_block"])
+    assert matches["fuse.attention_epilogue"] == 2 * (sliding + full) - boundaries
     assert matches["fuse.residual_norm"] == matches["route.fuse_router"] == matches["route.stack_experts"] == 0
     rng = np.random.default_rng(seed)
     ids = rng.integers(0, 50, POSITIONS).tolist()

@@ -204,7 +204,9 @@ def test_text_audio_and_images_equal_transformers_whole_and_in_random_chunks(see
     layers, sparse = len(model.model.language_model.layers), config["text_config"]["mlp_layer_types"].count("sparse")
     assert matches["route.fuse_router"] == matches["route.stack_experts"] == sparse
     assert matches["fuse.merge_linears"] == layers + (layers - sparse)  # q, k, v, r; gate and up of dense layers
-    assert matches["fuse.residual_norm"] == 2 * layers
+    assert matches["fuse.residual_norm"] == 2 * layers == matches["fuse.attention_epilogue"]
+    assert matches["fuse.conv"] == 4 * layers  # keys, values, behind attention, behind the experts
+    assert matches["fuse.head"] == 1 and matches["route.select_kernel"] == sparse
     assert matches["state.insert"] == 5 * layers + 1  # attention and four convolutions; the audio window
     mixed = Mixed(config, processor, seed)
     inputs = mixed.inputs()

@@ -68,7 +68,7 @@ def place_all(method: Method) -> None:
         node.meta["arena"] = places[0] if isinstance(types, TensorType) else places
 
 
-def decoder(dtype: str = "f32") -> Builder:
+def decoder(dtype: str = "f32", kv: str | None = None) -> Builder:
     """A backbone layer in miniature: merged projection, ring attention, convolution, experts, a head."""
     b = Builder().method("decode")
     x = b.input("x", 24)
@@ -78,7 +78,7 @@ def decoder(dtype: str = "f32") -> Builder:
     v, rel = b.op("columns", merged, 12, 16), b.op("columns", merged, 16, 22)
     k = b.op("short_conv_state", k, b.weight("conv", 4, 1, 3), b.state("tail", "conv_tail", 2, 4), True)
     position = b.state("position", "position", 1, 1, dtype="i64")
-    caches = [b.state(f"{c}_cache", "kv_ring", 48, 4, dtype=dtype) for c in "kv"]
+    caches = [b.state(f"{c}_cache", "kv_ring", 48, 8 if kv == "u8" else 4, dtype=kv or dtype) for c in "kv"]
     heads = b.op(
         "attention_state",
         q,

@@ -50,6 +50,14 @@ def test_caches_are_laid_out_as_the_kernel_reads_them() -> None:
     assert engine.plan["methods"][0]["code"][3]["i"] == [2, 1, 20, 16, 48, 1]
 
 
+def test_int8_caches_are_bytes_with_scales_behind_each_block() -> None:
+    engine = emit(decoder(kv="u8").program)
+    attention = dict(calls(engine))["attention"]
+    for cache in attention[5:7]:
+        assert (cache["dtype"], cache["rows"], cache["cols"]) == ("u8", [0, 3], 4 * 16 + 64)
+    assert [s.bytes for s in engine.states if s.kind == "kv_ring"] == [48 * (4 + 4)] * 2
+
+
 def test_states_lie_in_the_slot_at_multiples_of_64_without_overlap() -> None:
     engine = emit(decoder().program)
     end = 0

@@ -37,7 +37,7 @@ def test_bf16_blocks_hold_pairs_along_k(m: int, k: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
-def test_experts_follow_each_other_gate_blocks_before_up_blocks(dtype: str) -> None:
+def test_experts_follow_each_other_gate_and_up_blocks_in_turn(dtype: str) -> None:
     w = torch.randn(3, 2 * 20, 7)
     if dtype == "bf16":
         w = w.to(torch.bfloat16)
@@ -48,8 +48,7 @@ def test_experts_follow_each_other_gate_blocks_before_up_blocks(dtype: str) -> N
         for half in range(2):
             part = w[expert, 20 * half : 20 * half + 20]
             want = pack(packed_weight("w", "k16", dtype, (20, 7)), part)
-            start = (2 * expert + half) * 2
-            assert np.array_equal(got[start : start + 2], want)
+            assert np.array_equal(got[4 * expert + half : 4 * expert + 4 : 2], want)
     down = packed_weight("w", "k16.experts", dtype, (3, 40, 7))
     whole = pack(down, w)
     assert np.array_equal(whole[3:6], pack(packed_weight("w", "k16", dtype, (40, 7)), w[1]))

@@ -88,7 +88,15 @@ def test_match_counts_of_nano_are_exact_and_every_pass_keeps_the_answers(nano, n
     assert matches["fuse.merge_linears"] == layers + (layers - sparse) + 1 + speech["flow_steps"]
     # attention and four convolutions a layer; two audio windows, the vocoder's convolutions and its overlap
     assert matches["state.insert"] == 5 * layers + 2 + speech["vocoder_layers"] + 1
-    assert all(not r.near_misses and r.error < 1e-4 for r in after.record)
+    assert matches["route.select_kernel"] == sparse and matches["fuse.head"] == 1
+    # keys, values, behind attention and behind the experts; the vocoder convolves what other calls read too
+    assert matches["fuse.conv"] == 4 * layers
+    # attention and experts of each layer, a product of each layer of the vocoder; the flow head's are read twice
+    assert matches["fuse.attention_epilogue"] == 2 * layers + speech["vocoder_layers"]
+    missed = {r.name: [miss.partition("/")[0] for miss in r.near_misses] for r in after.record if r.near_misses}
+    steps = speech["flow_steps"]
+    assert missed == {"fuse.conv": ["vocode"], "fuse.attention_epilogue": ["speak"] * steps}
+    assert all(r.error < 1e-4 for r in after.record)
     assert sum(s.kind == "position" for s in after.states.values()) == 1
     assert {s.method for s in after.states.values()} == {"decode", "embed_audio", "embed_speech", "vocode"}
 

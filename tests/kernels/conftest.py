@@ -38,9 +38,47 @@ def pack(w: np.ndarray, dtype: str) -> np.ndarray:
     return np.ascontiguousarray(pairs).reshape(blocks, k2 * 16)
 
 
+def in_turn(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
+    """The blocks of an expert's gate and up matrices as `moe` reads them: gate 0, up 0, gate 1, …"""
+    return np.stack([gate, up], 1).reshape(2 * len(gate), -1)
+
+
 def as_stored(w: np.ndarray, dtype: str) -> np.ndarray:
     """What a weight is after rounding to its stored dtype, as float32."""
     return from_bf16(to_bf16(w)) if dtype == "bf16" else w.astype(np.float32)
+
+
+def quantised(rng, m, k, scheme):
+    """Random codes of a matrix as (what they stand for [m, k] float64, packed uint8 [blocks, bytes])."""
+    group = 64 if scheme == "i4g64" else 32
+    groups, blocks = -(-k // group), -(-m // 16)
+    scales = (rng.random((blocks * 16, groups)) * 0.02 + 1e-3).astype(np.float16)
+    scales[m:] = 0
+    if scheme == "i8g32":
+        codes = rng.integers(0, 256, (blocks * 16, groups, group), np.uint8)
+        below = np.full((blocks * 16, groups), 128.0)
+    else:
+        codes = rng.integers(0, 16, (blocks * 16, groups, group), np.uint8)
+        zeros = rng.integers(0, 256, (blocks * 16, groups), np.uint8)
+        below = zeros / 16
+    wide = (codes.astype(np.float64) - below[..., None]) * scales.astype(np.float64)[..., None]
+    packed = []
+    for b in range(blocks):
+        rows = slice(16 * b, 16 * b + 16)
+        for begin in range(0, groups, 4):
+            run = range(begin, min(begin + 4, groups))
+            for g in run:
+                quads = codes[rows, g].reshape(16, group // 4, 4).transpose(1, 0, 2)  # [quad][row][input]
+                if scheme == "i8g32":
+                    packed += [quads.tobytes()]
+                else:
+                    for half in range(group // 32):
+                        eight = quads[8 * half : 8 * half + 8]
+                        packed += [(eight[:4] | eight[4:] << 4).tobytes()]
+            packed += [scales[rows, g].tobytes() for g in run]
+            if scheme != "i8g32":
+                packed += [zeros[rows, g].tobytes() for g in run]
+    return wide.reshape(blocks * 16, -1)[:m, :k], np.frombuffer(b"".join(packed), np.uint8).reshape(blocks, -1)
 
 
 @dataclass
@@ -120,8 +158,10 @@ class Bench:
     Builder = Builder
     pack = staticmethod(pack)
     as_stored = staticmethod(as_stored)
+    in_turn = staticmethod(in_turn)
     to_bf16 = staticmethod(to_bf16)
     from_bf16 = staticmethod(from_bf16)
+    quantised = staticmethod(quantised)
     _pools: dict[int, Pool] = field(default_factory=dict)
 
     def pool(self, threads: int) -> Pool | None:

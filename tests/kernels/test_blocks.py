@@ -132,7 +132,7 @@ def test_softcapped_experts_and_sinks_a_row(bench, rng):
     x, weights = draw(rng, n, d), np.ones((n, 1), np.float32)
     chosen = np.zeros((n, 1), np.int32)
     gate, up, down = draw(rng, f, d), draw(rng, f, d), draw(rng, d, f)
-    packed = [np.concatenate([bench.pack(gate, "f32"), bench.pack(up, "f32")]), bench.pack(down, "f32")]
+    packed = [bench.in_turn(bench.pack(gate, "f32"), bench.pack(up, "f32")), bench.pack(down, "f32")]
     (got,) = bench.op("moe", [x, weights, chosen], packed, [1, f, 2], [0.0, 0.0, 0.7, 1.1], [("f32", d)])
     g, u = x.astype(np.float64) @ gate.T, x.astype(np.float64) @ up.T
     want = (0.7 * np.tanh(g / 0.7) / (1 + np.exp(-g)) * 1.1 * np.tanh(u / 1.1)) @ down.T

@@ -75,7 +75,7 @@ def test_router_is_linear_then_sink_router(bench, rng):
 def expert_weights(bench, rng, e, d, f, dtype):
     gate, up = (rng.standard_normal((2, e, f, d)) / np.sqrt(d)).astype(np.float32)
     down = (rng.standard_normal((e, d, f)) / np.sqrt(f)).astype(np.float32)
-    gate_up = np.concatenate([np.concatenate([bench.pack(gate[i], dtype), bench.pack(up[i], dtype)]) for i in range(e)])
+    gate_up = np.concatenate([bench.in_turn(bench.pack(gate[i], dtype), bench.pack(up[i], dtype)) for i in range(e)])
     downs = np.concatenate([bench.pack(down[i], dtype) for i in range(e)])
     return [bench.as_stored(w, dtype) for w in (gate, up, down)], gate_up, downs
 

@@ -49,12 +49,14 @@ def dense(b, rng):
 
 
 def attention(b, rng):
-    """A linear cache and a ring with sinks, one of each dtype, with relative bias."""
-    for window, sinks, capacity, dtype in ((0, 0, 32, "f32"), (9, 16, 48, "bf16")):
+    """A linear cache and rings with sinks, one of each form, with relative bias."""
+    for window, sinks, capacity, dtype in ((0, 0, 32, "f32"), (9, 16, 48, "bf16"), (9, 16, 48, "u8")):
         x, y = b.input(0, "f32", 24), b.output(0, "f32", 24)
         kv, rel = b.arena("f32", (1, 0), 12), b.arena("f32", (1, 0), 8)
         position = b.slot("i64", 1, 1)
         caches = [b.slot(dtype, 2 * capacity // 16, 6 * 16), b.slot(dtype, 2 * capacity, 6)]
+        if dtype == "u8":
+            caches = [b.slot(dtype, 2 * capacity // 16, 8 * 16 + 64) for _ in "kv"]
         table = b.weight(rng.random((2, 7), np.float32))
         left = b.tensor("input", "f32", (1, 0), 12, 0, 24)
         operands, ints = [y, x, kv, kv, position, *caches, rel, table], [4, 2, window, sinks, capacity, 1]
@@ -224,8 +226,52 @@ def codes(b, rng):
     )
 
 
+def head(b, rng):
+    """A token drawn from hidden states: float and quantised weights, with and without a bias, scaled and capped."""
+    x, key, heat = b.input(0, "f32", 20), b.input(1, "i64", 3), b.input(2, "f32", 1)
+    ids, drawn = b.output(0, "i32", 1), b.output(1, "i32", 1)
+    plain = b.weight(rng.random((3, 20 * 16), np.float32))
+    coded = b.weight(rng.integers(0, 60, (3, 16 * 32 + 32)).astype(np.uint8))
+    bias = b.weight(rng.random((1, 40), np.float32))
+    b.method(
+        [x, key, heat],
+        [ids, drawn],
+        [
+            ("head_sample", [ids, x, plain, key, heat, bias], [37], [0.5, 2.0]),
+            ("head_sample", [drawn, x, coded, key, heat], [48], [1.0, 0.0]),
+        ],
+    )
+
+
+def epilogues(b, rng):
+    """Products with everything that may follow them: a scale, a convolution of some columns, an addition; rows of
+    experts in groups and one by one."""
+    x, numbers, y = b.input(0, "f32", 20), b.input(1, "i32", 3), b.output(0, "f32", 20)
+    u, v, weights = b.arena("f32", (1, 0), 20), b.arena("f32", (1, 0), 20), b.arena("f32", (1, 0), 3)
+    three = b.tensor("input", "f32", (1, 0), 3, 0, 20)
+    weight = b.weight(rng.random((2, 20 * 16), np.float32))
+    coded = b.weight(rng.integers(0, 60, (2, 16 * 32 + 32)).astype(np.uint8))
+    bias, scale = b.weight(rng.random((1, 20), np.float32)), b.weight(np.ones((1, 1), np.float32))
+    wide, narrow = b.weight(rng.random((4, 20), np.float32)), b.weight(rng.random((3, 7), np.float32))
+    up, down = b.weight(rng.random((12, 20 * 16), np.float32)), b.weight(rng.random((12, 5 * 16), np.float32))
+    experts = [weights, numbers, up, down]
+    b.method(
+        [x, numbers],
+        [y],
+        [
+            ("copy", [weights, three]),
+            ("linear", [u, x, weight, narrow, b.slot("f32", 2, 7), x], [24, 11, 1], [0.5]),
+            ("linear", [v, u, coded, bias, scale, wide, b.slot("f32", 3, 20)], [13, 0, 0], [1.0]),
+            ("linear", [u, v, weight, scale, x], [20, 0, 0], [1.0]),
+            ("moe", [v, u, *experts, wide, b.slot("f32", 3, 20), x], [6, 5, 24, 4, 0, 1], [0.0, 0.0, 0.0, 0.0, 0.7]),
+            ("moe", [y, v, *experts, u], [6, 5, 16, 2, 0, 0], [0.0, 0.0, 0.0, 0.0, 1.0]),
+        ],
+    )
+
+
 SEEDS = {
-    f.__name__: f for f in (dense, attention, experts, foreign_heads, foreign_experts, blocks, codes, media)
+    f.__name__: f
+    for f in (dense, attention, experts, foreign_heads, foreign_experts, blocks, codes, media, head, epilogues)
 }
 
 

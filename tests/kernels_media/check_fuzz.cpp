@@ -175,7 +175,9 @@ void run(const OpDef& op, const Case& c, const Call& call) {
             operands.push_back({own.back().get(), t.rows(n), t.cols, t.stride, t.dtype});
         }
         const int count = static_cast<int>(operands.size());
-        const int status = op.run({operands.data(), count, c.i.data(), static_cast<int>(c.i.size()), c.f.data(), n, scratch.get(), par});
+        const Span span{0, n, nullptr};  // states of one session, given as operands: none of these kernels asks for its slot
+        const int status = op.run({operands.data(), count, c.i.data(), static_cast<int>(c.i.size()), c.f.data(), n,
+                                   scratch.get(), par, call.t, &span, 1});
         if (status != ok && status != bad_index) std::abort();
         for (size_t k = static_cast<size_t>(op.n_outputs); k < c.t.size(); ++k) {
             const size_t size = static_cast<size_t>(bytes(c.t[k], n));

@@ -22,8 +22,10 @@ def test_leaving_out_an_exact_pass_leaves_every_bit(tmp_path, monkeypatch):
         with tmlc.load(tmp_path / "x.tmlc", threads=1, sessions=1) as engine:
             session = engine.session(seed=0)
             parts = [session.append(tokens=[1, 2, 3, 250, 7]), session.append(audio=audio), session.append(tokens=[9])]
+            ticks = [session.tick(tmlc.TickInput(audio=audio, text="hello")) for _ in range(3)]
             session.close()
-        return np.concatenate(parts)
+        spoken = [np.concatenate([np.float32(out.tokens), out.audio.ravel()]) for out in ticks]
+        return np.concatenate([part.ravel() for part in (*parts, *spoken)])
 
     whole = answers(load_pipeline("cpu"))
     differ = [name for name in OPTIONAL if not np.array_equal(whole, answers(load_pipeline("cpu").disable([name])))]

@@ -132,3 +132,33 @@ def test_random_graphs_are_planned_soundly(run_pass, program_of):
         lines.append(f"  return %v29, {rng.choice(values[1:])}\n}}")
         program = run_pass("memory.plan", program_of("\n".join(lines)))
         assert verify_memory(program) == program.record[-1].matches
+
+
+EPILOGUE = """
+facts stateful
+weight "w" = source("w") : f32[16, 16]
+weight "taps" = source("taps") : f32[16, 4]
+state "decode.tail" : f32[3, 16] kind=conv_tail method=decode init=zeros
+method decode(max_n=4) {
+  %x = input "x" : f32[n, 16]
+  %w = weight "w"
+  %c = weight "taps"
+  %t = state "decode.tail"
+  %a = silu(%x)
+  %b = gelu(%x)
+  %y = linear_conv_state(%a, %w, none, none, %c, %t, start=0, residual=true, level=1.0, addend=%b)
+  return %y
+}
+"""
+
+
+@pytest.mark.parametrize("operand", ["a", "b"])
+def test_a_fused_product_must_not_lie_on_what_it_reads_or_adds(run_pass, operand):
+    planned = run_pass("memory.plan", EPILOGUE)
+    assert verify_memory(planned) == 3
+
+    copy = planned.clone()
+    calls = {c.name: c for c in copy.methods["decode"].calls()}
+    calls["y"].meta["arena"] = calls[operand].meta["arena"]
+    with pytest.raises(IRError, match=f"writes over {operand}, which it reads"):
+        verify_memory(copy)

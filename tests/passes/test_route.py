@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from tmlc.errors import PipelineError
+
 ROUTER = """
 weight "w" = source("w") : f32[6, 8]
 weight "b" = source("b") : f32[4]
@@ -180,3 +182,37 @@ method decode(max_n=8) {
     for name in ("route.fuse_router", "route.stack_experts"):
         record = run_pass(name, text).record[-1]
         assert (record.matches, record.near_misses) == (0, [])
+
+
+CHOOSE = """
+weight "gate_up" = source("gu") : f32[3, 10, 8]
+weight "down" = source("dn") : f32[3, 8, 5]
+method decode(max_n=8) {
+  %x = input "x" : f32[n, 8]
+  %weights = input "weights" : f32[n, 2]
+  %experts = input "experts" : i64[n, 2]
+  %gu = weight "gate_up"
+  %dn = weight "down"
+  %y = moe(%x, %weights, %experts, %gu, %dn)
+  return %y
+}
+"""
+
+
+def test_the_number_of_rows_from_which_experts_are_grouped_is_written_into_the_call(run_pass, same_structure):
+    after = run_pass("route.select_kernel", CHOOSE, grouped_from=5)
+    assert (after.record[-1].matches, after.record[-1].near_misses) == (1, [])
+    rest = "none, none, alpha=0.0, limit=0.0, gate_cap=0.0, up_cap=0.0, grouped_from=5"
+    same_structure(after, CHOOSE.replace("%gu, %dn)", f"%gu, %dn, {rest})"))
+    assert run_pass("route.select_kernel", CHOOSE).methods["decode"].calls("moe")[0].args[-1] == 2
+
+
+def test_a_choice_that_was_made_is_kept_and_told(run_pass):
+    record = run_pass("route.select_kernel", run_pass("route.select_kernel", CHOOSE, grouped_from=5)).record[-1]
+    assert record.matches == 0 and "grouped from 5 rows on already" in record.near_misses[0]
+
+
+@pytest.mark.parametrize("value", [-1, 2**40, "many"])
+def test_a_number_of_rows_that_is_none_is_refused(run_pass, value):
+    with pytest.raises(PipelineError, match="grouped_from"):
+        run_pass("route.select_kernel", CHOOSE, grouped_from=value)

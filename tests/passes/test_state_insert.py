@@ -229,3 +229,14 @@ def test_bfloat16_caches_halve_the_memory_and_stay_close(streaming, stream):
     torch.testing.assert_close(
         stream(after, weights, "decode", x, [8] * 5), whole(before, weights, x), rtol=0.05, atol=0.05
     )
+
+
+def test_int8_caches_are_codes_with_a_scale_for_each_head_and_stay_close(streaming, stream):
+    before, after, weights = streaming(10, kv_dtype="int8")
+    cache = after.states["decode.2.k_cache"]
+    assert (cache.dtype, cache.shape[1]) == ("u8", 4 + 4)  # one kv head of four columns
+    x = torch.randn(40, 8)
+    cut = [stream(after, weights, "decode", x, chunks) for chunks in ([8] * 5, [1, 7] * 5)]
+    torch.testing.assert_close(cut[0], whole(before, weights, x), rtol=0.05, atol=0.05)
+    torch.testing.assert_close(cut[0], cut[1], rtol=1e-5, atol=1e-6)  # rounded once, when they are written
+    assert not torch.allclose(cut[0], whole(before, weights, x), rtol=1e-6, atol=1e-6)

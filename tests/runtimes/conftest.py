@@ -65,7 +65,8 @@ class FakeBackend(Backend):
     """Embeddings are (kind, value, 0, 0); decode keeps a leaky sum in the slot, so hidden states depend on the order
     of all positions and on nothing else.
 
-    `said` lists (kind, value) of every decoded position, `calls` every (method, n), `keys` the random keys asked for,
+    `said` lists (kind, value) of every decoded position, `calls` every (method, n), `batches` every (method, n of each
+    session), `keys` the random keys asked for,
     `script` the tokens that next_token answers (then it answers <silence>).
     """
 
@@ -77,20 +78,35 @@ class FakeBackend(Backend):
         self.slot_bytes = 8 * (1 + WIDTH)
         self.said: list[tuple[str, float]] = []
         self.calls: list[tuple[str, int]] = []
+        self.batches: list[tuple[str, list[int]]] = []
         self.keys: list[tuple[str, tuple[int, ...]]] = []
         self.mels: list[np.ndarray] = []
         self.script: deque[int] = deque()
         self.closed = False
         self.on_call: Callable[[str], None] = lambda method: None
 
-    def call(self, method: str, n: int, slot: np.ndarray, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
+    def call(
+        self, method: str, parts: Sequence[tuple[int, np.ndarray]], inputs: Sequence[np.ndarray]
+    ) -> list[np.ndarray]:
         assert not self.closed
-        spec = self.methods[method]
-        check_inputs(spec, n, inputs)
-        assert slot.ctypes.data % 64 == 0 and slot.nbytes == self.slot_bytes
-        self.calls.append((method, n))
+        spec, total = self.methods[method], sum(n for n, _ in parts)
+        check_inputs(spec, total, inputs)
+        assert len({slot.ctypes.data for _, slot in parts}) == len(parts)
+        for part, (n, slot) in enumerate(parts):
+            assert slot.ctypes.data % 64 == 0 and slot.nbytes == self.slot_bytes
+            if method == "decode" and slot.view(np.float64)[0] + n > self.limit:
+                full = ContextFullError("the context is used up")
+                full.part = part
+                raise full
+        self.calls.append((method, total))
+        self.batches.append((method, [n for n, _ in parts]))
         self.on_call(method)
-        return [getattr(self, f"_{method}")(n, slot.view(np.float64), *inputs)]
+        outs, at = [], 0
+        for n, slot in parts:
+            cut = [x[at * of.a : (at + n) * of.a] for x, of in zip(inputs, spec.inputs, strict=True)]
+            outs.append(getattr(self, f"_{method}")(n, slot.view(np.float64), *cut))
+            at += n
+        return [np.concatenate(outs)]
 
     @staticmethod
     def _tag(kind: int, values: np.ndarray) -> np.ndarray:
@@ -113,8 +129,6 @@ class FakeBackend(Backend):
         return self._tag(3, np.repeat(video.reshape(n, -1).astype(np.float32).sum(1), 3))
 
     def _decode(self, n, state, x):
-        if state[0] + n > self.limit:
-            raise ContextFullError("the context is used up")
         out = np.empty_like(x)
         for i, position in enumerate(x):
             self.said.append((("text", "audio", "speech", "video")[int(position[0])], float(position[1])))

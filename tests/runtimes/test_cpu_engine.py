@@ -187,6 +187,16 @@ def test_every_cut_and_every_number_of_threads_gives_the_same_bits(package, thre
         assert np.array_equal(whole, np.concatenate(parts))
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="cores and locked pages are asked of Linux")
+@pytest.mark.parametrize("options", [{"pin": True}, {"lock_memory": True}])
+def test_where_threads_and_memory_lie_changes_no_bit(package, options):
+    tokens = [5, 6, 7, 8, 9]
+    with load(package, threads=1) as plain, load(package, threads=1, sessions=1, **options) as engine:
+        wanted = plain.session(seed=1).append(tokens=tokens)
+        assert np.array_equal(engine.session(seed=1).append(tokens=tokens), wanted)
+        assert (engine.cores is not None) == ("pin" in options)
+
+
 def test_ticks_choose_what_the_logits_say_and_go_on_after_restore(engine):
     session = engine.session()
     out = session.tick(TickInput(tokens=TOKENS[:5]))
@@ -254,6 +264,11 @@ def test_arguments_of_load_are_checked(package, tmp_path):
         load(package, isa="z80")
     with pytest.raises(PackageError):
         load(tmp_path / "nothing.tmlc")
+
+
+def test_weights_lie_on_cache_lines_and_are_not_copied(engine):
+    address = engine.backend._weights.ctypes.data
+    assert address % 64 == 0 and np.shares_memory(engine.backend._weights, engine._package.weights)
 
 
 def test_text_needs_a_tokenizer(engine):

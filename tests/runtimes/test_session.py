@@ -177,10 +177,24 @@ def test_append_gives_the_same_logits_however_it_is_cut(make_engine):
     assert np.array_equal(whole, np.concatenate(parts))
 
 
+def test_append_computes_only_the_logits_that_are_asked_for(backend, make_engine):
+    engine = make_engine(backend, max_append=4)
+    whole = engine.session().append(list(range(10)))
+    last, none = engine.session(), engine.session()
+    backend.calls.clear()
+    assert np.array_equal(last.append(list(range(10)), logits="last"), whole[-1:])
+    assert [n for method, n in backend.calls if method == "unembed"] == [1]
+    backend.calls.clear()
+    assert none.append(list(range(10)), logits="none").shape == (0, 260)
+    assert "unembed" not in [method for method, _ in backend.calls]
+    assert np.array_equal(last.append([7]), none.append([7]))
+
+
 @pytest.mark.parametrize(
     ("arguments", "what"),
     [
         ({}, "at least one position"),
+        ({"tokens": [1], "logits": "some"}, "logits must be one of all, last, none"),
         ({"tokens": [300]}, "vocabulary"),
         ({"tokens": 3}, "sequence of whole numbers"),
         ({"audio": np.zeros(12, np.float32)}, "whole number of positions of 8 samples"),
@@ -265,6 +279,7 @@ def test_a_damaged_snapshot_is_refused_and_takes_no_slot(make_engine):
         {"tick": -1},
         {"tick": "1"},
         {"queue": [-1]},
+        {"queue": [65, 260]},  # one more than the vocabulary has
         {"queue": 3},
         {"seed": None},
         {"temperature": 1},

@@ -108,6 +108,24 @@ def talk(outcome: Outcome, engine: tmlc.Engine, session: tmlc.Session, rng: Rand
     return session
 
 
+def together(engine: tmlc.Engine, outcome: Outcome, sessions: list[tmlc.Session], rng: Random) -> None:
+    """One tick of all of them in one call."""
+
+    def own(result: tmlc.TickOutput | Exception) -> None:
+        if isinstance(result, Exception):
+            raise result
+
+    given = [noise(rng, engine.manifest.tick) for _ in sessions]
+    for result in outcome.attempt(lambda: engine.tick_batch(sessions, given)) or []:
+        outcome.attempt(lambda result=result: own(result))
+
+
+def heard_alone(engine: tmlc.Engine) -> bytes:
+    """What a session of a seed of its own says in its first tick."""
+    with engine.session(seed=7) as session:
+        return session.tick(noise(Random(7), engine.manifest.tick)).audio.tobytes()
+
+
 def use_engine(outcome: Outcome, engine: tmlc.Engine, rng: Random) -> None:
     engine.capacity()
     with engine.session(seed=rng.randrange(99), temperature=rng.choice([0.0, 0.8])) as session:
@@ -116,8 +134,8 @@ def use_engine(outcome: Outcome, engine: tmlc.Engine, rng: Random) -> None:
     if blob is not None:
         twin = outcome.attempt(lambda: engine.restore(blob))
         if twin is not None:
-            outcome.attempt(lambda: twin.tick(noise(rng, engine.manifest.tick)))
-            twin.close()
+            with twin, engine.session() as other:
+                together(engine, outcome, [other, twin], rng)
     assert engine.slots.free == engine.slots.count
 
 
@@ -139,10 +157,15 @@ def use_package(outcome: Outcome, path: Path, rng: Random) -> None:
         assert engine.slots.free == engine.slots.count
 
 
-def use_snapshot(outcome: Outcome, engine: tmlc.Engine, blob: bytes, rng: Random) -> None:
+def use_snapshot(outcome: Outcome, engine: tmlc.Engine, blob: bytes, rng: Random, alone: bytes) -> None:
+    """Whatever a snapshot holds, it can hurt the session that it makes, and never the company of that session."""
     session = outcome.attempt(lambda: engine.restore(blob))
     if session is not None:
         with session:
+            with engine.session(seed=7) as other:
+                given = [noise(Random(7), engine.manifest.tick), noise(rng, engine.manifest.tick)]
+                heard = engine.tick_batch([other, session], given)[0]
+                assert isinstance(heard, tmlc.TickOutput) and heard.audio.tobytes() == alone, heard
             outcome.attempt(lambda: session.tick(noise(rng, engine.manifest.tick)))
             talk(outcome, engine, session, rng)
             again = outcome.attempt(session.snapshot)
@@ -159,6 +182,7 @@ def main(package: Path, library: Path, first: int, count: int, folder: Path) -> 
         for _ in range(4):
             session.tick(noise(Random(0), good.manifest.tick))
         blob = session.snapshot()
+    alone = heard_alone(good)
     for case in range(first, first + count):
         rng = Random(case)
         kind = ORDER[case % len(ORDER)]
@@ -167,7 +191,7 @@ def main(package: Path, library: Path, first: int, count: int, folder: Path) -> 
         outcome = Outcome()
         try:
             if kind == "snapshot":
-                use_snapshot(outcome, good, snapshot_mutations.snapshot(blob, rng), rng)
+                use_snapshot(outcome, good, snapshot_mutations.snapshot(blob, rng), rng, alone)
             else:
                 path = folder / str(case)
                 mutations.write_case(kind, original, parts, rng, path)

@@ -28,6 +28,7 @@ THREADS = click.option(
     metavar="N",
     help="Kernel threads. Outputs do not depend on it.  [default: the machine's cores]",
 )
+PIN = click.option("--pin", is_flag=True, help="Tie each kernel thread but the caller's to a core of its own.")
 
 
 def verb(name: str | None = None, *, example: str) -> Callable[[Callable[..., Any]], click.Command]:

@@ -24,6 +24,7 @@ _PATH = click.Path(path_type=Path)
     example="""
 tmlc compile nano/ -o nano.tmlc
 tmlc compile nano/ -o nano.tmlc --precision bf16 --check
+tmlc compile nano/ -o nano.tmlc --precision int8 --kv int8
 tmlc compile nano/ -o nano.tmlc --force --no-cache
 tmlc compile nano/ -o nano.tmlc --context 4096 --context-policy end
 tmlc compile nano/ --stop-after state.insert --dump passes/
@@ -43,6 +44,7 @@ tmlc compile nano/ -o nano.tmlc --pipeline mine.yaml
 @click.option("--dump", type=_PATH, metavar="DIR", help="Write the program's text form before and after every pass.")
 @click.option("--print-pipeline", is_flag=True, help="Print the pipeline as YAML and end.")
 @click.option("--check", is_flag=True, help="Compare outputs on real inputs after every pass.")
+@click.option("--kv", metavar="NAME", help="Keys and values in fp32, bf16 or int8.  [default: as --precision]")
 @click.option("--context", type=click.IntRange(1), metavar="N", help="Positions that a session keeps.")
 @click.option("--context-policy", metavar="NAME", help="At the bound: ring_with_sinks or end.")
 @click.option("--sinks", type=click.IntRange(0), metavar="N", help="First positions that a ring never forgets.")

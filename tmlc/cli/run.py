@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from tmlc.cli.common import FORCE, THREADS, print_json, progress, show, verb
+from tmlc.cli.common import FORCE, PIN, THREADS, print_json, progress, show, verb
 from tmlc.cli.inputs import SEED, open_recording, recording_options
 from tmlc.cli.outputs import Outputs
 from tmlc.errors import UsageError
@@ -54,6 +54,7 @@ tmlc run nano.tmlc --text typed.yaml --seconds 20 --clock wall -o out/
     help="Of the text; 0 takes the likeliest token.",
 )
 @THREADS
+@PIN
 @FORCE
 def command(
     package: Path,
@@ -68,6 +69,7 @@ def command(
     seed: int,
     temperature: float,
     threads: int | None,
+    pin: bool,
     force: bool,
     as_json: bool,
 ) -> None:
@@ -85,7 +87,7 @@ def command(
 
     names = ["output.wav", "transcript.txt", "timeline.jsonl"]
     outputs = Outputs(out, names, force)
-    engine = tmlc.load(package, threads=threads, sessions=1)
+    engine = tmlc.load(package, threads=threads, sessions=1, pin=pin)
     try:
         recording = open_recording(engine.manifest, audio, video, fps, text)
         length = recording.duration() if seconds is None else seconds

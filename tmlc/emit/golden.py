@@ -22,8 +22,9 @@ KEEP_BYTES = 256 * 2**20  # weights of a program are kept between calls up to th
 CALL_SIZES = (5, 3, 1)  # new positions of the calls of one sequence, so that states and chunking are shown
 
 # How far an engine's floats may be from the recorded ones, as a part of the largest recorded value.
-# Quantised weights are compared with what their codes stand for, so keys and values (bf16) decide.
-TOLERANCE = {"fp32": 1e-4, "bf16": 1e-2, "int8": 1e-2, "int4": 1e-2}
+# Quantised weights are compared with what their codes stand for; the engine rounds the activations that meet them to a
+# byte, which the recording does not, and now and then that makes a router choose another expert.
+TOLERANCE = {"fp32": 1e-4, "bf16": 1e-2, "int8": 5e-2, "int4": 1e-1}
 
 
 class _Recorder:

@@ -94,6 +94,27 @@ def _linear(c: Call) -> None:
     c.emit("linear", [c.x("x"), c.weight("weight", "k16"), *c.optional("bias")])
 
 
+def _epilogue(c: Call) -> tuple[list["Value"], int]:
+    """The operands of an epilogue and the flags that say which there are (docs/plan-format.md, "Epilogues")."""
+    t: list[Value] = []
+    flags = 0
+    if c.args.get("scale") is not None:
+        t, flags = [*t, c.weight("scale")], flags | 4
+    if c.args.get("taps") is not None:
+        t, flags = [*t, c.weight("taps", "taps"), c.state("tail")], flags | 8
+    if c.args.get("addend") is not None:
+        t, flags = [*t, c.x("addend")], flags | 16
+    return t, flags
+
+
+def _linear_epilogue(c: Call) -> None:
+    bias = c.optional("bias")
+    after, flags = _epilogue(c)
+    i = [flags | (1 if bias else 0), c.args.get("start", 0), int(c.args.get("residual", False))]
+    t = [c.x("x"), c.weight("weight", "k16"), *bias, *after]
+    c.emit("linear", t, i, [c.args.get("level", 1.0)])
+
+
 def _scale_by(c: Call) -> None:
     c.emit("scale_by", [c.x("x"), c.weight("s")])
 
@@ -128,7 +149,9 @@ def _attention(c: Call) -> None:
         raise c.emitter.fail(c.node, f"a cache of {capacity} positions is not a multiple of {BLOCK}")
     values = c.args["v_cache"].meta["type"]
     k_cache = c.emitter.state(c.args["k_cache"], cache.dtype, groups * capacity // BLOCK, width // groups * BLOCK)
-    v_cache = c.emitter.state(c.args["v_cache"], values.dtype, groups * capacity, int(values.shape[1]) // groups)
+    v_width = int(values.shape[1]) // groups
+    v_rows, v_cols = (capacity // BLOCK, v_width * BLOCK) if values.dtype == "u8" else (capacity, v_width)
+    v_cache = c.emitter.state(c.args["v_cache"], values.dtype, groups * v_rows, v_cols)
     t = [c.x("q"), c.x("k"), c.x("v"), c.state("position"), k_cache, v_cache]
     bias, sink_logits = c.optional("rel") + c.optional("rel_table"), c.optional("sink_logits")
     flags = (1 if bias else 0) + (2 if sink_logits else 0)
@@ -174,10 +197,15 @@ def _moe(c: Call) -> None:
     t = [c.x("x"), c.x("weights"), c.x("experts")]
     t += [c.weight("gate_up", "k16.gate_up"), c.weight("down", "k16.experts")]
     biases = c.optional("gate_up_bias") + c.optional("down_bias")
-    alpha, limit = c.args["alpha"], c.args["limit"]
+    alpha, limit, grouped_from = c.args["alpha"], c.args["limit"], c.args["grouped_from"]
     caps = [c.args["gate_cap"], c.args["up_cap"]] if c.args["gate_cap"] else []
-    if biases or alpha or caps:
-        flags = (1 if biases else 0) + (2 if caps else 0)
+    after, after_flags = _epilogue(c)
+    flags = (1 if biases else 0) + (2 if caps else 0)
+    if after or grouped_from:
+        i = [experts, f, flags | after_flags, grouped_from, 0, int(c.args.get("residual", False))]
+        numbers = [alpha, limit, c.args["gate_cap"], c.args["up_cap"], c.args.get("level", 1.0)]
+        c.emit("moe", [*t, *biases, *after], i, numbers)
+    elif biases or alpha or caps:
         c.emit("moe", [*t, *biases], [experts, f, flags], [alpha, limit, *caps])
     else:
         c.emit("moe", t, [experts, f])
@@ -198,6 +226,11 @@ def _patchify(c: Call) -> None:
 
 def _philox_normal(c: Call) -> None:
     c.emit("philox_normal", [c.x("key")])
+
+
+def _head_sample(c: Call) -> None:
+    t = [c.x("x"), c.weight("weight", "k16"), c.x("key"), c.x("temperature"), *c.optional("bias")]
+    c.emit("head_sample", t, [c.args["entries"]], [c.args["alpha"], c.args["cap"]])
 
 
 def _overlap_add(c: Call) -> None:
@@ -237,11 +270,16 @@ LOWERINGS: dict[str, Lowering] = {
     "router": Lowering("router", _router),
     "topk_router": Lowering("topk_router", _topk_router),
     "moe": Lowering("moe", _moe),
+    "linear_add": Lowering("linear", _linear_epilogue),
+    "linear_conv_state": Lowering("linear", _linear_epilogue),
+    "moe_add": Lowering("moe", _moe),
+    "moe_conv_state": Lowering("moe", _moe),
     "dmel_state": Lowering("dmel", _dmel),
     "patchify": Lowering("patchify", _patchify),
     "philox_normal": Lowering("philox_normal", _philox_normal),
     "sample": _elementwise("sample", ["logits", "key", "temperature"]),
     "overlap_add_state": Lowering("overlap_add", _overlap_add),
+    "head_sample": Lowering("head_sample", _head_sample),
 }
 
 # Views cost nothing: another entry of the tensor table over the same bytes.

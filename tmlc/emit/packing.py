@@ -16,6 +16,7 @@ from tmlc.ir.quantize import SCHEMES, Codes, quantise, row_chunks
 
 BLOCK = 16
 CHUNK_ROWS = 2048  # rows packed at a time: bounds the extra memory
+RUN = 4  # groups of a quantised block whose codes, then scales, then zero points lie together
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
 
@@ -115,7 +116,10 @@ def pack_linear(tensor: torch.Tensor, dtype: str) -> Iterator[np.ndarray]:
 
 
 def _quantised_blocks(q: Codes) -> torch.Tensor:
-    """uint8 [blocks, bytes]: for each group its codes, quads of inputs outermost, then scales, then zero points."""
+    """uint8 [blocks, bytes]: run after run of groups, each its codes (quads of inputs outermost), scales, zero points.
+
+    Whole runs keep the codes on cache lines, which groups alone (of 544, 304 or 560 bytes) would not.
+    """
     rows, groups, group = q.codes.shape
     pad = blocks(rows) * BLOCK - rows
 
@@ -132,7 +136,10 @@ def _quantised_blocks(q: Codes) -> torch.Tensor:
     parts.append(scales.view(torch.uint8))
     if q.zeros is not None:
         parts.append(whole(q.zeros).reshape(count, BLOCK, groups).transpose(1, 2))
-    return torch.cat(parts, -1).reshape(count, -1)
+    full = groups // RUN * RUN
+    runs = [part[:, :full].reshape(count, groups // RUN, RUN * part.shape[-1]) for part in parts]
+    rest = [part[:, full:].reshape(count, -1) for part in parts]
+    return torch.cat([torch.cat(runs, -1).reshape(count, -1), *rest], -1)
 
 
 def pack_experts(tensor: torch.Tensor, dtype: str) -> Iterator[np.ndarray]:
@@ -142,11 +149,12 @@ def pack_experts(tensor: torch.Tensor, dtype: str) -> Iterator[np.ndarray]:
 
 
 def pack_gate_up(tensor: torch.Tensor, dtype: str) -> Iterator[np.ndarray]:
-    """[E, 2f, d]: for each expert the blocks of its gate rows, then the blocks of its up rows."""
+    """[E, 2f, d]: for each expert the blocks of its gate rows and of its up rows in turn."""
     f = tensor.shape[1] // 2
     for expert in tensor:
-        yield from pack_linear(expert[:f], dtype)
-        yield from pack_linear(expert[f:], dtype)
+        for gate, up in zip(pack_linear(expert[:f], dtype), pack_linear(expert[f:], dtype), strict=True):
+            count = gate.size // packed_cols(tensor.shape[2], dtype)
+            yield np.stack([gate.reshape(count, -1), up.reshape(count, -1)], 1)
 
 
 @dataclass(frozen=True)

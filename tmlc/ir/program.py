@@ -50,6 +50,7 @@ class Fact(StrEnum):
     EXPERTS_STACKED = "experts_stacked"  # no shared_experts op is left
     LINEARS_MERGED = "linears_merged"
     NORMS_FUSED = "norms_fused"
+    HEAD_FUSED = "head_fused"  # no sample reads logits that a linear could have kept to itself
     STATEFUL = "stateful"  # every op that needs history reads it from a state
     WEIGHTS_CAST = "weights_cast"
     MEMORY_PLANNED = "memory_planned"  # every call has meta["arena"]

@@ -135,6 +135,9 @@ def _map(path: Path, maps: list[mmap.mmap]) -> memoryview:
         if not file.seek(0, 2):
             return memoryview(b"")
         maps.append(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    if hasattr(mmap, "MADV_WILLNEED"):
+        with suppress(OSError):  # a hint: what is not cached is read ahead of the digests
+            maps[-1].madvise(mmap.MADV_WILLNEED)
     return memoryview(maps[-1])
 
 

@@ -2,6 +2,7 @@
 #include <cstdio>
 #include <string>
 
+#include "bandwidth.h"
 #include "plan.h"
 #include "pool.h"
 
@@ -29,6 +30,8 @@ TMLC_API void* tmlc_pool_create(int threads) {
     }
 }
 TMLC_API int tmlc_pool_threads(void* pool) { return static_cast<Pool*>(pool)->threads(); }
+// Ties worker i to core cores[i]; 0, or the system's error number.
+TMLC_API int tmlc_pool_pin(void* pool, const int* cores, int count) { return static_cast<Pool*>(pool)->pin(cores, count); }
 TMLC_API void tmlc_pool_destroy(void* pool) { delete static_cast<Pool*>(pool); }
 
 TMLC_API void* tmlc_plan_create(const int64_t* words, int64_t n_words, const void* weights, int64_t weight_bytes,
@@ -49,6 +52,9 @@ TMLC_API void* tmlc_plan_create(const int64_t* words, int64_t n_words, const voi
 TMLC_API int64_t tmlc_plan_arena_bytes(void* plan) { return static_cast<Plan*>(plan)->arena_bytes(); }
 TMLC_API int64_t tmlc_plan_slot_bytes(void* plan) { return static_cast<Plan*>(plan)->slot_bytes(); }
 TMLC_API int64_t tmlc_plan_scratch_bytes(void* plan) { return static_cast<Plan*>(plan)->scratch_bytes(); }
+// Where the arena and the scratch lie, for whoever wants to lock them in memory.
+TMLC_API const void* tmlc_plan_arena(void* plan) { return static_cast<Plan*>(plan)->arena().data(); }
+TMLC_API const void* tmlc_plan_scratch(void* plan) { return static_cast<Plan*>(plan)->scratch().data(); }
 TMLC_API void tmlc_plan_destroy(void* plan) { delete static_cast<Plan*>(plan); }
 
 // `inputs` and `outputs` have as many entries as the method declares, `parts` n_parts (the binding checks that); pool may
@@ -99,4 +105,10 @@ TMLC_API int tmlc_plan_times(void* plan, int method, double* ns, int64_t count, 
     for (size_t k = 0; k < m.code.size() && static_cast<int64_t>(k) < count; ++k) ns[k] = m.code[k].ns;
     if (calls != nullptr) *calls = m.calls;
     return static_cast<int>(m.code.size());
+}
+
+// Reads whole 64 KiB units of `data` (64-byte aligned) once, on the pool's threads; returns the sum of their words, which
+// proves that they were read.
+TMLC_API uint64_t tmlc_read_memory(void* pool, const void* data, int64_t bytes) {
+    return tmlc::read_memory(*static_cast<Pool*>(pool), static_cast<const uint8_t*>(data), bytes);
 }

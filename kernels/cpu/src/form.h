@@ -8,9 +8,11 @@ namespace tmlc {
 
 enum class Form { none, f32, bf16, int8, int4, int4_64 };
 
+constexpr int64_t read_ahead = 3072;  // bytes between what a product reads and what it asks the memory for
 constexpr int64_t quant_group = 32;  // inputs that share a scale of the activations (and of int8 and int4 weights)
-constexpr int64_t int8_bytes = 16 * 32 + 32;            // 16 rows x 32 codes, 16 float16 scales
-constexpr int64_t int4_bytes = 16 * 16 + 32 + 16;       // 16 rows x 32 nibbles, 16 scales, 16 zero points
+constexpr int64_t quant_run = 4;     // groups of weights whose codes, then scales, then zero points lie together
+constexpr int64_t int8_bytes = 16 * 32 + 32;              // 16 rows x 32 codes, 16 float16 scales
+constexpr int64_t int4_bytes = 16 * 16 + 32 + 16;         // 16 rows x 32 nibbles, 16 scales, 16 zero points
 constexpr int64_t int4_64_bytes = 2 * 16 * 16 + 32 + 16;  // the same with 64 nibbles to a row
 
 // Columns of the plan's tensor for one block of 16 output rows over k inputs (bytes for the quantised forms).

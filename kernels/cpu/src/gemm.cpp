@@ -1,4 +1,4 @@
-// Every tile shape of gemm.h, compiled once.
+// The tiles of gemm.h, compiled once for every number of rows and form.
 #include "gemm.h"
 
 #include <array>
@@ -7,43 +7,68 @@
 namespace tmlc {
 namespace {
 
-constexpr int shape(int rows, int blocks) { return rows * (max_blocks + 1) + blocks; }
-constexpr int shapes = (tile_rows + 1) * (max_blocks + 1);
+template <int R>
+void f32_tile(const float* const* x, const void* w, int64_t k, float* out) {
+    const float* p = static_cast<const float*>(w);
+    v16 acc[R];
+    for (int r = 0; r < R; ++r) acc[r] = zero16();
+    for (int64_t i = 0; i < k; ++i) {
+        __builtin_prefetch(reinterpret_cast<const char*>(p + i * 16) + read_ahead);
+        const v16 v = load(p + i * 16);
+        for (int r = 0; r < R; ++r) acc[r] = fma(splat(x[r][i]), v, acc[r]);
+    }
+    for (int r = 0; r < R; ++r) store(out + r * 16, acc[r]);
+}
 
-template <int S, Form F>
+// Pairs along K: the even inputs have one sum, the odd ones another, which keeps two chains of additions going for a row
+// alone; together at the end.
+template <int R>
+void bf16_tile(const float* const* x, const void* w, int64_t k, float* out) {
+    const uint16_t* p = static_cast<const uint16_t*>(w);
+    v16 first[R], second[R];
+    for (int r = 0; r < R; ++r) first[r] = second[r] = zero16();
+    const int64_t pairs = k / 2;
+    v16 even, odd;
+    for (int64_t i = 0; i < pairs; ++i) {
+        __builtin_prefetch(reinterpret_cast<const char*>(p + i * 32) + read_ahead);
+        load_bf16_pairs(p + i * 32, even, odd);
+        for (int r = 0; r < R; ++r) {
+            first[r] = fma(splat(x[r][2 * i]), even, first[r]);
+            second[r] = fma(splat(x[r][2 * i + 1]), odd, second[r]);
+        }
+    }
+    if (k % 2 != 0) {
+        load_bf16_pairs(p + pairs * 32, even, odd);
+        for (int r = 0; r < R; ++r) first[r] = fma(splat(x[r][2 * pairs]), even, first[r]);
+    }
+    for (int r = 0; r < R; ++r) store(out + r * 16, first[r] + second[r]);
+}
+
+template <Form F, int R>
 constexpr TileFn pick() {
-    constexpr int r = S / (max_blocks + 1), b = S % (max_blocks + 1);
-    if constexpr (r < 1 || b < 1) return nullptr;
-    else if constexpr (F == Form::f32 || F == Form::bf16) {
-        if constexpr (b <= blocks_for_rows[r]) return tile_store<r, b, F == Form::bf16>;
-        else return nullptr;
-    } else if constexpr (r <= quant_tile_rows) {
-        if constexpr (b <= quant_blocks_for_rows[r]) return quant_tile<r, b, F>;
-        else return nullptr;
-    } else return nullptr;
+    if constexpr (R < 1 || R > rows_of_tile(F)) return nullptr;
+    else if constexpr (F == Form::f32) return f32_tile<R>;
+    else if constexpr (F == Form::bf16) return bf16_tile<R>;
+    else return quant_tile<R, F>;
 }
-template <Form F, int... S>
-constexpr std::array<TileFn, shapes> table(std::integer_sequence<int, S...>) {
-    return {pick<S, F>()...};
+template <Form F, int... R>
+constexpr std::array<TileFn, most_rows + 1> table(std::integer_sequence<int, R...>) {
+    return {pick<F, R>()...};
 }
-
-constexpr auto f32_tiles = table<Form::f32>(std::make_integer_sequence<int, shapes>());
-constexpr auto bf16_tiles = table<Form::bf16>(std::make_integer_sequence<int, shapes>());
-constexpr auto int8_tiles = table<Form::int8>(std::make_integer_sequence<int, shapes>());
-constexpr auto int4_tiles = table<Form::int4>(std::make_integer_sequence<int, shapes>());
-constexpr auto int4_64_tiles = table<Form::int4_64>(std::make_integer_sequence<int, shapes>());
+template <Form F>
+constexpr auto tiles = table<F>(std::make_integer_sequence<int, most_rows + 1>());
 
 }  // namespace
 
-TileFn tile_function(int rows, int blocks, Form form) {
-    if (rows < 1 || rows > tile_rows || blocks < 1 || blocks > max_blocks) return nullptr;
-    const auto at = static_cast<size_t>(shape(rows, blocks));
+TileFn tile_function(int rows, Form form) {
+    if (rows < 1 || rows > most_rows) return nullptr;
+    const auto at = static_cast<size_t>(rows);
     switch (form) {
-        case Form::f32: return f32_tiles[at];
-        case Form::bf16: return bf16_tiles[at];
-        case Form::int8: return int8_tiles[at];
-        case Form::int4: return int4_tiles[at];
-        case Form::int4_64: return int4_64_tiles[at];
+        case Form::f32: return tiles<Form::f32>[at];
+        case Form::bf16: return tiles<Form::bf16>[at];
+        case Form::int8: return tiles<Form::int8>[at];
+        case Form::int4: return tiles<Form::int4>[at];
+        case Form::int4_64: return tiles<Form::int4_64>[at];
         case Form::none: break;
     }
     return nullptr;

@@ -1,12 +1,13 @@
 // Mixture of experts: the router with its shared-expert sink, and the experts themselves.
 //
 // Experts run in two stages over all positions of a call, pairs (position, choice) sorted by expert, so that each
-// touched expert is read once; a third stage adds the choices of a position in their own order, which makes the bits of
-// a row independent of its neighbours.
+// touched expert is read once. In the second stage a thread owns columns of the result and adds the experts up in
+// ascending order, which makes the bits of a row independent of its neighbours and needs no third stage.
 #include <cmath>
 #include <cstring>
 
 #include "check.h"
+#include "epilogue.h"
 #include "gemm.h"
 #include "vec.h"
 
@@ -113,9 +114,9 @@ int run_router(const RunArgs& a) {
         const int64_t count = x.rows - r0 < router_chunk ? x.rows - r0 : router_chunk;
         for (int64_t r = 0; r < count; ++r) rows[r] = x.f32(r0 + r);
         a.par.split(w.rows, count * width * x.cols, [&](int64_t begin, int64_t end, int) {
-            for_tiles<1>(
-                rows, count, begin, end, matrix, [&](int64_t b, const void** p) { p[0] = matrix.block(b); },
-                [&](int64_t r, int64_t b, const float* sums) { store(logits + r * width + b * 16, load(sums)); });
+            for_tiles<1>(rows, count, begin, end, matrix, 0, [&](int64_t r, int64_t b, auto& sums) {
+                store(logits + r * width + b * 16, load(sums[0]));
+            });
         });
         for (int64_t r = 0; r < count; ++r)
             route.run(logits + r * width, weights.f32(r0 + r), experts.i32(r0 + r), logits + router_chunk * width);
@@ -125,27 +126,36 @@ int run_router(const RunArgs& a) {
 
 // ---- experts --------------------------------------------------------------------------------------------------------
 
-// Scratch of one call: pairs sorted by expert, the hidden rows and the results of each pair.
+// Pairs that run together: those of one expert, or one alone. They are neighbours in `order`.
+struct Group {
+    int64_t expert, begin, count;
+};
+
+// Scratch of one call: pairs in groups, the hidden row of each, and the rounded rows that quantised weights meet.
 struct Layout {
-    int64_t experts, d, f, pairs;
-    int64_t starts, order, expert, touched, rows, hidden, results, bytes;
-    Layout(int64_t e, int64_t d_, int64_t f_, int64_t pairs_) : experts(e), d(round_up(d_, 16)), f(round_up(f_, 16)), pairs(pairs_) {
+    int64_t f;  // floats of a hidden row
+    int64_t starts, order, expert, groups, rows, hidden, x_codes, hidden_codes, bytes;
+    Layout(int64_t e, int64_t d, int64_t f_, int64_t n, int64_t pairs, bool up_quantised, bool down_quantised)
+        : f(round_up(f_, 16)) {
         int64_t at = 0;
         const auto take = [&](int64_t size) { const int64_t here = at; at += round_up(size, 64); return here; };
         starts = take(8 * (e + 1));
-        touched = take(8 * (e + 1));
+        groups = take(int64_t{sizeof(Group)} * (e > pairs ? e : pairs));
         order = take(8 * pairs);
         expert = take(4 * pairs);
         rows = take(8 * pairs);
         hidden = take(4 * pairs * f);
-        results = take(4 * pairs * d);
+        x_codes = take(up_quantised ? n * QuantRow(d).bytes() : 0);
+        hidden_codes = take(down_quantised ? pairs * QuantRow(f_).bytes() : 0);
         bytes = at;
     }
 };
 
-// Flag 1 of the call: gate_up_bias and down_bias are its last two operands. Flag 2: its last two numbers are soft caps.
-bool has_biases(const int64_t* i, int n_i) { return n_i == 3 && (i[2] & 1) != 0; }
-bool has_caps(const int64_t* i, int n_i) { return n_i == 3 && (i[2] & 2) != 0; }
+// Flag 1 of the call: gate_up_bias and down_bias are there. Flag 2: the soft caps are. The other flags are epilogue.h's,
+// and come with all ints (E f flags grouped_from start residual) and numbers (alpha limit gate_cap up_cap level).
+bool has_biases(const int64_t* i, int n_i) { return n_i >= 3 && (i[2] & 1) != 0; }
+bool has_caps(const int64_t* i, int n_i) { return n_i >= 3 && (i[2] & 2) != 0; }
+int epilogue_at(bool biases) { return biases ? 8 : 6; }
 
 TMLC_INLINE v16 capped(v16 x, float cap) { return splat(cap) * tanh16(x * splat(1.0f / cap)); }
 
@@ -162,9 +172,12 @@ struct Activation {
 
 const char* check_moe(const Call& c) {
     const bool biases = has_biases(c.i, c.n_i);
-    TMLC_REQUIRE((c.n_i == 2 && c.n_f == 0) || (c.n_i == 3 && (c.n_f == 2 || c.n_f == 4)), "wrong number of operands");
-    TMLC_REQUIRE(c.n_i == 2 || (c.i[2] >= 0 && c.i[2] <= 3 && has_caps(c.i, c.n_i) == (c.n_f == 4)), "unknown flags");
-    TMLC_REQUIRE(c.n_t == (biases ? 8 : 6), "wrong number of operands");
+    const bool all = c.n_i == 6 && c.n_f == 5;
+    TMLC_REQUIRE(all || (c.n_i == 2 && c.n_f == 0) || (c.n_i == 3 && (c.n_f == 2 || c.n_f == 4)), "wrong number of operands");
+    const int64_t flags = c.n_i == 2 ? 0 : c.i[2];
+    TMLC_REQUIRE(flags >= 0 && (flags & ~(all ? epilogue_flags | 3 : 3)) == 0, "unknown flags");
+    TMLC_REQUIRE(c.n_i != 3 || has_caps(c.i, c.n_i) == (c.n_f == 4), "unknown flags");
+    TMLC_REQUIRE(c.n_t == epilogue_at(biases) + epilogue_operands(flags), "wrong number of operands");
     const TensorInfo &out = *c.t[0], &x = *c.t[1], &weights = *c.t[2], &experts = *c.t[3], &up = *c.t[4], &down = *c.t[5];
     const int64_t e = c.i[0], f = c.i[1];
     TMLC_REQUIRE(e >= 1 && e <= max_experts && f >= 1 && f <= 1 << 24, "absurd number or size of experts");
@@ -176,20 +189,57 @@ const char* check_moe(const Call& c) {
     TMLC_REQUIRE(x.rows(c.max_n) <= int64_t{1} << 24, "too many rows");
     TMLC_REQUIRE(!biases || (is_f32(*c.t[6]) && c.t[6]->fixed(e, 2 * f)), "gate_up_bias must be f32 [E,2f]");
     TMLC_REQUIRE(!biases || (is_f32(*c.t[7]) && c.t[7]->fixed(e, x.cols)), "down_bias must be f32 [E,d]");
-    for (int j = 0; j < c.n_f; ++j) TMLC_REQUIRE(finite(c.f[j]) && c.f[j] >= 0, "alpha, limit and caps must not be negative");
-    TMLC_REQUIRE(c.n_f < 4 || (c.f[0] == 0 && c.f[2] > 0 && c.f[3] > 0), "both caps must be positive, and alpha 0");
-    return nullptr;
-}
-// Bytes behind the layout for quantised rows: those of x while stage one runs, the hidden ones in stage two.
-int64_t quantised_bytes(const Call& c, int64_t rows, int64_t pairs) {
-    const TensorInfo &x = *c.t[1], &up = *c.t[4], &down = *c.t[5];
-    const bool one = quantised(form_of(up.dtype, up.cols, x.cols)), two = quantised(form_of(down.dtype, down.cols, c.i[1]));
-    const int64_t first = one ? rows * QuantRow(x.cols).bytes() : 0, second = two ? pairs * QuantRow(c.i[1]).bytes() : 0;
-    return first > second ? first : second;
+    for (int j = 0; j < c.n_f && j < 4; ++j) TMLC_REQUIRE(finite(c.f[j]) && c.f[j] >= 0, "alpha, limit and caps must not be negative");
+    TMLC_REQUIRE(!has_caps(c.i, c.n_i) || (c.f[0] == 0 && c.f[2] > 0 && c.f[3] > 0), "both caps must be positive, and alpha 0");
+    TMLC_REQUIRE(!all || c.i[3] >= 0, "grouped_from must not be negative");
+    return all ? check_epilogue(c, epilogue_at(biases), flags, c.i[4], c.i[5], c.f[4]) : nullptr;
 }
 int64_t scratch_moe(const Call& c, int) {
-    const int64_t rows = c.t[1]->rows(c.max_n), pairs = rows * c.t[2]->cols;
-    return Layout(c.i[0], c.t[1]->cols, c.i[1], pairs).bytes + quantised_bytes(c, rows, pairs);
+    const TensorInfo &x = *c.t[1], &up = *c.t[4], &down = *c.t[5];
+    const int64_t rows = x.rows(c.max_n), pairs = rows * c.t[2]->cols;
+    const bool one = quantised(form_of(up.dtype, up.cols, x.cols)), two = quantised(form_of(down.dtype, down.cols, c.i[1]));
+    return Layout(c.i[0], x.cols, c.i[1], rows, pairs, one, two).bytes;
+}
+
+// Splits the work on `touched` experts of `units` units each: fn(number, begin, end) for touched expert `number`. Each
+// thread takes the same units of every expert, so that experts with more rows than others hold nobody up; where there
+// are too few units for that, whole experts.
+template <class Fn>
+void split_experts(Parallel& par, int64_t touched, int64_t units, int64_t work, Fn fn) {
+    if (units >= 2 * par.threads())
+        return par.split(units, work, [&](int64_t begin, int64_t end, int) {
+            for (int64_t t = 0; t < touched; ++t) fn(t, begin, end);
+        });
+    par.split(touched * units, work, [&](int64_t begin, int64_t end, int) {
+        for (int64_t u = begin; u < end;) {
+            const int64_t t = u / units, last = end < (t + 1) * units ? end : (t + 1) * units;
+            fn(t, u - t * units, last - t * units);
+            u = last;
+        }
+    });
+}
+
+// A counting sort: each touched expert once, so that its weights are read once. Returns the number of groups.
+int64_t group_by_expert(const int32_t* expert, int64_t pairs, int64_t experts, int64_t* starts, int64_t* order, Group* groups) {
+    std::memset(starts, 0, static_cast<size_t>(8 * (experts + 1)));
+    for (int64_t p = 0; p < pairs; ++p) ++starts[expert[p] + 1];
+    int64_t n = 0;
+    for (int64_t e = 0; e < experts; ++e) {
+        if (starts[e + 1] > 0) groups[n++] = {e, starts[e], starts[e + 1]};
+        starts[e + 1] += starts[e];
+    }
+    for (int64_t p = 0; p < pairs; ++p) order[starts[expert[p]]++] = p;
+    return n;
+}
+// Each pair by itself, row after row, the experts of a row ascending as they are in the groups above.
+int64_t one_by_one(const int32_t* expert, int64_t rows, int64_t choices, int64_t* order, Group* groups) {
+    for (int64_t p = 0; p < rows * choices; ++p) {
+        int64_t at = p;
+        for (; at > p / choices * choices && expert[order[at - 1]] > expert[p]; --at) order[at] = order[at - 1];
+        order[at] = p;
+    }
+    for (int64_t i = 0; i < rows * choices; ++i) groups[i] = {expert[order[i]], i, 1};
+    return rows * choices;
 }
 
 int run_moe(const RunArgs& a) {
@@ -199,97 +249,74 @@ int run_moe(const RunArgs& a) {
     const bool biases = has_biases(a.i, a.n_i);
     const Operand *up_bias = biases ? &a.t[6] : nullptr, *down_bias = biases ? &a.t[7] : nullptr;
     Activation activate;
-    if (a.n_i == 3) activate = {static_cast<float>(a.f[0]), static_cast<float>(a.f[1])};
+    if (a.n_i >= 3) activate = {static_cast<float>(a.f[0]), static_cast<float>(a.f[1])};
     if (has_caps(a.i, a.n_i)) activate.gate_cap = static_cast<float>(a.f[2]), activate.up_cap = static_cast<float>(a.f[3]);
-    const Layout at(n_experts, d, f, pairs);
-    auto* starts = reinterpret_cast<int64_t*>(a.scratch + at.starts);    // of each expert's pairs in `order`
-    auto* touched = reinterpret_cast<int64_t*>(a.scratch + at.touched);  // experts with pairs, ascending
-    auto* order = reinterpret_cast<int64_t*>(a.scratch + at.order);      // pair numbers, by expert, then by position
+    const Packed w1(up, d), w2(down, f);
+    const Layout at(n_experts, d, f, n, pairs, w1.quantised(), w2.quantised());
+    auto* starts = reinterpret_cast<int64_t*>(a.scratch + at.starts);    // of each expert's pairs, while they are sorted
+    auto* groups = reinterpret_cast<Group*>(a.scratch + at.groups);      // experts with pairs, ascending
+    auto* order = reinterpret_cast<int64_t*>(a.scratch + at.order);      // pair numbers, group by group
     auto* expert = reinterpret_cast<int32_t*>(a.scratch + at.expert);    // of each pair
     auto* rows = reinterpret_cast<const float**>(a.scratch + at.rows);   // the input row of each sorted pair
     auto* hidden = reinterpret_cast<float*>(a.scratch + at.hidden);      // of each sorted pair
-    auto* results = reinterpret_cast<float*>(a.scratch + at.results);    // of each pair, in its own place
 
-    // A counting sort. Expert numbers are read once: what was checked is what is used.
-    std::memset(starts, 0, static_cast<size_t>(8 * (n_experts + 1)));
+    // Expert numbers are read once: what was checked is what is used.
     for (int64_t p = 0; p < pairs; ++p) {
         const int32_t e = experts.i32(p / choices)[p % choices];
         if (e < 0 || e >= n_experts) return bad_index;
         expert[p] = e;
-        ++starts[e + 1];
     }
-    int64_t n_touched = 0;
-    for (int64_t e = 0; e < n_experts; ++e) {
-        if (starts[e + 1] > 0) touched[n_touched++] = e;
-        starts[e + 1] += starts[e];
-    }
-    for (int64_t p = 0; p < pairs; ++p) order[starts[expert[p]]++] = p;
-    for (int64_t e = n_experts; e > 0; --e) starts[e] = starts[e - 1];
-    starts[0] = 0;
+    const bool grouped = a.n_i != 6 || n >= a.i[3];
+    const int64_t n_groups = grouped ? group_by_expert(expert, pairs, n_experts, starts, order, groups)
+                                     : one_by_one(expert, n, choices, order, groups);
 
-    const Packed w1(up, d), w2(down, f);
-    uint8_t* const codes = a.scratch + at.bytes;
-    const auto quantised_row = [&](int64_t r, int64_t k) {
-        return reinterpret_cast<const float*>(codes + r * QuantRow(k).bytes());
-    };
-    if (w1.quantised()) quantise_rows(a.par, n, d, codes, [&](int64_t r) { return x.f32(r); });
+    const int64_t x_bytes = QuantRow(d).bytes(), hidden_bytes = QuantRow(f).bytes();
+    uint8_t *const x_codes = a.scratch + at.x_codes, *const hidden_codes = a.scratch + at.hidden_codes;
+    if (w1.quantised()) quantise_rows(a.par, n, d, w1.form, x_codes, [&](int64_t r) { return x.f32(r); });
     for (int64_t i = 0; i < pairs; ++i) {
         const int64_t r = order[i] / choices;
-        rows[i] = w1.quantised() ? quantised_row(r, d) : x.f32(r);
+        rows[i] = w1.quantised() ? reinterpret_cast<const float*>(x_codes + r * x_bytes) : x.f32(r);
     }
-    // Units are (touched expert, block of 16 hidden columns); a range of them covers whole and parts of experts.
-    const auto each = [&](int64_t begin, int64_t end, int64_t blocks, auto&& fn) {
-        for (int64_t u = begin; u < end;) {
-            const int64_t t = u / blocks, first = u % blocks;
-            const int64_t last = end - t * blocks < blocks ? end - t * blocks : blocks;
-            fn(touched[t], first, last);
-            u += last - first;
+    // Units are 32 hidden columns, so that whoever computes them can round them for a quantised down-projection.
+    const int64_t f_units = (f_blocks + 1) / 2;
+    split_experts(a.par, n_groups, f_units, pairs * f * d * 2, [&](int64_t t, int64_t begin, int64_t end) {
+        const int64_t e = groups[t].expert, i0 = groups[t].begin, count = groups[t].count, base = e * 2 * f_blocks;
+        for (int64_t u = begin; u < end; ++u) {
+            const int64_t last = 2 * u + 2 < f_blocks ? 2 * u + 2 : f_blocks;
+            for_tiles<2>(rows + i0, count, 2 * u, last, w1, base, [&](int64_t r, int64_t b, auto& sums) {
+                v16 gate = load(sums[0]), value = load(sums[1]);
+                if (up_bias != nullptr) {
+                    const float* bias = up_bias->f32(e) + b * 16;
+                    gate = gate + load_n(bias, f - b * 16);
+                    value = value + load_n(bias + f, f - b * 16);
+                }
+                store(hidden + (i0 + r) * at.f + b * 16, activate(gate, value));
+            });
+            if (w2.quantised())
+                for (int64_t i = i0; i < i0 + count; ++i)
+                    quantise_group(hidden + i * at.f + u * 32, f - u * 32, w2.form,
+                                   hidden_codes + i * hidden_bytes + u * quant_record);
         }
-    };
-    a.par.split(n_touched * f_blocks, pairs * f * d * 2, [&](int64_t begin, int64_t end, int) {
-        each(begin, end, f_blocks, [&](int64_t e, int64_t first, int64_t last) {
-            const int64_t i0 = starts[e], count = starts[e + 1] - i0, base = e * 2 * f_blocks;
-            for_tiles<2>(
-                rows + i0, count, first, last, w1,
-                [&](int64_t b, const void** p) {
-                    p[0] = w1.block(base + b);
-                    p[1] = w1.block(base + f_blocks + b);
-                },
-                [&](int64_t r, int64_t b, const float* sums) {
-                    v16 gate = load(sums), value = load(sums + 16);
-                    if (up_bias != nullptr) {
-                        const float* bias = up_bias->f32(e) + b * 16;
-                        gate = gate + load_n(bias, f - b * 16);
-                        value = value + load_n(bias + f, f - b * 16);
-                    }
-                    store(hidden + (i0 + r) * at.f + b * 16, activate(gate, value));
-                });
-        });
     });
-    if (w2.quantised()) quantise_rows(a.par, pairs, f, codes, [&](int64_t i) { return hidden + i * at.f; });
-    for (int64_t i = 0; i < pairs; ++i) rows[i] = w2.quantised() ? quantised_row(i, f) : hidden + i * at.f;
-    a.par.split(n_touched * d_blocks, pairs * f * d, [&](int64_t begin, int64_t end, int) {
-        each(begin, end, d_blocks, [&](int64_t e, int64_t first, int64_t last) {
-            const int64_t i0 = starts[e], count = starts[e + 1] - i0, base = e * d_blocks;
-            for_tiles<1>(
-                rows + i0, count, first, last, w2, [&](int64_t b, const void** p) { p[0] = w2.block(base + b); },
-                [&](int64_t r, int64_t b, const float* sums) {
-                    v16 v = load(sums);
-                    if (down_bias != nullptr) v = v + load_n(down_bias->f32(e) + b * 16, d - b * 16);
-                    store(results + order[i0 + r] * at.d + b * 16, v);
-                });
-        });
-    });
-    a.par.split(n, pairs * d, [&](int64_t begin, int64_t end, int) {
-        for (int64_t r = begin; r < end; ++r) {
-            const float* w = weights.f32(r);
-            for (int64_t c = 0; c < d; c += 16) {
-                v16 sum = zero16();
-                for (int64_t j = 0; j < choices; ++j)
-                    sum = fma(splat(w[j]), load(results + (r * choices + j) * at.d + c), sum);
-                store_n(out.f32(r) + c, sum, d - c);
-            }
+    for (int64_t i = 0; i < pairs; ++i)
+        rows[i] = w2.quantised() ? reinterpret_cast<const float*>(hidden_codes + i * hidden_bytes) : hidden + i * at.f;
+    const bool after = a.n_i == 6;
+    const Epilogue epilogue(a, epilogue_at(biases), after ? a.i[2] : 0, after ? a.i[4] : 0, after ? a.i[5] : 0,
+                            after ? a.f[4] : 1);
+    a.par.split(d_blocks, pairs * f * d, [&](int64_t begin, int64_t end, int) {
+        const int64_t c0 = begin * 16, columns = (end * 16 < d ? end * 16 : d) - c0;
+        for (int64_t r = 0; r < n; ++r) std::memset(out.f32(r) + c0, 0, static_cast<size_t>(columns) * 4);
+        for (int64_t t = 0; t < n_groups; ++t) {
+            const int64_t e = groups[t].expert, i0 = groups[t].begin, count = groups[t].count;
+            for_tiles<1>(rows + i0, count, begin, end, w2, e * d_blocks, [&](int64_t r, int64_t b, auto& sums) {
+                const int64_t pair = order[i0 + r], row = pair / choices, left = d - b * 16;
+                float* to = out.f32(row) + b * 16;
+                v16 v = load(sums[0]);
+                if (down_bias != nullptr) v = v + load_n(down_bias->f32(e) + b * 16, left);
+                store_n(to, fma(splat(weights.f32(row)[pair % choices]), v, load_n(to, left)), left);
+            });
         }
+        if (epilogue.any()) epilogue.apply(begin * 16, end * 16);
     });
     return ok;
 }
@@ -297,7 +324,7 @@ int run_moe(const RunArgs& a) {
 const OpDef table[] = {
     {"sink_router", check_sink_router, scratch_sink_router, run_sink_router, 2},
     {"router", check_router, scratch_router, run_router, 2},
-    {"moe", check_moe, scratch_moe, run_moe, 1},
+    {"moe", check_moe, scratch_moe, run_moe, 1, false, true},
 };
 
 }  // namespace

@@ -136,5 +136,6 @@ OpTable topk_ops();        // topk.cpp: topk_router
 OpTable media_ops();       // media.cpp: bag_embedding, dmel, patchify, overlap_add
 OpTable block_ops();       // blocks.cpp: sigmoid, softcap, l2_clip, concat_columns, mix_blocks, dynamic_conv
 OpTable random_ops();      // random.cpp: philox_normal, sample
+OpTable head_sample_ops(); // head.cpp: head_sample
 
 }  // namespace tmlc

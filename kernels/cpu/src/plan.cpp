@@ -12,12 +12,7 @@
 #include <chrono>
 #include <cstdarg>
 #include <cstdio>
-#include <cstdlib>
 #include <cstring>
-
-#if defined(__SANITIZE_ADDRESS__)
-#include <sanitizer/asan_interface.h>
-#endif
 
 namespace tmlc {
 namespace {
@@ -32,7 +27,7 @@ struct Ops {
     std::vector<const OpDef*> all;
     Ops() {
         for (const OpTable& t : {dense_ops(), linear_ops(), attention_ops(), moe_ops(), media_ops(), random_ops(), head_ops(), topk_ops(),
-                                block_ops()})
+                                block_ops(), head_sample_ops()})
             for (int i = 0; i < t.count; ++i) all.push_back(t.ops + i);
     }
 };
@@ -81,19 +76,6 @@ const OpDef* op_at(int opcode) {
 __int128 extent(const TensorInfo& t, int64_t n) {
     const __int128 rows = static_cast<__int128>(t.a) * n + t.b;
     return rows == 0 ? 0 : ((rows - 1) * t.stride + t.cols) * size_of(t.dtype);
-}
-
-bool Block::reserve(int64_t bytes) {
-    bytes_ = bytes;
-    // calloc hands out untouched zero pages, so a large block costs nothing until it is used.
-    raw_ = {static_cast<uint8_t*>(std::calloc(1, static_cast<size_t>(bytes) + 64)), std::free};
-    if (!raw_) return false;
-    const auto address = reinterpret_cast<uintptr_t>(raw_.get());
-    data_ = raw_.get() + (64 - address % 64) % 64;
-#if defined(__SANITIZE_ADDRESS__)
-    ASAN_POISON_MEMORY_REGION(data_ + bytes, static_cast<size_t>(raw_.get() + bytes + 64 - (data_ + bytes)));
-#endif
-    return true;
 }
 
 struct Plan::Reader {

@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "memory.h"
 #include "op.h"
 
 namespace tmlc {
@@ -16,19 +17,6 @@ const OpDef* op_at(int opcode);  // nullptr when there is none
 // holds what no session can hold. As with context_full, nothing was changed then.
 constexpr int bad_call = 3;
 constexpr int bad_slot = 4;
-
-// Zeroed memory, 64-byte aligned, one block for the life of a plan.
-class Block {
-public:
-    bool reserve(int64_t bytes);  // false when the system has no more
-    uint8_t* data() const { return data_; }
-    int64_t bytes() const { return bytes_; }
-
-private:
-    std::unique_ptr<uint8_t, void (*)(void*)> raw_{nullptr, nullptr};
-    uint8_t* data_ = nullptr;
-    int64_t bytes_ = 0;
-};
 
 struct Buffer {
     const void* data;
@@ -84,6 +72,8 @@ public:
     int64_t arena_bytes() const { return arena_.bytes(); }
     int64_t slot_bytes() const { return slot_bytes_; }
     int64_t scratch_bytes() const { return scratch_.bytes(); }
+    const Block& arena() const { return arena_; }
+    const Block& scratch() const { return scratch_; }
     void profile(bool on);
 
 private:

@@ -30,6 +30,10 @@ public:
     int threads() const override { return static_cast<int>(workers_.size()) + 1; }
     void split(int64_t units, int64_t work, const RangeFn& fn) override;
 
+    // Ties worker i to core `cores[i]`; the caller's own thread (cores[0]) is left alone. 0, or the error number of the
+    // first that could not be tied.
+    int pin(const int* cores, int count);
+
 private:
     void worker(int index);
     void take_parts(uint64_t round, int thread);

@@ -1,9 +1,8 @@
-// Products with quantised weights: activations as 15-bit integers per group of 32, sums of a group exact in integers.
+// Products with quantised weights: activations as signed bytes per group of 32, sums of a group exact in integers.
 //
-// A row of activations is rounded once per call to whole numbers of -32512..32512 times a float scale for each group of
-// 32 (rounding error: 1.5e-5 of the group's largest value, so outputs are those of the dequantised weights to about that
-// much). The dot product of a group is then an exact integer on every instruction set: by `vpdpbusd` on the two bytes
-// of each activation where there is VNNI, by 16-bit multiply-add elsewhere. Groups are added up in float32, in order.
+// A row of activations is rounded once per call to whole numbers of -127..127 times a float scale for each group of 32.
+// The dot product of a group is then an exact integer on every instruction set: by `vpdpbusd` where there is VNNI, by
+// 16-bit multiply-add elsewhere. Groups are added up in float32, in order.
 #pragma once
 #include "form.h"
 #include "vec.h"
@@ -14,25 +13,45 @@
 
 namespace tmlc {
 
-constexpr float quant_peak = 32512.0f;  // 127 * 256: both bytes of a code stay signed bytes
+constexpr float quant_peak = 127.0f;
 
-// One row of quantised activations: codes of all groups (64 bytes each), then scales, then sums of codes.
+// One row of quantised activations: a record for each group, so that one pointer reaches all of it. A record holds the
+// 32 codes (bytes where there is VNNI, 16-bit words elsewhere), the float scale, and `below`: what one unit of the
+// weights' zero point adds to the sum, which is -sum of the codes (for int8 its zero point is in it: -128 times the sum).
+#if defined(__AVX512VNNI__)
+constexpr int64_t quant_code_bytes = 32;
+#else
+constexpr int64_t quant_code_bytes = 64;
+#endif
+constexpr int64_t quant_record = quant_code_bytes + 8;
+
 struct QuantRow {
     int64_t groups;
     explicit QuantRow(int64_t k) : groups((k + quant_group - 1) / quant_group) {}
-    int64_t bytes() const { return (groups * (64 + 8) + 63) / 64 * 64; }
-    int64_t scales() const { return groups * 64; }
-    int64_t sums() const { return groups * 68; }
+    int64_t bytes() const { return (groups * quant_record + 63) / 64 * 64; }
 };
 
-void quantise_row(const float* x, int64_t k, uint8_t* out);  // quant.cpp; out holds QuantRow(k).bytes()
+TMLC_INLINE float record_scale(const uint8_t* record) {
+    float v;
+    std::memcpy(&v, record + quant_code_bytes, 4);
+    return v;
+}
+TMLC_INLINE int32_t record_below(const uint8_t* record) {
+    int32_t v;
+    std::memcpy(&v, record + quant_code_bytes + 4, 4);
+    return v;
+}
+
+// Rounds `count` (1..32) values into one record, k of them into QuantRow(k) records, for weights of this form (quant.cpp).
+void quantise_group(const float* x, int64_t count, Form form, uint8_t* record);
+void quantise_row(const float* x, int64_t k, Form form, uint8_t* out);
 
 // Quantises the rows row(0) .. row(rows - 1) of k values into `out`, one behind the other.
 template <class Row>
-void quantise_rows(Parallel& par, int64_t rows, int64_t k, uint8_t* out, Row row) {
+void quantise_rows(Parallel& par, int64_t rows, int64_t k, Form form, uint8_t* out, Row row) {
     const int64_t bytes = QuantRow(k).bytes();
-    par.split(rows, rows * k * 4, [&](int64_t begin, int64_t end, int) {
-        for (int64_t r = begin; r < end; ++r) quantise_row(row(r), k, out + r * bytes);
+    par.split(rows, rows * k * 2, [&](int64_t begin, int64_t end, int) {
+        for (int64_t r = begin; r < end; ++r) quantise_row(row(r), k, form, out + r * bytes);
     });
 }
 
@@ -63,22 +82,22 @@ TMLC_INLINE v16 load_f16(const uint8_t* p) {
     return bits_to_float(float_to_bits(size) | sign);
 #endif
 }
-// Sixteen zero points, stored in sixteenths.
-TMLC_INLINE v16 load_zeros(const uint8_t* p) {
+// Sixteen zero points (bytes, in sixteenths) as integers.
+TMLC_INLINE w16 load_zeros(const uint8_t* p) {
 #if defined(__AVX512F__)
-    const v16 v = to_float(reinterpret_cast<w16>(
-        _mm512_maskz_cvtepu8_epi32(0xffff, _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))));
+    return reinterpret_cast<w16>(
+        _mm512_maskz_cvtepu8_epi32(0xffff, _mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 #else
     uint16_t wide[16];
     for (int i = 0; i < 16; ++i) wide[i] = p[i];
     w16 w;
     detail::widen(w, wide);
-    const v16 v = to_float(w);
+    return w;
 #endif
-    return v * splat(0.0625f);
 }
 
-// total[r] = the sums over one group of 32 of code x activation, for 16 output rows and R rows of activations. Codes are
+// v[r] = the whole number sum((code - 128) * activation) for int8, sum((16 code - zero) * activation) for int4, over one
+// group of 32, for 16 output rows and R rows of activations. Every one is below 2^24: exact as a float too. Codes are
 // unsigned; quad q holds [16 rows][4 inputs], nibbles the quads q (low) and q + 4 (high) in one byte.
 #if defined(__AVX512VNNI__)
 
@@ -90,32 +109,27 @@ TMLC_INLINE void dot_bytes(__m512i& sums, __m512i codes, const uint8_t* p) {
 }
 
 template <int R, bool NIBBLES>
-TMLC_INLINE void dot_group(const uint8_t* w, const uint8_t* const (&x)[R], w16 (&total)[R]) {
-    __m512i hi[R], lo[R];
-    const uint8_t* from[R];
-    for (int r = 0; r < R; ++r) {
-        hi[r] = lo[r] = _mm512_setzero_si512();
-        from[r] = x[r];
-        asm volatile("" : "+r"(from[r]));  // or the addresses of all quads are kept (on the stack) between blocks
+TMLC_INLINE void group_sums(const uint8_t* w, const uint8_t* zeros, const uint8_t* const (&x)[R], v16 (&v)[R]) {
+    __m512i sums[R];
+    if constexpr (NIBBLES) {  // codes come as 16 code: in the high half of a byte, where half of them are already
+        const __m512i zero = reinterpret_cast<__m512i>(load_zeros(zeros));
+        for (int r = 0; r < R; ++r) sums[r] = _mm512_madd_epi16(zero, _mm512_set1_epi32(record_below(x[r])));
+    } else {
+        for (int r = 0; r < R; ++r) sums[r] = _mm512_set1_epi32(record_below(x[r]));
     }
-    const auto quad = [&](__m512i codes, int q) TMLC_LAMBDA_INLINE {
-        for (int r = 0; r < R; ++r) {
-            dot_bytes(hi[r], codes, from[r] + q * 4);
-            dot_bytes(lo[r], codes, from[r] + 32 + q * 4);
-        }
-    };
     for (int q = 0; q < (NIBBLES ? 4 : 8); ++q) {
         const __m512i codes = _mm512_loadu_si512(w + q * 64);
         if constexpr (NIBBLES) {
-            const __m512i mask = _mm512_set1_epi8(15);
-            quad(_mm512_and_si512(codes, mask), q);
-            quad(_mm512_and_si512(_mm512_maskz_srli_epi16(~__mmask32{0}, codes, 4), mask), q + 4);
+            const __m512i mask = _mm512_set1_epi8(static_cast<char>(0xf0));
+            const __m512i low = _mm512_and_si512(_mm512_maskz_slli_epi16(~__mmask32{0}, codes, 4), mask);
+            const __m512i high = _mm512_and_si512(codes, mask);
+            for (int r = 0; r < R; ++r) dot_bytes(sums[r], low, x[r] + q * 4);
+            for (int r = 0; r < R; ++r) dot_bytes(sums[r], high, x[r] + q * 4 + 16);
         } else {
-            quad(codes, q);
+            for (int r = 0; r < R; ++r) dot_bytes(sums[r], codes, x[r] + q * 4);
         }
     }
-    for (int r = 0; r < R; ++r)
-        total[r] = (reinterpret_cast<w16>(hi[r]) << 8) + reinterpret_cast<w16>(lo[r]);
+    for (int r = 0; r < R; ++r) v[r] = to_float(reinterpret_cast<w16>(sums[r]));
 }
 
 #elif defined(__AVX2__)
@@ -213,64 +227,53 @@ TMLC_INLINE void dot_group(const uint8_t* w, const uint8_t* const (&x)[R], w16 (
 
 #endif
 
-#if defined(__AVX512VNNI__)
-constexpr int quant_tile_rows = 8;
-constexpr int quant_blocks_for_rows[quant_tile_rows + 1] = {0, 8, 4, 4, 4, 2, 2, 2, 1};
-#elif defined(__AVX2__)
-constexpr int quant_tile_rows = 4;
-constexpr int quant_blocks_for_rows[quant_tile_rows + 1] = {0, 4, 2, 1, 1};
-#else
-constexpr int quant_tile_rows = 2;
-constexpr int quant_blocks_for_rows[quant_tile_rows + 1] = {0, 2, 1};
+#if !defined(__AVX512VNNI__)
+template <int R, bool NIBBLES>
+TMLC_INLINE void group_sums(const uint8_t* w, const uint8_t* zeros, const uint8_t* const (&x)[R], v16 (&v)[R]) {
+    w16 total[R];
+    dot_group<R, NIBBLES>(w, x, total);
+    if constexpr (NIBBLES) {
+        const v16 zero = to_float(load_zeros(zeros));
+        for (int r = 0; r < R; ++r)
+            v[r] = fma(zero, splat(static_cast<float>(record_below(x[r]))), to_float(total[r]) * splat(16.0f));
+    } else {
+        for (int r = 0; r < R; ++r) v[r] = to_float(total[r] + splat_int(record_below(x[r])));
+    }
+}
 #endif
 
-// One tile of R rows by B blocks, its results stored as [R][B][16] floats. x points to quantised rows.
-template <int R, int B, Form F>
-__attribute__((noinline)) void quant_tile(const float* const* x, const void* const* w, int64_t k, float* out) {
-    const QuantRow row(k);
-    constexpr int64_t step = F == Form::int8 ? int8_bytes : F == Form::int4 ? int4_bytes : int4_64_bytes;
-    constexpr int64_t ahead = R <= 2 ? 1024 : 0;  // bytes; rows that share weights hide the latency by themselves
-    const uint8_t *codes[R], *base[B];
-    const float* scales[R];
-    const int32_t* sums[R];
-    for (int r = 0; r < R; ++r) {
-        codes[r] = reinterpret_cast<const uint8_t*>(x[r]);
-        scales[r] = reinterpret_cast<const float*>(codes[r] + row.scales());
-        sums[r] = reinterpret_cast<const int32_t*>(codes[r] + row.sums());
-    }
-    for (int b = 0; b < B; ++b) base[b] = static_cast<const uint8_t*>(w[b]);
-    v16 acc[R][B];
-    for (int r = 0; r < R; ++r)
-        for (int b = 0; b < B; ++b) acc[r][b] = zero16();
-    for (int64_t g = 0; g < row.groups; ++g) {
-        const uint8_t* group[R];
-        for (int r = 0; r < R; ++r) group[r] = codes[r] + g * 64;
-        for (int b = 0; b < B; ++b) {
-            const uint8_t* p = base[b] + (F == Form::int4_64 ? g / 2 * step : g * step);
-            const uint8_t* packed = F == Form::int4_64 ? p + g % 2 * 256 : p;
-            const uint8_t* after = p + (F == Form::int4 ? 256 : 512);
-            if constexpr (ahead > 0)
-                for (int64_t line = 0; line < (F == Form::int8 ? 9 : 5); ++line)
-                    __builtin_prefetch(packed + ahead + line * 64);
-            w16 total[R];
-            dot_group<R, F != Form::int8>(packed, group, total);
-            const v16 scale = load_f16(after);
-            if constexpr (F == Form::int8) {
-                for (int r = 0; r < R; ++r) {
-                    const v16 v = to_float(total[r] - splat_int(128 * sums[r][g])) * scale;
-                    acc[r][b] = fma(splat(scales[r][g]), v, acc[r][b]);
-                }
-            } else {
-                const v16 below = zero16() - load_zeros(after + 32);
-                for (int r = 0; r < R; ++r) {
-                    const v16 v = fma(below, splat(static_cast<float>(sums[r][g])), to_float(total[r])) * scale;
-                    acc[r][b] = fma(splat(scales[r][g]), v, acc[r][b]);
-                }
+// One tile of R rows by one block, its results stored as [R][16] floats. x points to quantised rows.
+template <int R, Form F>
+void quant_tile(const float* const* x, const void* w, int64_t k, float* out) {
+    constexpr bool nibbles = F != Form::int8;
+    constexpr int halves = F == Form::int4_64 ? 2 : 1;         // groups of activations to a group of weights
+    constexpr int64_t codes = (nibbles ? 256 : 512) * halves;  // bytes of a group: its codes; with scales and zero points
+    constexpr int64_t whole = codes + (nibbles ? 48 : 32);
+    const uint8_t *row[R], *run = static_cast<const uint8_t*>(w);
+    for (int r = 0; r < R; ++r) row[r] = reinterpret_cast<const uint8_t*>(x[r]);
+    v16 acc[R];
+    for (int r = 0; r < R; ++r) acc[r] = zero16();
+    int64_t at = 0;  // of the group in every row: one register for all of them
+    for (int64_t left = QuantRow(k).groups; left > 0;) {
+        const int64_t need = (left + halves - 1) / halves, count = need < quant_run ? need : quant_run;
+        for (int64_t g = 0; g < count; ++g) {
+            const v16 scale = load_f16(run + count * codes + g * 32);
+            for (int half = 0; half < halves; ++half, --left) {
+                if (halves > 1 && left == 0) break;
+                asm volatile("" : "+r"(at));  // or gcc keeps R running pointers, in vector registers
+                const uint8_t* record[R];
+                for (int r = 0; r < R; ++r) record[r] = row[r] + at;
+                at += quant_record;
+                for (int64_t line = 0; line < whole / halves; line += 64)
+                    __builtin_prefetch(run + g * whole + half * (whole / halves) + read_ahead + line);
+                v16 v[R];
+                group_sums<R, nibbles>(run + g * codes + half * 256, run + count * (codes + 32) + g * 16, record, v);
+                for (int r = 0; r < R; ++r) acc[r] = fma(splat(record_scale(record[r])), v[r] * scale, acc[r]);
             }
         }
+        run += count * whole;
     }
-    for (int r = 0; r < R; ++r)
-        for (int b = 0; b < B; ++b) store(out + (r * B + b) * 16, acc[r][b]);
+    for (int r = 0; r < R; ++r) store(out + r * 16, nibbles ? acc[r] * splat(0.0625f) : acc[r]);
 }
 
 }  // namespace tmlc

@@ -5,45 +5,12 @@
 #include <limits>
 
 #include "op.h"
+#include "philox.h"
 
 namespace tmlc {
 namespace {
 
 constexpr int lanes = 8;   // Philox blocks computed side by side
-
-struct Stream {
-    uint32_t key[2], counter[3];   // counter words 1 to 3; word 0 is the block
-    Stream(const int64_t* row, uint32_t domain) {
-        const uint64_t seed = static_cast<uint64_t>(row[0]), tick = static_cast<uint64_t>(row[1]);
-        key[0] = static_cast<uint32_t>(seed);
-        key[1] = static_cast<uint32_t>(seed >> 32);
-        counter[0] = static_cast<uint32_t>(row[2]) | domain;
-        counter[1] = static_cast<uint32_t>(tick);
-        counter[2] = static_cast<uint32_t>(tick >> 32);
-    }
-};
-
-constexpr uint32_t normal_domain = 0, gumbel_domain = 0x80000000u;
-
-// Words 0 to 3 of the blocks first … first+lanes-1: words[w][block - first].
-void philox(const Stream& stream, uint32_t first, uint32_t words[4][lanes]) {
-    uint32_t key0 = stream.key[0], key1 = stream.key[1];
-    for (int j = 0; j < lanes; ++j) {
-        words[0][j] = first + static_cast<uint32_t>(j);
-        for (int w = 0; w < 3; ++w) words[w + 1][j] = stream.counter[w];
-    }
-    for (int round = 0; round < 10; ++round, key0 += 0x9E3779B9u, key1 += 0xBB67AE85u)
-        for (int j = 0; j < lanes; ++j) {
-            const uint64_t a = uint64_t{0xD2511F53u} * words[0][j], b = uint64_t{0xCD9E8D57u} * words[2][j];
-            words[0][j] = static_cast<uint32_t>(b >> 32) ^ words[1][j] ^ key0;
-            words[1][j] = static_cast<uint32_t>(b);
-            words[2][j] = static_cast<uint32_t>(a >> 32) ^ words[3][j] ^ key1;
-            words[3][j] = static_cast<uint32_t>(a);
-        }
-}
-
-// The middle of the word's cell of (0, 1): never 0, never 1.
-double uniform(uint32_t word) { return (word + 0.5) * 0x1p-32; }
 
 bool is_key(const TensorInfo& t) { return t.dtype == DType::i64 && t.cols == 3; }
 
@@ -67,7 +34,7 @@ int normal_run(const RunArgs& a) {
             float* const to = out.f32(r);
             uint32_t words[4][lanes];
             for (int64_t first = 0; first < out.cols; first += 4 * lanes) {
-                philox(stream, static_cast<uint32_t>(first / 4), words);
+                philox<lanes>(stream, static_cast<uint32_t>(first / 4), words);
                 for (int64_t pair = 0; pair < 2 * lanes && first + 2 * pair < out.cols; ++pair) {
                     const int64_t block = pair / 2, word = pair % 2 * 2, at = first + 2 * pair;
                     const double radius = std::sqrt(-2.0 * std::log(uniform(words[word][block])));
@@ -84,11 +51,6 @@ int normal_run(const RunArgs& a) {
 // ---- sample: ids[n,1] logits[n,V] key[n,3] temperature[n,1]
 
 constexpr int64_t chunk = 4096;   // entries of the vocabulary that one thread searches at a time
-
-struct Best {
-    double score;
-    int64_t entry;
-};
 
 int64_t chunks(int64_t vocabulary) { return (vocabulary + chunk - 1) / chunk; }
 
@@ -127,20 +89,17 @@ Best greedy(const float* logits, int64_t first, int64_t last) {
     return {highest, v};
 }
 
-// The same for logits/T + Gumbel. Most entries need no logarithm: with q = 1 - u, Gumbel = -ln(-ln u) < -ln q, and q is
-// at least 2^-(z+1) where z counts the leading zeros of q's word: an entry that (z+1)·ln 2 cannot lift is passed over.
+// The same for logits/T + Gumbel.
 Best gumbel(const float* logits, int64_t first, int64_t last, double temperature, const Stream& stream) {
-    constexpr double above_ln2 = 0.6931471806;
     Best best{-std::numeric_limits<double>::infinity(), first};
     uint32_t words[4][lanes];
     for (int64_t v = first; v < last; ++v) {
         const int64_t in_batch = (v - first) % (4 * lanes);
-        if (in_batch == 0) philox(stream, static_cast<uint32_t>(v / 4), words);
+        if (in_batch == 0) philox<lanes>(stream, static_cast<uint32_t>(v / 4), words);
         const uint32_t word = words[in_batch % 4][in_batch / 4];
         const double base = static_cast<double>(logits[v]) / temperature;
-        const int zeros = ~word == 0 ? 32 : __builtin_clz(~word);
-        if (!(base + (zeros + 1) * above_ln2 > best.score)) continue;
-        const double score = base - std::log(-std::log(uniform(word)));
+        if (!(gumbel_bound(base, word) > best.score)) continue;
+        const double score = gumbel_score(base, word);
         if (score > best.score) best = {score, v};
     }
     return best;

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tmlc.errors import ContextFullError
+from tmlc.ir.ops.kv import from_int8_rows, int8_columns, to_int8_rows
 from tmlc.ir.ops.registry import conv_taps, exact, matrix, need, op, vector, wide
 from tmlc.ir.types import TensorType
 
@@ -112,6 +113,7 @@ def attend(
     log_alpha: float,
     sink_logits: Tensor | None = None,
     softcap: float = 0.0,
+    rounded: bool = False,
 ) -> Tensor:
     """One dense masked softmax of queries at absolute positions q_pos[n] over keys at k_pos[m] (int64).
 
@@ -119,6 +121,8 @@ def attend(
     score = scale·(q·τ)·k_j + τ·(rel @ rel_table)[p - j] (0 beyond the table's extent),
     τ = 1 + log_alpha·ln(max(1, (p + 1)/log_floor)), or 1 when log_floor is 0. softcap c > 0: score → c·tanh(score/c).
     sink_logits[H] or [n, H]: one more score a head in the softmax, whose share goes to no value.
+    rounded: the products are of bf16 numbers (docs/plan-format.md, "Caches"): queries, scaled, in units of ln 2 unless
+    there is a soft cap, and the weights of values are rounded.
     """
     n, m, group = q.shape[0], k.shape[0], num_heads // num_kv_heads
     heads = q.reshape(n, num_heads, -1).transpose(0, 1)
@@ -128,7 +132,11 @@ def attend(
     tau = torch.ones(n, 1, dtype=q.dtype, device=q.device)
     if log_floor > 0:
         tau = 1 + log_alpha * torch.log(((q_pos[:, None] + 1).to(q.dtype) / log_floor).clamp(min=1.0))
-    scores = scale * ((heads * tau) @ keys.transpose(1, 2))
+    if rounded:
+        unit = 1.0 if softcap > 0 else _LOG2_E
+        scores = _bf16(heads * (scale * tau * unit)) @ keys.transpose(1, 2) / unit
+    else:
+        scores = scale * ((heads * tau) @ keys.transpose(1, 2))
     if rel is not None and rel_table is not None:
         extent = rel_table.shape[1]
         table = rel.reshape(n, num_heads, -1).transpose(0, 1) @ wide(rel_table, q)
@@ -143,8 +151,21 @@ def attend(
     if sink_logits is not None:
         sink = wide(sink_logits.reshape(-1, num_heads, 1), q).transpose(0, 1).expand(num_heads, n, 1)
         scores = torch.cat([scores, sink], -1)
-    probabilities = torch.softmax(scores, dim=-1)[..., :m]
+    if rounded:  # relative to a whole power of two, which no rounding depends on
+        powers = scores * _LOG2_E
+        weights = torch.exp2(powers - powers.amax(-1, keepdim=True).ceil())
+        weights = torch.cat([_bf16(weights[..., :m]), weights[..., m:]], -1)
+        probabilities = (weights / weights.sum(-1, keepdim=True))[..., :m]
+    else:
+        probabilities = torch.softmax(scores, dim=-1)[..., :m]
     return (probabilities @ values).transpose(0, 1).reshape(n, -1)
+
+
+_LOG2_E = 1.4426950408889634
+
+
+def _bf16(x: Tensor) -> Tensor:
+    return x.to(torch.bfloat16).to(x.dtype)
 
 
 def _attention_state(
@@ -170,9 +191,12 @@ def _attention_state(
     result = _attention(q, k, v, rel, rel_table, *heads, sink_logits, softcap)
     need(position == TensorType("i64", (1, 1)), f"position must be i64[1, 1], not {position}")
     for t, name, new in ((k_cache, "k_cache", k), (v_cache, "v_cache", v)):
-        rows, cols = matrix(t, name, ("f32", "bf16"))
+        rows, cols = matrix(t, name, ("f32", "bf16", "u8"))
         like = t.dtype == k_cache.dtype and rows == k_cache.shape[0]
-        need(cols == new.shape[1] and like, f"{name} must be [C, {new.shape[1]}] like k_cache, not {t}")
+        wanted = new.shape[1]
+        if t.dtype == "u8":
+            wanted = num_kv_heads * int8_columns(int(wanted) // num_kv_heads)
+        need(cols == wanted and like, f"{name} must be [C, {wanted}] like k_cache, not {t}")
         need(
             window == 0 or rows - sinks >= window,
             f"a cache of {rows} rows cannot hold {sinks} sinks and {window}",
@@ -205,7 +229,8 @@ def attention_state(
     sink_logits: Tensor | None = None,
     softcap: float = 0.0,
 ) -> Tensor:
-    """attention of n new positions, whose keys and values are first written to the cache (linear or ring)."""
+    """attention of n new positions, whose keys and values are first written to the cache (linear or ring): float32,
+    bf16, or int8 codes (uint8, tmlc/ir/ops/kv.py)."""
     n, capacity, start = q.shape[0], k_cache.shape[0], int(position)
     held = min(start + n, capacity) if window == 0 else min(window - 1 + n, start + n)
     if held > capacity - (sinks if window else 0) or (window == 0 and start + n > capacity):
@@ -215,17 +240,23 @@ def attention_state(
         )
     new = torch.arange(start, start + n, device=q.device)
     at = cache_index(new, capacity, window, sinks)
-    k_cache[at] = k.to(k_cache.dtype)
-    v_cache[at] = v.to(v_cache.dtype)
+    for cache, rows in ((k_cache, k), (v_cache, v)):
+        cache[at] = to_int8_rows(rows, num_kv_heads) if cache.dtype == torch.uint8 else rows.to(cache.dtype)
     first = 0 if window == 0 else max(0, start - window + 1)
     seen = torch.arange(first, start + n, device=q.device)
     if first > 0:
         seen = torch.cat([torch.arange(min(sinks, first), device=q.device), seen])
     at = cache_index(seen, capacity, window, sinks)
+
+    def held_rows(cache: Tensor, like: Tensor) -> Tensor:
+        if cache.dtype == torch.uint8:
+            return wide(from_int8_rows(cache[at], num_kv_heads, like.shape[1] // num_kv_heads), q)
+        return wide(cache[at], q)
+
     return attend(
         q,
-        wide(k_cache[at], q),
-        wide(v_cache[at], q),
+        held_rows(k_cache, k),
+        held_rows(v_cache, v),
         rel,
         rel_table,
         new,
@@ -239,6 +270,7 @@ def attention_state(
         log_alpha,
         sink_logits,
         softcap,
+        rounded=k_cache.dtype == torch.bfloat16,
     )
 
 

@@ -83,7 +83,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     return total, rms_norm(total, weight, eps)
 
 
-def _linear(x: TensorType, weight: TensorType, bias: TensorType | None) -> TensorType:
+def linear_type(x: TensorType, weight: TensorType, bias: TensorType | None) -> TensorType:
     n, k = matrix(x, "x")
     m, k_weight = matrix(weight, "weight", MATRIX)
     need(k == k_weight, f"weight must have {k} columns, not {k_weight}")
@@ -91,7 +91,7 @@ def _linear(x: TensorType, weight: TensorType, bias: TensorType | None) -> Tenso
     return TensorType("f32", (n, m))
 
 
-@op("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor", _linear)
+@op("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor", linear_type)
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x · weightᵀ (+ bias), accumulated in float32 whatever the weight's dtype."""
     return nnf.linear(x, wide(weight, x), None if bias is None else wide(bias.reshape(-1), x))

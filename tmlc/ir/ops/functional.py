@@ -172,7 +172,7 @@ def moe(
     gate_cap: float = 0.0,
     up_cap: float = 0.0,
 ) -> Tensor:
-    args = (x, weights, experts, gate_up, down, gate_up_bias, down_bias, alpha, limit, gate_cap, up_cap)
+    args = (x, weights, experts, gate_up, down, gate_up_bias, down_bias, alpha, limit, gate_cap, up_cap, 0)
     return _call("moe", _moe.moe, x, *args)
 
 

@@ -76,7 +76,7 @@ def router(
     return sink_router(nnf.linear(x, wide(weight, x)), bias, scale, top_k, n_shared, route_scale)
 
 
-def _moe(
+def moe_type(
     x: TensorType,
     weights: TensorType,
     experts: TensorType,
@@ -88,6 +88,7 @@ def _moe(
     limit: float,
     gate_cap: float,
     up_cap: float,
+    grouped_from: int,
 ) -> TensorType:
     n, d = matrix(x, "x")
     _routes(n, weights, "weights", "f32")
@@ -113,6 +114,7 @@ def _moe(
         (gate_cap == up_cap == 0) or (gate_cap > 0 and up_cap > 0 and alpha == 0),
         f"gate_cap {gate_cap} and up_cap {up_cap} must both be positive, with alpha 0",
     )
+    need(grouped_from >= 0, f"grouped_from {grouped_from} must not be negative")
     return x
 
 
@@ -123,8 +125,9 @@ def _routes(n: Any, t: TensorType, what: str, dtype: str) -> None:
 
 @op(
     "moe(Tensor x, Tensor weights, Tensor experts, Tensor gate_up, Tensor down, Tensor? gate_up_bias=None, "
-    "Tensor? down_bias=None, float alpha=0.0, float limit=0.0, float gate_cap=0.0, float up_cap=0.0) -> Tensor",
-    _moe,
+    "Tensor? down_bias=None, float alpha=0.0, float limit=0.0, float gate_cap=0.0, float up_cap=0.0,"
+    " int grouped_from=0) -> Tensor",
+    moe_type,
 )
 def moe(
     x: Tensor,
@@ -138,12 +141,14 @@ def moe(
     limit: float = 0.0,
     gate_cap: float = 0.0,
     up_cap: float = 0.0,
+    grouped_from: int = 0,
 ) -> Tensor:
     """Σ_j weights_j · (down_e·act(gate_e x + bias, up_e x + bias) + bias), e = experts_j, j ascending.
 
     alpha 0: act(g, u) = silu(g)·u. Else, with g = min(g, limit) and u = clamp(u, -limit, limit):
     (u + 1)·g·sigmoid(alpha·g).
     gate_cap c > 0: act(g, u) = c·tanh(g/c)·sigmoid(g)·C·tanh(u/C), C = up_cap.
+    grouped_from says how an engine runs it, and changes nothing here: from so many rows on it groups them by expert.
     """
     f = down.shape[2]
     parts = x.new_zeros(*experts.shape, x.shape[1])

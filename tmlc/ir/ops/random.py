@@ -70,14 +70,14 @@ def philox_normal(key: Tensor, size: int) -> Tensor:
     return pairs.reshape(key.shape[0], -1)[:, :size].float()
 
 
-def _sample(logits: TensorType, key: TensorType, temperature: TensorType) -> TensorType:
+def sample_type(logits: TensorType, key: TensorType, temperature: TensorType) -> TensorType:
     n, _ = matrix(logits, "logits")
     need(_key(key) == n, f"key must have {n} rows, not {key}")
     need(matrix(temperature, "temperature") == (n, 1), f"temperature must be f32[{n}, 1], not {temperature}")
     return TensorType("i64", (n, 1))
 
 
-@op("sample(Tensor logits, Tensor key, Tensor temperature) -> Tensor", _sample)
+@op("sample(Tensor logits, Tensor key, Tensor temperature) -> Tensor", sample_type)
 def sample(logits: Tensor, key: Tensor, temperature: Tensor) -> Tensor:
     """Arg-max of logits/T + Gumbel(key) in float64; of the logits where T = 0. Ties: the lowest index."""
     gumbel = -torch.log(-torch.log(_uniform(_words(key, logits.shape[1], GUMBEL_STREAM))))
