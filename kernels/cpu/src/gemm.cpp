@@ -13,7 +13,7 @@ void f32_tile(const float* const* x, const void* w, int64_t k, float* out) {
     v16 acc[R];
     for (int r = 0; r < R; ++r) acc[r] = zero16();
     for (int64_t i = 0; i < k; ++i) {
-        __builtin_prefetch(reinterpret_cast<const char*>(p + i * 16) + read_ahead);
+        ask_ahead(p + i * 16);
         const v16 v = load(p + i * 16);
         for (int r = 0; r < R; ++r) acc[r] = fma(splat(x[r][i]), v, acc[r]);
     }
@@ -30,7 +30,7 @@ void bf16_tile(const float* const* x, const void* w, int64_t k, float* out) {
     const int64_t pairs = k / 2;
     v16 even, odd;
     for (int64_t i = 0; i < pairs; ++i) {
-        __builtin_prefetch(reinterpret_cast<const char*>(p + i * 32) + read_ahead);
+        ask_ahead(p + i * 32);
         load_bf16_pairs(p + i * 32, even, odd);
         for (int r = 0; r < R; ++r) {
             first[r] = fma(splat(x[r][2 * i]), even, first[r]);

@@ -265,7 +265,7 @@ void quant_tile(const float* const* x, const void* w, int64_t k, float* out) {
                 for (int r = 0; r < R; ++r) record[r] = row[r] + at;
                 at += quant_record;
                 for (int64_t line = 0; line < whole / halves; line += 64)
-                    __builtin_prefetch(run + g * whole + half * (whole / halves) + read_ahead + line);
+                    ask_ahead(run + g * whole + half * (whole / halves) + line);
                 v16 v[R];
                 group_sums<R, nibbles>(run + g * codes + half * 256, run + count * (codes + 32) + g * 16, record, v);
                 for (int r = 0; r < R; ++r) acc[r] = fma(splat(record_scale(record[r])), v[r] * scale, acc[r]);
