@@ -27,7 +27,7 @@ from tmlc.runtimes.core.text import Tokenizer, load_tokenizer
 from tmlc.runtimes.core.tick import DRIVERS, Conversation, Driver, finite_temperature
 
 BACKENDS = {"cpu": "tmlc.runtimes.cpu.backend"}
-"""Modules with `open_backend(package, threads, isa) -> Backend`, by target."""
+"""Modules with `open_backend(package, threads, isa, portable_bits) -> Backend`, by target."""
 MAX_THREADS = 256
 
 
@@ -195,6 +195,7 @@ def load(
     threads: int | None = None,
     sessions: int = 4,
     isa: str | None = None,
+    portable_bits: bool = False,
 ) -> Engine:
     """Loads a package and reserves everything its sessions will need.
 
@@ -205,6 +206,8 @@ def load(
         sessions: how many conversations may be open at once.
         isa: instruction-set variant of the kernels (see `tmlc doctor`); None takes the best this machine
         has.
+        portable_bits: outputs and snapshots have the same bits on every machine, at some cost in speed
+        (docs/plan-format.md, "Determinism"); otherwise only the last bits of floats depend on the machine.
 
     Raises:
         PackageError, PlanError: the package is damaged, altered, foreign, newer, or its plan is refused.
@@ -219,7 +222,7 @@ def load(
         raise UsageError(f"sessions must be a whole number, not {sessions!r}")
     package = open_package(path)
     try:
-        backend = _open_target(package, target, count, isa)
+        backend = _open_target(package, target, count, isa, portable_bits)
         try:
             named = package.manifest.tokenizer
             tokenizer = load_tokenizer(package.read(named)) if named else None
@@ -239,7 +242,9 @@ def load(
     return engine
 
 
-def _open_target(package: Package, target: str | None, threads: int, isa: str | None) -> Backend:
+def _open_target(
+    package: Package, target: str | None, threads: int, isa: str | None, portable_bits: bool
+) -> Backend:
     held = list(package.manifest.targets)
     name = target if target is not None else next((t for t in held if t in BACKENDS), "")
     if name not in held:
@@ -251,5 +256,5 @@ def _open_target(package: Package, target: str | None, threads: int, isa: str | 
     if name not in BACKENDS:
         raise TargetError(f"this tmlc cannot run target {name}", fix=f"it runs: {', '.join(BACKENDS)}")
     module = import_module(BACKENDS[name])
-    backend: Backend = module.open_backend(package, threads, isa)
+    backend: Backend = module.open_backend(package, threads, isa, portable_bits)
     return backend

@@ -22,10 +22,11 @@ class CpuBackend(Backend):
         package: an open package with a CPU target; it must stay open as long as the backend.
         threads: size of the kernel thread pool, the caller included.
         isa: instruction-set variant, None for the best that this machine has.
+        portable_bits: outputs have the same bits on every machine.
     """
 
-    def __init__(self, package: Package, threads: int, isa: str | None = None) -> None:
-        library = load_library(isa)
+    def __init__(self, package: Package, threads: int, isa: str | None = None, portable_bits: bool = False) -> None:
+        library = load_library(isa, portable_bits)
         info = package.manifest.targets[TARGET]
         words = plan_words(package.json(info.plan), package.tensors, library.ops)
         self.target = TARGET
@@ -39,7 +40,7 @@ class CpuBackend(Backend):
         except (MemoryError, ValueError) as error:
             raise CapacityError("cannot reserve the output buffers of the plan") from error
         self._views: dict[tuple[str, int], list[np.ndarray]] = {}
-        self._plan = Plan(library, words.words, package.weights, threads)
+        self._plan = Plan(library, words.words, package.weights, threads, portable_bits)
         self._pool = Pool(library, threads)
 
     def call(self, method: str, n: int, slot: np.ndarray, inputs: Sequence[np.ndarray]) -> Sequence[np.ndarray]:
@@ -78,6 +79,6 @@ class CpuBackend(Backend):
         self._weights = np.empty(0, np.uint8)
 
 
-def open_backend(package: Package, threads: int, isa: str | None = None) -> CpuBackend:
+def open_backend(package: Package, threads: int, isa: str | None = None, portable_bits: bool = False) -> CpuBackend:
     """The CPU engine of `package`. Raises PlanError, PackageError, TargetError or CapacityError."""
-    return CpuBackend(package, threads, isa)
+    return CpuBackend(package, threads, isa, portable_bits)

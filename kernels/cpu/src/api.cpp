@@ -4,6 +4,7 @@
 
 #include "plan.h"
 #include "pool.h"
+#include "vec.h"
 
 #define TMLC_API extern "C" __attribute__((visibility("default")))
 
@@ -50,6 +51,10 @@ TMLC_API int64_t tmlc_plan_arena_bytes(void* plan) { return static_cast<Plan*>(p
 TMLC_API int64_t tmlc_plan_slot_bytes(void* plan) { return static_cast<Plan*>(plan)->slot_bytes(); }
 TMLC_API int64_t tmlc_plan_scratch_bytes(void* plan) { return static_cast<Plan*>(plan)->scratch_bytes(); }
 TMLC_API void tmlc_plan_destroy(void* plan) { delete static_cast<Plan*>(plan); }
+
+// Whether this build's multiply-add rounds once, without which a plan cannot promise portable bits.
+TMLC_API int tmlc_fused() { return tmlc::fused ? 1 : 0; }
+TMLC_API void tmlc_plan_portable_bits(void* plan, int on) { static_cast<Plan*>(plan)->portable_bits(on != 0); }
 
 // `inputs` and `outputs` have as many entries as the method declares (the binding checks that); pool may be NULL.
 TMLC_API int tmlc_plan_run(void* plan, void* pool, int method, int64_t n, void* slot, int64_t slot_bytes,

@@ -11,6 +11,7 @@
 
 #include "check.h"
 #include "conv.h"
+#include "real.h"
 #include "vec.h"
 
 namespace tmlc {
@@ -231,7 +232,7 @@ struct Attention {
 
     float tau(int64_t p) const {
         if (!(log_floor > 0)) return 1.0f;
-        return static_cast<float>(1.0 + log_alpha * std::log(std::max(1.0, static_cast<double>(p + 1) / log_floor)));
+        return static_cast<float>(1.0 + log_alpha * log_real(std::max(1.0, static_cast<double>(p + 1) / log_floor)));
     }
 
     // Relative bias of one query by distance: bias[16 + dist] for every distance it can have.

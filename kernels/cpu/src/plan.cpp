@@ -356,7 +356,7 @@ int Plan::run(Parallel& par, int method, int64_t n, uint8_t* slot, int64_t slot_
         for (size_t j = 0; j < c.info.size(); ++j) operands_[j] = resolve(*c.info[j], n, slot, inputs, outputs);
         const Span span{0, n, slot};
         const RunArgs args{operands_.data(),  static_cast<int>(c.info.size()), c.ints.data(), static_cast<int>(c.ints.size()),
-                           c.floats.data(), n, scratch_.data(), par, c.info.data(), &span, 1};
+                           c.floats.data(), n, scratch_.data(), par, c.info.data(), &span, 1, portable_};
         if (profiling_) {
             const auto start = std::chrono::steady_clock::now();
             status = c.op->run(args);

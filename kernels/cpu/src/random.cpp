@@ -5,6 +5,7 @@
 #include <limits>
 
 #include "op.h"
+#include "real.h"
 
 namespace tmlc {
 namespace {
@@ -70,10 +71,12 @@ int normal_run(const RunArgs& a) {
                 philox(stream, static_cast<uint32_t>(first / 4), words);
                 for (int64_t pair = 0; pair < 2 * lanes && first + 2 * pair < out.cols; ++pair) {
                     const int64_t block = pair / 2, word = pair % 2 * 2, at = first + 2 * pair;
-                    const double radius = std::sqrt(-2.0 * std::log(uniform(words[word][block])));
+                    const double radius = std::sqrt(-2.0 * log_real(uniform(words[word][block])));
                     const double angle = 2.0 * 3.14159265358979323846 * uniform(words[word + 1][block]);
-                    to[at] = static_cast<float>(radius * std::cos(angle));
-                    if (at + 1 < out.cols) to[at + 1] = static_cast<float>(radius * std::sin(angle));
+                    double cosine, sine;
+                    cos_sin_real(angle, cosine, sine);
+                    to[at] = static_cast<float>(radius * cosine);
+                    if (at + 1 < out.cols) to[at + 1] = static_cast<float>(radius * sine);
                 }
             }
         }
@@ -140,7 +143,7 @@ Best gumbel(const float* logits, int64_t first, int64_t last, double temperature
         const double base = static_cast<double>(logits[v]) / temperature;
         const int zeros = ~word == 0 ? 32 : __builtin_clz(~word);
         if (!(base + (zeros + 1) * above_ln2 > best.score)) continue;
-        const double score = base - std::log(-std::log(uniform(word)));
+        const double score = base - log_real(-log_real(uniform(word)));
         if (score > best.score) best = {score, v};
     }
     return best;
