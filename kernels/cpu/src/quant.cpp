@@ -37,7 +37,7 @@ void quantise_row(const float* x, int64_t k, uint8_t* out) {
         int32_t sum = 0;
         for (int32_t code : codes) sum += code;
         uint8_t* to = out + g * 64;
-#if defined(__AVX512VNNI__)
+#if defined(TMLC_BYTE_CODES)
         int8_t bytes[64];
         for (int i = 0; i < quant_group; ++i) {
             const int32_t high = (codes[i] + 128) >> 8;

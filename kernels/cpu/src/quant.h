@@ -2,14 +2,21 @@
 //
 // A row of activations is rounded once per call to whole numbers of -32512..32512 times a float scale for each group of
 // 32 (rounding error: 1.5e-5 of the group's largest value, so outputs are those of the dequantised weights to about that
-// much). The dot product of a group is then an exact integer on every instruction set: by `vpdpbusd` on the two bytes
-// of each activation where there is VNNI, by 16-bit multiply-add elsewhere. Groups are added up in float32, in order.
+// much). The dot product of a group is then an exact integer on every instruction set: by `vpdpbusd` or
+// `sdot` on the two bytes of each activation where there are such, by 16-bit multiply-add elsewhere. Groups are added up in float32, in order.
 #pragma once
 #include "form.h"
 #include "vec.h"
 
 #if defined(__SSE2__)
 #include <immintrin.h>
+#elif defined(__ARM_FEATURE_DOTPROD)
+#include "quant_neon.h"
+#endif
+
+// Codes of activations are kept as two bytes apart (upper ones first) where bytes are multiplied, else as 16-bit words.
+#if defined(__AVX512VNNI__) || defined(__ARM_FEATURE_DOTPROD)
+#define TMLC_BYTE_CODES 1
 #endif
 
 namespace tmlc {
@@ -191,6 +198,23 @@ TMLC_INLINE void dot_group(const uint8_t* w, const uint8_t* const (&x)[R], w16 (
         }
     }
     for (int r = 0; r < R; ++r) total[r] = {{parts[0][r], parts[1][r]}, {parts[2][r], parts[3][r]}};
+}
+
+#elif defined(__ARM_FEATURE_DOTPROD)
+
+template <int R, bool NIBBLES>
+TMLC_INLINE void dot_group(const uint8_t* w, const uint8_t* const (&x)[R], w16 (&total)[R]) {
+    for (int r = 0; r < R; ++r) {
+        int32x4_t upper[4], lower[4];
+        for (int i = 0; i < 4; ++i) upper[i] = lower[i] = vdupq_n_s32(0);
+        detail::dot_bytes_neon<NIBBLES>(w, x[r], upper);
+        detail::dot_bytes_neon<NIBBLES>(w, x[r] + 32, lower);
+        const int32_t back = NIBBLES ? 0 : 128 * (256 * detail::sum_bytes_neon(x[r]) + detail::sum_bytes_neon(x[r] + 32));
+        int32_t sums[16];
+        for (int i = 0; i < 4; ++i)
+            vst1q_s32(sums + 4 * i, vaddq_s32(vaddq_s32(vshlq_n_s32(upper[i], 8), lower[i]), vdupq_n_s32(back)));
+        detail::load(total[r], sums);
+    }
 }
 
 #else
