@@ -5,6 +5,7 @@ mapped folders, and one shared library for each instruction-set variant of the s
 """
 
 import platform
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -22,8 +23,11 @@ def packages() -> list[str]:
 
 
 def variants() -> dict[str, list[str]]:
-    """Compiler flags of each instruction-set variant that this kind of machine can have."""
-    machine = platform.machine().lower()
+    """Compiler flags of each instruction-set variant that the kind of machine we build for can have."""
+    # get_platform obeys _PYTHON_HOST_PLATFORM, by which builds for another machine say so ("linux-aarch64").
+    machine = sysconfig.get_platform().rpartition("-")[2].lower()
+    if machine == "universal2":
+        machine = platform.machine().lower()
     if machine in ("x86_64", "amd64"):
         v4 = ["-march=x86-64-v4", "-mavx512bf16", "-mavx512vnni", "-mprefer-vector-width=512"]
         exact = ["-march=x86-64", "-DTMLC_EXACT_FMA"]  # `portable` for load(portable_bits=True), where x86 has no FMA

@@ -242,9 +242,7 @@ def load(
     return engine
 
 
-def _open_target(
-    package: Package, target: str | None, threads: int, isa: str | None, portable_bits: bool
-) -> Backend:
+def _open_target(package: Package, target: str | None, threads: int, isa: str | None, portable_bits: bool) -> Backend:
     held = list(package.manifest.targets)
     name = target if target is not None else next((t for t in held if t in BACKENDS), "")
     if name not in held:

@@ -1,8 +1,8 @@
-"""Cases of every kernel, one by one, at sizes that a test chooses: what the sweeps of sizes, the comparison of instruction
-sets and the run under an emulator share.
+"""Cases of every kernel, one by one, at sizes that a test chooses: what the sweeps of sizes, the comparison of
+instruction sets and the run under an emulator share.
 
 A case is a plan of one call whose operands are arguments, weights or states of their own, so that a driver can put each
-behind a guard. `OPS` names the sizes of every operation and their bounds; `sweep` walks each of them, `mixed` draws all.
+behind a guard. `OPS` names the sizes of every operation and their bounds; `sweep` walks each, `mixed` draws all.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-F16_ONE = np.float16(1).tobytes()
 GROUP_BYTES = {"int8": 544, "int4": 304, "int4_64": 560}  # of a block of 16 rows: 32, 32 and 64 inputs
 
 
@@ -53,7 +52,8 @@ class Case:
         """The outputs of all calls and the slot in the end, from a variant of the library that Python loaded."""
         from tmlc.kernels.cpu import Plan
 
-        plan, slot, results = Plan(library, self.b.words(library), self.b.weight_array(), 1, **options), self.slot.copy(), []
+        plan = Plan(library, self.b.words(library), self.b.weight_array(), 1, **options)
+        slot, results = self.slot.copy(), []
         for n, inputs in self.calls:
             outs = [np.frombuffer(b"\xff" * (np.dtype(t).itemsize * r * c), t).reshape(r, c).copy()
                     for t, r, c in self.outputs(n)]  # fmt: skip
@@ -75,7 +75,9 @@ class Maker:
         self.outs.append(self.b.output(len(self.outs), dtype, cols, rows))
         return self.outs[-1]
 
-    def arg(self, cols: int, value: Callable[[int], np.ndarray] | None = None, dtype: str = "f32", rows: int = 1) -> int:
+    def arg(
+        self, cols: int, value: Callable[[int], np.ndarray] | None = None, dtype: str = "f32", rows: int = 1
+    ) -> int:
         """An input of rows·n rows; `value(rows)` makes its content, normal numbers unless given."""
         make = value or (lambda n: self.rng.standard_normal((n, cols), np.float32))
         t = self.b.input(len(self.ins), dtype, cols, (rows, 0))
@@ -377,9 +379,7 @@ OPS: dict[str, Op] = {
         dict(up=FORMS, down=FORMS, flags=(0, 1, 2, 3), one=(False, True)),
     ),
     "dmel": Op(dmel, _sizes(hop=8, overlap=5, B=3, L=16)),
-    "patchify": Op(
-        patchify, _sizes(down=1, across=2, p1=2, p2=1, t1=1, t2=1) | {"n": (1, 1, 257)}, most=4
-    ),
+    "patchify": Op(patchify, _sizes(down=1, across=2, p1=2, p2=1, t1=1, t2=1) | {"n": (1, 1, 257)}, most=4),
     "philox_normal": Op(philox_normal, _sizes(D=19)),
     "sample": Op(sample, _sizes(V=(19, 1, 257)), dict(heat=(0.0, 0.8), ties=(False, True))),
     "overlap_add": Op(overlap_add, _sizes(hop=8, overlap=5)),
@@ -419,7 +419,8 @@ def mixed(builder: Callable, rng: np.random.Generator, op: str, count: int) -> I
     most = OPS[op].most
     for _ in range(count):
         chosen: dict[str, Any] = {
-            name: int(rng.integers(low, max(low, min(high, most)) + 1)) for name, (_, low, high) in OPS[op].sizes.items()
+            name: int(rng.integers(low, max(low, min(high, most)) + 1))
+            for name, (_, low, high) in OPS[op].sizes.items()
         }
         chosen |= {name: values[rng.integers(len(values))] for name, values in OPS[op].ways.items()}
         yield make_case(builder, rng, op, **chosen)

@@ -28,6 +28,11 @@ THREADS = click.option(
     metavar="N",
     help="Kernel threads. Outputs do not depend on it.  [default: the machine's cores]",
 )
+PORTABLE_BITS = click.option(
+    "--portable-bits",
+    is_flag=True,
+    help="Outputs with the same bits on every machine; without it, last bits depend on the instruction set.",
+)
 
 
 def verb(name: str | None = None, *, example: str) -> Callable[[Callable[..., Any]], click.Command]:

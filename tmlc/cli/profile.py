@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from tmlc.cli.common import FORCE, THREADS, note, print_json, progress, show, verb
+from tmlc.cli.common import FORCE, PORTABLE_BITS, THREADS, note, print_json, progress, show, verb
 from tmlc.cli.inputs import open_recording, recording_options, tick_shape
 from tmlc.cli.outputs import Outputs
 from tmlc.errors import UsageError
@@ -60,6 +60,7 @@ tmlc profile nano.tmlc --budget 300ms --threads 1 --json
 )
 @click.option("-o", "--out", type=click.Path(path_type=Path), metavar="STEM", help="Also write STEM.json and STEM.txt.")
 @THREADS
+@PORTABLE_BITS
 @FORCE
 def command(
     package: Path,
@@ -74,6 +75,7 @@ def command(
     seed: int,
     out: Path | None,
     threads: int | None,
+    portable_bits: bool,
     force: bool,
     as_json: bool,
 ) -> None:
@@ -91,7 +93,7 @@ def command(
     outputs = (
         Outputs(out.absolute().parent, [f"{out.name}.json", f"{out.name}.txt"], force) if out is not None else None
     )
-    engine = tmlc.load(package, threads=threads, sessions=1)
+    engine = tmlc.load(package, threads=threads, sessions=1, portable_bits=portable_bits)
     try:
         shape = tick_shape(engine.manifest)
         allowed = Budget(total, shape.duration_ms)

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from tmlc.cli.common import FORCE, THREADS, print_json, progress, show, verb
+from tmlc.cli.common import FORCE, PORTABLE_BITS, THREADS, print_json, progress, show, verb
 from tmlc.cli.inputs import open_recording, recording_options
 from tmlc.cli.outputs import Outputs
 from tmlc.errors import UsageError
@@ -60,6 +60,7 @@ tmlc run nano.tmlc --text typed.yaml --seconds 20 --clock wall -o out/
     help="Of the text; 0 takes the likeliest token.",
 )
 @THREADS
+@PORTABLE_BITS
 @FORCE
 def command(
     package: Path,
@@ -74,12 +75,14 @@ def command(
     seed: int,
     temperature: float,
     threads: int | None,
+    portable_bits: bool,
     force: bool,
     as_json: bool,
 ) -> None:
     """Play a recorded conversation into PACKAGE, tick by tick.
 
-    The same package, seed and inputs give the same bytes, whatever the clock and the threads.
+    The same package, seed and inputs give the same bytes, whatever the clock and the threads; with --portable-bits, on
+    every machine.
     """
     import tmlc
     from tmlc.report.latency import as_dict, spread
@@ -91,7 +94,7 @@ def command(
 
     names = ["output.wav", "transcript.txt", "timeline.jsonl"]
     outputs = Outputs(out, names, force)
-    engine = tmlc.load(package, threads=threads, sessions=1)
+    engine = tmlc.load(package, threads=threads, sessions=1, portable_bits=portable_bits)
     try:
         recording = open_recording(engine.manifest, audio, video, fps, text)
         length = recording.duration() if seconds is None else seconds

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from tmlc.cli.common import THREADS, note, print_json, progress, show, verb
+from tmlc.cli.common import PORTABLE_BITS, THREADS, note, print_json, progress, show, verb
 
 
 @verb(
@@ -19,7 +19,8 @@ tmlc verify nano.tmlc --isa portable --threads 1 --json
 @click.argument("package", type=click.Path(path_type=Path))
 @click.option("--isa", metavar="NAME", help="Kernel variant to verify (`tmlc doctor` lists them).  [default: the best]")
 @THREADS
-def command(package: Path, isa: str | None, threads: int | None, as_json: bool) -> None:
+@PORTABLE_BITS
+def command(package: Path, isa: str | None, threads: int | None, portable_bits: bool, as_json: bool) -> None:
     """Check every byte of PACKAGE, then replay its golden calls here and compare the outputs.
 
     Exit code 1 when an output differs by more than the package's tolerance.
@@ -27,7 +28,8 @@ def command(package: Path, isa: str | None, threads: int | None, as_json: bool) 
     import tmlc
     from tmlc.report.verify import replay, verify_tables
 
-    with tmlc.load(package, threads=threads, sessions=1, isa=isa) as engine, progress(as_json) as report:
+    engine = tmlc.load(package, threads=threads, sessions=1, isa=isa, portable_bits=portable_bits)
+    with engine, progress(as_json) as report:
         view = replay(engine, package, report)
     if as_json:
         print_json(view)

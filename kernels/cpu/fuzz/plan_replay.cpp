@@ -1,23 +1,21 @@
-// Runs plans read from standard input, with every operand behind a guard: what the sweeps of sizes and the run of another
-// machine's library under an emulator are made of. Usage: plan_replay heap|pages PORTABLE THREADS [OUTPUT]
+// Runs plans read from standard input through a kernel library, with every operand behind a guard: what the sweeps of
+// sizes and the run of another machine's library under an emulator are made of.
+// Usage: plan_replay LIBRARY heap|pages PORTABLE THREADS [OUTPUT] < CASES
 //
-// Each weight, state, input and output gets memory of its own that ends where it ends: `heap` for a sanitized build (bytes
-// between operands are poisoned), `pages` for any build (the next page is out of bounds for every instruction, those that a
-// sanitizer does not see too). The results (outputs of each call, then the slot) go to OUTPUT as they are. The form of the
-// input is written by tests/kernels/kernel_cases.py.
+// Each weight, state, input and output gets memory of its own that ends where it ends: `heap` for a sanitized build (the
+// bytes between operands are poisoned), `pages` for any build (the next page is out of bounds for every instruction, also
+// for those that a sanitizer does not see). The results (outputs of each call, then the slot) go to OUTPUT as they are.
+// tests/kernels/kernel_cases.py writes the cases.
+#include <dlfcn.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <string>
-#include <utility>
 #include <vector>
-
-#include "../src/plan.h"
-#include "../src/pool.h"
-#include "../src/vec.h"
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
@@ -33,6 +31,37 @@ std::string case_name = "none";
     std::fprintf(stderr, "%s\nin case %s\n", what.c_str(), case_name.c_str());
     std::exit(1);
 }
+
+// The C interface of the library (api.cpp).
+struct Library {
+    int (*fused)();
+    void* (*pool_create)(int threads);
+    void (*pool_destroy)(void* pool);
+    void* (*plan_create)(const int64_t* words, int64_t n_words, const void* weights, int64_t weight_bytes, int threads,
+                         char* error, int64_t error_len);
+    void (*portable_bits)(void* plan, int on);
+    int (*plan_run)(void* plan, void* pool, int method, int64_t n, void* slot, int64_t slot_bytes, const void* const* inputs,
+                    const int64_t* input_bytes, void* const* outputs, const int64_t* output_bytes, char* error,
+                    int64_t error_len);
+    void (*plan_destroy)(void* plan);
+
+    explicit Library(const char* path) {
+        void* handle = dlopen(path, RTLD_NOW);
+        if (handle == nullptr) die(dlerror());
+        const auto find = [&](auto& function, const char* name) {
+            void* at = dlsym(handle, name);
+            if (at == nullptr) die(dlerror());
+            std::memcpy(&function, &at, sizeof function);
+        };
+        find(fused, "tmlc_fused");
+        find(pool_create, "tmlc_pool_create");
+        find(pool_destroy, "tmlc_pool_destroy");
+        find(plan_create, "tmlc_plan_create");
+        find(portable_bits, "tmlc_plan_portable_bits");
+        find(plan_run, "tmlc_plan_run");
+        find(plan_destroy, "tmlc_plan_destroy");
+    }
+};
 
 int64_t read_number(bool may_end = false) {
     int64_t v;
@@ -110,6 +139,13 @@ public:
     int64_t start(size_t k) const { return starts_[k]; }
 };
 
+// A row of the tensor table: space, dtype, offset, a, b, cols, stride.
+int64_t extent(const int64_t* t, int64_t n) {
+    constexpr int64_t sizes[] = {4, 2, 4, 8, 1};
+    const int64_t rows = t[3] * n + t[4];
+    return rows == 0 ? 0 : ((rows - 1) * t[6] + t[5]) * sizes[t[1]];
+}
+
 // The tensors of one space, moved from where the plan has them side by side to memory where each has its guard.
 struct Moved {
     std::vector<Piece> pieces;  // as in the plan
@@ -139,8 +175,7 @@ private:
         for (int64_t i = 0; i < words[4]; ++i) {
             const int64_t* t = words.data() + 6 + 7 * i;
             if (t[0] != space) continue;
-            const int64_t bytes = t[4] * t[6] * tmlc::size_of(static_cast<tmlc::DType>(t[1]));
-            if (bytes > 0) found.push_back({t[2], bytes});
+            if (extent(t, 1) > 0) found.push_back({t[2], extent(t, 1)});
         }
         return found;
     }
@@ -155,7 +190,7 @@ void put(std::FILE* to, const void* data, int64_t bytes) {
     if (to != nullptr && bytes > 0 && std::fwrite(data, static_cast<size_t>(bytes), 1, to) != 1) die("cannot write the output");
 }
 
-void run_case(tmlc::Parallel& par, int threads, bool portable, std::FILE* out) {
+void run_case(const Library& library, void* pool, int threads, bool portable, std::FILE* out) {
     std::vector<uint8_t> raw = read_block(read_number());
     std::vector<int64_t> words(raw.size() / 8);
     std::memcpy(words.data(), raw.data(), raw.size());
@@ -163,12 +198,12 @@ void run_case(tmlc::Parallel& par, int threads, bool portable, std::FILE* out) {
     std::vector<uint8_t> slot = read_block(read_number());
     const Moved own_weights(words, 2, weights), own_slot(words, 1, slot);
     words[3] = own_slot.memory.bytes();
-    std::string error;
-    auto plan = tmlc::Plan::create(words.data(), static_cast<int64_t>(words.size()), own_weights.memory.base(),
-                                   own_weights.memory.bytes(), threads, error);
-    if (!plan) die("refused: " + error);
-    plan->portable_bits(portable);
-    const tmlc::Plan::Method& method = plan->methods()[0];
+    char error[256] = "";
+    void* plan = library.plan_create(words.data(), static_cast<int64_t>(words.size()), own_weights.memory.base(),
+                                     own_weights.memory.bytes(), threads, error, sizeof error);
+    if (plan == nullptr) die(std::string("refused: ") + error);
+    library.portable_bits(plan, portable);
+    const int64_t* method = words.data() + 6 + 7 * words[4];  // max_n, inputs, outputs, code, input ids, output ids
     for (int64_t call = 0, calls = read_number(); call < calls; ++call) {
         const int64_t n = read_number(), given = read_number();
         std::vector<std::vector<uint8_t>> inputs;
@@ -177,22 +212,20 @@ void run_case(tmlc::Parallel& par, int threads, bool portable, std::FILE* out) {
             inputs.push_back(read_block(read_number()));
             sizes.push_back(static_cast<int64_t>(inputs.back().size()));
         }
-        for (const int64_t id : method.outputs) sizes.push_back(static_cast<int64_t>(tmlc::extent(plan->tensor(id), n)));
+        for (int64_t k = 0; k < method[2]; ++k) sizes.push_back(extent(words.data() + 6 + 7 * method[4 + method[1] + k], n));
         const Guarded memory(sizes);
-        std::vector<tmlc::Buffer> buffers;
+        std::vector<void*> places;
         for (size_t k = 0; k < sizes.size(); ++k) {
-            uint8_t* at = memory.base() + memory.start(k);
-            if (k >= inputs.size()) std::memset(at, 0xff, static_cast<size_t>(sizes[k]));
-            else if (sizes[k] > 0) std::memcpy(at, inputs[k].data(), static_cast<size_t>(sizes[k]));
-            buffers.push_back({at, sizes[k]});
+            places.push_back(memory.base() + memory.start(k));
+            if (k >= inputs.size()) std::memset(places[k], 0xff, static_cast<size_t>(sizes[k]));
+            else if (sizes[k] > 0) std::memcpy(places[k], inputs[k].data(), static_cast<size_t>(sizes[k]));
         }
-        char message[256] = "";
-        const tmlc::Buffer* outputs = buffers.data() + inputs.size();
-        if (plan->run(par, 0, n, own_slot.memory.base(), own_slot.memory.bytes(), buffers.data(), outputs, message,
-                      sizeof message) != tmlc::ok)
-            die(message);
-        for (size_t k = inputs.size(); k < buffers.size(); ++k) put(out, buffers[k].data, buffers[k].bytes);
+        if (library.plan_run(plan, pool, 0, n, own_slot.memory.base(), own_slot.memory.bytes(), places.data(), sizes.data(),
+                             places.data() + given, sizes.data() + given, error, sizeof error) != 0)
+            die(error);
+        for (size_t k = inputs.size(); k < sizes.size(); ++k) put(out, places[k], sizes[k]);
     }
+    library.plan_destroy(plan);
     own_slot.copy_back(slot);
     put(out, slot.data(), static_cast<int64_t>(slot.size()));
 }
@@ -200,28 +233,28 @@ void run_case(tmlc::Parallel& par, int threads, bool portable, std::FILE* out) {
 }  // namespace
 
 int main(int argc, char** argv) {
-    if (argc < 4 || argc > 5) {
-        std::fprintf(stderr, "usage: plan_replay heap|pages PORTABLE THREADS [OUTPUT] < CASES\n");
+    if (argc < 5 || argc > 6) {
+        std::fprintf(stderr, "usage: plan_replay LIBRARY heap|pages PORTABLE THREADS [OUTPUT] < CASES\n");
         return 2;
     }
-    pages = std::strcmp(argv[1], "pages") == 0;
-    const bool portable = std::atoi(argv[2]) != 0;
-    const int threads = std::atoi(argv[3]);
-    if (portable && !tmlc::fused) die("this build has no fused multiply-add");
-    std::FILE* out = argc == 5 ? std::fopen(argv[4], "wb") : nullptr;
-    if (argc == 5 && out == nullptr) die("cannot open the output");
+    const Library library(argv[1]);
+    pages = std::strcmp(argv[2], "pages") == 0;
+    const bool portable = std::atoi(argv[3]) != 0;
+    const int threads = std::atoi(argv[4]);
+    if (portable && library.fused() == 0) die("this library has no fused multiply-add");
+    std::FILE* out = argc == 6 ? std::fopen(argv[5], "wb") : nullptr;
+    if (argc == 6 && out == nullptr) die("cannot open the output");
 #if defined(__SANITIZE_ADDRESS__)
     __sanitizer_set_death_callback([] { std::fprintf(stderr, "in case %s\n", case_name.c_str()); });
 #endif
-    tmlc::Serial serial;
-    tmlc::Pool pool(threads);
-    tmlc::Parallel& par = threads > 1 ? static_cast<tmlc::Parallel&>(pool) : serial;
+    void* pool = threads > 1 ? library.pool_create(threads) : nullptr;
     int64_t count = 0;
     for (int64_t bytes; (bytes = read_number(true)) >= 0; ++count) {
         const std::vector<uint8_t> name = read_block(bytes);
         case_name.assign(name.begin(), name.end());
-        run_case(par, threads, portable, out);
+        run_case(library, pool, threads, portable, out);
     }
+    if (pool != nullptr) library.pool_destroy(pool);
     if (out != nullptr && std::fclose(out) != 0) die("cannot write the output");
     std::printf("%lld cases\n", static_cast<long long>(count));
     return 0;
