@@ -86,13 +86,22 @@ class CapacityError(TmlcError):
 
 
 class ContextFullError(SessionError):
-    """The bounded context is used up and its declared policy is `end`."""
+    """The bounded context is used up and its declared policy is `end`.
+
+    `part` is the place of the session in the call that was refused (None: the error is not of a call).
+    """
+
+    part: int | None = None
 
 
 class KernelError(TmlcError):
-    """A kernel stopped on data it must not use (an index out of range); the session is poisoned."""
+    """A kernel stopped on data it must not use (an index out of range); the session is poisoned.
+
+    `part` is the place of the one session that the call was refused for, before anything changed; None: all are poisoned.
+    """
 
     exit_code = 1
+    part: int | None = None
 
 
 class CheckError(TmlcError):

@@ -21,7 +21,7 @@ import numpy as np
 
 from tmlc.errors import ContextFullError, KernelError, PlanError, TargetError, UsageError
 
-ABI = 1
+ABI = 2
 MAGIC = 0x544D4C43504C414E
 VERSION = 1
 
@@ -35,6 +35,7 @@ _VARIANTS: dict[str, dict[str, set[str]]] = {
 
 _STATUS_CONTEXT_FULL = 2
 _STATUS_BAD_CALL = 3
+_STATUS_BAD_SLOT = 4
 
 
 def _machine() -> str:
@@ -86,13 +87,14 @@ class Library:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._c = _declare(ctypes.CDLL(str(path)))
-        if self._c.tmlc_abi() != ABI:
+        loaded = ctypes.CDLL(str(path))
+        if loaded.tmlc_abi() != ABI:
             raise TargetError(
-                f"the kernel library has interface {self._c.tmlc_abi()}, this tmlc needs {ABI}",
+                f"the kernel library has interface {loaded.tmlc_abi()}, this tmlc needs {ABI}",
                 where=str(path),
                 fix="build it again: pip install --force-reinstall tmlc",
             )
+        self._c = _declare(loaded)
         self.isa: str = self._c.tmlc_isa().decode()
         self.fused = bool(self._c.tmlc_fused())
         self.ops: dict[str, int] = {
@@ -205,6 +207,8 @@ class Plan:
         self.slot_bytes: int = self._c.tmlc_plan_slot_bytes(self._handle)
         self.scratch_bytes: int = self._c.tmlc_plan_scratch_bytes(self._handle)
         self._calls: dict[int, _Arguments] = {}
+        self._parts = (_Part * 8)()
+        self._part_at_fault = (ctypes.c_int64 * 1)()
         self._busy = threading.Lock()
 
     def run(
@@ -216,52 +220,88 @@ class Plan:
         inputs: Sequence[np.ndarray],
         outputs: Sequence[np.ndarray],
     ) -> None:
-        """Runs one method on n positions; outputs are written in place.
+        """Runs one method on n positions of one session: `run_batch` with one part."""
+        self.run_batch(pool, method, [(n, slot)], inputs, outputs)
+
+    def run_batch(
+        self,
+        pool: Pool | None,
+        method: int,
+        parts: Sequence[tuple[int, np.ndarray]],
+        inputs: Sequence[np.ndarray],
+        outputs: Sequence[np.ndarray],
+    ) -> None:
+        """Runs one method on the positions of several sessions; outputs are written in place.
 
         Args:
             pool: None runs on the caller alone (the results are the same).
-            method: number of the method in the plan.
-            n: new positions, 1 to the method's max_n.
-            slot: uint8, the session's memory (at least `slot_bytes`, 8-byte aligned), changed in place.
-            inputs, outputs: C-contiguous arrays, at least as large as the plan says for n.
+            method: number of the method in the plan; where `unbatched` gives a reason it takes one part.
+            parts: for each session its new positions, at least 1 and together at most the method's max_n, and its slot:
+                uint8 (at least `slot_bytes`, 8-byte aligned), changed in place. No slot is given twice.
+            inputs, outputs: C-contiguous arrays, at least as large as the plan says for all positions together, the
+                rows of the first part first.
 
         Raises:
-            ContextFullError: the bounded context has no room for n positions; nothing was changed.
-            KernelError: an index out of range; the slot must not be used any more.
-            UsageError: wrong n, sizes or arrays; nothing was changed.
+            ContextFullError: the bounded context of session `error.part` has no room; nothing was changed.
+            KernelError: where `error.part` is not None, that session's slot is damaged and nothing was changed;
+                otherwise an index was out of range, and none of the slots must be used any more.
+            UsageError: wrong positions, sizes or arrays; nothing was changed.
         """
         if self._handle is None:
             raise UsageError("the plan is closed")
-        if slot.dtype != np.uint8 or not slot.flags.c_contiguous or not slot.flags.writeable:
-            raise UsageError("a slot is a writable flat uint8 array", where="slot")
         if not self._busy.acquire(blocking=False):
             raise UsageError("the plan is running already", fix="give each thread its own Plan")
         try:
+            slot_bytes = self._fill_parts(parts)
             call = self._calls.get(method) or self._arguments(method)
             call.fill(inputs, outputs)
             status = self._c.tmlc_plan_run(
                 self._handle,
                 pool._handle if pool is not None else None,
                 method,
-                n,
-                slot.ctypes.data,
-                slot.nbytes,
+                self._parts,
+                len(parts),
+                slot_bytes,
                 *call.pointers,
+                self._part_at_fault,
                 self._error,
                 len(self._error),
             )
+            part = int(self._part_at_fault[0])
+            what = self._error.value.decode(errors="replace") if status else ""
         finally:
             self._busy.release()
         if status == 0:
             return
-        what = self._error.value.decode(errors="replace")
+        where = f"session {part} of {len(parts)}" if part >= 0 and len(parts) > 1 else ""
         if status == _STATUS_CONTEXT_FULL:
-            raise ContextFullError(
-                what, fix="close the session, or compile with the context policy ring_with_sinks"
+            full = ContextFullError(
+                what, where=where, fix="close the session, or compile with the context policy ring_with_sinks"
             )
+            full.part = part
+            raise full
         if status == _STATUS_BAD_CALL:
-            raise UsageError(what, where=f"method {method}")
-        raise KernelError(what, fix="the session is poisoned; check the package with tmlc verify")
+            raise UsageError(what, where=f"method {method}" + (f", {where}" if where else ""))
+        failed = KernelError(what, where=where, fix="the session is poisoned; check the package with tmlc verify")
+        failed.part = part if status == _STATUS_BAD_SLOT else None
+        raise failed
+
+    def _fill_parts(self, parts: Sequence[tuple[int, np.ndarray]]) -> int:
+        """Writes the parts where the library reads them; returns the bytes that every slot has."""
+        if len(parts) > len(self._parts):
+            self._parts = (_Part * (2 * len(parts)))()
+        slot_bytes = 2**62
+        for k, (n, slot) in enumerate(parts):
+            if slot.dtype != np.uint8 or not slot.flags.c_contiguous or not slot.flags.writeable:
+                raise UsageError("a slot is a writable flat uint8 array", where="slot")
+            self._parts[k].n, self._parts[k].slot = n, slot.ctypes.data
+            slot_bytes = min(slot_bytes, slot.nbytes)
+        return slot_bytes
+
+    def unbatched(self, method: int) -> str | None:
+        """Why a method takes only one session in a call; None where it takes several."""
+        why = self._c.tmlc_plan_unbatched(self._handle, method)
+        return None if why is None else str(why.decode())
 
     def profile(self, on: bool) -> None:
         """Starts (from zero) or stops measuring the operations."""
@@ -295,6 +335,12 @@ class Plan:
         call = _Arguments(n_inputs, self._c.tmlc_plan_outputs(self._handle, method))
         self._calls[method] = call
         return call
+
+
+class _Part(ctypes.Structure):
+    """`tmlc::Part` of kernels/cpu/src/plan.h."""
+
+    _fields_ = (("n", ctypes.c_int64), ("slot", ctypes.c_void_p))
 
 
 class _Arguments:
@@ -343,7 +389,8 @@ def _declare(c: ctypes.CDLL) -> ctypes.CDLL:
         "tmlc_plan_scratch_bytes": (i64, [ptr]),
         "tmlc_plan_inputs": (i32, [ptr, i32]),
         "tmlc_plan_outputs": (i32, [ptr, i32]),
-        "tmlc_plan_run": (i32, [ptr, ptr, i32, i64, ptr, i64, ptr, ptr, ptr, ptr, ptr, i64]),
+        "tmlc_plan_run": (i32, [ptr, ptr, i32, ptr, i64, i64, ptr, ptr, ptr, ptr, ptr, ptr, i64]),
+        "tmlc_plan_unbatched": (text, [ptr, i32]),
         "tmlc_plan_profile": (None, [ptr, i32]),
         "tmlc_plan_times": (i32, [ptr, i32, ptr, i64, ptr]),
         "tmlc_plan_destroy": (None, [ptr]),

@@ -30,8 +30,13 @@ EXPORT void* tmlc_plan_create(const int64_t* w, int64_t, const void* data, int64
 }
 EXPORT void tmlc_plan_portable_bits(void*, int) {}
 EXPORT void tmlc_plan_destroy(void*) {}
-EXPORT int tmlc_plan_run(void*, void*, int, int64_t, void* slot, int64_t, const void* const* inputs, const int64_t* input_bytes,
-                         void* const* outputs, const int64_t* output_bytes, char*, int64_t) {
+struct Part {
+    int64_t n;
+    void* slot;
+};
+EXPORT int tmlc_plan_run(void*, void*, int, const Part* parts, int64_t, int64_t, const void* const* inputs,
+                         const int64_t* input_bytes, void* const* outputs, const int64_t* output_bytes, int64_t*, char*,
+                         int64_t) {
     const char* which = std::getenv("TMLC_OVERREAD");
     int64_t at = 0;
     const uint8_t* from = nullptr;
@@ -39,7 +44,7 @@ EXPORT int tmlc_plan_run(void*, void*, int, int64_t, void* slot, int64_t, const 
     if (std::strcmp(which, "input") == 0) from = static_cast<const uint8_t*>(inputs[0]), bytes = input_bytes[0];
     if (std::strcmp(which, "output") == 0) from = static_cast<const uint8_t*>(outputs[0]), bytes = output_bytes[0];
     if (std::strcmp(which, "weight") == 0) bytes = bytes_of(2, at), from = weights + at;
-    if (std::strcmp(which, "slot") == 0) bytes = bytes_of(1, at), from = static_cast<const uint8_t*>(slot) + at;
+    if (std::strcmp(which, "slot") == 0) bytes = bytes_of(1, at), from = static_cast<const uint8_t*>(parts[0].slot) + at;
     for (int64_t i = 0; from != nullptr && i < bytes; ++i) seen = from[i];  // all that is the operand's own can be read
     if (from != nullptr) seen = from[bytes];
     return 0;

@@ -249,5 +249,5 @@ def test_mutated_plans_stay_inside_their_memory(fuzzer, best, rng, tmp_path, see
         env={"ASAN_OPTIONS": "allocator_may_return_null=1:max_allocation_size_mb=512:detect_leaks=1"},
     )
     assert run.returncode == 0, run.stderr[-3000:]
-    _, accepted, _, refused, _, runs = run.stdout.split()
-    assert int(accepted) > COPIES // 50 and int(refused) > COPIES // 50 and int(runs) > COPIES // 50, run.stdout
+    accepted, refused, runs, batches = (int(word) for word in run.stdout.split()[1::2])
+    assert min(accepted, refused, runs) > COPIES // 50 and batches > COPIES // 500, run.stdout

@@ -2,6 +2,7 @@
 // sanitizer sees any step outside. Usage: plan_fuzz WORDS WEIGHTS FIRST COUNT (tests/kernels/test_sanitized.py).
 //
 // Iteration 0 of a seed runs it unchanged; iteration k is the same on every machine. Prints how the copies fared.
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -18,6 +19,7 @@
 namespace {
 
 constexpr int64_t small = 1 << 20;  // larger plans are only created: running them would take long, not find more
+constexpr int sessions = 3;             // the most that one call brings
 int64_t iteration = 0;
 
 struct Random {  // splitmix64
@@ -108,17 +110,27 @@ void fill(void* data, int64_t bytes, tmlc::DType dtype, Random& random) {
     }
 }
 
-// Runs every method a few times on one slot; returns how many runs ended well.
-int run(tmlc::Plan& plan, tmlc::Parallel& par, Random& random) {
+// Runs every method a few times on one session or several; returns how many runs ended well. A call that is refused for
+// one session must have changed no slot.
+int run(tmlc::Plan& plan, tmlc::Parallel& par, Random& random, int64_t& batches) {
     if (plan.arena_bytes() > small || plan.slot_bytes() > small || plan.scratch_bytes() > 16 * small) return 0;
-    Exact slot(plan.slot_bytes());
-    fill(slot.data, plan.slot_bytes(), tmlc::DType::i64, random);
-    if (random.below(2) == 0) std::memset(slot.data, 0, static_cast<size_t>(plan.slot_bytes()));
+    std::vector<Exact> slots;
+    const auto bytes_of_slot = static_cast<size_t>(plan.slot_bytes());
+    for (int s = 0; s < sessions; ++s) {
+        slots.emplace_back(plan.slot_bytes());
+        fill(slots.back().data, plan.slot_bytes(), tmlc::DType::i64, random);
+        if (random.below(2) == 0) std::memset(slots.back().data, 0, bytes_of_slot);
+    }
     int good = 0;
     for (int round = 0; round < 3; ++round)
         for (size_t m = 0; m < plan.methods().size(); ++m) {
             const tmlc::Plan::Method& method = plan.methods()[m];
             const int64_t most = std::min<int64_t>(method.max_n, 64), n = random.below(3) == 0 ? most : 1 + random.below(most);
+            std::vector<tmlc::Part> parts;
+            for (int64_t left = n; left > 0; left -= parts.back().n) {
+                const bool last = static_cast<int>(parts.size()) == sessions - 1 || random.below(2) == 0;
+                parts.push_back({last ? left : 1 + random.below(left), static_cast<uint8_t*>(slots[parts.size()].data)});
+            }
             std::vector<Exact> held;
             std::vector<tmlc::Buffer> in, out;
             bool fits = true;
@@ -135,9 +147,23 @@ int run(tmlc::Plan& plan, tmlc::Parallel& par, Random& random) {
             give(method.inputs, in);
             give(method.outputs, out);
             if (!fits) continue;
-            char error[256];
-            good += plan.run(par, static_cast<int>(m), n, static_cast<uint8_t*>(slot.data), plan.slot_bytes(), in.data(),
-                             out.data(), error, sizeof error) == tmlc::ok;
+            std::vector<std::vector<uint8_t>> before;
+            for (const Exact& slot : slots) {
+                const auto* bytes = static_cast<uint8_t*>(slot.data);
+                before.emplace_back(bytes, bytes + bytes_of_slot);
+            }
+            char text[256];
+            tmlc::Plan::Fault fault{text, sizeof text};
+            const int status = plan.run(par, static_cast<int>(m), parts.data(), static_cast<int64_t>(parts.size()),
+                                        plan.slot_bytes(), in.data(), out.data(), fault);
+            good += status == tmlc::ok;
+            batches += status == tmlc::ok && parts.size() > 1;
+            if (status == tmlc::ok || status == tmlc::bad_index) continue;
+            for (size_t s = 0; s < slots.size(); ++s)
+                if (!std::equal(before[s].begin(), before[s].end(), static_cast<uint8_t*>(slots[s].data))) {
+                    std::fprintf(stderr, "a refused call changed slot %zu in iteration %lld\n", s, static_cast<long long>(iteration));
+                    std::exit(1);
+                }
         }
     return good;
 }
@@ -158,7 +184,7 @@ int main(int argc, char** argv) {
     tmlc::Serial serial;
     tmlc::Pool pool(2);
     const int64_t first = std::atoll(argv[3]), count = std::atoll(argv[4]);
-    int64_t accepted = 0, refused = 0, good = 0;
+    int64_t accepted = 0, refused = 0, good = 0, batches = 0;
     for (iteration = first; iteration < first + count; ++iteration) {
         Random random{static_cast<uint64_t>(iteration) * 0x2545f4914f6cdd1dull + 1};
         std::vector<int64_t> words = seed;
@@ -175,9 +201,9 @@ int main(int argc, char** argv) {
             continue;
         }
         ++accepted;
-        good += iteration % 2 == 0 ? run(*plan, serial, random) : run(*plan, pool, random);
+        good += iteration % 2 == 0 ? run(*plan, serial, random, batches) : run(*plan, pool, random, batches);
     }
-    std::printf("accepted %lld refused %lld runs %lld\n", static_cast<long long>(accepted), static_cast<long long>(refused),
-                static_cast<long long>(good));
+    std::printf("accepted %lld refused %lld runs %lld batches %lld\n", static_cast<long long>(accepted),
+                static_cast<long long>(refused), static_cast<long long>(good), static_cast<long long>(batches));
     return 0;
 }

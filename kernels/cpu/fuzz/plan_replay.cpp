@@ -32,6 +32,11 @@ std::string case_name = "none";
     std::exit(1);
 }
 
+struct Part {  // one session of a call: its positions and its slot
+    int64_t n;
+    void* slot;
+};
+
 // The C interface of the library (api.cpp).
 struct Library {
     int (*fused)();
@@ -40,9 +45,9 @@ struct Library {
     void* (*plan_create)(const int64_t* words, int64_t n_words, const void* weights, int64_t weight_bytes, int threads,
                          char* error, int64_t error_len);
     void (*portable_bits)(void* plan, int on);
-    int (*plan_run)(void* plan, void* pool, int method, int64_t n, void* slot, int64_t slot_bytes, const void* const* inputs,
-                    const int64_t* input_bytes, void* const* outputs, const int64_t* output_bytes, char* error,
-                    int64_t error_len);
+    int (*plan_run)(void* plan, void* pool, int method, const Part* parts, int64_t n_parts, int64_t slot_bytes,
+                    const void* const* inputs, const int64_t* input_bytes, void* const* outputs, const int64_t* output_bytes,
+                    int64_t* part, char* error, int64_t error_len);
     void (*plan_destroy)(void* plan);
 
     explicit Library(const char* path) {
@@ -220,8 +225,9 @@ void run_case(const Library& library, void* pool, int threads, bool portable, st
             if (k >= inputs.size()) std::memset(places[k], 0xff, static_cast<size_t>(sizes[k]));
             else if (sizes[k] > 0) std::memcpy(places[k], inputs[k].data(), static_cast<size_t>(sizes[k]));
         }
-        if (library.plan_run(plan, pool, 0, n, own_slot.memory.base(), own_slot.memory.bytes(), places.data(), sizes.data(),
-                             places.data() + given, sizes.data() + given, error, sizeof error) != 0)
+        const Part part{n, own_slot.memory.base()};
+        if (library.plan_run(plan, pool, 0, &part, 1, own_slot.memory.bytes(), places.data(), sizes.data(),
+                             places.data() + given, sizes.data() + given, nullptr, error, sizeof error) != 0)
             die(error);
         for (size_t k = inputs.size(); k < sizes.size(); ++k) put(out, places[k], sizes[k]);
     }

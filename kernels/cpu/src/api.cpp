@@ -12,7 +12,7 @@ using tmlc::Buffer;
 using tmlc::Plan;
 using tmlc::Pool;
 
-TMLC_API int tmlc_abi() { return 1; }
+TMLC_API int tmlc_abi() { return 2; }
 TMLC_API const char* tmlc_isa() { return TMLC_ISA; }
 TMLC_API int tmlc_op_count() { return tmlc::op_count(); }
 TMLC_API const char* tmlc_op_name(int opcode) {
@@ -56,10 +56,11 @@ TMLC_API void tmlc_plan_destroy(void* plan) { delete static_cast<Plan*>(plan); }
 TMLC_API int tmlc_fused() { return tmlc::fused ? 1 : 0; }
 TMLC_API void tmlc_plan_portable_bits(void* plan, int on) { static_cast<Plan*>(plan)->portable_bits(on != 0); }
 
-// `inputs` and `outputs` have as many entries as the method declares (the binding checks that); pool may be NULL.
-TMLC_API int tmlc_plan_run(void* plan, void* pool, int method, int64_t n, void* slot, int64_t slot_bytes,
+// `inputs` and `outputs` have as many entries as the method declares, `parts` n_parts (the binding checks that); pool may
+// be NULL. `part` gets the session that the call was refused for, or -1.
+TMLC_API int tmlc_plan_run(void* plan, void* pool, int method, const tmlc::Part* parts, int64_t n_parts, int64_t slot_bytes,
                            const void* const* inputs, const int64_t* input_bytes, void* const* outputs,
-                           const int64_t* output_bytes, char* err, int64_t err_len) {
+                           const int64_t* output_bytes, int64_t* part, char* err, int64_t err_len) {
     Plan& p = *static_cast<Plan*>(plan);
     Buffer in[64] = {}, out[64] = {};
     if (method >= 0 && method < static_cast<int>(p.methods().size())) {
@@ -69,7 +70,16 @@ TMLC_API int tmlc_plan_run(void* plan, void* pool, int method, int64_t n, void* 
     }
     tmlc::Serial serial;
     tmlc::Parallel& par = pool != nullptr ? *static_cast<tmlc::Parallel*>(static_cast<Pool*>(pool)) : serial;
-    return p.run(par, method, n, static_cast<uint8_t*>(slot), slot_bytes, in, out, err, err_len);
+    Plan::Fault fault{err, err_len};
+    const int status = p.run(par, method, parts, n_parts, slot_bytes, in, out, fault);
+    if (part != nullptr) *part = fault.part;
+    return status;
+}
+
+// Why a method takes only one session a call; NULL where it takes several.
+TMLC_API const char* tmlc_plan_unbatched(void* plan, int method) {
+    const auto& m = static_cast<Plan*>(plan)->methods();
+    return method < 0 || method >= static_cast<int>(m.size()) ? "there is no such method" : m[static_cast<size_t>(method)].unbatched;
 }
 
 // How many arguments a method takes; -1 where there is no such method.

@@ -2,10 +2,15 @@
 //
 // Whatever passes `create` can, for every n, touch only its own arena, slot, weights and the buffers of the call. The
 // executor checks places (spaces, extents, alignment, overlaps); the kernels check shapes; data is checked as it is read.
+//
+// A call may bring several sessions. What touches no state runs once over all rows, so a weight is read once however
+// many sessions there are; a call with a state runs once for each session on its own rows, or once with all of them
+// where the kernel can do that (OpDef::all_spans). Whatever could refuse one of them is asked before anything changes.
 #include "plan.h"
 
 #include <algorithm>
 #include <chrono>
+#include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -21,6 +26,7 @@ constexpr int64_t magic = 0x544d4c43504c414e, version = 1;
 constexpr int64_t max_tensors = 1 << 20, max_methods = 1 << 10, max_code = 1 << 20, max_operands = 64;
 constexpr int64_t max_numbers = 1 << 12, max_rows = 1 << 24, max_positions = 1 << 20;
 constexpr int64_t max_cols = int64_t{1} << 31, max_space = int64_t{1} << 36;
+constexpr int64_t max_parts = 1 << 16, last_position = int64_t{1} << 62;
 
 struct Ops {
     std::vector<const OpDef*> all;
@@ -56,9 +62,12 @@ bool identical(const TensorInfo& x, const TensorInfo& y) {
            x.stride == y.stride;
 }
 
-int fail(int status, char* error, int64_t error_len, const char* format, long long a = 0, long long b = 0,
-         const char* s = "") {
-    if (error != nullptr && error_len > 0) std::snprintf(error, static_cast<size_t>(error_len), format, a, b, s);
+__attribute__((format(printf, 3, 4))) int fail(int status, Plan::Fault& fault, const char* format, ...) {
+    if (fault.text == nullptr || fault.length <= 0) return status;
+    va_list values;
+    va_start(values, format);
+    std::vsnprintf(fault.text, static_cast<size_t>(fault.length), format, values);
+    va_end(values);
     return status;
 }
 
@@ -127,10 +136,15 @@ bool Plan::read(Reader& in, std::string& error) {
             return false;
         }
     if (in.at != in.count) return error = "words left over at the end", false;
-    size_t most = 0;
-    for (const Method& m : methods_)
+    size_t most = 0, parts = 1;
+    for (const Method& m : methods_) {
         for (const Code& c : m.code) most = std::max(most, c.tensors.size());
+        if (m.unbatched == nullptr) parts = std::max(parts, static_cast<size_t>(std::min(m.max_n, max_parts)));
+    }
     operands_.resize(most);
+    cut_.resize(most);
+    spans_.resize(parts);
+    slots_.resize(parts);
     return true;
 }
 
@@ -225,11 +239,19 @@ bool Plan::read_method(Reader& in, int64_t, std::string& error) {
         const int64_t scratch = c.op->scratch(call, threads_);
         if (scratch < 0 || scratch > max_space) return refuse("absurd scratch size", c.op->name);
         scratch_wanted_ = std::max(scratch_wanted_, scratch);
+        for (const TensorInfo* t : c.info) {
+            if (t->space != Space::slot) continue;
+            c.by_session = !c.op->all_spans;
+            if (t->dtype == DType::i64 && t->fixed(1, 1)) m.positions.push_back(t->offset);
+        }
         m.code.push_back(std::move(c));
     }
+    std::sort(m.positions.begin(), m.positions.end());
+    m.positions.erase(std::unique(m.positions.begin(), m.positions.end()), m.positions.end());
     for (const Code& c : m.code)
         if (named(c, "advance") && c.ints[0] > 0) m.advances.push_back(&c);
     if (const char* what = check_linear_caches(m)) return error = what, false;
+    m.unbatched = check_batch(m);
     methods_.push_back(std::move(m));
     return true;
 }
@@ -290,11 +312,31 @@ const char* Plan::check_linear_caches(const Method& m) const {
     return nullptr;
 }
 
-Operand Plan::resolve(const TensorInfo& t, int64_t n, uint8_t* slot, const Buffer* inputs, const Buffer* outputs) const {
+// Can the rows of several sessions stand one after another in every tensor of the method? Rows [a, 0] can be cut between
+// two positions. Rows that do not grow with n can be one for all only where nothing that differs between sessions was
+// written there: in an argument of the call (and in weights; states each session has for itself).
+const char* Plan::check_batch(const Method& m) const {
+    const auto cut = [](const TensorInfo& t) {
+        if (t.space == Space::slot || t.space == Space::weight) return true;
+        return t.b == 0 ? t.a > 0 : t.a == 0 && t.space == Space::input;
+    };
+    const char* what = "a tensor has rows that belong to no position";
+    for (int64_t id : m.inputs)
+        if (!cut(tensor(id))) return what;
+    for (int64_t id : m.outputs)
+        if (!cut(tensor(id))) return what;
+    for (const Code& c : m.code)
+        for (const TensorInfo* t : c.info)
+            if (!cut(*t)) return what;
+    return nullptr;
+}
+
+// An operand for all n positions of a call; a state is that of the first session.
+Operand Plan::resolve(const TensorInfo& t, int64_t n, const Buffer* inputs, const Buffer* outputs) const {
     void* data = nullptr;
     switch (t.space) {
         case Space::arena: data = arena_.data() + t.offset; break;
-        case Space::slot: data = slot + t.offset; break;
+        case Space::slot: data = spans_[0].slot + t.offset; break;
         case Space::weight: data = const_cast<uint8_t*>(weights_) + t.offset; break;
         case Space::input: data = const_cast<void*>(inputs[t.offset].data); break;
         case Space::output: data = const_cast<void*>(outputs[t.offset].data); break;
@@ -302,75 +344,130 @@ Operand Plan::resolve(const TensorInfo& t, int64_t n, uint8_t* slot, const Buffe
     return {data, t.rows(n), t.cols, t.stride, t.dtype};
 }
 
-int Plan::check_run(const Method& m, int64_t n, const uint8_t* slot, const Buffer* inputs, const Buffer* outputs,
-                    char* error, int64_t error_len) const {
+// The sessions of a call, as spans: each brings positions, together no more than max_n, and memory of its own.
+int Plan::check_parts(const Method& m, const Part* parts, int64_t n_parts, int64_t slot_bytes, Fault& fault) {
+    const auto say = [](int64_t v) { return static_cast<long long>(v); };
+    if (n_parts > 1 && m.unbatched != nullptr)
+        return fail(bad_call, fault, "the method takes one session at a time: %s", m.unbatched);
+    if (n_parts < 1 || n_parts > static_cast<int64_t>(spans_.size()) || n_parts > m.max_n)
+        return fail(bad_call, fault, "%lld sessions in one call, where 1..%lld are possible", say(n_parts),
+                    say(std::min<int64_t>(m.max_n, static_cast<int64_t>(spans_.size()))));
+    if (slot_bytes < slot_bytes_)
+        return fail(bad_call, fault, "a slot has %lld bytes, the plan needs %lld", say(slot_bytes), say(slot_bytes_));
+    int64_t n = 0;
+    for (int64_t s = 0; s < n_parts; ++s) {
+        const Part& part = parts[s];
+        fault.part = s;
+        if (part.n < 1 || part.n > m.max_n - n)
+            return fail(bad_call, fault, "%lld positions after %lld others in one call, where 1..%lld are possible",
+                        say(part.n), say(n), say(m.max_n));
+        const auto address = reinterpret_cast<uintptr_t>(part.slot);
+        if (slot_bytes_ > 0 && (part.slot == nullptr || address % 8 != 0))
+            return fail(bad_call, fault, "the slot is missing or not 8-byte aligned");
+        spans_[static_cast<size_t>(s)] = {n, part.n, part.slot};
+        slots_[static_cast<size_t>(s)] = address;
+        n += part.n;
+    }
+    fault.part = -1;
+    if (n_parts == 1 || slot_bytes_ == 0) return ok;
+    std::sort(slots_.begin(), slots_.begin() + n_parts);
+    for (size_t s = 1; s < static_cast<size_t>(n_parts); ++s)
+        if (slots_[s] - slots_[s - 1] < static_cast<uintptr_t>(slot_bytes_))
+            return fail(bad_call, fault, "two sessions of one call share a slot");
+    return ok;
+}
+
+int Plan::check_buffers(const Method& m, int64_t n, const Buffer* inputs, const Buffer* outputs, Fault& fault) const {
     for (size_t k = 0; k < m.inputs.size() + m.outputs.size(); ++k) {
         const bool is_input = k < m.inputs.size();
         const size_t index = is_input ? k : k - m.inputs.size();
         const TensorInfo& t = tensor((is_input ? m.inputs : m.outputs)[index]);
         const Buffer& b = (is_input ? inputs : outputs)[index];
+        const char* which = is_input ? "input" : "output";
         const __int128 need = extent(t, n);
-        if (need > 0 && b.data == nullptr)
-            return fail(bad_call, error, error_len, is_input ? "input %lld is missing" : "output %lld is missing",
-                        static_cast<long long>(index));
+        if (need > 0 && b.data == nullptr) return fail(bad_call, fault, "%s %zu is missing", which, index);
         if (b.bytes < need)
-            return fail(bad_call, error, error_len,
-                        is_input ? "an input is too small: it needs %lld bytes and has %lld"
-                                 : "an output is too small: it needs %lld bytes and has %lld",
-                        static_cast<long long>(need), b.bytes);
+            return fail(bad_call, fault, "an %s is too small: it needs %lld bytes and has %lld", which,
+                        static_cast<long long>(need), static_cast<long long>(b.bytes));
         if (reinterpret_cast<uintptr_t>(b.data) % static_cast<uintptr_t>(size_of(t.dtype)) != 0)
-            return fail(bad_call, error, error_len,
-                        is_input ? "input %lld is not aligned to its dtype" : "output %lld is not aligned to its dtype",
-                        static_cast<long long>(index));
-    }
-    for (const Code* a : m.advances) {
-        int64_t position;
-        std::memcpy(&position, slot + a->info[0]->offset, 8);
-        if (position < 0 || position >= int64_t{1} << 62)
-            return fail(bad_index, error, error_len, "the slot holds an impossible position: %lld", position);
-        if (position + n > a->ints[0])
-            return fail(context_full, error, error_len, "context full: %lld of %lld positions are used", position,
-                        a->ints[0]);
+            return fail(bad_call, fault, "%s %zu is not aligned to its dtype", which, index);
     }
     return ok;
 }
 
-int Plan::run(Parallel& par, int method, int64_t n, uint8_t* slot, int64_t slot_bytes, const Buffer* inputs,
-              const Buffer* outputs, char* error, int64_t error_len) {
-    if (method < 0 || method >= static_cast<int>(methods_.size()))
-        return fail(bad_call, error, error_len, "the plan has no method %lld", method);
-    Method& m = methods_[static_cast<size_t>(method)];
-    if (n < 1 || n > m.max_n)
-        return fail(bad_call, error, error_len, "%lld positions in one call, where 1..%lld are possible", n, m.max_n);
-    if (slot_bytes < slot_bytes_)
-        return fail(bad_call, error, error_len, "the slot has %lld bytes, the plan needs %lld", slot_bytes, slot_bytes_);
-    if (slot_bytes_ > 0 && (slot == nullptr || reinterpret_cast<uintptr_t>(slot) % 8 != 0))
-        return fail(bad_call, error, error_len, "the slot is missing or not 8-byte aligned");
-    if (par.threads() > threads_)
-        return fail(bad_call, error, error_len, "a pool of %lld threads for a plan made for %lld", par.threads(), threads_);
-    if (running_.exchange(true, std::memory_order_acquire))
-        return fail(bad_call, error, error_len, "the plan is running already");
-    int status = check_run(m, n, slot, inputs, outputs, error, error_len);
-    for (size_t k = 0; status == ok && k < m.code.size(); ++k) {
-        Code& c = m.code[k];
-        for (size_t j = 0; j < c.info.size(); ++j) operands_[j] = resolve(*c.info[j], n, slot, inputs, outputs);
-        const Span span{0, n, slot};
-        const RunArgs args{operands_.data(),  static_cast<int>(c.info.size()), c.ints.data(), static_cast<int>(c.ints.size()),
-                           c.floats.data(), n, scratch_.data(), par, c.info.data(), &span, 1, portable_};
-        if (profiling_) {
-            const auto start = std::chrono::steady_clock::now();
-            status = c.op->run(args);
-            c.ns += std::chrono::duration<double, std::nano>(std::chrono::steady_clock::now() - start).count();
-        } else {
-            status = c.op->run(args);
+// Every session's positions, before any session changes: a slot may be damaged, a context may have no room.
+int Plan::check_positions(const Method& m, Fault& fault) const {
+    const auto position_at = [](const uint8_t* slot, int64_t offset) {
+        int64_t position;
+        std::memcpy(&position, slot + offset, 8);
+        return position;
+    };
+    for (const Span& span : spans_) {
+        if (&span == spans_.data() + n_spans_) break;
+        fault.part = &span - spans_.data();
+        for (int64_t offset : m.positions) {
+            const int64_t position = position_at(span.slot, offset);
+            if (position < 0 || position >= last_position - span.n)
+                return fail(bad_slot, fault, "the slot holds an impossible position: %lld", static_cast<long long>(position));
         }
-        if (status == context_full)
-            fail(status, error, error_len, "context full (method %lld, operation %lld)", method, static_cast<long long>(k));
-        else if (status != ok)
-            fail(status, error, error_len, "an index out of range (method %lld, operation %lld, %s)", method,
-                 static_cast<long long>(k), c.op->name);
+        for (const Code* a : m.advances) {
+            const int64_t position = position_at(span.slot, a->info[0]->offset);
+            if (position + span.n > a->ints[0])
+                return fail(context_full, fault, "context full: %lld of %lld positions are used",
+                            static_cast<long long>(position), static_cast<long long>(a->ints[0]));
+        }
     }
-    if (profiling_) ++m.calls;
+    fault.part = -1;
+    return ok;
+}
+
+int Plan::run_by_session(const Code& c, const RunArgs& all) {
+    for (int s = 0; s < all.n_spans; ++s) {
+        for (int j = 0; j < all.n_t; ++j) cut_[static_cast<size_t>(j)] = all.at(j, s);
+        const Span own{0, all.spans[s].n, all.spans[s].slot};
+        const RunArgs args{cut_.data(), all.n_t,     all.i,   all.n_i,  all.f, own.n,
+                           all.scratch, all.par, all.info, &own, 1,      all.portable};
+        if (const int status = c.op->run(args); status != ok) return status;
+    }
+    return ok;
+}
+
+int Plan::run_code(Parallel& par, int method, Method& m, int64_t n, const Buffer* inputs, const Buffer* outputs,
+                   Fault& fault) {
+    for (size_t k = 0; k < m.code.size(); ++k) {
+        Code& c = m.code[k];
+        for (size_t j = 0; j < c.info.size(); ++j) operands_[j] = resolve(*c.info[j], n, inputs, outputs);
+        const RunArgs args{operands_.data(),  static_cast<int>(c.info.size()), c.ints.data(), static_cast<int>(c.ints.size()),
+                           c.floats.data(), n, scratch_.data(), par, c.info.data(), spans_.data(), n_spans_, portable_};
+        const auto start = profiling_ ? std::chrono::steady_clock::now() : std::chrono::steady_clock::time_point{};
+        const int status = c.by_session && n_spans_ > 1 ? run_by_session(c, args) : c.op->run(args);
+        if (profiling_)
+            c.ns += std::chrono::duration<double, std::nano>(std::chrono::steady_clock::now() - start).count();
+        // A context that was not full before can only be full now in a plan that writes its own positions.
+        if (status != ok)
+            return fail(bad_index, fault, "an index out of range (method %d, operation %zu, %s)", method, k, c.op->name);
+    }
+    return ok;
+}
+
+int Plan::run(Parallel& par, int method, const Part* parts, int64_t n_parts, int64_t slot_bytes, const Buffer* inputs,
+              const Buffer* outputs, Fault& fault) {
+    fault.part = -1;
+    if (method < 0 || method >= static_cast<int>(methods_.size()))
+        return fail(bad_call, fault, "the plan has no method %d", method);
+    if (par.threads() > threads_)
+        return fail(bad_call, fault, "a pool of %d threads for a plan made for %d", par.threads(), threads_);
+    if (running_.exchange(true, std::memory_order_acquire)) return fail(bad_call, fault, "the plan is running already");
+    Method& m = methods_[static_cast<size_t>(method)];
+    int status = check_parts(m, parts, n_parts, slot_bytes, fault);
+    if (status == ok) {
+        n_spans_ = static_cast<int>(n_parts);
+        const int64_t n = spans_[static_cast<size_t>(n_parts - 1)].begin + spans_[static_cast<size_t>(n_parts - 1)].n;
+        status = check_buffers(m, n, inputs, outputs, fault);
+        if (status == ok) status = check_positions(m, fault);
+        if (status == ok) status = run_code(par, method, m, n, inputs, outputs, fault);
+        if (profiling_) ++m.calls;
+    }
     running_.store(false, std::memory_order_release);
     return status;
 }

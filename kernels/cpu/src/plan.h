@@ -12,8 +12,10 @@ namespace tmlc {
 int op_count();
 const OpDef* op_at(int opcode);  // nullptr when there is none
 
-// One status beyond those of op.h: the call itself is wrong (n, buffer sizes, alignment, a busy plan).
+// Statuses beyond those of op.h: the call itself is wrong (n, buffer sizes, alignment, a busy plan), or a session's slot
+// holds what no session can hold. As with context_full, nothing was changed then.
 constexpr int bad_call = 3;
+constexpr int bad_slot = 4;
 
 // Zeroed memory, 64-byte aligned, one block for the life of a plan.
 class Block {
@@ -33,18 +35,34 @@ struct Buffer {
     int64_t bytes;
 };
 
+// What one session brings to a call: n positions, which follow those of the session before it, and its slot.
+struct Part {
+    int64_t n;
+    uint8_t* slot;
+};
+
 class Plan {
 public:
     // Checks everything for every n. Returns nullptr and says why in `error`.
     static std::unique_ptr<Plan> create(const int64_t* words, int64_t n_words, const void* weights,
                                         int64_t weight_bytes, int threads, std::string& error);
 
-    // Runs one method on n positions. Never allocates; `error` is written only when the result is not ok.
-    int run(Parallel& par, int method, int64_t n, uint8_t* slot, int64_t slot_bytes, const Buffer* inputs,
-            const Buffer* outputs, char* error, int64_t error_len);
+    // What a run that failed has to say. `part` is the session that the call was refused for, -1 where it is no
+    // session's fault; nothing was changed unless the status is bad_index.
+    struct Fault {
+        char* text;
+        int64_t length;
+        int64_t part = -1;
+    };
+
+    // Runs one method on the positions of all parts together. Every session gets the bits that it would get alone.
+    // Never allocates; `fault` is written only when the result is not ok.
+    int run(Parallel& par, int method, const Part* parts, int64_t n_parts, int64_t slot_bytes, const Buffer* inputs,
+            const Buffer* outputs, Fault& fault);
 
     struct Code {
         const OpDef* op;
+        bool by_session = false;  // has a state in the slot, and the kernel takes one session at a time
         std::vector<int64_t> tensors;
         std::vector<const TensorInfo*> info;
         std::vector<int64_t> ints;
@@ -56,6 +74,8 @@ public:
         std::vector<int64_t> inputs, outputs;  // tensor numbers
         std::vector<Code> code;
         std::vector<const Code*> advances;     // those with a limit
+        std::vector<int64_t> positions;        // where the slot holds a position
+        const char* unbatched = nullptr;       // why it takes one session at a time; nullptr: it takes several
         int64_t calls = 0;
     };
 
@@ -75,13 +95,20 @@ private:
     const char* check_space(const TensorInfo& t, const Method& m) const;
     const char* check_call(const Code& c, const Method& m) const;
     const char* check_linear_caches(const Method& m) const;
-    Operand resolve(const TensorInfo& t, int64_t n, uint8_t* slot, const Buffer* inputs, const Buffer* outputs) const;
-    int check_run(const Method& m, int64_t n, const uint8_t* slot, const Buffer* inputs, const Buffer* outputs,
-                  char* error, int64_t error_len) const;
+    const char* check_batch(const Method& m) const;
+    Operand resolve(const TensorInfo& t, int64_t n, const Buffer* inputs, const Buffer* outputs) const;
+    int check_parts(const Method& m, const Part* parts, int64_t n_parts, int64_t slot_bytes, Fault& fault);
+    int check_buffers(const Method& m, int64_t n, const Buffer* inputs, const Buffer* outputs, Fault& fault) const;
+    int check_positions(const Method& m, Fault& fault) const;
+    int run_code(Parallel& par, int method, Method& m, int64_t n, const Buffer* inputs, const Buffer* outputs, Fault& fault);
+    int run_by_session(const Code& c, const RunArgs& all);
 
     std::vector<TensorInfo> tensors_;
     std::vector<Method> methods_;
-    std::vector<Operand> operands_;  // reused by every call of a run
+    std::vector<Operand> operands_, cut_;  // reused by every call of a run: of all sessions, and of one
+    std::vector<Span> spans_;              // the sessions of this run, the first n_spans_ of them
+    int n_spans_ = 0;
+    std::vector<uintptr_t> slots_;         // their slots by address
     Block arena_, scratch_;
     const uint8_t* weights_ = nullptr;
     int64_t weight_bytes_ = 0, arena_wanted_ = 0, slot_bytes_ = 0, scratch_wanted_ = 0;
