@@ -21,9 +21,7 @@ tmlc verify nano.tmlc --isa portable --threads 1 --json
 @THREADS
 @PIN
 @PORTABLE_BITS
-def command(
-    package: Path, isa: str | None, threads: int | None, pin: bool, portable_bits: bool, as_json: bool
-) -> None:
+def command(package: Path, isa: str | None, threads: int | None, pin: bool, portable_bits: bool, as_json: bool) -> None:
     """Check every byte of PACKAGE, then replay its golden calls here and compare the outputs.
 
     Exit code 1 when an output differs by more than the package's tolerance.

@@ -185,7 +185,7 @@ struct Split {
                     const int64_t query = at + t0 + t;
                     const v16 factor = splat(taus[query / s.per] * unit());
                     for (int i = 0; i < C && c0 + 16 * i < width; ++i)
-                        store(bias + query * s.bias_stride + 16 + c + c0 + 16 * i - bias_from, factor * sum[t][i]);
+                        store(bias + query * s.bias_stride + 16 + (c - bias_from) + c0 + 16 * i, factor * sum[t][i]);
                 }
             }
     }
@@ -221,7 +221,7 @@ struct Split {
         float* score = scores + at * score_stride;
         const Interval parts[2] = {seen(r, 0), seen(r, 1)};
         const bool any = !parts[0].empty() || !parts[1].empty();
-        const float* own_bias = tile.rel != nullptr ? bias + at * s.bias_stride + 16 - bias_from : nullptr;
+        const float* own_bias = tile.rel != nullptr ? bias + at * s.bias_stride + 16 : nullptr;
         const float cap = static_cast<float>(tile.f[3]);
         v16 high = splat(-INFINITY);
         // From this block on, keys are near enough for a bias; before it, whole blocks need only be looked at.
@@ -236,7 +236,7 @@ struct Split {
                 const int64_t nearest = p - start - b - 15;  // distance of the last lane: it falls along the lanes
                 const bool edge = b < in.begin || b + 16 > in.end;
                 const bool near = own_bias != nullptr && nearest < s.extent;
-                if (near) x = x + reverse(load(own_bias + nearest));
+                if (near) x = x + reverse(load(own_bias + (nearest - bias_from)));
                 if (cap > 0) x = splat(cap * log2_e) * tanh16(x * splat(1.0f / cap));
                 if (edge) x = choose(lanes_of(in, b), x, splat(-INFINITY));
                 if (edge || near || cap > 0) store(score + b, x);
