@@ -5,6 +5,7 @@ mapped folders, and one shared library for each instruction-set variant of the s
 """
 
 import platform
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -22,11 +23,15 @@ def packages() -> list[str]:
 
 
 def variants() -> dict[str, list[str]]:
-    """Compiler flags of each instruction-set variant that this kind of machine can have."""
-    machine = platform.machine().lower()
+    """Compiler flags of each instruction-set variant that the kind of machine we build for can have."""
+    # get_platform obeys _PYTHON_HOST_PLATFORM, by which builds for another machine say so ("linux-aarch64").
+    machine = sysconfig.get_platform().rpartition("-")[2].lower()
+    if machine == "universal2":
+        machine = platform.machine().lower()
     if machine in ("x86_64", "amd64"):
         v4 = ["-march=x86-64-v4", "-mavx512bf16", "-mavx512vnni", "-mprefer-vector-width=512"]
-        return {"portable": ["-march=x86-64"], "v3": ["-march=x86-64-v3"], "v4": v4}
+        exact = ["-march=x86-64", "-DTMLC_EXACT_FMA"]  # `portable` for load(portable_bits=True), where x86 has no FMA
+        return {"portable": ["-march=x86-64"], "portable_exact": exact, "v3": ["-march=x86-64-v3"], "v4": v4}
     if machine in ("aarch64", "arm64"):
         return {"portable": ["-march=armv8-a"], "neon": ["-march=armv8.2-a+dotprod"]}
     return {"portable": []}
@@ -43,7 +48,7 @@ SOURCES = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "kernels/cpu/src").gl
 HEADERS = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "kernels/cpu/src").glob("*.[hd]*"))
 COMMON = [
     *("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-pthread"),
-    *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"),
+    *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"),
     *("-Wall", "-Wextra", "-Werror", "-Wno-psabi"),
 ]
 
@@ -55,7 +60,7 @@ setup(
             sources=SOURCES,
             depends=HEADERS,
             language="c++",
-            extra_compile_args=[*COMMON, *flags, f'-DTMLC_ISA="{name}"'],
+            extra_compile_args=[*COMMON, *flags, f'-DTMLC_ISA="{name.removesuffix("_exact")}"'],
             extra_link_args=["-pthread"],
         )
         for name, flags in variants().items()

@@ -12,7 +12,7 @@ import pytest
 
 KERNELS = Path(__file__).parents[1] / "kernels/cpu"
 FLAGS = [
-    *("-std=c++17", "-O1", "-g1", "-march=native", "-ffp-contract=fast", "-fPIC", "-fvisibility=hidden", "-pthread"),
+    *("-std=c++17", "-O1", "-g1", "-march=native", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden", "-pthread"),
     *("-Wall", "-Wextra", "-Werror", "-Wno-psabi", '-DTMLC_ISA="sanitized"'),
 ]
 SANITIZE = [

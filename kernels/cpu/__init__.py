@@ -57,13 +57,13 @@ def _cpu_flags() -> set[str]:
     return set()
 
 
-def _library_file(isa: str) -> Path | None:
+def _library_file(name: str) -> Path | None:
     here = Path(__file__).parent
     suffix = sysconfig.get_config_var("EXT_SUFFIX") or ".so"
-    exact = here / f"_tmlc_cpu_{isa}{suffix}"
+    exact = here / f"_tmlc_cpu_{name}{suffix}"
     if exact.exists():
         return exact
-    return next(iter(sorted(here.glob(f"_tmlc_cpu_{isa}.*"))), None)
+    return next(iter(sorted(here.glob(f"_tmlc_cpu_{name}.*"))), None)
 
 
 def _known_isas() -> dict[str, set[str]]:
@@ -81,6 +81,7 @@ class Library:
 
     Attributes:
         isa: the variant's name (`v4`, `v3`, `neon`, `portable`).
+        fused: its multiply-add rounds once, so plans may run with portable bits.
         ops: opcode of each operation, by name.
         path: the shared library.
     """
@@ -96,16 +97,19 @@ class Library:
             )
         self._c = _declare(loaded)
         self.isa: str = self._c.tmlc_isa().decode()
+        self.fused = bool(self._c.tmlc_fused())
         self.ops: dict[str, int] = {
             self._c.tmlc_op_name(k).decode(): k for k in range(self._c.tmlc_op_count())
         }
 
 
-def load_library(isa: str | None = None) -> Library:
+def load_library(isa: str | None = None, portable_bits: bool = False) -> Library:
     """Loads a variant of the kernel library (each once per process).
 
     Args:
         isa: a variant; None takes `TMLC_CPU_ISA` from the environment, else the best that runs here.
+        portable_bits: the library must be able to run plans with portable bits: where the variant has no fused
+            multiply-add (`portable` on x86), its twin that emulates one is taken.
 
     Raises:
         TargetError: the variant is unknown, not built, or this CPU cannot run it.
@@ -128,13 +132,17 @@ def load_library(isa: str | None = None) -> Library:
             where="isa" if isa else "TMLC_CPU_ISA",
             fix=f"use one of: {', '.join(available)}",
         )
-    return _load(wanted or available[0])
+    library = _load(wanted or available[0])
+    return library if library.fused or not portable_bits else _load(f"{library.isa}_exact")
 
 
 @functools.cache
-def _load(isa: str) -> Library:
-    path = _library_file(isa)
-    assert path is not None  # available_isas saw it
+def _load(name: str) -> Library:
+    path = _library_file(name)
+    if path is None:
+        raise TargetError(
+            f"the kernel library {name!r} is not built", fix="run: pip install --force-reinstall tmlc"
+        )
     return Library(path)
 
 
@@ -210,12 +218,22 @@ class Plan:
         words: int64, the flat form of docs/plan-format.md.
         weights: uint8, used in place (kept alive here); 64-byte aligned for speed, 8-byte aligned at least.
         threads: the largest pool that will run it.
+        portable_bits: outputs have the same bits on every machine (docs/plan-format.md, "Determinism").
 
     Raises:
         PlanError: the plan is malformed or would touch memory that is not its own.
+        UsageError: portable bits from a library that cannot give them.
     """
 
-    def __init__(self, library: Library, words: np.ndarray, weights: np.ndarray, threads: int) -> None:
+    def __init__(
+        self, library: Library, words: np.ndarray, weights: np.ndarray, threads: int, portable_bits: bool = False
+    ) -> None:
+        if portable_bits and not library.fused:
+            raise UsageError(
+                f"kernel variant {library.isa!r} has no fused multiply-add, so its bits are its own",
+                where="portable_bits",
+                fix="take the library of load_library(isa, portable_bits=True)",
+            )
         if words.dtype != np.int64 or words.ndim != 1 or not words.flags.c_contiguous:
             raise PlanError("the words of a plan are a flat int64 array", fix="compile the package again")
         if weights.dtype != np.uint8 or weights.ndim != 1 or not weights.flags.c_contiguous:
@@ -231,6 +249,7 @@ class Plan:
                 fix="compile the package again with this version of tmlc",
             )
         self._finalizer = weakref.finalize(self, self._c.tmlc_plan_destroy, self._handle)
+        self._c.tmlc_plan_portable_bits(self._handle, int(portable_bits))
         self._error = error
         self.arena_bytes: int = self._c.tmlc_plan_arena_bytes(self._handle)
         self.slot_bytes: int = self._c.tmlc_plan_slot_bytes(self._handle)
@@ -409,6 +428,7 @@ def _declare(c: ctypes.CDLL) -> ctypes.CDLL:
     signatures = {
         "tmlc_abi": (i32, []),
         "tmlc_isa": (text, []),
+        "tmlc_fused": (i32, []),
         "tmlc_op_count": (i32, []),
         "tmlc_op_name": (text, [i32]),
         "tmlc_pool_create": (ptr, [i32]),
@@ -416,6 +436,7 @@ def _declare(c: ctypes.CDLL) -> ctypes.CDLL:
         "tmlc_pool_pin": (i32, [ptr, ptr, i32]),
         "tmlc_pool_destroy": (None, [ptr]),
         "tmlc_plan_create": (ptr, [ptr, i64, ptr, i64, i32, ptr, i64]),
+        "tmlc_plan_portable_bits": (None, [ptr, i32]),
         "tmlc_plan_arena_bytes": (i64, [ptr]),
         "tmlc_plan_slot_bytes": (i64, [ptr]),
         "tmlc_plan_scratch_bytes": (i64, [ptr]),

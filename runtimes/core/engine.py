@@ -29,7 +29,7 @@ from tmlc.runtimes.core.text import Tokenizer, load_tokenizer
 from tmlc.runtimes.core.tick import DRIVERS, Conversation, Driver, TickInput, TickOutput, finite_temperature
 
 BACKENDS = {"cpu": "tmlc.runtimes.cpu.backend"}
-"""Modules with `open_backend(package, threads, isa, placement) -> Backend`, by target."""
+"""Modules with `open_backend(package, threads, isa, placement, portable_bits) -> Backend`, by target."""
 MAX_THREADS = 256
 
 
@@ -225,6 +225,7 @@ def load(
     isa: str | None = None,
     pin: bool = False,
     lock_memory: bool = False,
+    portable_bits: bool = False,
 ) -> Engine:
     """Loads a package and reserves everything its sessions will need.
 
@@ -237,6 +238,8 @@ def load(
         has.
         pin: tie each worker thread to a core of its own, among those that this process may use.
         lock_memory: keep weights, states and buffers in memory, so that no tick waits for a page.
+        portable_bits: outputs and snapshots have the same bits on every machine, at some cost in speed
+        (docs/plan-format.md, "Determinism"); otherwise only the last bits of floats depend on the machine.
 
     Raises:
         PackageError, PlanError: the package is damaged, altered, foreign, newer, or its plan is refused.
@@ -252,7 +255,7 @@ def load(
     placement = Placement(pin, lock_memory)
     package = open_package(path)
     try:
-        backend = _open_target(package, target, count, isa, placement)
+        backend = _open_target(package, target, count, isa, placement, portable_bits)
         try:
             named = package.manifest.tokenizer
             tokenizer = load_tokenizer(package.read(named)) if named else None
@@ -273,7 +276,9 @@ def load(
     return engine
 
 
-def _open_target(package: Package, target: str | None, threads: int, isa: str | None, placement: Placement) -> Backend:
+def _open_target(
+    package: Package, target: str | None, threads: int, isa: str | None, placement: Placement, portable_bits: bool
+) -> Backend:
     held = list(package.manifest.targets)
     name = target if target is not None else next((t for t in held if t in BACKENDS), "")
     if name not in held:
@@ -285,5 +290,5 @@ def _open_target(package: Package, target: str | None, threads: int, isa: str | 
     if name not in BACKENDS:
         raise TargetError(f"this tmlc cannot run target {name}", fix=f"it runs: {', '.join(BACKENDS)}")
     module = import_module(BACKENDS[name])
-    backend: Backend = module.open_backend(package, threads, isa, placement)
+    backend: Backend = module.open_backend(package, threads, isa, placement, portable_bits)
     return backend

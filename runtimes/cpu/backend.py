@@ -24,14 +24,20 @@ class CpuBackend(Backend):
         threads: size of the kernel thread pool, the caller included.
         isa: instruction-set variant, None for the best that this machine has.
         placement: where the threads and the memory go.
+        portable_bits: outputs have the same bits on every machine.
     """
 
     def __init__(
-        self, package: Package, threads: int, isa: str | None = None, placement: Placement | None = None
+        self,
+        package: Package,
+        threads: int,
+        isa: str | None = None,
+        placement: Placement | None = None,
+        portable_bits: bool = False,
     ) -> None:
         placed = placement or Placement()
         self.cores = placed.cores(threads)
-        library = load_library(isa)
+        library = load_library(isa, portable_bits)
         info = package.manifest.targets[TARGET]
         words = plan_words(package.json(info.plan), package.tensors, library.ops)
         self.target = TARGET
@@ -45,7 +51,7 @@ class CpuBackend(Backend):
         except (MemoryError, ValueError) as error:
             raise CapacityError("cannot reserve the output buffers of the plan") from error
         self._views: dict[tuple[str, int], list[np.ndarray]] = {}
-        self._plan = Plan(library, words.words, self._weights, threads)
+        self._plan = Plan(library, words.words, self._weights, threads, portable_bits)
         self._pool = Pool(library, threads, self.cores)
         reasons = ((name, self._plan.unbatched(index)) for name, index in self._index.items())
         self.unbatched = next((f"{name}: {why}" for name, why in reasons if why is not None), "")
@@ -99,7 +105,11 @@ class CpuBackend(Backend):
 
 
 def open_backend(
-    package: Package, threads: int, isa: str | None = None, placement: Placement | None = None
+    package: Package,
+    threads: int,
+    isa: str | None = None,
+    placement: Placement | None = None,
+    portable_bits: bool = False,
 ) -> CpuBackend:
     """The CPU engine of `package`. Raises PlanError, PackageError, TargetError, UsageError or CapacityError."""
-    return CpuBackend(package, threads, isa, placement)
+    return CpuBackend(package, threads, isa, placement, portable_bits)

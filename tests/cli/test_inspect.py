@@ -118,6 +118,7 @@ def test_verify_passes_on_this_machine_for_every_kernel_variant(tmlc_cli, packag
         assert view["passed"]
         assert {m["method"] for m in view["methods"]} >= {"decode", "speak", "vocode", "embed_video", "next_token"}
     assert "ok" in tmlc_cli("verify", package).stdout
+    assert "ok" in tmlc_cli("verify", package, "--isa", "portable", "--portable-bits").stdout
 
 
 def resealed(package: Path, folder: Path, files: dict[str, bytes]) -> Path:

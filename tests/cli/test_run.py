@@ -11,6 +11,7 @@ import pytest
 import soundfile
 from PIL import Image
 
+from tmlc.kernels.cpu import available_isas
 from tmlc.report.transcript import Transcript, clock_time, printable
 
 
@@ -61,6 +62,17 @@ def test_the_same_seed_gives_the_same_files_whatever_threads_and_clock(tmlc_cli,
         for run in "abc"
     ]
     assert tokens[0] == tokens[1] == tokens[2]
+
+
+def test_portable_bits_give_the_same_files_on_every_variant(tmlc_cli, package, media, tmp_path, monkeypatch):
+    written = []
+    for isa in available_isas():
+        monkeypatch.setenv("TMLC_CPU_ISA", isa)
+        tmlc_cli("run", package, *inputs(media), "--portable-bits", "-o", tmp_path / isa)
+        files = read(tmp_path / isa)
+        del files["timeline.jsonl"]  # holds times
+        written.append(files)
+    assert all(files == written[0] for files in written)
 
 
 def test_temperature_and_seed_change_the_words(tmlc_cli, package, media, tmp_path):

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import struct
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from tmlc.kernels.cpu import MAGIC, VERSION, Library, Plan, Pool, available_isas, load_library
+
+sys.path.insert(0, str(Path(__file__).parent))  # kernel_cases.py and replay.py, which several tests share
 
 SPACES = dict(arena=0, slot=1, weight=2, input=3, output=4)
 DTYPES = dict(f32=0, bf16=1, i32=2, i64=3, u8=4)

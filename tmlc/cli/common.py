@@ -29,6 +29,11 @@ THREADS = click.option(
     help="Kernel threads. Outputs do not depend on it.  [default: the machine's cores]",
 )
 PIN = click.option("--pin", is_flag=True, help="Tie each kernel thread but the caller's to a core of its own.")
+PORTABLE_BITS = click.option(
+    "--portable-bits",
+    is_flag=True,
+    help="Outputs with the same bits on every machine; without it, last bits depend on the instruction set.",
+)
 
 
 def verb(name: str | None = None, *, example: str) -> Callable[[Callable[..., Any]], click.Command]:

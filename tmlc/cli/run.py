@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from tmlc.cli.common import FORCE, PIN, THREADS, print_json, progress, show, verb
+from tmlc.cli.common import FORCE, PIN, PORTABLE_BITS, THREADS, print_json, progress, show, verb
 from tmlc.cli.inputs import SEED, open_recording, recording_options
 from tmlc.cli.outputs import Outputs
 from tmlc.errors import UsageError
@@ -55,6 +55,7 @@ tmlc run nano.tmlc --text typed.yaml --seconds 20 --clock wall -o out/
 )
 @THREADS
 @PIN
+@PORTABLE_BITS
 @FORCE
 def command(
     package: Path,
@@ -70,12 +71,14 @@ def command(
     temperature: float,
     threads: int | None,
     pin: bool,
+    portable_bits: bool,
     force: bool,
     as_json: bool,
 ) -> None:
     """Play a recorded conversation into PACKAGE, tick by tick.
 
-    The same package, seed and inputs give the same bytes, whatever the clock and the threads.
+    The same package, seed and inputs give the same bytes, whatever the clock and the threads; with --portable-bits, on
+    every machine.
     """
     import tmlc
     from tmlc.report.latency import as_dict, spread
@@ -87,7 +90,7 @@ def command(
 
     names = ["output.wav", "transcript.txt", "timeline.jsonl"]
     outputs = Outputs(out, names, force)
-    engine = tmlc.load(package, threads=threads, sessions=1, pin=pin)
+    engine = tmlc.load(package, threads=threads, sessions=1, pin=pin, portable_bits=portable_bits)
     try:
         recording = open_recording(engine.manifest, audio, video, fps, text)
         length = recording.duration() if seconds is None else seconds

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from tmlc.cli.common import PIN, THREADS, note, print_json, progress, show, verb
+from tmlc.cli.common import PIN, PORTABLE_BITS, THREADS, note, print_json, progress, show, verb
 
 
 @verb(
@@ -20,7 +20,8 @@ tmlc verify nano.tmlc --isa portable --threads 1 --json
 @click.option("--isa", metavar="NAME", help="Kernel variant to verify (`tmlc doctor` lists them).  [default: the best]")
 @THREADS
 @PIN
-def command(package: Path, isa: str | None, threads: int | None, pin: bool, as_json: bool) -> None:
+@PORTABLE_BITS
+def command(package: Path, isa: str | None, threads: int | None, pin: bool, portable_bits: bool, as_json: bool) -> None:
     """Check every byte of PACKAGE, then replay its golden calls here and compare the outputs.
 
     Exit code 1 when an output differs by more than the package's tolerance.
@@ -28,7 +29,8 @@ def command(package: Path, isa: str | None, threads: int | None, pin: bool, as_j
     import tmlc
     from tmlc.report.verify import replay, verify_tables
 
-    with tmlc.load(package, threads=threads, sessions=1, pin=pin, isa=isa) as engine, progress(as_json) as report:
+    engine = tmlc.load(package, threads=threads, sessions=1, pin=pin, isa=isa, portable_bits=portable_bits)
+    with engine, progress(as_json) as report:
         view = replay(engine, package, report)
     if as_json:
         print_json(view)

@@ -5,6 +5,7 @@
 #include "bandwidth.h"
 #include "plan.h"
 #include "pool.h"
+#include "vec.h"
 
 #define TMLC_API extern "C" __attribute__((visibility("default")))
 
@@ -56,6 +57,10 @@ TMLC_API int64_t tmlc_plan_scratch_bytes(void* plan) { return static_cast<Plan*>
 TMLC_API const void* tmlc_plan_arena(void* plan) { return static_cast<Plan*>(plan)->arena().data(); }
 TMLC_API const void* tmlc_plan_scratch(void* plan) { return static_cast<Plan*>(plan)->scratch().data(); }
 TMLC_API void tmlc_plan_destroy(void* plan) { delete static_cast<Plan*>(plan); }
+
+// Whether this build's multiply-add rounds once, without which a plan cannot promise portable bits.
+TMLC_API int tmlc_fused() { return tmlc::fused ? 1 : 0; }
+TMLC_API void tmlc_plan_portable_bits(void* plan, int on) { static_cast<Plan*>(plan)->portable_bits(on != 0); }
 
 // `inputs` and `outputs` have as many entries as the method declares, `parts` n_parts (the binding checks that); pool may
 // be NULL. `part` gets the session that the call was refused for, or -1.

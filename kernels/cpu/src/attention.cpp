@@ -82,7 +82,8 @@ constexpr int64_t splits_each = 4;  // records a thread gets
 int64_t scratch_attention(const Call& c, int threads) {
     const AttentionFlags with(c.i[5]);
     const TensorInfo* rel = with.rel > 0 ? c.t[with.rel] : nullptr;
-    const Shape s(*c.t[1], *c.t[3], c.t[5]->dtype, rel, rel != nullptr ? c.t[with.rel + 1] : nullptr, c.i);
+    const bool portable = true;  // which takes the larger factors
+    const Shape s(*c.t[1], *c.t[3], c.t[5]->dtype, rel, rel != nullptr ? c.t[with.rel + 1] : nullptr, c.i, portable);
     return threads * (s.bytes + 2 * splits_each * s.part_bytes);
 }
 
@@ -177,7 +178,7 @@ void run_few(const RunArgs& a, const Tiles& tiles, int64_t work) {
 int run_attention(const RunArgs& a) {
     const AttentionFlags with(a.i[5]);
     const Operand *rel = with.rel > 0 ? &a.t[with.rel] : nullptr, *rel_table = rel != nullptr ? rel + 1 : nullptr;
-    const Shape s(a.t[1], a.t[3], a.t[5].dtype, rel, rel_table, a.i);
+    const Shape s(a.t[1], a.t[3], a.t[5].dtype, rel, rel_table, a.i, a.portable);
     int64_t work = 0;  // multiply-adds
     for (int j = 0; j < a.n_spans; ++j) {
         const int64_t position = *a.at(4, j).i64(), n = a.spans[j].n;

@@ -1,7 +1,8 @@
 // Inner products of attention for caches of floats: queries with blocks of 16 keys, weights with values.
 //
 // Queries and weights are stored as the products take them. bf16 caches: both are rounded to bf16; where the machine
-// multiplies bf16 pairs (`vdpbf16ps`) they are stored as pairs, elsewhere as floats that hold bf16 values.
+// multiplies bf16 pairs (`vdpbf16ps`) they are stored as pairs, elsewhere as floats that hold bf16 values. The
+// instruction rounds in a way of its own, so portable bits do without it.
 #pragma once
 #include "attn_cache.h"
 #include "vec.h"
@@ -23,19 +24,27 @@ constexpr int score_rows = 4, value_rows = 2, value_cols = 2;
 constexpr int score_rows = 2, value_rows = 1, value_cols = 2;
 #endif
 
+// The factors of a product (queries; weights of values) as it takes them.
+enum class Factors { f32, bf16_pairs, bf16, int8 };
+
 #if defined(__AVX512BF16__)
-constexpr bool bf16_pairs = true;
+constexpr bool bf16_dots = true;
 // sum += pairs x the pair at p, broadcast. Spelled in assembly so that the broadcast stays part of the instruction.
 TMLC_INLINE void dot_pair(v16& sum, w16 pairs, const void* p) {
     typedef int32_t four_bytes __attribute__((aligned(1), may_alias));
     asm("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(pairs), "m"(*static_cast<const four_bytes*>(p)));
 }
 #else
-constexpr bool bf16_pairs = false;
+constexpr bool bf16_dots = false;
+void dot_pair(v16& sum, w16 pairs, const void* p);  // nobody has Factors::bf16_pairs here
 #endif
 
-// Bytes of one element of a query or weight in the products of this form.
-constexpr int64_t factor_bytes(KV form) { return form == KV::bf16 && bf16_pairs ? 2 : 4; }
+inline Factors factors_of(KV cache, bool portable) {
+    if (cache == KV::bf16) return bf16_dots && !portable ? Factors::bf16_pairs : Factors::bf16;
+    return cache == KV::f32 ? Factors::f32 : Factors::int8;
+}
+// Bytes of one factor for a cache of floats.
+constexpr int64_t factor_bytes(Factors f) { return f == Factors::bf16_pairs ? 2 : 4; }
 
 TMLC_INLINE v16 round_bf16(v16 x) {  // to nearest, ties to even; a NaN stays one
     const w16 u = float_to_bits(x);
@@ -45,23 +54,19 @@ TMLC_INLINE v16 round_bf16(v16 x) {  // to nearest, ties to even; a NaN stays on
 }
 
 // Stores sixteen factors, rounded for the form, as elements [at, at + 16) of a row; returns them as rounded.
-template <KV F>
+template <Factors F>
 TMLC_INLINE v16 store_factors(void* row, int64_t at, v16 x) {
-    if constexpr (F != KV::bf16) {
-        store(static_cast<float*>(row) + at, x);
-        return x;
-    } else {
 #if defined(__AVX512BF16__)
+    if constexpr (F == Factors::bf16_pairs) {
         const __m256i half = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x));
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(static_cast<uint16_t*>(row) + at), half);
         const auto words = reinterpret_cast<w16>(_mm512_maskz_cvtepu16_epi32(0xffff, half));  // see load_f16
         return bits_to_float(detail::shift_left(words, 16));
-#else
-        const v16 rounded = round_bf16(x);
-        store(static_cast<float*>(row) + at, rounded);
-        return rounded;
-#endif
     }
+#endif
+    const v16 rounded = F == Factors::bf16 ? round_bf16(x) : x;
+    store(static_cast<float*>(row) + at, rounded);
+    return rounded;
 }
 
 // Lane 0 of the lanes folded by an operation whose order does not matter (largest numbers, sums of integers).
@@ -102,14 +107,14 @@ TMLC_INLINE v16 even_of(w16 pairs) { return bits_to_float(detail::shift_left(pai
 TMLC_INLINE v16 odd_of(w16 pairs) { return bits_to_float(pairs & splat_int(static_cast<int32_t>(0xffff0000u))); }
 
 // out[t][b] = q[t] . keys of block b, over the d columns in order.
-template <KV F, int T, int B>
+template <Factors F, int T, int B>
 __attribute__((noinline)) void float_scores(const uint8_t* q, int64_t q_bytes, int64_t d, const uint8_t* const* k, float* out,
                                             int64_t out_stride) {
     constexpr int64_t ahead = T <= 4 ? 1536 : 0;  // bytes; many rows that share keys hide the latency by themselves
     v16 acc[T][B];
     TMLC_UNROLL for (int t = 0; t < T; ++t)
         TMLC_UNROLL for (int b = 0; b < B; ++b) acc[t][b] = zero16();
-    if constexpr (F == KV::f32) {
+    if constexpr (F == Factors::f32) {
         for (int64_t i = 0; i < d; ++i) {
             v16 key[B];
             TMLC_UNROLL for (int b = 0; b < B; ++b) key[b] = load(reinterpret_cast<const float*>(k[b]) + 16 * i);
@@ -120,19 +125,19 @@ __attribute__((noinline)) void float_scores(const uint8_t* q, int64_t q_bytes, i
         }
     } else {
         const auto step = [&](const w16(&key)[B], int64_t i, bool whole) TMLC_LAMBDA_INLINE {
-#if defined(__AVX512BF16__)
-            (void)whole;
-            TMLC_UNROLL for (int t = 0; t < T; ++t)
-                TMLC_UNROLL for (int b = 0; b < B; ++b) dot_pair(acc[t][b], key[b], q + t * q_bytes + 4 * i);
-#else
-            TMLC_UNROLL for (int t = 0; t < T; ++t) {
-                const float* x = reinterpret_cast<const float*>(q + t * q_bytes) + 2 * i;
-                const v16 x0 = splat(x[0]), x1 = splat(x[1]);
-                TMLC_UNROLL for (int b = 0; b < B; ++b) acc[t][b] = fma(x0, even_of(key[b]), acc[t][b]);
-                if (whole)
-                    TMLC_UNROLL for (int b = 0; b < B; ++b) acc[t][b] = fma(x1, odd_of(key[b]), acc[t][b]);
+            if constexpr (F == Factors::bf16_pairs) {
+                (void)whole;
+                TMLC_UNROLL for (int t = 0; t < T; ++t)
+                    TMLC_UNROLL for (int b = 0; b < B; ++b) dot_pair(acc[t][b], key[b], q + t * q_bytes + 4 * i);
+            } else {
+                TMLC_UNROLL for (int t = 0; t < T; ++t) {
+                    const float* x = reinterpret_cast<const float*>(q + t * q_bytes) + 2 * i;
+                    const v16 x0 = splat(x[0]), x1 = splat(x[1]);
+                    TMLC_UNROLL for (int b = 0; b < B; ++b) acc[t][b] = fma(x0, even_of(key[b]), acc[t][b]);
+                    if (whole)
+                        TMLC_UNROLL for (int b = 0; b < B; ++b) acc[t][b] = fma(x1, odd_of(key[b]), acc[t][b]);
+                }
             }
-#endif
         };
         for (int64_t i = 0; i < d / 2; ++i) {
             w16 key[B];
@@ -154,14 +159,14 @@ __attribute__((noinline)) void float_scores(const uint8_t* q, int64_t q_bytes, i
 
 // acc[t] += sum over positions [first, last) of weight[t][e_at + j] * value j, in order; C vectors of 16 columns. v is
 // where position 0 lies. EDGE: first or last may be odd, then the other half of a pair of bf16 is not looked at.
-template <KV F, int T, int C, bool EDGE>
+template <Factors F, int T, int C, bool EDGE>
 __attribute__((noinline)) void float_values(const float* e, int64_t e_stride, int64_t e_at, const uint8_t* v, int64_t dv,
                                             int64_t column, int64_t first, int64_t last, float* acc, int64_t acc_stride) {
     constexpr int64_t ahead = T <= 4 ? 2048 : 0;
     v16 sum[T][C];
     TMLC_UNROLL for (int t = 0; t < T; ++t)
         TMLC_UNROLL for (int c = 0; c < C; ++c) sum[t][c] = load(acc + t * acc_stride + column + 16 * c);
-    if constexpr (F == KV::f32) {
+    if constexpr (F == Factors::f32) {
         for (int64_t j = first; j < last; ++j) {
             const float* row = reinterpret_cast<const float*>(v) + j * dv + column;
             v16 value[C];
@@ -183,19 +188,19 @@ __attribute__((noinline)) void float_values(const float* e, int64_t e_stride, in
                 const uint32_t mask = (2 * j >= first ? 0xffffu : 0u) | (2 * j + 1 < last ? 0xffff0000u : 0u);
                 TMLC_UNROLL for (int c = 0; c < C; ++c) value[c] = value[c] & splat_int(static_cast<int32_t>(mask));
             }
-#if defined(__AVX512BF16__)
-            TMLC_UNROLL for (int t = 0; t < T; ++t) {
-                const auto* row_of = reinterpret_cast<const uint8_t*>(e + t * e_stride);
-                TMLC_UNROLL for (int c = 0; c < C; ++c) dot_pair(sum[t][c], value[c], row_of + 2 * e_at + 4 * j);
+            if constexpr (F == Factors::bf16_pairs) {
+                TMLC_UNROLL for (int t = 0; t < T; ++t) {
+                    const auto* row_of = reinterpret_cast<const uint8_t*>(e + t * e_stride);
+                    TMLC_UNROLL for (int c = 0; c < C; ++c) dot_pair(sum[t][c], value[c], row_of + 2 * e_at + 4 * j);
+                }
+            } else {
+                TMLC_UNROLL for (int t = 0; t < T; ++t) {
+                    const float* x = e + t * e_stride + e_at + 2 * j;
+                    const v16 x0 = splat(x[0]), x1 = splat(x[1]);
+                    TMLC_UNROLL for (int c = 0; c < C; ++c) sum[t][c] = fma(x0, even_of(value[c]), sum[t][c]);
+                    TMLC_UNROLL for (int c = 0; c < C; ++c) sum[t][c] = fma(x1, odd_of(value[c]), sum[t][c]);
+                }
             }
-#else
-            TMLC_UNROLL for (int t = 0; t < T; ++t) {
-                const float* x = e + t * e_stride + e_at + 2 * j;
-                const v16 x0 = splat(x[0]), x1 = splat(x[1]);
-                TMLC_UNROLL for (int c = 0; c < C; ++c) sum[t][c] = fma(x0, even_of(value[c]), sum[t][c]);
-                TMLC_UNROLL for (int c = 0; c < C; ++c) sum[t][c] = fma(x1, odd_of(value[c]), sum[t][c]);
-            }
-#endif
         }
     }
     TMLC_UNROLL for (int t = 0; t < T; ++t)

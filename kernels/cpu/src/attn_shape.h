@@ -34,19 +34,20 @@ struct Interval {
 // d columns in a key, dv in a value, `per` query heads to a kv head.
 struct Shape {
     KV form;
+    Factors factors;
     int64_t heads, kv_heads, per, d, dv, window, sinks, capacity, rank, extent, tile;
     int64_t q_bytes, bias_stride, dv_pad;
     // In bytes, for one thread; and the bytes of one record of partial results (top, sums, acc of each query).
     int64_t q_at, row_at, bias_at, score_at, codes_at, groups_at, part_at, total_at, bytes, part_bytes;
 
     template <class T>  // TensorInfo or Operand
-    Shape(const T& q, const T& v, DType cache, const T* rel, const T* rel_table, const int64_t* i)
-        : form(kv_form(cache)), heads(i[0]), kv_heads(i[1]), per(heads / kv_heads), d(q.cols / heads), dv(v.cols / kv_heads),
+    Shape(const T& q, const T& v, DType cache, const T* rel, const T* rel_table, const int64_t* i, bool portable)
+        : form(kv_form(cache)), factors(factors_of(form, portable)), heads(i[0]), kv_heads(i[1]), per(heads / kv_heads), d(q.cols / heads), dv(v.cols / kv_heads),
           window(i[2]), sinks(i[2] > 0 ? i[3] : 0), capacity(i[4]), rank(rel ? rel->cols / heads : 0),
           extent(rel ? rel_table->cols : 0) {
         tile = std::clamp<int64_t>(tile_queries / per, 1, max_tile_rows);
         const int64_t count = tile * per;
-        q_bytes = form == KV::int8 ? IntQuery(d).bytes() : round_up(round_up(d, 16) * factor_bytes(form), 64);
+        q_bytes = form == KV::int8 ? IntQuery(d).bytes() : round_up(round_up(d, 16) * factor_bytes(factors), 64);
         bias_stride = rel ? split_keys + tile + 64 : 0;
         dv_pad = round_up(dv, 16);
         part_bytes = round_up(4 * count, 64) + count * 64 + 4 * count * dv_pad;

@@ -8,10 +8,13 @@
 #include <cmath>
 #include <cstring>
 
+#include "real.h"
+
 namespace tmlc {
 namespace {
 
 constexpr float log2_e = 1.44269504f;
+constexpr Factors pairs_or_floats = bf16_dots ? Factors::bf16_pairs : Factors::bf16;  // what of bf16_pairs is compiled
 
 // 2^x for x <= 0 (0 below -126; NaN stays NaN), to about 1e-7; where weights are rounded anyway, to 3e-6.
 template <bool EXACT>
@@ -42,7 +45,7 @@ TMLC_INLINE v16 exp2_16(v16 x) {
         p = fma(p, r, splat(0.999999285f));
     }
 #if defined(__AVX512F__)
-    return _mm512_maskz_scalef_ps(0xffff, p, x - r);
+    return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, splat(-126.0f), _CMP_NLT_UQ), p, x - r);
 #else
     const v16 y = p * bits_to_float(detail::shift_left(n, 23));
     return choose(x < low, zero16(), y);
@@ -73,19 +76,19 @@ TMLC_INLINE w16 lanes_of(Interval seen, int64_t block) {  // which lanes of the 
 }
 
 // The scores of `count` queries with B blocks, in the largest tiles of rows that fit.
-template <KV F, int T, int B>
+template <Factors F, int T, int B>
 void score_rows_of(const uint8_t* q, int64_t q_bytes, int64_t count, int64_t d, const uint8_t* const* k, float* out) {
     for (; count >= T; count -= T, q += T * q_bytes, out += T * score_stride) {
-        if constexpr (F == KV::int8) int8_scores<T, B>(q, q_bytes, d, k, out, score_stride);
+        if constexpr (F == Factors::int8) int8_scores<T, B>(q, q_bytes, d, k, out, score_stride);
         else float_scores<F, T, B>(q, q_bytes, d, k, out, score_stride);
     }
     if constexpr (T > 1) score_rows_of<F, T / 2, B>(q, q_bytes, count, d, k, out);
 }
-template <KV F>
+template <Factors F>
 void score_blocks(const uint8_t* q, int64_t q_bytes, int64_t count, int64_t d, const uint8_t* const* k, int64_t blocks, float* out) {
-    constexpr int rows = F == KV::int8 ? int8_rows : score_rows, pair = native_lanes == 16 ? 2 : 1;
+    constexpr int rows = F == Factors::int8 ? int8_rows : score_rows, pair = native_lanes == 16 ? 2 : 1;
     int64_t b = 0;
-    if constexpr (F != KV::int8) {  // few queries: more blocks at once, for more independent sums
+    if constexpr (F != Factors::int8) {  // few queries: more blocks at once, for more independent sums
         constexpr int few = std::max(score_rows / 2, 1), most = 2 * pair;
         if (count <= few)
             for (; b + most <= blocks; b += most) score_rows_of<F, few, most>(q, q_bytes, count, d, k + b, out + 16 * b);
@@ -94,7 +97,7 @@ void score_blocks(const uint8_t* q, int64_t q_bytes, int64_t count, int64_t d, c
     for (; b < blocks; ++b) score_rows_of<F, rows, 1>(q, q_bytes, count, d, k + b, out + 16 * b);
 }
 
-template <KV F, int T, bool EDGE>
+template <Factors F, int T, bool EDGE>
 void value_rows_of(const float* e, int64_t e_at, int64_t count, const uint8_t* v, int64_t dv, int64_t first, int64_t last,
                    float* acc, int64_t acc_stride) {
     for (; count >= T; count -= T, e += T * score_stride, acc += T * acc_stride) {
@@ -149,7 +152,7 @@ struct Split {
 
     float tau(int64_t p) const {
         if (!(tile.f[1] > 0)) return 1.0f;
-        return static_cast<float>(1.0 + tile.f[2] * std::log(std::max(1.0, static_cast<double>(p + 1) / tile.f[1])));
+        return static_cast<float>(1.0 + tile.f[2] * log_real(std::max(1.0, static_cast<double>(p + 1) / tile.f[1])));
     }
     float unit() const { return tile.f[3] > 0 ? 1.0f : log2_e; }  // scores are in powers of two, before a soft cap of e
     Interval seen(int64_t r, int part_of) const { return s.seen(p0 + r, part_of, start); }
@@ -182,7 +185,7 @@ struct Split {
                     const int64_t query = at + t0 + t;
                     const v16 factor = splat(taus[query / s.per] * unit());
                     for (int i = 0; i < C && c0 + 16 * i < width; ++i)
-                        store(bias + query * s.bias_stride + 16 + c + c0 + 16 * i - bias_from, factor * sum[t][i]);
+                        store(bias + query * s.bias_stride + 16 + (c - bias_from) + c0 + 16 * i, factor * sum[t][i]);
                 }
             }
     }
@@ -198,19 +201,27 @@ struct Split {
             const uint8_t* k[split_keys / 16];
             const int64_t first = any.begin / 16, blocks = (any.end + 15) / 16 - first;
             for (int64_t b = 0; b < blocks; ++b) k[b] = block_of(tile.cache.k, tile.cache.k_block, 16 * (first + b));
-            const auto run = s.form == KV::f32 ? score_blocks<KV::f32> : s.form == KV::bf16 ? score_blocks<KV::bf16> : score_blocks<KV::int8>;
+            const auto run = [&] {
+                switch (s.factors) {
+                    case Factors::f32: return score_blocks<Factors::f32>;
+                    case Factors::bf16_pairs: return score_blocks<pairs_or_floats>;
+                    case Factors::bf16: return score_blocks<Factors::bf16>;
+                    case Factors::int8: break;
+                }
+                return score_blocks<Factors::int8>;
+            }();
             run(queries, s.q_bytes, count, s.d, k, blocks, scores + 16 * first);
         }
     }
 
     // Turns the scores of a query into 2^(score - top); false where it sees nothing of this split.
-    template <KV F>
+    template <Factors F>
     bool softmax(int64_t at) const {
         const int64_t r = at / s.per, p = p0 + r;
         float* score = scores + at * score_stride;
         const Interval parts[2] = {seen(r, 0), seen(r, 1)};
         const bool any = !parts[0].empty() || !parts[1].empty();
-        const float* own_bias = tile.rel != nullptr ? bias + at * s.bias_stride + 16 - bias_from : nullptr;
+        const float* own_bias = tile.rel != nullptr ? bias + at * s.bias_stride + 16 : nullptr;
         const float cap = static_cast<float>(tile.f[3]);
         v16 high = splat(-INFINITY);
         // From this block on, keys are near enough for a bias; before it, whole blocks need only be looked at.
@@ -225,7 +236,7 @@ struct Split {
                 const int64_t nearest = p - start - b - 15;  // distance of the last lane: it falls along the lanes
                 const bool edge = b < in.begin || b + 16 > in.end;
                 const bool near = own_bias != nullptr && nearest < s.extent;
-                if (near) x = x + reverse(load(own_bias + nearest));
+                if (near) x = x + reverse(load(own_bias + (nearest - bias_from)));
                 if (cap > 0) x = splat(cap * log2_e) * tanh16(x * splat(1.0f / cap));
                 if (edge) x = choose(lanes_of(in, b), x, splat(-INFINITY));
                 if (edge || near || cap > 0) store(score + b, x);
@@ -237,13 +248,13 @@ struct Split {
         v16 sum = zero16();
         for (const Interval& in : parts)
             for (int64_t b = in.begin / 16 * 16; b < in.end; b += 16)
-                sum = sum + store_factors<F>(score, b, exp2_16<F == KV::f32>(load(score + b) - relative));
+                sum = sum + store_factors<F>(score, b, exp2_16<F == Factors::f32>(load(score + b) - relative));
         part.top[at] = any ? top : -INFINITY;
         store(part.sums + 16 * at, sum);
         return any;
     }
 
-    template <KV F>
+    template <Factors F>
     void float_split() const {
         for (int64_t at = 0; at < count; ++at) softmax<F>(at);
         for (int part_of = 0; part_of < 2; ++part_of) {
@@ -264,7 +275,7 @@ struct Split {
         }
     }
     // Adds the values of an interval to the results of some rows, one run of the cache after another.
-    template <KV F>
+    template <Factors F>
     void values(int64_t r, int64_t rows_here, Interval in) const {
         while (!in.empty()) {
             const int64_t base = in.begin / 16 * 16, left = s.capacity - s.index(start + base);
@@ -290,7 +301,7 @@ struct Split {
             }
         }
         for (int64_t at = 0; at < count; ++at) {
-            softmax<KV::int8>(at);
+            softmax<Factors::int8>(at);
             float* e = scores + at * score_stride;
             const Interval parts[2] = {seen(at / s.per, 0), seen(at / s.per, 1)};
             v16 top[groups] = {};
@@ -345,8 +356,9 @@ void Tile::begin(uint8_t* scratch) const {
         uint8_t* to = any.queries + at * s.q_bytes;
         for (int64_t c = 0; c < s.d; c += 16) {
             const v16 y = factor * load_n(x + c, s.d - c);
-            if (s.form == KV::bf16) store_factors<KV::bf16>(to, c, y);
-            else store(s.form == KV::f32 ? reinterpret_cast<float*>(to) + c : row + c, y);
+            if (s.factors == Factors::bf16_pairs) store_factors<pairs_or_floats>(to, c, y);
+            else if (s.factors == Factors::bf16) store_factors<Factors::bf16>(to, c, y);
+            else store(s.factors == Factors::f32 ? reinterpret_cast<float*>(to) + c : row + c, y);
         }
         if (s.form == KV::int8) round_query(row, s.d, to);
     }
@@ -357,9 +369,12 @@ void Tile::run_split(int64_t i, uint8_t* scratch, Partial p) const {
     std::memset(p.acc, 0, static_cast<size_t>(4 * rows * s.per * s.dv_pad));
     if (rel != nullptr) split.fill_bias();
     split.score();
-    if (s.form == KV::f32) split.float_split<KV::f32>();
-    else if (s.form == KV::bf16) split.float_split<KV::bf16>();
-    else split.int8_split();
+    switch (s.factors) {
+        case Factors::f32: return split.float_split<Factors::f32>();
+        case Factors::bf16_pairs: return split.float_split<pairs_or_floats>();
+        case Factors::bf16: return split.float_split<Factors::bf16>();
+        case Factors::int8: return split.int8_split();
+    }
 }
 
 // A head's sink logit is a key that has no value: the others are scaled relative to it, its weight is added at the end.
@@ -391,7 +406,7 @@ void Tile::finish(Partial total) const {
             const float sink = log2_e * sink_logits->f32(sink_logits->rows > 1 ? r0 + r : 0)[head];
             const float top = std::max(total.top[at], std::ceil(sink));
             shrink = power(total.top[at] - top);
-            sum = sum * shrink + std::exp2(sink - top);
+            sum = sum * shrink + first_lane<float>(exp2_16<true>(splat(sink - top)));
         }
         const v16 factor = splat(shrink / sum);
         float* o = out.f32(r0 + r) + head * s.dv;

@@ -126,7 +126,9 @@ int run_mix_blocks(const RunArgs& a) {
                     share[b] = dot(queries.f32(q), row + b * d, d) * inverse[b] * scale;
                     top = share[b] > top ? share[b] : top;
                 }
-                for (int64_t b = 0; b < blocks; ++b) sum += share[b] = std::exp(share[b] - top);
+                for (int64_t b = 0; b < blocks; b += 16)
+                    store_n(share + b, exp16(load_n(share + b, blocks - b) - splat(top)), blocks - b);
+                for (int64_t b = 0; b < blocks; ++b) sum += share[b];
                 for (int64_t b = 0; b < blocks; ++b) share[b] = share[b] / sum * inverse[b];
                 for (int64_t c = 0; c < d; c += 16) {
                     v16 mixed = zero16();

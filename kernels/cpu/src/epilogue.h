@@ -76,18 +76,13 @@ public:
     }
 
 private:
-    // A product that is rounded before anything is added to it: the compiler must not make one fused operation of both.
-    static TMLC_INLINE v16 rounded(v16 v) {
-        asm("" : "+m"(v));
-        return v;
-    }
     void scale(int64_t begin, int64_t end) const {
         const Operand& out = a_.t[0];
         const v16 s = splat(*a_.t[scale_].f32());
         for (int64_t r = 0; r < out.rows; ++r)
             for (int64_t c = begin; c < end; c += 16) {
                 float* p = out.f32(r) + c;
-                store_n(p, rounded(s * load_n(p, end - c)), end - c);
+                store_n(p, s * load_n(p, end - c), end - c);
             }
     }
     void add(int64_t begin, int64_t end) const {
@@ -114,7 +109,7 @@ private:
             for (int64_t j = 0; j < k - 1; ++j) sum = fma(taps[j], past[j], sum);
             sum = fma(taps[k - 1], now, sum);
             if (residual_) sum = sum + now;
-            if (level_ != 1.0f) sum = rounded(splat(level_) * sum);
+            if (level_ != 1.0f) sum = splat(level_) * sum;
             if (addend_ >= 0) sum = load_n(addend.f32(t) + c, count) + sum;
             store_n(p, sum, count);
             for (int64_t j = 0; j + 1 < k - 1; ++j) past[j] = past[j + 1];

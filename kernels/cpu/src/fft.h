@@ -20,13 +20,23 @@ inline Complex operator-(Complex a, Complex b) { return {a.re - b.re, a.im - b.i
 inline Complex operator*(Complex a, Complex b) { return {a.re * b.re - a.im * b.im, a.re * b.im + a.im * b.re}; }
 inline Complex minus_i(Complex a) { return {a.im, -a.re}; }
 
-// exp(-2*pi*i*k/n) for k = 0 … count-1, rounded from the widest type so that no error accumulates.
+// exp(-2*pi*i*k/n) for k = 0 … count-1, n <= 2^20. In whole numbers (60 bits behind the point), so that the tables are the
+// same on every machine and no error accumulates.
 inline std::vector<Complex> unit_roots(int64_t n, int64_t count) {
+    constexpr int64_t one = int64_t{1} << 60, half_pi = 0x1921fb54442d1846;
+    const auto product = [](int64_t a, int64_t b) { return static_cast<int64_t>(static_cast<__int128>(a) * b >> 60); };
     std::vector<Complex> roots(static_cast<size_t>(count));
-    const long double turn = -2.0L * 3.14159265358979323846264338327950288L / static_cast<long double>(n);
     for (int64_t k = 0; k < count; ++k) {
-        const long double angle = turn * static_cast<long double>(k);
-        roots[static_cast<size_t>(k)] = {static_cast<double>(std::cos(angle)), static_cast<double>(std::sin(angle))};
+        const int64_t quadrant = 4 * k / n % 4, rest = 4 * k % n, near = 2 * rest > n ? n - rest : rest;
+        const int64_t x = static_cast<int64_t>(static_cast<__int128>(half_pi) * near / n), u = product(x, x);  // x <= pi/4
+        int64_t s = one, c = one;
+        for (int64_t j = 21; j >= 3; j -= 2) s = one - product(s, u) / (j * (j - 1));
+        for (int64_t j = 20; j >= 2; j -= 2) c = one - product(c, u) / (j * (j - 1));
+        s = product(s, x);
+        if (near != rest) std::swap(c, s);
+        const auto real = [](int64_t v) { return static_cast<double>(v) * 0x1p-60; };
+        const double cosine = real(quadrant == 0 ? c : quadrant == 1 ? -s : quadrant == 2 ? -c : s);
+        roots[static_cast<size_t>(k)] = {cosine, -real(quadrant == 0 ? s : quadrant == 1 ? c : quadrant == 2 ? -s : -c)};
     }
     return roots;
 }

@@ -10,6 +10,7 @@
 
 #include "fft.h"
 #include "op.h"
+#include "real.h"
 
 namespace tmlc {
 namespace {
@@ -188,7 +189,7 @@ int dmel_run(const RunArgs& a) {
             for (int64_t k = 0; k < fft.bins(); ++k) power[k] = std::sqrt(power[k] < 1e-10 ? 1e-10 : power[k]);
             for (int64_t b = 0; b < out.cols; ++b) {
                 const double mel = weighted_sum(filters.f32(b), power, fft.bins());
-                const double value = std::log10(mel < 1e-10 ? 1e-10 : mel);
+                const double value = log10_real(mel < 1e-10 ? 1e-10 : mel);
                 out.i32(r)[b] = nearest_level(std::min(std::max(value, lo), hi), centres, count);
             }
         }

@@ -96,6 +96,9 @@ struct RunArgs {
     const TensorInfo* const* info;  // of the operands
     const Span* spans;              // the sessions of this call, in the order of their positions
     int n_spans;
+    // Asks for bits that every machine can make: no instruction that rounds in a way which another instruction set does not have
+    // (bf16 dot products), only `fma` of vec.h, exact integer sums and the functions of vec.h and real.h.
+    bool portable = false;
 
     // Operand j as session s has it: its own state, its own rows of what has rows for each position, or the whole.
     Operand at(int j, int s) const {

@@ -1,7 +1,8 @@
 // Philox4x32-10 and the noise of sampling, which `sample` and the fused head share (docs/plan-format.md, "Philox").
 #pragma once
-#include <cmath>
 #include <cstdint>
+
+#include "real.h"
 
 namespace tmlc {
 
@@ -43,7 +44,7 @@ inline double uniform(uint32_t word) { return (word + 0.5) * 0x1p-32; }
 
 // base + Gumbel noise, and a cheap number that it cannot exceed, so that most entries need no logarithm: with q = 1 - u,
 // Gumbel = -ln(-ln u) < -ln q, and q is at least 2^-(z+1) where z counts the leading zeros of q's word.
-inline double gumbel_score(double base, uint32_t word) { return base - std::log(-std::log(uniform(word))); }
+inline double gumbel_score(double base, uint32_t word) { return base - log_real(-log_real(uniform(word))); }
 inline double gumbel_bound(double base, uint32_t word) {
     constexpr double above_ln2 = 0.6931471806;
     const int zeros = ~word == 0 ? 32 : __builtin_clz(~word);

@@ -408,7 +408,7 @@ int Plan::run_by_session(const Code& c, const RunArgs& all) {
         for (int j = 0; j < all.n_t; ++j) cut_[static_cast<size_t>(j)] = all.at(j, s);
         const Span own{0, all.spans[s].n, all.spans[s].slot};
         const RunArgs args{cut_.data(), all.n_t,     all.i,   all.n_i,  all.f, own.n,
-                           all.scratch, all.par, all.info, &own, 1};
+                           all.scratch, all.par, all.info, &own, 1,      all.portable};
         if (const int status = c.op->run(args); status != ok) return status;
     }
     return ok;
@@ -420,7 +420,7 @@ int Plan::run_code(Parallel& par, int method, Method& m, int64_t n, const Buffer
         Code& c = m.code[k];
         for (size_t j = 0; j < c.info.size(); ++j) operands_[j] = resolve(*c.info[j], n, inputs, outputs);
         const RunArgs args{operands_.data(),  static_cast<int>(c.info.size()), c.ints.data(), static_cast<int>(c.ints.size()),
-                           c.floats.data(), n, scratch_.data(), par, c.info.data(), spans_.data(), n_spans_};
+                           c.floats.data(), n, scratch_.data(), par, c.info.data(), spans_.data(), n_spans_, portable_};
         const auto start = profiling_ ? std::chrono::steady_clock::now() : std::chrono::steady_clock::time_point{};
         const int status = c.by_session && n_spans_ > 1 ? run_by_session(c, args) : c.op->run(args);
         if (profiling_)

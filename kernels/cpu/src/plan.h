@@ -75,6 +75,7 @@ public:
     const Block& arena() const { return arena_; }
     const Block& scratch() const { return scratch_; }
     void profile(bool on);
+    void portable_bits(bool on) { portable_ = on; }  // RunArgs::portable of every call from here on
 
 private:
     struct Reader;
@@ -102,7 +103,7 @@ private:
     const uint8_t* weights_ = nullptr;
     int64_t weight_bytes_ = 0, arena_wanted_ = 0, slot_bytes_ = 0, scratch_wanted_ = 0;
     int threads_ = 1;
-    bool profiling_ = false;
+    bool profiling_ = false, portable_ = false;
     std::atomic<bool> running_{false};
 };
 

@@ -2,6 +2,7 @@
 #include "quant.h"
 
 #include <cmath>
+#include <type_traits>
 
 namespace tmlc {
 namespace {
@@ -43,6 +44,8 @@ TMLC_INLINE void group(v16 a, v16 b, Form form, uint8_t* record) {
 
 #else
 
+using code_type = std::conditional_t<quant_code_bytes == quant_group, int8_t, int16_t>;
+
 TMLC_INLINE void group(v16 a, v16 b, Form form, uint8_t* record) {
     float x[quant_group];
     store(x, a);
@@ -55,12 +58,13 @@ TMLC_INLINE void group(v16 a, v16 b, Form form, uint8_t* record) {
     }
     const bool finite = strange == 0.0f, plain = finite && peak > least_peak;
     const float to_code = plain ? quant_peak / peak : 0.0f;
-    int16_t codes[quant_group] = {};
+    code_type codes[quant_group] = {};
     int32_t sum = 0;
     for (int64_t i = 0; i < quant_group && plain; ++i) {
-        codes[i] = static_cast<int16_t>(std::lrintf(x[i] * to_code));  // ties to even, as the vector instruction rounds
+        codes[i] = static_cast<code_type>(std::lrintf(x[i] * to_code));  // ties to even, as the vector instruction rounds
         sum += codes[i];
     }
+    static_assert(sizeof codes == quant_code_bytes);
     std::memcpy(record, codes, sizeof codes);
     finish(record, plain ? peak / quant_peak : finite ? 0.0f : NAN, sum, form);
 }

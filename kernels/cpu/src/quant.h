@@ -1,14 +1,16 @@
 // Products with quantised weights: activations as signed bytes per group of 32, sums of a group exact in integers.
 //
 // A row of activations is rounded once per call to whole numbers of -127..127 times a float scale for each group of 32.
-// The dot product of a group is then an exact integer on every instruction set: by `vpdpbusd` where there is VNNI, by
-// 16-bit multiply-add elsewhere. Groups are added up in float32, in order.
+// The dot product of a group is then an exact integer on every instruction set: by `vpdpbusd` or `sdot` where there is
+// such, by 16-bit multiply-add elsewhere. Groups are added up in float32, in order.
 #pragma once
 #include "form.h"
 #include "vec.h"
 
 #if defined(__SSE2__)
 #include <immintrin.h>
+#elif defined(__ARM_FEATURE_DOTPROD)
+#include "quant_neon.h"
 #endif
 
 namespace tmlc {
@@ -16,9 +18,9 @@ namespace tmlc {
 constexpr float quant_peak = 127.0f;
 
 // One row of quantised activations: a record for each group, so that one pointer reaches all of it. A record holds the
-// 32 codes (bytes where there is VNNI, 16-bit words elsewhere), the float scale, and `below`: what one unit of the
+// 32 codes (bytes where the machine multiplies those, 16-bit words elsewhere), the float scale, and `below`: what one unit of the
 // weights' zero point adds to the sum, which is -sum of the codes (for int8 its zero point is in it: -128 times the sum).
-#if defined(__AVX512VNNI__)
+#if defined(__AVX512VNNI__) || defined(__ARM_FEATURE_DOTPROD)
 constexpr int64_t quant_code_bytes = 32;
 #else
 constexpr int64_t quant_code_bytes = 64;
@@ -191,6 +193,20 @@ TMLC_INLINE void dot_group(const uint8_t* w, const uint8_t* const (&x)[R], w16 (
     for (int r = 0; r < R; ++r) total[r] = {{parts[0][r], parts[1][r]}, {parts[2][r], parts[3][r]}};
 }
 
+#elif defined(__ARM_FEATURE_DOTPROD)
+
+template <int R, bool NIBBLES>
+TMLC_INLINE void dot_group(const uint8_t* w, const uint8_t* const (&x)[R], w16 (&total)[R]) {
+    for (int r = 0; r < R; ++r) {
+        int32x4_t sums[4];
+        for (int i = 0; i < 4; ++i) sums[i] = vdupq_n_s32(0);
+        detail::dot_bytes_neon<NIBBLES>(w, x[r], sums);
+        int32_t lanes[16];
+        for (int i = 0; i < 4; ++i) vst1q_s32(lanes + 4 * i, sums[i]);
+        detail::load(total[r], lanes);
+    }
+}
+
 #else
 
 template <int R, bool NIBBLES>
@@ -221,7 +237,11 @@ TMLC_INLINE void group_sums(const uint8_t* w, const uint8_t* zeros, const uint8_
         for (int r = 0; r < R; ++r)
             v[r] = fma(zero, splat(static_cast<float>(record_below(x[r]))), to_float(total[r]) * splat(16.0f));
     } else {
+#if defined(__ARM_FEATURE_DOTPROD)
+        for (int r = 0; r < R; ++r) v[r] = to_float(total[r]);  // signed bytes: their zero point is in them
+#else
         for (int r = 0; r < R; ++r) v[r] = to_float(total[r] + splat_int(record_below(x[r])));
+#endif
     }
 }
 #endif

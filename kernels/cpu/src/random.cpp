@@ -6,6 +6,7 @@
 
 #include "op.h"
 #include "philox.h"
+#include "real.h"
 
 namespace tmlc {
 namespace {
@@ -37,10 +38,12 @@ int normal_run(const RunArgs& a) {
                 philox<lanes>(stream, static_cast<uint32_t>(first / 4), words);
                 for (int64_t pair = 0; pair < 2 * lanes && first + 2 * pair < out.cols; ++pair) {
                     const int64_t block = pair / 2, word = pair % 2 * 2, at = first + 2 * pair;
-                    const double radius = std::sqrt(-2.0 * std::log(uniform(words[word][block])));
+                    const double radius = std::sqrt(-2.0 * log_real(uniform(words[word][block])));
                     const double angle = 2.0 * 3.14159265358979323846 * uniform(words[word + 1][block]);
-                    to[at] = static_cast<float>(radius * std::cos(angle));
-                    if (at + 1 < out.cols) to[at + 1] = static_cast<float>(radius * std::sin(angle));
+                    double cosine, sine;
+                    cos_sin_real(angle, cosine, sine);
+                    to[at] = static_cast<float>(radius * cosine);
+                    if (at + 1 < out.cols) to[at + 1] = static_cast<float>(radius * sine);
                 }
             }
         }

@@ -2,8 +2,9 @@
 //
 // `v16` is one native vector where the machine has 512-bit registers, and a tree of native vectors elsewhere (a
 // 64-byte GCC vector would live on the stack there). All kernels compute every element through v16, tails padded, so
-// that an element's bits depend neither on its column nor on how many rows a call has. `fma` is fused where the
-// machine can do so and is spelled out wherever an accumulation must round the same in every kernel shape.
+// that an element's bits depend neither on its column nor on how many rows a call has. The library is compiled without
+// contraction: `fma` is the only multiply-add that rounds once, and it is spelled out wherever one is wanted. It does so
+// on every machine but x86 without FMA, where it multiplies and adds unless TMLC_EXACT_FMA is defined (exact_fma.h).
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -12,6 +13,10 @@
 #include <immintrin.h>
 #elif defined(__ARM_NEON)
 #include <arm_neon.h>
+#endif
+
+#if defined(TMLC_EXACT_FMA)
+#include "exact_fma.h"
 #endif
 
 #define TMLC_INLINE inline __attribute__((always_inline))
@@ -30,6 +35,13 @@ constexpr int native_lanes = 4;
 typedef float f32n __attribute__((vector_size(native_lanes * 4)));
 typedef int32_t i32n __attribute__((vector_size(native_lanes * 4)));
 typedef uint16_t u16n __attribute__((vector_size(native_lanes * 2)));
+
+// Whether `fma` rounds once in this build.
+#if defined(__AVX512F__) || defined(__FMA__) || (defined(__ARM_FEATURE_FMA) && defined(__ARM_NEON)) || defined(TMLC_EXACT_FMA)
+constexpr bool fused = true;
+#else
+constexpr bool fused = false;
+#endif
 
 template <class T>
 struct Two {
@@ -80,6 +92,8 @@ TMLC_INLINE void fma(f32n& r, f32n a, f32n b, f32n c) {
     r = _mm256_fmadd_ps(a, b, c);
 #elif defined(__ARM_FEATURE_FMA) && defined(__ARM_NEON)
     r = vfmaq_f32(c, a, b);
+#elif defined(TMLC_EXACT_FMA)
+    r = exact_fma(a, b, c);
 #else
     r = a * b + c;
 #endif
