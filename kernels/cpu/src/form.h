@@ -14,6 +14,11 @@ constexpr int64_t read_ahead = 5120;
 inline __attribute__((always_inline)) void ask_ahead(const void* p) {
     __builtin_prefetch(static_cast<const char*>(p) + read_ahead, 0, 2);
 }
+// And from there into the first level, for tiles that compute too long on a line to look far ahead by themselves. Any
+// distance of 640 to 900 bytes did as well (int8, 2 to 8 rows: 1.1 to 1.3 times as fast); 512 and 1024 gained nothing.
+inline __attribute__((always_inline)) void ask_near(const void* p) {
+    __builtin_prefetch(static_cast<const char*>(p) + 768);
+}
 constexpr int64_t quant_group = 32;  // inputs that share a scale of the activations (and of int8 and int4 weights)
 constexpr int64_t quant_run = 4;     // groups of weights whose codes, then scales, then zero points lie together
 constexpr int64_t int8_bytes = 16 * 32 + 32;              // 16 rows x 32 codes, 16 float16 scales

@@ -4,6 +4,8 @@
 // The dot product of a group is then an exact integer on every instruction set: by `vpdpbusd` or `sdot` where there is
 // such, by 16-bit multiply-add elsewhere. Groups are added up in float32, in order.
 #pragma once
+#include <utility>
+
 #include "form.h"
 #include "vec.h"
 
@@ -89,33 +91,39 @@ TMLC_INLINE w16 load_zeros(const uint8_t* p) {
 
 // sums += codes x four signed bytes at p, broadcast. Spelled in assembly so that the broadcast stays part of the
 // instruction: gcc otherwise makes the vectors once for all blocks of a tile, and keeps them on the stack.
-TMLC_INLINE void dot_bytes(__m512i& sums, __m512i codes, const uint8_t* p) {
+TMLC_INLINE __m512i dot_bytes(__m512i sums, __m512i codes, const uint8_t* p) {
     typedef int32_t four_bytes __attribute__((aligned(1), may_alias));
     asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sums) : "v"(codes), "m"(*reinterpret_cast<const four_bytes*>(p)));
+    return sums;
 }
 
-template <int R, bool NIBBLES>
-TMLC_INLINE void group_sums(const uint8_t* w, const uint8_t* zeros, const uint8_t* const (&x)[R], v16 (&v)[R]) {
-    __m512i sums[R];
+// Row r of the activations is at row[r] + at. The offset is made opaque again and again, or gcc keeps the sums, a pointer each,
+// in registers that it does not have.
+template <bool NIBBLES, int... R>
+TMLC_INLINE void group_sums(const uint8_t* w, const uint8_t* zeros, const uint8_t* const (&row)[sizeof...(R)], int64_t at,
+                            v16 (&v)[sizeof...(R)], std::integer_sequence<int, R...>) {
+    __m512i sums[sizeof...(R)];
     if constexpr (NIBBLES) {  // codes come as 16 code: in the high half of a byte, where half of them are already
         const __m512i zero = reinterpret_cast<__m512i>(load_zeros(zeros));
-        for (int r = 0; r < R; ++r) sums[r] = _mm512_madd_epi16(zero, _mm512_set1_epi32(record_below(x[r])));
+        ((sums[R] = _mm512_madd_epi16(zero, _mm512_set1_epi32(record_below(row[R] + at)))), ...);
     } else {
-        for (int r = 0; r < R; ++r) sums[r] = _mm512_set1_epi32(record_below(x[r]));
+        ((sums[R] = _mm512_set1_epi32(record_below(row[R] + at))), ...);
     }
+#pragma GCC unroll 8
     for (int q = 0; q < (NIBBLES ? 4 : 8); ++q) {
+        if constexpr (sizeof...(R) > 2) asm("" : "+r"(at));
         const __m512i codes = _mm512_loadu_si512(w + q * 64);
         if constexpr (NIBBLES) {
             const __m512i mask = _mm512_set1_epi8(static_cast<char>(0xf0));
             const __m512i low = _mm512_and_si512(_mm512_maskz_slli_epi16(~__mmask32{0}, codes, 4), mask);
             const __m512i high = _mm512_and_si512(codes, mask);
-            for (int r = 0; r < R; ++r) dot_bytes(sums[r], low, x[r] + q * 4);
-            for (int r = 0; r < R; ++r) dot_bytes(sums[r], high, x[r] + q * 4 + 16);
+            ((sums[R] = dot_bytes(sums[R], low, row[R] + at + q * 4)), ...);
+            ((sums[R] = dot_bytes(sums[R], high, row[R] + at + q * 4 + 16)), ...);
         } else {
-            for (int r = 0; r < R; ++r) dot_bytes(sums[r], codes, x[r] + q * 4);
+            ((sums[R] = dot_bytes(sums[R], codes, row[R] + at + q * 4)), ...);
         }
     }
-    for (int r = 0; r < R; ++r) v[r] = to_float(reinterpret_cast<w16>(sums[r]));
+    ((v[R] = to_float(reinterpret_cast<w16>(sums[R]))), ...);
 }
 
 #elif defined(__AVX2__)
@@ -228,35 +236,34 @@ TMLC_INLINE void dot_group(const uint8_t* w, const uint8_t* const (&x)[R], w16 (
 #endif
 
 #if !defined(__AVX512VNNI__)
-template <int R, bool NIBBLES>
-TMLC_INLINE void group_sums(const uint8_t* w, const uint8_t* zeros, const uint8_t* const (&x)[R], v16 (&v)[R]) {
-    w16 total[R];
-    dot_group<R, NIBBLES>(w, x, total);
+template <bool NIBBLES, int... R>
+TMLC_INLINE void group_sums(const uint8_t* w, const uint8_t* zeros, const uint8_t* const (&row)[sizeof...(R)], int64_t at,
+                            v16 (&v)[sizeof...(R)], std::integer_sequence<int, R...>) {
+    const uint8_t* const record[] = {row[R] + at...};
+    w16 total[sizeof...(R)];
+    dot_group<sizeof...(R), NIBBLES>(w, record, total);
     if constexpr (NIBBLES) {
         const v16 zero = to_float(load_zeros(zeros));
-        for (int r = 0; r < R; ++r)
-            v[r] = fma(zero, splat(static_cast<float>(record_below(x[r]))), to_float(total[r]) * splat(16.0f));
+        ((v[R] = fma(zero, splat(static_cast<float>(record_below(record[R]))), to_float(total[R]) * splat(16.0f))), ...);
     } else {
 #if defined(__ARM_FEATURE_DOTPROD)
-        for (int r = 0; r < R; ++r) v[r] = to_float(total[r]);  // signed bytes: their zero point is in them
+        ((v[R] = to_float(total[R])), ...);  // signed bytes: their zero point is in them
 #else
-        for (int r = 0; r < R; ++r) v[r] = to_float(total[r] + splat_int(record_below(x[r])));
+        ((v[R] = to_float(total[R] + splat_int(record_below(record[R])))), ...);
 #endif
     }
 }
 #endif
 
 // One tile of R rows by one block, its results stored as [R][16] floats. x points to quantised rows.
-template <int R, Form F>
-void quant_tile(const float* const* x, const void* w, int64_t k, float* out) {
+template <Form F, int... R>
+TMLC_INLINE void quant_rows(const float* const* x, const void* w, int64_t k, float* out, std::integer_sequence<int, R...> all) {
     constexpr bool nibbles = F != Form::int8;
     constexpr int halves = F == Form::int4_64 ? 2 : 1;         // groups of activations to a group of weights
     constexpr int64_t codes = (nibbles ? 256 : 512) * halves;  // bytes of a group: its codes; with scales and zero points
     constexpr int64_t whole = codes + (nibbles ? 48 : 32);
-    const uint8_t *row[R], *run = static_cast<const uint8_t*>(w);
-    for (int r = 0; r < R; ++r) row[r] = reinterpret_cast<const uint8_t*>(x[r]);
-    v16 acc[R];
-    for (int r = 0; r < R; ++r) acc[r] = zero16();
+    const uint8_t *run = static_cast<const uint8_t*>(w), *const row[] = {reinterpret_cast<const uint8_t*>(x[R])...};
+    v16 acc[] = {(static_cast<void>(R), zero16())...};
     int64_t at = 0;  // of the group in every row: one register for all of them
     for (int64_t left = (k + quant_group - 1) / quant_group; left > 0;) {
         const int64_t need = (left + halves - 1) / halves, count = need < quant_run ? need : quant_run;
@@ -264,20 +271,24 @@ void quant_tile(const float* const* x, const void* w, int64_t k, float* out) {
             const v16 scale = load_f16(run + count * codes + g * 32);
             for (int half = 0; half < halves; ++half, --left) {
                 if (halves > 1 && left == 0) break;
-                asm volatile("" : "+r"(at));  // or gcc keeps R running pointers, in vector registers
-                const uint8_t* record[R];
-                for (int r = 0; r < R; ++r) record[r] = row[r] + at;
-                at += quant_record;
-                for (int64_t line = 0; line < whole / halves; line += 64)
+                for (int64_t line = 0; line < whole / halves; line += 64) {
                     ask_ahead(run + g * whole + half * (whole / halves) + line);
-                v16 v[R];
-                group_sums<R, nibbles>(run + g * codes + half * 256, run + count * (codes + 32) + g * 16, record, v);
-                for (int r = 0; r < R; ++r) acc[r] = fma(splat(record_scale(record[r])), v[r] * scale, acc[r]);
+                    if constexpr (F == Form::int8 && sizeof...(R) > 1) ask_near(run + g * whole + line);
+                }
+                v16 v[sizeof...(R)];
+                group_sums<nibbles>(run + g * codes + half * 256, run + count * (codes + 32) + g * 16, row, at, v, all);
+                asm volatile("" : "+r"(at));  // or gcc keeps a running pointer for each row, in vector registers
+                ((acc[R] = fma(splat(record_scale(row[R] + at)), v[R] * scale, acc[R])), ...);
+                at += quant_record;
             }
         }
         run += count * whole;
     }
-    for (int r = 0; r < R; ++r) store(out + r * 16, nibbles ? acc[r] * splat(0.0625f) : acc[r]);
+    (store(out + R * 16, nibbles ? acc[R] * splat(0.0625f) : acc[R]), ...);
+}
+template <int R, Form F>
+void quant_tile(const float* const* x, const void* w, int64_t k, float* out) {
+    quant_rows<F>(x, w, k, out, std::make_integer_sequence<int, R>());
 }
 
 }  // namespace tmlc
