@@ -27,9 +27,7 @@ def test_sink_router_equals_float64(bench, rng, experts, top_k, shared):
     bias = (0.1 * rng.standard_normal((1, experts))).astype(np.float32)
     scale = np.array([[1.25]], np.float32)
     k = top_k + shared
-    weights, chosen = bench.op(
-        "sink_router", [logits], [bias, scale], [top_k, shared], [8.0], [("f32", k), ("i32", k)]
-    )
+    weights, chosen = bench.op("sink_router", [logits], [bias, scale], [top_k, shared], [8.0], [("f32", k), ("i32", k)])
     want_weights, want_chosen = route(logits, bias[0], 1.25, top_k, shared, 8.0)
     assert np.array_equal(chosen, want_chosen)
     assert np.allclose(weights, want_weights, rtol=3e-6, atol=1e-7)

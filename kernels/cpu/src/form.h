@@ -50,6 +50,5 @@ inline Form form_of(DType dtype, int64_t cols, int64_t k) {
     return Form::none;
 }
 inline int64_t form_item_bytes(Form f) { return f == Form::f32 ? 4 : f == Form::bf16 ? 2 : 1; }
-inline bool quantised(Form f) { return f == Form::int8 || f == Form::int4 || f == Form::int4_64; }
 
 }  // namespace tmlc

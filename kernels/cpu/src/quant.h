@@ -97,7 +97,7 @@ TMLC_INLINE __m512i dot_bytes(__m512i sums, __m512i codes, const uint8_t* p) {
     return sums;
 }
 
-// Row r of the activations is at row[r] + at. The offset is made opaque again and again, or gcc keeps the sums, a pointer each,
+// Row r of the activations is at row[r] + at. The offset is made opaque again and again, or gcc keeps a sum of the two for each row
 // in registers that it does not have.
 template <bool NIBBLES, int... R>
 TMLC_INLINE void group_sums(const uint8_t* w, const uint8_t* zeros, const uint8_t* const (&row)[sizeof...(R)], int64_t at,
