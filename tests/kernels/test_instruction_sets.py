@@ -14,8 +14,8 @@ from tmlc.kernels.cpu import Plan, available_isas, load_library
 # does not depend on quantised activations differs by how often a sum is rounded.
 TOLERANCE = 1e-5
 # What is rounded inside an operation can round the other way where a last bit differs: weights of bf16 caches to 8 bits
-# (and AVX512_BF16 sums in a way of its own), those of int8 caches to 15, hidden values of experts to 7. Measured over
-# 12 draws of sizes: 1.1e-3, 4.2e-5 and 6.7e-4.
+# (and AVX512_BF16 sums in a way of its own), those of int8 caches to 15, hidden values of experts to
+# bf16 or 7 bits. Measured over 12 draws of sizes: 1.1e-3, 4.2e-5 and 6.7e-4.
 CACHE_TOLERANCE = {"f32": TOLERANCE, "bf16": 4e-3, "int8": 2e-4}
 CODES_TOLERANCE = 4e-3
 
@@ -23,7 +23,7 @@ CODES_TOLERANCE = 4e-3
 def tolerance(op, case):
     if op == "attention":
         return CACHE_TOLERANCE[case.chosen["dtype"]]
-    return CODES_TOLERANCE if op == "moe" and case.chosen["down"].startswith("int") else TOLERANCE
+    return CODES_TOLERANCE if op == "moe" and case.chosen["down"] != "f32" else TOLERANCE
 
 
 def some(best, rng, op):

@@ -28,14 +28,12 @@ constexpr int score_rows = 2, value_rows = 1, value_cols = 2;
 enum class Factors { f32, bf16_pairs, bf16, int8 };
 
 #if defined(__AVX512BF16__)
-constexpr bool bf16_dots = true;
 // sum += pairs x the pair at p, broadcast. Spelled in assembly so that the broadcast stays part of the instruction.
 TMLC_INLINE void dot_pair(v16& sum, w16 pairs, const void* p) {
     typedef int32_t four_bytes __attribute__((aligned(1), may_alias));
     asm("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(pairs), "m"(*static_cast<const four_bytes*>(p)));
 }
 #else
-constexpr bool bf16_dots = false;
 void dot_pair(v16& sum, w16 pairs, const void* p);  // nobody has Factors::bf16_pairs here
 #endif
 

@@ -20,7 +20,7 @@ struct Packed {
     int64_t k;
     Form form;
     RowLayout rows;
-    Packed(const Operand& w, int64_t inputs, bool portable = false)
+    Packed(const Operand& w, int64_t inputs, bool portable)
         : data(static_cast<const uint8_t*>(w.data)), k(inputs), form(form_of(w.dtype, w.cols, inputs)),
           rows(form, inputs, portable) {
         block_bytes = form_cols(form, k) * form_item_bytes(form);

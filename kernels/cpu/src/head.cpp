@@ -91,7 +91,7 @@ int run_head_sample(const RunArgs& a) {
     for (int64_t r = 0; r < n; ++r)
         if (!(temperature.f32(r)[0] >= 0.0f)) return bad_index;
 
-    const Packed matrix(w, k);
+    const Packed matrix(w, k, a.portable);
     const int threads = a.par.threads();
     const Layout at(n, k, scaling, matrix.rows.bytes(), threads);
     const auto scaled = [&](int64_t r) { return reinterpret_cast<float*>(a.scratch + at.scaled) + r * at.row_floats; };

@@ -36,7 +36,7 @@ int run_linear(const RunArgs& a) {
     const float* bias = biased ? a.t[3].f32() : nullptr;
     const Epilogue epilogue(a, epilogue_at(biased), after ? a.i[0] : 0, after ? a.i[1] : 0, after ? a.i[2] : 0,
                             after ? a.f[0] : 1);
-    const Packed packed_w(w, x.cols);
+    const Packed packed_w(w, x.cols, a.portable);
     const bool rounded = packed_w.rows.rounded();
     const int64_t row_bytes = packed_w.rows.bytes();
     if (rounded) packed_w.rows.round_rows(a.par, x.rows, a.scratch, [&](int64_t r) { return x.f32(r); });

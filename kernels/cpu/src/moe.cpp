@@ -106,7 +106,7 @@ int64_t scratch_router(const Call& c, int) {
 int run_router(const RunArgs& a) {
     const Operand &weights = a.t[0], &experts = a.t[1], &x = a.t[2], &w = a.t[3];
     const Route route = route_of(a, a.t[4], a.t[5]);
-    const Packed matrix(w, x.cols);
+    const Packed matrix(w, x.cols, a.portable);
     float* logits = reinterpret_cast<float*>(a.scratch);
     const int64_t width = w.rows * 16;
     for (int64_t r0 = 0; r0 < x.rows; r0 += router_chunk) {
@@ -252,7 +252,7 @@ int run_moe(const RunArgs& a) {
     Activation activate;
     if (a.n_i >= 3) activate = {static_cast<float>(a.f[0]), static_cast<float>(a.f[1])};
     if (has_caps(a.i, a.n_i)) activate.gate_cap = static_cast<float>(a.f[2]), activate.up_cap = static_cast<float>(a.f[3]);
-    const Packed w1(up, d), w2(down, f);
+    const Packed w1(up, d, a.portable), w2(down, f, a.portable);
     const int64_t x_bytes = w1.rows.bytes(), hidden_bytes = w2.rows.bytes();
     const Layout at(n_experts, f, n, pairs, x_bytes, hidden_bytes);
     auto* starts = reinterpret_cast<int64_t*>(a.scratch + at.starts);    // of each expert's pairs, while they are sorted

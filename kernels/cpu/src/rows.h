@@ -13,12 +13,6 @@ namespace tmlc {
 // Two ways to hold numbers rounded to bf16: the pairs that `vdpbf16ps` multiplies, and floats for a multiply-add.
 enum class Rounding { none, bf16_pairs, bf16_floats, codes };
 
-#if defined(__AVX512BF16__)
-constexpr bool bf16_dots = true;
-#else
-constexpr bool bf16_dots = false;
-#endif
-
 struct RowLayout {
     int64_t k;
     Form form;

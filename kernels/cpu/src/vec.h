@@ -43,6 +43,13 @@ constexpr bool fused = true;
 constexpr bool fused = false;
 #endif
 
+// Whether it multiplies pairs of bf16 numbers (`vdpbf16ps`), which rounds in a way that no other instruction set has.
+#if defined(__AVX512BF16__)
+constexpr bool bf16_dots = true;
+#else
+constexpr bool bf16_dots = false;
+#endif
+
 template <class T>
 struct Two {
     T lo, hi;
