@@ -163,7 +163,7 @@ def test_products(rows: int, figure: Callable[..., None]) -> None:
             {"name": f"linear{i}", "max_n": rows, "inputs": [0], "outputs": [1],
              "code": [{"op": "linear", "t": [1, 0, 2 + i], "i": [], "f": []}]} for i in range(count)
         ]  # fmt: skip
-        plan = {"version": 1, "arena_bytes": 0, "slot_bytes": 0, "tensors": tensors, "methods": methods}
+        plan = {"version": 2, "arena_bytes": 0, "slot_bytes": 0, "tensors": tensors, "methods": methods}
         engine = Plan(library, plan_words(plan, entries, library.ops).words, weights, 1)
         x, y = rng.standard_normal((rows, k)).astype(np.float32), np.zeros((rows, m), np.float32)
         slot = np.zeros(0, np.uint8)

@@ -24,7 +24,7 @@ from tmlc.errors import ContextFullError, KernelError, PlanError, TargetError, U
 
 ABI = 2
 MAGIC = 0x544D4C43504C414E
-VERSION = 1
+VERSION = 2
 
 _V3 = {"avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe"}
 _V4 = _V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx512_bf16", "avx512_vnni"}

@@ -19,7 +19,7 @@ from tmlc.errors import PackageError, PlanError
 from tmlc.runtimes.core.backend import DTYPES, MethodSpec, TensorSpec
 
 MAGIC = 0x544D4C43504C414E
-VERSION = 1
+VERSION = 2
 SPACES = ("arena", "slot", "weight", "input", "output")
 DTYPE_NAMES = tuple(DTYPES)
 MAX_ROWS = 2**24

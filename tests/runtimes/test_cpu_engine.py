@@ -84,7 +84,7 @@ def tiny_plan() -> dict:
         return {"name": name, "max_n": MAX_N, "inputs": inputs, "outputs": outputs, "code": calls}
 
     return {
-        "version": 1,
+        "version": 2,
         "arena_bytes": 4096,
         "slot_bytes": STATE,
         "tensors": tensors,

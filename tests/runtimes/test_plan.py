@@ -24,7 +24,7 @@ WEIGHTS = {"w": Entry("f32", 128, 4 * 64), "norm": Entry("f32", 384, 32)}
 DEEP = json.loads("[" * 900 + "]" * 900)  # what would end in a RecursionError where it is shown
 OPS = {"copy": 0, "rms_norm": 7, "linear": 3}
 PLAN = {
-    "version": 1,
+    "version": 2,
     "arena_bytes": 256,
     "slot_bytes": 64,
     "tensors": [

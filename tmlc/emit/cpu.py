@@ -21,7 +21,7 @@ from tmlc.ir.program import Method, Program
 from tmlc.ir.types import ITEM_BYTES, TensorType
 from tmlc.package.manifest import MethodInfo, Signature, StateInfo
 
-PLAN_VERSION = 1
+PLAN_VERSION = 2
 ALIGN = 64
 
 

@@ -17,7 +17,7 @@
 namespace tmlc {
 namespace {
 
-constexpr int64_t magic = 0x544d4c43504c414e, version = 1;
+constexpr int64_t magic = 0x544d4c43504c414e, version = 2;
 constexpr int64_t max_tensors = 1 << 20, max_methods = 1 << 10, max_code = 1 << 20, max_operands = 64;
 constexpr int64_t max_numbers = 1 << 12, max_rows = 1 << 24, max_positions = 1 << 20;
 constexpr int64_t max_cols = int64_t{1} << 31, max_space = int64_t{1} << 36;
