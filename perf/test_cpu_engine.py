@@ -58,8 +58,12 @@ def cache_bytes(path: Path, positions: int) -> float:
         plan = package.json(package.manifest.targets["cpu"].plan)
     tensors, total = plan["tensors"], 0.0
     for call in next(m for m in plan["methods"] if m["name"] == "decode")["code"]:
-        states = [tensors[t] for t in call["t"] if tensors[t]["space"] == "slot"] if call["op"] == "attention" else []
-        total += sum(min(t["rows"][1], positions) * t["stride"] * DTYPES[t["dtype"]].itemsize for t in states)
+        if call["op"] != "attention":
+            continue
+        capacity = call["i"][4]
+        caches = [tensors[t] for t in call["t"][5:7]]
+        whole = sum(t["rows"][1] * t["stride"] * DTYPES[t["dtype"]].itemsize for t in caches)
+        total += whole * min(positions, capacity) / capacity
     return total
 
 

@@ -163,9 +163,13 @@ def _error(program: Program, name: str, scheme: str, source: TensorSource) -> fl
         wide = flat[rows].float()
         rounded = torch.empty_like(wide)
         dequantised(wide, SCHEMES[scheme], rounded)
-        missed += float((rounded - wide).double().square().sum())
-        total += float(wide.double().square().sum())
+        missed += _total(rounded.sub_(wide).square_())
+        total += _total(torch.mul(wide, wide, out=rounded))
     return (missed / total) ** 0.5 if total else 0.0
+
+
+def _total(squares: torch.Tensor) -> float:
+    return float(squares.sum(-1).double().sum())
 
 
 def _spend(program: Program, layers: list[Layer], budget: float) -> set[str]:

@@ -25,9 +25,10 @@ class TmlcPeer:
         if not self._below:
             return self._session.append(tokens=tokens, logits="last")[0]
         model = self._engine.model
-        model.begin(self._session._slot)
-        model.put_text(tokens)
-        model.logits(model.flush(), self._logits)
+        model.begin([self._session._slot])
+        model.put_text([(0, tokens)])
+        model.flush()
+        model.logits(model.hidden[:1], self._logits)
         return self._logits[0]
 
     def keep(self) -> None:

@@ -85,16 +85,29 @@ def clamped(gate, up, alpha, limit):
     return (up + 1) * gate / (1 + np.exp(-alpha * gate))
 
 
-def moe_reference(x, weights, experts, gate, up, down, biases=None, alpha=0.0, limit=0.0):
-    x, f = x.astype(np.float64), gate.shape[1]
+def moe_reference(seen, x, weights, experts, gate, up, down, biases=None, alpha=0.0, limit=0.0):
+    """In float64; `seen` makes of activations what the products see of them."""
+    x, f = seen(x), gate.shape[1]
     on_up, on_down = biases or (np.zeros((len(gate), 2 * f)), np.zeros((len(gate), x.shape[1])))
     out = np.zeros_like(x)
     for r in range(len(x)):
         for w, e in zip(weights[r], experts[r], strict=True):
             g, u = gate[e].astype(np.float64) @ x[r] + on_up[e, :f], up[e].astype(np.float64) @ x[r] + on_up[e, f:]
             hidden = clamped(g, u, alpha, limit) if alpha else g / (1 + np.exp(-g)) * u
-            out[r] += w * (down[e].astype(np.float64) @ hidden + on_down[e])
+            out[r] += w * (down[e].astype(np.float64) @ seen(hidden) + on_down[e])
     return out
+
+
+def seen_by(bench, dtype):
+    return lambda v: bench.as_stored(np.asarray(v, np.float32), dtype).astype(np.float64)
+
+
+def is_close(got, want, dtype, bound):
+    """A hidden value on the border between two bf16 numbers may round the other way, which its row then shows."""
+    error = np.abs(got - want).max(1)
+    if dtype == "bf16":
+        return error.max() < 4e-2 and (error >= bound).mean() <= 0.1
+    return error.max() < bound
 
 
 ROUTINGS = {
@@ -115,7 +128,8 @@ def test_moe_equals_float64(bench, rng, dtype, routing):
         weights = rng.standard_normal((n, k)).astype(np.float32)
         experts = ROUTINGS[routing](rng, n, k, e).astype(np.int32)
         (got,) = bench.op("moe", [x, weights, experts], [gate_up, down], [e, f])
-        assert np.abs(got - moe_reference(x, weights, experts, *stored)).max() < 3e-5, (n, k, d, f)
+        want = moe_reference(seen_by(bench, dtype), x, weights, experts, *stored)
+        assert is_close(got, want, dtype, 3e-5), (n, k, d, f)
 
 
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
@@ -148,9 +162,11 @@ def test_moe_with_biases_and_clamps_equals_float64(bench, rng, dtype, routing, n
         weights = rng.standard_normal((n, k)).astype(np.float32)
         experts = ROUTINGS[routing](rng, n, k, e).astype(np.int32)
         (got,) = bench.op("moe", [x, weights, experts], [gate_up, down, *biases], [e, f, 1], numbers)
-        assert np.abs(got - moe_reference(x, weights, experts, *stored, biases, *numbers)).max() < 5e-5, (n, k, d, f)
+        want = moe_reference(seen_by(bench, dtype), x, weights, experts, *stored, biases, *numbers)
+        assert is_close(got, want, dtype, 5e-5), (n, k, d, f)
         (got,) = bench.op("moe", [x, weights, experts], [gate_up, down], [e, f, 0], numbers)
-        assert np.abs(got - moe_reference(x, weights, experts, *stored, None, *numbers)).max() < 5e-5, (n, k, d, f)
+        want = moe_reference(seen_by(bench, dtype), x, weights, experts, *stored, None, *numbers)
+        assert is_close(got, want, dtype, 5e-5), (n, k, d, f)
 
 
 def test_moe_bits_with_biases_do_not_depend_on_neighbours_or_threads(bench, rng):

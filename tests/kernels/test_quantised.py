@@ -148,7 +148,8 @@ def test_float_and_quantised_experts_mix(bench, rng):
     for r, i in enumerate(chosen[:, 0]):
         row = rounded(x[r : r + 1])[0]
         g = gates[i] @ row
-        want = stored[i].astype(np.float64) @ (g / (1 + np.exp(-g)) * (ups[i] @ row))
+        hidden = bench.as_stored((g / (1 + np.exp(-g)) * (ups[i] @ row)).astype(np.float32), "bf16")
+        want = stored[i].astype(np.float64) @ hidden.astype(np.float64)
         assert np.abs(got[r] - want).max() <= 2e-4 * np.abs(want).max() + 1e-5
 
 

@@ -46,29 +46,77 @@ class _Recorder:
             self.kept[name] = self.program.weights.evaluate(name, self.source)
         return self.kept[name]
 
+    def calls(self, method: Method, given: list[list[torch.Tensor]]) -> list[tuple[torch.Tensor, ...]]:
+        """The answers to calls that follow each other. All of them pass an op before the next op has its turn, so that
+        each weight is made once, where the states of the method allow it."""
+        clocks = _clocks(method)
+        if clocks is None:
+            return [answers for inputs in given for answers in self._run(method, [inputs], {})]
+        return self._run(method, given, clocks)
+
     @torch.no_grad()
-    def call(self, method: Method, inputs: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        values: dict[fx.Node, Any] = dict(zip(method.inputs, inputs, strict=True))
-        values |= {node: self.states[role(node)[1]] for node in method.placeholders("state")}
+    def _run(
+        self, method: Method, given: list[list[torch.Tensor]], clocks: dict[fx.Node, fx.Node]
+    ) -> list[tuple[torch.Tensor, ...]]:
+        states = {node: self.states[role(node)[1]] for node in method.placeholders("state")}
+        calls: list[dict[fx.Node, Any]] = []
+        for inputs in given:
+            values = {**states, **dict(zip(method.inputs, inputs, strict=True))}
+            for change, clock in clocks.items():
+                values[clock] = states[clock].clone()
+                _apply(change, {**values, clock: states[clock]})
+            calls.append(values)
         left = {node: len(node.users) for node in method.graph.nodes}
-
-        def value(node: fx.Node) -> Any:
-            if node not in values:
-                values[node] = self.weight(role(node)[1])
-            return values[node]
-
         for node in method.graph.nodes:
             if node.op != "call_function":
                 continue
-            args = fx.node.map_arg(node.args, value)
-            spec = spec_of(node.target)
-            values[node] = args[0][args[1]] if node.target is operator.getitem else spec.reference(*args)  # type: ignore[union-attr]
-            del args
+            for needed in node.all_input_nodes:
+                if needed not in calls[0]:
+                    weight = self.weight(role(needed)[1])
+                    for values in calls:
+                        values[needed] = weight
+                    del weight
+            for values in calls:
+                if node not in clocks:
+                    values[node] = _apply(node, values)
             for used in node.all_input_nodes:
                 left[used] -= 1
                 if not left[used]:
-                    del values[used]
-        return tuple(values[node] for node in method.outputs)
+                    for values in calls:
+                        del values[used]
+        return [tuple(values[node] for node in method.outputs) for values in calls]
+
+
+def _apply(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
+    args = fx.node.map_arg(node.args, values.__getitem__)
+    return args[0][args[1]] if node.target is operator.getitem else spec_of(node.target).reference(*args)  # type: ignore[union-attr]
+
+
+def _clocks(method: Method) -> dict[fx.Node, fx.Node] | None:
+    """The ops that change a state which other ops read too, with that state.
+
+    Such an op can be run before its call, on a copy of the state: it takes nothing but inputs, and nothing reads the
+    state after it. None where one is not like that. A state of one op only needs nothing: calls come to it in order.
+    """
+    place = {node: number for number, node in enumerate(method.graph.nodes)}
+    clocks: dict[fx.Node, fx.Node] = {}
+    for state in method.placeholders("state"):
+        if len(state.users) == 1:
+            continue
+        changes = [node for node in state.users if _changes(node, state)]
+        inputs = {state, *method.inputs}
+        last = max(state.users, key=place.__getitem__)
+        if changes and (changes != [last] or not inputs.issuperset(last.all_input_nodes)):
+            return None
+        clocks.update(dict.fromkeys(changes, state))
+    return clocks
+
+
+def _changes(node: fx.Node, state: fx.Node) -> bool:
+    spec = spec_of(node.target)
+    return spec is not None and any(
+        value is state and name in spec.mutates for name, value in zip(spec.args, node.args, strict=False)
+    )
 
 
 def record_golden(
@@ -85,12 +133,12 @@ def record_golden(
             if on_progress is not None:
                 on_progress(method.name)
             recorder = _Recorder(program, source)
-            for n in [size for size in CALL_SIZES if size <= method.max_n]:
-                inputs = [_example(node, n, rng) for node in method.inputs]
-                outputs = recorder.call(method, [torch.from_numpy(array) for array in inputs])
-                given = tuple(map(_engine_form, method.inputs, inputs))
-                answers = tuple(_narrow(out.detach().contiguous().numpy()) for out in outputs)
-                calls.append(GoldenCall(number, method.name, n, given, answers))
+            sizes = [size for size in CALL_SIZES if size <= method.max_n]
+            given = [[_example(node, n, rng) for node in method.inputs] for n in sizes]
+            answers = recorder.calls(method, [[torch.from_numpy(array) for array in inputs] for inputs in given])
+            for n, inputs, outputs in zip(sizes, given, answers, strict=True):
+                arrays = tuple(_narrow(out.detach().contiguous().numpy()) for out in outputs)
+                calls.append(GoldenCall(number, method.name, n, tuple(map(_engine_form, method.inputs, inputs)), arrays))
     return calls
 
 

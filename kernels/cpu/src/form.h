@@ -8,7 +8,12 @@ namespace tmlc {
 
 enum class Form { none, f32, bf16, int8, int4, int4_64 };
 
-constexpr int64_t read_ahead = 3072;  // bytes between what a product reads and what it asks the memory for
+// What a product asks the memory for while it reads p: the line so many bytes further on, into the second-level cache.
+// Asked into the first level instead, requests wait for its few buffers: measured on Zen 4, 18 GB/s instead of 24.
+constexpr int64_t read_ahead = 5120;
+inline __attribute__((always_inline)) void ask_ahead(const void* p) {
+    __builtin_prefetch(static_cast<const char*>(p) + read_ahead, 0, 2);
+}
 constexpr int64_t quant_group = 32;  // inputs that share a scale of the activations (and of int8 and int4 weights)
 constexpr int64_t quant_run = 4;     // groups of weights whose codes, then scales, then zero points lie together
 constexpr int64_t int8_bytes = 16 * 32 + 32;              // 16 rows x 32 codes, 16 float16 scales

@@ -16,14 +16,14 @@ namespace {
 
 constexpr int64_t most = int64_t{1} << 24;  // rows of a call, columns of x
 
-// Scratch of one call: scaled rows, their codes where the weights are quantised, the best entries of each thread.
+// Scratch of one call: scaled rows, the same rounded for the weights, the best entries of each thread.
 struct Layout {
     int64_t row_floats, code_bytes, scaled, codes, found, found_row, bytes;
-    Layout(int64_t rows, int64_t k, bool scaling, bool quantising, int threads)
-        : row_floats(round_up(k, 16)), code_bytes(QuantRow(k).bytes()) {
+    Layout(int64_t rows, int64_t k, bool scaling, int64_t rounded_bytes, int threads)
+        : row_floats(round_up(k, 16)), code_bytes(rounded_bytes) {
         scaled = 0;
         codes = scaled + (scaling ? round_up(rows * row_floats * 4, 64) : 0);
-        found = codes + (quantising ? rows * code_bytes : 0);
+        found = codes + rows * code_bytes;
         found_row = round_up(rows, 64 / static_cast<int64_t>(sizeof(Best)));
         bytes = found + found_row * static_cast<int64_t>(sizeof(Best)) * threads;
     }
@@ -48,7 +48,7 @@ const char* check_head_sample(const Call& c) {
 }
 int64_t scratch_head_sample(const Call& c, int threads) {
     const TensorInfo &x = *c.t[1], &w = *c.t[2];
-    return Layout(x.rows(c.max_n), x.cols, c.f[0] != 1, quantised(form_of(w.dtype, w.cols, x.cols)), threads).bytes;
+    return Layout(x.rows(c.max_n), x.cols, c.f[0] != 1, most_row_bytes(form_of(w.dtype, w.cols, x.cols), x.cols), threads).bytes;
 }
 
 // The best of sixteen logits, entries first ... first + count - 1, or `best` where none is better.
@@ -93,7 +93,7 @@ int run_head_sample(const RunArgs& a) {
 
     const Packed matrix(w, k);
     const int threads = a.par.threads();
-    const Layout at(n, k, scaling, matrix.quantised(), threads);
+    const Layout at(n, k, scaling, matrix.rows.bytes(), threads);
     const auto scaled = [&](int64_t r) { return reinterpret_cast<float*>(a.scratch + at.scaled) + r * at.row_floats; };
     const auto plain = [&](int64_t r) -> const float* { return scaling ? scaled(r) : x.f32(r); };
     if (scaling)
@@ -101,7 +101,7 @@ int run_head_sample(const RunArgs& a) {
             for (int64_t r = begin; r < end; ++r)
                 for (int64_t c = 0; c < k; c += 16) store_n(scaled(r) + c, splat(alpha) * load_n(x.f32(r) + c, k - c), k - c);
         });
-    if (matrix.quantised()) quantise_rows(a.par, n, k, matrix.form, a.scratch + at.codes, plain);
+    if (matrix.rows.rounded()) matrix.rows.round_rows(a.par, n, a.scratch + at.codes, plain);
     Best* const found = reinterpret_cast<Best*>(a.scratch + at.found);
     std::fill(found, found + at.found_row * threads, Best{-std::numeric_limits<double>::infinity(), 0});
 
@@ -113,7 +113,7 @@ int run_head_sample(const RunArgs& a) {
             const float* rows[chunk];
             const int64_t count = std::min(chunk, n - r0);
             for (int64_t r = 0; r < count; ++r)
-                rows[r] = matrix.quantised()
+                rows[r] = matrix.rows.rounded()
                               ? reinterpret_cast<const float*>(a.scratch + at.codes + (r0 + r) * at.code_bytes)
                               : plain(r0 + r);
             for_tiles<1>(rows, count, begin, end, matrix, 0, [&](int64_t r, int64_t b, auto& sums) {

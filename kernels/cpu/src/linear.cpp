@@ -28,7 +28,7 @@ const char* check_linear(const Call& c) {
 }
 int64_t scratch_linear(const Call& c, int) {
     const TensorInfo &x = *c.t[1], &w = *c.t[2];
-    return quantised(form_of(w.dtype, w.cols, x.cols)) ? x.rows(c.max_n) * QuantRow(x.cols).bytes() : 0;
+    return x.rows(c.max_n) * most_row_bytes(form_of(w.dtype, w.cols, x.cols), x.cols);
 }
 int run_linear(const RunArgs& a) {
     const Operand &out = a.t[0], &x = a.t[1], &w = a.t[2];
@@ -37,9 +37,9 @@ int run_linear(const RunArgs& a) {
     const Epilogue epilogue(a, epilogue_at(biased), after ? a.i[0] : 0, after ? a.i[1] : 0, after ? a.i[2] : 0,
                             after ? a.f[0] : 1);
     const Packed packed_w(w, x.cols);
-    const int64_t row_bytes = QuantRow(x.cols).bytes();
-    if (packed_w.quantised())
-        quantise_rows(a.par, x.rows, x.cols, packed_w.form, a.scratch, [&](int64_t r) { return x.f32(r); });
+    const bool rounded = packed_w.rows.rounded();
+    const int64_t row_bytes = packed_w.rows.bytes();
+    if (rounded) packed_w.rows.round_rows(a.par, x.rows, a.scratch, [&](int64_t r) { return x.f32(r); });
     // The epilogue takes so many blocks at a time: whole strips of tiles of every shape, little enough for the cache.
     constexpr int64_t chunk = 64, strip = 24;
     a.par.split(w.rows, out.rows * out.cols * x.cols, [&](int64_t begin, int64_t end, int) {
@@ -49,8 +49,7 @@ int run_linear(const RunArgs& a) {
                 const float* rows[chunk];
                 const int64_t count = out.rows - r0 < chunk ? out.rows - r0 : chunk;
                 for (int64_t r = 0; r < count; ++r)
-                    rows[r] = packed_w.quantised() ? reinterpret_cast<const float*>(a.scratch + (r0 + r) * row_bytes)
-                                                   : x.f32(r0 + r);
+                    rows[r] = rounded ? reinterpret_cast<const float*>(a.scratch + (r0 + r) * row_bytes) : x.f32(r0 + r);
                 for_tiles<1>(rows, count, b0, b1, packed_w, 0, [&](int64_t r, int64_t b, auto& sums) {
                     const int64_t left = out.cols - b * 16;
                     v16 v = load(sums[0]);

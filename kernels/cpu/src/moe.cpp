@@ -131,11 +131,11 @@ struct Group {
     int64_t expert, begin, count;
 };
 
-// Scratch of one call: pairs in groups, the hidden row of each, and the rounded rows that quantised weights meet.
+// Scratch of one call: pairs in groups, the hidden row of each, and the rounded rows (of x_bytes and hidden_bytes, rows.h).
 struct Layout {
     int64_t f;  // floats of a hidden row
     int64_t starts, order, expert, groups, rows, hidden, x_codes, hidden_codes, bytes;
-    Layout(int64_t e, int64_t d, int64_t f_, int64_t n, int64_t pairs, bool up_quantised, bool down_quantised)
+    Layout(int64_t e, int64_t f_, int64_t n, int64_t pairs, int64_t x_bytes, int64_t hidden_bytes)
         : f(round_up(f_, 16)) {
         int64_t at = 0;
         const auto take = [&](int64_t size) { const int64_t here = at; at += round_up(size, 64); return here; };
@@ -145,8 +145,8 @@ struct Layout {
         expert = take(4 * pairs);
         rows = take(8 * pairs);
         hidden = take(4 * pairs * f);
-        x_codes = take(up_quantised ? n * QuantRow(d).bytes() : 0);
-        hidden_codes = take(down_quantised ? pairs * QuantRow(f_).bytes() : 0);
+        x_codes = take(n * x_bytes);
+        hidden_codes = take(pairs * hidden_bytes);
         bytes = at;
     }
 };
@@ -197,8 +197,9 @@ const char* check_moe(const Call& c) {
 int64_t scratch_moe(const Call& c, int) {
     const TensorInfo &x = *c.t[1], &up = *c.t[4], &down = *c.t[5];
     const int64_t rows = x.rows(c.max_n), pairs = rows * c.t[2]->cols;
-    const bool one = quantised(form_of(up.dtype, up.cols, x.cols)), two = quantised(form_of(down.dtype, down.cols, c.i[1]));
-    return Layout(c.i[0], x.cols, c.i[1], rows, pairs, one, two).bytes;
+    const int64_t x_bytes = most_row_bytes(form_of(up.dtype, up.cols, x.cols), x.cols);
+    const int64_t hidden_bytes = most_row_bytes(form_of(down.dtype, down.cols, c.i[1]), c.i[1]);
+    return Layout(c.i[0], c.i[1], rows, pairs, x_bytes, hidden_bytes).bytes;
 }
 
 // Splits the work on `touched` experts of `units` units each: fn(number, begin, end) for touched expert `number`. Each
@@ -252,7 +253,8 @@ int run_moe(const RunArgs& a) {
     if (a.n_i >= 3) activate = {static_cast<float>(a.f[0]), static_cast<float>(a.f[1])};
     if (has_caps(a.i, a.n_i)) activate.gate_cap = static_cast<float>(a.f[2]), activate.up_cap = static_cast<float>(a.f[3]);
     const Packed w1(up, d), w2(down, f);
-    const Layout at(n_experts, d, f, n, pairs, w1.quantised(), w2.quantised());
+    const int64_t x_bytes = w1.rows.bytes(), hidden_bytes = w2.rows.bytes();
+    const Layout at(n_experts, f, n, pairs, x_bytes, hidden_bytes);
     auto* starts = reinterpret_cast<int64_t*>(a.scratch + at.starts);    // of each expert's pairs, while they are sorted
     auto* groups = reinterpret_cast<Group*>(a.scratch + at.groups);      // experts with pairs, ascending
     auto* order = reinterpret_cast<int64_t*>(a.scratch + at.order);      // pair numbers, group by group
@@ -270,14 +272,13 @@ int run_moe(const RunArgs& a) {
     const int64_t n_groups = grouped ? group_by_expert(expert, pairs, n_experts, starts, order, groups)
                                      : one_by_one(expert, n, choices, order, groups);
 
-    const int64_t x_bytes = QuantRow(d).bytes(), hidden_bytes = QuantRow(f).bytes();
     uint8_t *const x_codes = a.scratch + at.x_codes, *const hidden_codes = a.scratch + at.hidden_codes;
-    if (w1.quantised()) quantise_rows(a.par, n, d, w1.form, x_codes, [&](int64_t r) { return x.f32(r); });
+    if (w1.rows.rounded()) w1.rows.round_rows(a.par, n, x_codes, [&](int64_t r) { return x.f32(r); });
     for (int64_t i = 0; i < pairs; ++i) {
         const int64_t r = order[i] / choices;
-        rows[i] = w1.quantised() ? reinterpret_cast<const float*>(x_codes + r * x_bytes) : x.f32(r);
+        rows[i] = w1.rows.rounded() ? reinterpret_cast<const float*>(x_codes + r * x_bytes) : x.f32(r);
     }
-    // Units are 32 hidden columns, so that whoever computes them can round them for a quantised down-projection.
+    // Units are 32 hidden columns, so that whoever computes them can round them for the down-projection.
     const int64_t f_units = (f_blocks + 1) / 2;
     split_experts(a.par, n_groups, f_units, pairs * f * d * 2, [&](int64_t t, int64_t begin, int64_t end) {
         const int64_t e = groups[t].expert, i0 = groups[t].begin, count = groups[t].count, base = e * 2 * f_blocks;
@@ -292,14 +293,14 @@ int run_moe(const RunArgs& a) {
                 }
                 store(hidden + (i0 + r) * at.f + b * 16, activate(gate, value));
             });
-            if (w2.quantised())
+            if (w2.rows.rounded())
                 for (int64_t i = i0; i < i0 + count; ++i)
-                    quantise_group(hidden + i * at.f + u * 32, f - u * 32, w2.form,
-                                   hidden_codes + i * hidden_bytes + u * quant_record);
+                    w2.rows.round_group(hidden + i * at.f + u * 32, f - u * 32,
+                                        hidden_codes + i * hidden_bytes + u * w2.rows.group_bytes());
         }
     });
     for (int64_t i = 0; i < pairs; ++i)
-        rows[i] = w2.quantised() ? reinterpret_cast<const float*>(hidden_codes + i * hidden_bytes) : hidden + i * at.f;
+        rows[i] = w2.rows.rounded() ? reinterpret_cast<const float*>(hidden_codes + i * hidden_bytes) : hidden + i * at.f;
     const bool after = a.n_i == 6;
     const Epilogue epilogue(a, epilogue_at(biases), after ? a.i[2] : 0, after ? a.i[4] : 0, after ? a.i[5] : 0,
                             after ? a.f[4] : 1);

@@ -73,8 +73,4 @@ void quantise_group(const float* x, int64_t count, Form form, uint8_t* record) {
     group(load_n(x, count), count > 16 ? load_n(x + 16, count - 16) : zero16(), form, record);
 }
 
-void quantise_row(const float* x, int64_t k, Form form, uint8_t* out) {
-    for (int64_t at = 0; at < k; at += quant_group, out += quant_record) quantise_group(x + at, k - at, form, out);
-}
-
 }  // namespace tmlc

@@ -25,12 +25,6 @@ constexpr int64_t quant_code_bytes = 64;
 #endif
 constexpr int64_t quant_record = quant_code_bytes + 8;
 
-struct QuantRow {
-    int64_t groups;
-    explicit QuantRow(int64_t k) : groups((k + quant_group - 1) / quant_group) {}
-    int64_t bytes() const { return (groups * quant_record + 63) / 64 * 64; }
-};
-
 TMLC_INLINE float record_scale(const uint8_t* record) {
     float v;
     std::memcpy(&v, record + quant_code_bytes, 4);
@@ -42,18 +36,8 @@ TMLC_INLINE int32_t record_below(const uint8_t* record) {
     return v;
 }
 
-// Rounds `count` (1..32) values into one record, k of them into QuantRow(k) records, for weights of this form (quant.cpp).
+// Rounds `count` values (at least one; of which the first 32 are looked at) into one record, for weights of this form (quant.cpp).
 void quantise_group(const float* x, int64_t count, Form form, uint8_t* record);
-void quantise_row(const float* x, int64_t k, Form form, uint8_t* out);
-
-// Quantises the rows row(0) .. row(rows - 1) of k values into `out`, one behind the other.
-template <class Row>
-void quantise_rows(Parallel& par, int64_t rows, int64_t k, Form form, uint8_t* out, Row row) {
-    const int64_t bytes = QuantRow(k).bytes();
-    par.split(rows, rows * k * 2, [&](int64_t begin, int64_t end, int) {
-        for (int64_t r = begin; r < end; ++r) quantise_row(row(r), k, form, out + r * bytes);
-    });
-}
 
 namespace detail {
 
@@ -254,7 +238,7 @@ void quant_tile(const float* const* x, const void* w, int64_t k, float* out) {
     v16 acc[R];
     for (int r = 0; r < R; ++r) acc[r] = zero16();
     int64_t at = 0;  // of the group in every row: one register for all of them
-    for (int64_t left = QuantRow(k).groups; left > 0;) {
+    for (int64_t left = (k + quant_group - 1) / quant_group; left > 0;) {
         const int64_t need = (left + halves - 1) / halves, count = need < quant_run ? need : quant_run;
         for (int64_t g = 0; g < count; ++g) {
             const v16 scale = load_f16(run + count * codes + g * 32);
@@ -265,7 +249,7 @@ void quant_tile(const float* const* x, const void* w, int64_t k, float* out) {
                 for (int r = 0; r < R; ++r) record[r] = row[r] + at;
                 at += quant_record;
                 for (int64_t line = 0; line < whole / halves; line += 64)
-                    __builtin_prefetch(run + g * whole + half * (whole / halves) + read_ahead + line);
+                    ask_ahead(run + g * whole + half * (whole / halves) + line);
                 v16 v[R];
                 group_sums<R, nibbles>(run + g * codes + half * 256, run + count * (codes + 32) + g * 16, record, v);
                 for (int r = 0; r < R; ++r) acc[r] = fma(splat(record_scale(record[r])), v[r] * scale, acc[r]);
