@@ -10,6 +10,7 @@ from tmlc.frontend.foreign.graph import inputs_of, name_of, number, shape_of
 from tmlc.frontend.foreign.lift import Lifter, Near, matcher
 from tmlc.frontend.foreign.rows import ONE, N, Parts, Rows, Value
 from tmlc.ir.dims import Dim
+from tmlc.ir.ops import spec_of
 from tmlc.ir.types import TensorType
 
 _END = 1 << 62
@@ -111,8 +112,17 @@ def arithmetic(lift: Lifter, node: fx.Node) -> Value | None:
         return None
     if node.kwargs.get("alpha", 1) != 1 or a.dims != b.dims or not (a.matrix and b.matrix):
         raise Near("its operands do not lie over each other row by row")
+    if name_of(node) == "mul" and (_activated(a.node) or _activated(b.node)):
+        raise Near("a product with a silu that is not silu(gate)·up: its parts would run one by one")
     longer = a if len(a.axes) >= len(b.axes) else b
     return longer.with_columns(lift.emit(name_of(node), a.node, b.node), a.dims[-1])
+
+
+def _activated(node: fx.Node) -> bool:
+    """Whether a value of the IR is a silu, scaled or clamped."""
+    while (spec := spec_of(node.target)) is not None and spec.name in ("scale", "clamp"):
+        node = node.all_input_nodes[0]
+    return spec is not None and spec.name == "silu"
 
 
 @matcher("reshape", "flatten")
@@ -248,5 +258,3 @@ def _rejoined(lift: Lifter, a: Rows, b: Rows) -> Rows | None:
 def _both_ways(node: Any) -> tuple[tuple[Any, Any], ...]:
     a, b = inputs_of(node, 2)
     return ((a, b), (b, a))
-
-

@@ -17,6 +17,7 @@ from tmlc.frontend.checkpoint import Checkpoint
 from tmlc.ir.weights import WeightMap
 
 _STACK = re.compile(r"(?P<layer>.+)\.mlp\.experts\.(?P<which>gate_up_proj|down_proj)")
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
 #: Names of one expert's gate, up and down projection on disk.
 _EXPERTS = (
     ("{layer}.mlp.experts.{e}.gate_proj.weight", "{layer}.mlp.experts.{e}.up_proj.weight",
@@ -46,7 +47,8 @@ class ForeignWeights:
                     single = shape if isinstance(disk, str) else (shape[1] // len(disk), *shape[2:])
                     for tensor_name in (disk,) if isinstance(disk, str) else disk:
                         expected[tensor_name] = (single, tensor.is_floating_point())
-        layers = sum(1 for name in self._tensors if re.fullmatch(r"model\.layers\.\d+\.input_layernorm\.weight", name))
+        numbers = [int(layer[1]) for name in self._tensors if (layer := _LAYER.match(name))]
+        layers = max(numbers, default=-1) + 1
         checkpoint.require(expected, lambda name: _not_needed(name, layers, self._tied))
 
     def get(self, name: str, steps: Sequence[tuple[str, Any]] = ()) -> str:
@@ -124,5 +126,5 @@ def _tag(how: Sequence[int]) -> str:
 
 def _not_needed(name: str, layers: int, tied: Mapping[str, str]) -> bool:
     """Extra tensors that are known: multi-token-prediction layers behind the last one, and buffers of old exports."""
-    layer = re.match(r"model\.layers\.(\d+)\.", name)
+    layer = _LAYER.match(name)
     return name in tied or name.endswith("rotary_emb.inv_freq") or (layer is not None and int(layer[1]) >= layers)
