@@ -43,7 +43,7 @@ def test_sizes_are_reported(best):
     ("at", "value", "why"),
     [
         (0, 1, "magic"),
-        (1, 2, "another version"),
+        (1, 1, "another version"),
         (2, -1, "absurd arena"),
         (2, 2**62, "absurd arena"),
         (2, 63, "outside the arena"),

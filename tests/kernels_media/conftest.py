@@ -76,7 +76,7 @@ class OneOp:
             if t.space in ids:
                 ids[t.space].append(number)
             offsets[t.space] += 1 if t.space in ids else size + -size % 64
-        head = [MAGIC, 1, 0, offsets["slot"], len(operands), 1]
+        head = [MAGIC, 2, 0, offsets["slot"], len(operands), 1]
         method = [max_n, len(ids["input"]), len(ids["output"]), 1, *ids["input"], *ids["output"]]
         call = [library.ops[op], len(operands), len(i), len(f), *range(len(operands)), *i]
         self.words = np.array(head + words + method + call, np.int64)

@@ -56,7 +56,7 @@ def test_the_words_are_the_flat_form_of_the_plan():
     assert out.words.dtype == np.int64
     assert out.words.tolist() == [
         MAGIC,
-        1,
+        2,
         256,
         64,
         5,
@@ -145,7 +145,7 @@ C = [*M, "code", 0]
 @pytest.mark.parametrize(
     ("path", "value", "what"),
     [
-        (["version"], 2, "version 2"),
+        (["version"], 1, "version 1"),
         (["version"], True, "version"),
         (["extra"], 1, "unknown key 'extra'"),
         (["methods"], KeyError, "'methods' is missing"),

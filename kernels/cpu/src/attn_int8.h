@@ -22,8 +22,8 @@ struct IntSums { __m512i hi, lo; };
 TMLC_INLINE void clear(IntSums& s) { s.hi = s.lo = _mm512_setzero_si512(); }
 TMLC_INLINE Codes load_codes(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
 TMLC_INLINE void add_quad(IntSums& s, const Codes& c, const uint8_t* x, int64_t plane) {
-    dot_bytes(s.hi, c.all, x);
-    dot_bytes(s.lo, c.all, x + plane);
+    s.hi = dot_bytes(s.hi, c.all, x);
+    s.lo = dot_bytes(s.lo, c.all, x + plane);
 }
 TMLC_INLINE w16 total_of(const IntSums& s) { return (reinterpret_cast<w16>(s.hi) << 8) + reinterpret_cast<w16>(s.lo); }
 TMLC_INLINE void store_codes(uint8_t* row, int64_t at, int64_t plane, w16 c) {

@@ -91,7 +91,7 @@ TMLC_INLINE w16 load_zeros(const uint8_t* p) {
 
 // sums += codes x four signed bytes at p, broadcast. Spelled in assembly so that the broadcast stays part of the
 // instruction: gcc otherwise makes the vectors once for all blocks of a tile, and keeps them on the stack.
-TMLC_INLINE __m512i dot_bytes(__m512i sums, __m512i codes, const uint8_t* p) {
+[[nodiscard]] TMLC_INLINE __m512i dot_bytes(__m512i sums, __m512i codes, const uint8_t* p) {
     typedef int32_t four_bytes __attribute__((aligned(1), may_alias));
     asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sums) : "v"(codes), "m"(*reinterpret_cast<const four_bytes*>(p)));
     return sums;
