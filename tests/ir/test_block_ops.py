@@ -92,7 +92,7 @@ X, N = TensorType("f32", (5, 12)), TensorType("f32", (5, 2))
         (
             "moe",
             (X, N, TensorType("i64", (5, 2)), TensorType("f32", (4, 6, 12)), TensorType("f32", (4, 12, 3)), None, None,
-             1.0, 1.0, 2.0, 3.0),
+             1.0, 1.0, 2.0, 3.0, 0),
             "with alpha 0",
         ),
     ],
