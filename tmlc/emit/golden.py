@@ -88,7 +88,7 @@ class _Recorder:
 
 
 def _apply(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
-    args = fx.node.map_arg(node.args, values.__getitem__)
+    args: Any = fx.node.map_arg(node.args, values.__getitem__)
     return args[0][args[1]] if node.target is operator.getitem else spec_of(node.target).reference(*args)  # type: ignore[union-attr]
 
 

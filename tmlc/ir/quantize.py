@@ -202,8 +202,8 @@ class _Search:
         """Codes uint8 [rows, groups, group], scales float16 and zero points uint8 in sixteenths [rows, groups]."""
         rows, groups, _ = self.shape
         _, s, z = self.best[:3]
-        codes = self._rounded(s.reciprocal(), z).numpy().astype(np.uint8)  # several times as fast as torch's
-        codes = torch.from_numpy(codes[:, : rows * groups].T.copy()).view(self.shape)
+        plain = self._rounded(s.reciprocal(), z).numpy().astype(np.uint8)  # several times as fast as torch's
+        codes = torch.from_numpy(plain[:, : rows * groups].T.copy()).view(self.shape)
         s, z = (part[: rows * groups].view(rows, groups) for part in (s, z * 16))
         return codes, s.half(), z.to(torch.uint8)
 
