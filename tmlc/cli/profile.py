@@ -91,7 +91,8 @@ def command(
     outputs = (
         Outputs(out.absolute().parent, [f"{out.name}.json", f"{out.name}.txt"], force) if out is not None else None
     )
-    engine = tmlc.load(package, threads=threads, sessions=1, pin=pin, portable_bits=portable_bits, huge_pages=huge_pages)
+    placed = {"pin": pin, "huge_pages": huge_pages}
+    engine = tmlc.load(package, threads=threads, sessions=1, portable_bits=portable_bits, **placed)
     try:
         shape = tick_shape(engine.manifest)
         allowed = Budget(total, shape.duration_ms)

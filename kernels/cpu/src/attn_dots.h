@@ -44,13 +44,6 @@ inline Factors factors_of(KV cache, bool portable) {
 // Bytes of one factor for a cache of floats.
 constexpr int64_t factor_bytes(Factors f) { return f == Factors::bf16_pairs ? 2 : 4; }
 
-TMLC_INLINE v16 round_bf16(v16 x) {  // to nearest, ties to even; a NaN stays one
-    const w16 u = float_to_bits(x);
-    const w16 odd = detail::shift_right(u, 16) & splat_int(1);
-    const v16 rounded = bits_to_float((u + splat_int(0x7fff) + odd) & splat_int(static_cast<int32_t>(0xffff0000u)));
-    return choose(x <= x, rounded, x);
-}
-
 // Stores sixteen factors, rounded for the form, as elements [at, at + 16) of a row; returns them as rounded.
 template <Factors F>
 TMLC_INLINE v16 store_factors(void* row, int64_t at, v16 x) {
