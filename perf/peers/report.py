@@ -47,13 +47,15 @@ def fraction(run: dict[str, Any], row: dict[str, Any], part: str, floor_bytes: f
 
 
 def roofline(run: dict[str, Any], works: list[dict[str, Any]]) -> np.ndarray:
-    """Milliseconds, round by round, that no engine can be under: of each op, what takes longer in that round, its bytes
-    at the read bandwidth or its products at the rate of the instruction that multiplies them."""
-    total = np.zeros(len(run["bandwidth"]))
-    for work in works:
-        read = work["bytes"] / np.array(run["bandwidth"])
-        total += 1e3 * np.maximum(read, work["multiply_adds"] / np.array(run["multiply_adds"][work["product"]]))
-    return total
+    """Milliseconds, round by round, that no engine can be under: of each op, what takes longer in that round."""
+    return sum((np.maximum(*reading_and_multiplying(run, work)) for work in works), np.zeros(len(run["bandwidth"])))
+
+
+def reading_and_multiplying(run: dict[str, Any], work: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """Milliseconds, round by round, of an op's bytes at the read bandwidth, and of its products at the rate of the
+    instruction that multiplies them."""
+    rate = np.array(run["multiply_adds"][work["product"]])
+    return 1e3 * work["bytes"] / np.array(run["bandwidth"]), 1e3 * work["multiply_adds"] / rate
 
 
 def find(run: dict[str, Any], engine: str, precision: str) -> dict[str, Any] | None:
@@ -146,8 +148,8 @@ def roofline_table(body: dict[str, Any], run: dict[str, Any]) -> str:
         for part in ("append", "decode"):
             works, taken = floors[f"{part}_work"], np.array(row[f"{part}_ms"])
             least, read = roofline(run, works), 1e3 * floors[part] / np.array(run["bandwidth"])
-            bandwidth = float(np.median(run["bandwidth"]))
-            bound = [w["op"] for w in works if np.median(roofline(run, [w])) > 1.001e3 * w["bytes"] / bandwidth]
+            both = {work["op"]: reading_and_multiplying(run, work) for work in works}
+            bound = [op for op, (reading, multiplying) in both.items() if np.median(multiplying - reading) > 0]
             times = [f"{np.median(t):.2f}" for t in (read, least, taken)]
             rows.append([p, part, *times, percent(read / taken), percent(least / taken), ", ".join(bound) or "none"])
     head = ["", "", "bytes, ms", "roofline, ms", "taken, ms", "of the bytes", "of the roofline", "bound by products"]

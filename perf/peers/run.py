@@ -29,8 +29,8 @@ from tmlc.report.machine import machine, slug
 RESULTS = HERE.parent / "results"
 START_SECONDS, REQUEST_SECONDS = 900, 300
 SITTINGS = (("llama.cpp",), ("transformers", "torch.compile", "onnxruntime", "openvino"))
-"""Which peers are loaded together, each time with tmlc: all at once, their copies of the model push mapped weights out of
-the memory of a machine of 24 GiB."""
+"""Which peers are loaded together, each time with tmlc: all at once, their copies of the model push mapped weights out
+of the memory of a machine of 24 GiB."""
 
 
 class Worker:
