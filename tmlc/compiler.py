@@ -39,7 +39,7 @@ from tmlc.pipeline.manager import run_pipeline
 from tmlc.pipeline.pipeline import Pipeline, Step, load_pipeline
 
 PRECISIONS = ("fp32", "bf16", "fp16", "fp8", "int8", "int4")  # that some target has, or will have
-KV = {"fp32": "f32", "bf16": "bf16", "int8": "int8"}  # what keys and values are kept as: the setting of state.insert
+KV = {"fp32": "f32", "bf16": "bf16", "fp16": "f16", "int8": "int8"}  # what keys and values are kept as: the setting of state.insert
 QUANTISERS = {"quantize.int8": "int8", "quantize.int4": "int4"}
 
 PROGRAM = "program.ir"
@@ -270,7 +270,7 @@ def _configured(
     kv: str | None,
 ) -> Pipeline:
     """The steps with the settings that a call of `compile` may override."""
-    kv_dtype = KV[kv] if kv is not None else {"fp32": "f32", None: None}.get(precision, "bf16")
+    kv_dtype = KV[kv] if kv is not None else {"fp32": "f32", "fp16": "f16", None: None}.get(precision, "bf16")
     coder = next((name for name, kind in QUANTISERS.items() if kind == precision), None)
     if coder is not None:
         steps = _with_codes(steps, coder)
