@@ -29,7 +29,8 @@ from tmlc.runtimes.core.text import Tokenizer, load_tokenizer
 from tmlc.runtimes.core.tick import DRIVERS, Conversation, Driver, TickInput, TickOutput, finite_temperature
 
 BACKENDS = {"cpu": "tmlc.runtimes.cpu.backend"}
-"""Modules with `open_backend(package, threads, isa, placement, portable_bits) -> Backend`, by target."""
+"""Modules with `open_backend(package, target, threads, isa, placement, portable_bits) -> Backend`, by family:
+the part of the name before a colon."""
 MAX_THREADS = 256
 
 
@@ -238,7 +239,7 @@ def load(
 
     Args:
         path: a `.tmlc` file or folder.
-        target: which of the package's targets; None takes the only one there is.
+        target: which of the package's targets, by name or by family ("cpu"); None takes the first that this tmlc runs.
         threads: kernel threads; None takes every core that this process may use.
         sessions: how many conversations may be open at once.
         isa: instruction-set variant of the kernels (see `tmlc doctor`); None takes the best this machine
@@ -288,15 +289,20 @@ def _open_target(
     package: Package, target: str | None, threads: int, isa: str | None, placement: Placement, portable_bits: bool
 ) -> Backend:
     held = list(package.manifest.targets)
-    name = target if target is not None else next((t for t in held if t in BACKENDS), "")
-    if name not in held:
+    runnable = [name for name in held if _family(name) in BACKENDS]
+    wanted = [name for name in held if target in (name, _family(name))] if target is not None else runnable
+    if not wanted:
         raise TargetError(
-            f"the package has no engine for {name or 'any target that this tmlc runs'}",
+            f"the package has no engine for {target or 'any target that this tmlc runs'}",
             where=str(package.path),
             fix=f"it has: {', '.join(held) or 'none'}; compile the checkpoint for the target you want",
         )
-    if name not in BACKENDS:
-        raise TargetError(f"this tmlc cannot run target {name}", fix=f"it runs: {', '.join(BACKENDS)}")
-    module = import_module(BACKENDS[name])
-    backend: Backend = module.open_backend(package, threads, isa, placement, portable_bits)
+    if wanted[0] not in runnable:
+        raise TargetError(f"this tmlc cannot run target {wanted[0]}", fix=f"it runs: {', '.join(BACKENDS)}")
+    module = import_module(BACKENDS[_family(wanted[0])])
+    backend: Backend = module.open_backend(package, wanted[0], threads, isa, placement, portable_bits)
     return backend
+
+
+def _family(target: str) -> str:
+    return target.partition(":")[0]

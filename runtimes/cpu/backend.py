@@ -106,10 +106,12 @@ class CpuBackend(Backend):
 
 def open_backend(
     package: Package,
+    target: str,
     threads: int,
     isa: str | None = None,
     placement: Placement | None = None,
     portable_bits: bool = False,
 ) -> CpuBackend:
     """The CPU engine of `package`. Raises PlanError, PackageError, TargetError, UsageError or CapacityError."""
+    assert target == TARGET, target
     return CpuBackend(package, threads, isa, placement, portable_bits)
