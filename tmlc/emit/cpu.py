@@ -79,15 +79,20 @@ class CpuEngine:
 def coverage(program: Program) -> list[Coverage]:
     """Which kernels a program would run on, and which of its ops have none, by method and op."""
     counts: dict[tuple[str, str], int] = {}
+    sources: dict[tuple[str, str], str] = {}
     for method in program.methods.values():
         for node in method.graph.nodes:
             spec = spec_of(node.target) if node.op == "call_function" else None
             if spec is not None:
                 key = (method.name, spec.name)
                 counts[key] = counts.get(key, 0) + 1
+                sources.setdefault(key, str(node.meta.get("source", "")))
     kernels = kernel_names()
     return [
-        Coverage(method, op, count, kernels.get(op), REFUSED.get(op, "" if op in kernels else "no kernel"))
+        Coverage(
+            method, op, count, kernels.get(op), REFUSED.get(op, "" if op in kernels else "no kernel"),
+            sources[method, op], "" if op in kernels else "Use the pipeline of the target: --preset cpu.",
+        )
         for (method, op), count in counts.items()
     ]
 
