@@ -5,12 +5,19 @@ Everything but the chip takes part: the plan, the cutting of calls, slots, bindi
 
 import ctypes
 from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 
 from tmlc.emit.tensorrt.evaluate import Evaluation
-from tmlc.emit.tensorrt.network import MethodNetwork
+from tmlc.emit.tensorrt.library import Library
+from tmlc.emit.tensorrt.network import MethodNetwork, networks
+from tmlc.emit.tensorrt.target import PLAN, engine_name, plan_of, profiles_of, slot_layout
 from tmlc.errors import CapacityError, KernelError
+from tmlc.ir.program import Program
+from tmlc.package.manifest import StateInfo
+from tmlc.runtimes.tensorrt.backend import TensorRTBackend
 from tmlc.runtimes.tensorrt.device import Device, EngineBinding, LoadedEngine
 
 POISON = 0xA5
@@ -93,13 +100,9 @@ class StandInEngine(LoadedEngine):
 
     @property
     def profiles(self) -> int:
-        from tmlc.emit.tensorrt.target import profiles_of
-
         return len(profiles_of(self.net.most))
 
     def bounds(self, name: str, profile: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        from tmlc.emit.tensorrt.target import profiles_of
-
         least, _, most = profiles_of(self.net.most)[profile]
         shape = next(b.shape for b in self.net.bindings if b.name == name)
         return tuple(a * least + b for a, b in shape), tuple(a * most + b for a, b in shape)
@@ -108,8 +111,6 @@ class StandInEngine(LoadedEngine):
         assert scratch % 256 == 0
 
     def run(self, profile: int, addresses: Mapping[str, int], shapes: Mapping[str, tuple[int, ...]]) -> None:
-        from tmlc.emit.tensorrt.target import profiles_of
-
         assert set(addresses) == set(self.bindings) and not any(a % 256 for a in addresses.values())
         given = {name: read(addresses[name], self.bindings[name].dtype, shape) for name, shape in shapes.items()}
         sizes = [n for n in range(1, self.net.most + 1) if all(b.shape_at(n) == shapes[b.name] for b in self._inputs())]
@@ -125,7 +126,7 @@ class StandInEngine(LoadedEngine):
                 yield _Sized(b.name, b.shape)
 
     def close(self) -> None:
-        self.net = None
+        pass
 
 
 class _Sized:
@@ -156,3 +157,28 @@ def write(address: int, dtype: str, value: np.ndarray) -> None:
     if dtype == "bf16":  # the evaluator has rounded it
         value = (np.ascontiguousarray(value, np.float32).view(np.uint32) >> 16).astype(np.uint16)
     _view(address, dtype, value.size)[:] = value.reshape(-1).astype(STORED[dtype])
+
+
+class OpenNetworks:
+    """What a backend asks of a package, for networks that were never built."""
+
+    def __init__(self, program: Program, made: Mapping[str, MethodNetwork], library: Library) -> None:
+        states, slot_bytes, regions = slot_layout(program, list(made.values()))
+        self.states: tuple[StateInfo, ...] = states
+        self.plan = plan_of(library, list(made.values()), slot_bytes, regions)
+        self.engines = {engine_name(k, name): name.encode() for k, name in enumerate(made)}
+        targets = {"tensorrt:sm89": SimpleNamespace(plan=PLAN)}
+        self.manifest = SimpleNamespace(targets=targets, states=states)
+
+    def json(self, name: str) -> Any:
+        return self.plan
+
+    def read(self, name: str) -> bytes:
+        return self.engines[name]
+
+
+def open_program(program: Program, source: Any, library: Library) -> tuple[TensorRTBackend, StandIn]:
+    """A program's networks behind the runtime, on a stand-in."""
+    made = networks(library, program, source)
+    device = StandIn({name.encode(): net for name, net in made.items()})
+    return TensorRTBackend(OpenNetworks(program, made, library), "tensorrt:sm89", device), device

@@ -110,6 +110,10 @@ class MethodNetwork:
     position: str
     context: int
 
+    def release(self) -> None:
+        """Lets go of the constants, once the engine has them. The network is of no use after this."""
+        self.graph.constants.clear()
+
     def shapes(self) -> dict[str, tuple[tuple[int, int], ...]]:
         """The inputs whose shape depends on n."""
         inputs = (b for b in self.bindings if b.kind not in ("output", "next"))

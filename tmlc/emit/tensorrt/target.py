@@ -8,7 +8,7 @@ from typing import Any
 from torch import fx
 
 from tmlc.emit.targets import Coverage, Emitted, Progress, Target
-from tmlc.emit.tensorrt.library import build_engine, open_library
+from tmlc.emit.tensorrt.library import Library, build_engine, open_library
 from tmlc.emit.tensorrt.lowering import LOWERINGS, REFUSED
 from tmlc.emit.tensorrt.network import MethodNetwork, networks, refusal
 from tmlc.ir.ops import spec_of
@@ -55,23 +55,13 @@ class TensorRTTarget(Target):
         made = networks(self.library, program, source, tell)
         states, slot_bytes, regions = slot_layout(program, list(made.values()))
         files: dict[str, Any] = {}
-        methods = []
+        plan = plan_of(self.library, list(made.values()), slot_bytes, regions)
         for number, net in enumerate(made.values()):
             profiles = profiles_of(net.most)
-            member = f"{FOLDER}/{number}-{net.name}.engine"
-            files[member] = build_engine(
+            files[engine_name(number, net.name)] = build_engine(
                 self.library, net.builder, net.network, net.shapes(), profiles, net.name, net.graph.sources, tell
             )
-            methods.append(_method_entry(net, member, profiles, regions.get(net.name, (0, 0))))
-            net.graph.constants.clear()  # the engine has them now
-        library = {"name": self.library.name, "version": self.library.version}
-        plan = {
-            "version": PLAN_VERSION,
-            "library": library,
-            "architecture": self.library.architecture,
-            "slot_bytes": slot_bytes,
-            "methods": methods,
-        }
+            net.release()
         return Emitted(
             plan=PLAN,
             layout="tensorrt",
@@ -85,6 +75,27 @@ class TensorRTTarget(Target):
             features=(FEATURE,),
             producer={self.library.name: self.library.version, "architecture": self.library.architecture},
         )
+
+
+def engine_name(number: int, method: str) -> str:
+    """The member of the package that holds a method's engine."""
+    return f"{FOLDER}/{number}-{method}.engine"
+
+
+def plan_of(
+    library: Library, nets: list[MethodNetwork], slot_bytes: int, regions: dict[str, tuple[int, int]]
+) -> dict[str, Any]:
+    """The content of `plan.json`."""
+    return {
+        "version": PLAN_VERSION,
+        "library": {"name": library.name, "version": library.version},
+        "architecture": library.architecture,
+        "slot_bytes": slot_bytes,
+        "methods": [
+            _method_entry(net, engine_name(number, net.name), profiles_of(net.most), regions[net.name])
+            for number, net in enumerate(nets)
+        ],
+    }
 
 
 def profiles_of(most: int) -> list[tuple[int, int, int]]:
