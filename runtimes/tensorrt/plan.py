@@ -167,6 +167,8 @@ def _method(f: Fields, states: Mapping[str, StateInfo], slot_bytes: int) -> Meth
         rings.append((ring[0], ring[1]))
     if position < 0 and (context or rings or any(b.kind == "position" for b in bindings)):
         raise f.fail("position", "it is needed")
+    if not all(type(count) is int for count in f.mapping("layers").values()):
+        raise f.fail("layers", "expected counts")
     begin, size = f.ints("rewritten", 2)
     if begin % ALIGN or begin + size > slot_bytes:
         raise f.fail("rewritten", "it does not lie in the slot")

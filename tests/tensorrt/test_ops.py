@@ -11,7 +11,7 @@ from tmlc.emit.tensorrt.library import Library
 from tmlc.emit.tensorrt.lowering import LOWERINGS, REFUSED
 from tmlc.ir.dims import Dim
 from tmlc.ir.ops import OPS, spec_of
-from tmlc.ir.program import role, type_of
+from tmlc.ir.program import type_of
 from tmlc.ir.run import ProgramRunner
 
 from ..emit.conftest import Builder, decoder
@@ -55,7 +55,7 @@ def check(b: Builder, library: Library, sizes: list[int], tolerance: float = 2e-
                 np.testing.assert_allclose(f, e.numpy(), rtol=0, atol=tolerance * scale)
 
 
-STREAM = [3, 8, 1, 8, 8, 5, 8, 7]
+STREAM = [3, 8, 1, 8, 8, 5, 8, 7, 8, 6, 8]  # past the end of a ring of 48
 
 
 @pytest.mark.parametrize(
@@ -163,6 +163,28 @@ def routers() -> Builder:
     made += b.two("topk_router", b.op("scale", x, 0.0), None, 1, 4, True, 1, 1, 1.0)  # all equal: lowest first
     b.output(*made)
     return b
+
+
+def coded(scheme: str) -> Builder:
+    """Codes with a last group that is not full, in a projection and in experts."""
+    b = Builder().method("m")
+    x = b.input("x", 72)
+    made: dict[str, fx.Node] = {}
+    for name, shape in (("w", (20, 72)), ("up", (3, 2 * 40, 72)), ("down", (3, 72, 40))):
+        b.source[f"{name}.floats"] = torch.randn(shape, generator=b.random) / 8
+        b.program.weights.source(f"{name}.floats", "f32", shape)
+        b.program.weights.quantize(name, f"{name}.floats", scheme)
+        made[name] = b.program.add_weight_input("m", name)
+    logits = b.op("linear", x, b.weight("gate", 3, 72), None)
+    weights, experts = b.two("topk_router", logits, None, 0, 2, True, 1, 1, 1.0)
+    moe = b.op("moe", x, weights, experts, made["up"], made["down"], None, None, 0.0, 0.0)
+    b.output(b.op("linear", x, made["w"], b.weight("bias", 20)), moe)
+    return b
+
+
+@pytest.mark.parametrize("scheme", ["i8g32", "i4g32", "i4g64"])
+def test_codes_stand_for_what_they_do_in_the_ir(library, scheme: str) -> None:
+    check(coded(scheme), library, [3, 1, 8], 4e-3)
 
 
 APART = [elementwise, fused, media, chance, routers]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -109,6 +110,12 @@ class MethodNetwork:
     rings: list[tuple[int, int]]
     position: str
     context: int
+
+    def layers(self) -> dict[str, int]:
+        """How many layers of each kind there are."""
+        kind = self.graph.trt.ILayer.type.__get__
+        kinds = (kind(self.network.get_layer(k)) for k in range(self.network.num_layers))
+        return dict(sorted(Counter(str(k).rpartition(".")[2].lower() for k in kinds).items()))
 
     def release(self) -> None:
         """Lets go of the constants, once the engine has them. The network is of no use after this."""

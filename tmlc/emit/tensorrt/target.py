@@ -167,6 +167,7 @@ def _method_entry(
         "context": net.context,
         "rings": [list(ring) for ring in net.rings],
         "rewritten": list(region),
+        "layers": net.layers(),
     }
 
 
