@@ -39,7 +39,12 @@ from tmlc.pipeline.manager import run_pipeline
 from tmlc.pipeline.pipeline import Pipeline, Step, load_pipeline
 
 PRECISIONS = ("fp32", "bf16", "fp16", "fp8", "int8", "int4")  # that some target has, or will have
-KV = {"fp32": "f32", "bf16": "bf16", "fp16": "f16", "int8": "int8"}  # what keys and values are kept as: the setting of state.insert
+KV = {
+    "fp32": "f32",
+    "bf16": "bf16",
+    "fp16": "f16",
+    "int8": "int8",
+}  # what keys and values are kept as: the setting of state.insert
 QUANTISERS = {"quantize.int8": "int8", "quantize.int4": "int4"}
 
 PROGRAM = "program.ir"
@@ -144,7 +149,8 @@ def compile(
         dump: folder for the text form of the program after every pass.
         context, context_policy, sinks, max_append: positions a session keeps, "ring_with_sinks" or "end", positions
             kept from the start, positions of one call. Default: the model's.
-        kv: what keys and values are kept as: "fp32", "bf16", "fp16" or "int8", as far as the target has them. Default: as `precision` says, else the pipeline.
+        kv: what keys and values are kept as: "fp32", "bf16", "fp16" or "int8", as far as the target has them. Default:
+            as `precision` says, else the pipeline.
         dry_run: end before the target's tools run: the report's `coverage` says which ops would not lower, and why.
         on_progress: gets (stage, done, total) as work proceeds.
         on_record: gets the record of each pass when it is done.
@@ -206,9 +212,7 @@ def compile(
         with _timed(seconds, "golden"):
             methods = len(ready.methods)
             counter = iter(range(methods))
-            calls = record_golden(
-                ready, source, lambda name: tell("recording golden calls", next(counter), methods)
-            )
+            calls = record_golden(ready, source, lambda name: tell("recording golden calls", next(counter), methods))
             write_golden(writer, calls)
             tell("recording golden calls", methods, methods)
         with _timed(seconds, "digests"):

@@ -1,7 +1,7 @@
 """Runs a package's TensorRT engines over slots in device memory.
 
-One session after the other: an engine's states are bindings, so a run is one session's. Every session gets the bits that
-it would get alone, since no run ever holds rows of two.
+One session after the other: an engine's states are bindings, so a run is one session's. Every session gets the bits
+that it would get alone, since no run ever holds rows of two.
 """
 
 from __future__ import annotations
@@ -146,9 +146,7 @@ class TensorRTBackend(Backend):
                     slot.counts[entry.plan.position] = position
         return outputs
 
-    def _check(
-        self, plan: MethodPlan, parts: Sequence[tuple[int, DeviceSlot]], inputs: Sequence[np.ndarray]
-    ) -> None:
+    def _check(self, plan: MethodPlan, parts: Sequence[tuple[int, DeviceSlot]], inputs: Sequence[np.ndarray]) -> None:
         """Refuses what a run would not survive, before anything is changed."""
         if len({id(slot) for _, slot in parts}) != len(parts):
             raise InputError("a slot is given twice")
@@ -282,8 +280,8 @@ def check_engine(plan: MethodPlan, engine: LoadedEngine) -> None:
             if any(v > w for v, w in zip(low, b.at(least), strict=True)) or any(
                 v < w for v, w in zip(high, b.at(most), strict=True)
             ):
-                what = f"profile {number} takes {b.name} from {list(low)} to {list(high)}, too little for {least} to {most}"
-                raise PackageError(f"{what} positions", where=where, fix=fix)
+                what = f"profile {number} takes {b.name} from {list(low)} to {list(high)}"
+                raise PackageError(f"{what}, too little for {least} to {most} positions", where=where, fix=fix)
 
 
 def open_backend(

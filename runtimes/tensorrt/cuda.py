@@ -39,7 +39,8 @@ def open_library(plan: Plan) -> Any:
             what = f"{plan.library} is installed and does not load: {error}"
         raise TargetError(what, fix=f"Install it: {fix}") from error
     if str(module.__version__) != plan.version:
-        what = f"the package's engines were built with {plan.library} {plan.version[:40]}, and this is {module.__version__}"
+        built = f"{plan.library} {plan.version[:40]}"
+        what = f"the package's engines were built with {built}, and this is {module.__version__}"
         raise TargetError(what, fix=f"Install that version ({fix}), or compile the checkpoint again.")
     return module
 
@@ -140,7 +141,7 @@ class CudaDevice(Device):
         self._enter()
         # Page-locked; it lives as long as the context, since views of it may be handed on.
         address = int(self._do(self._driver.cuMemHostAlloc(max(nbytes, 1), 0)))
-        return np.frombuffer((ctypes.c_uint8 * nbytes).from_address(address), np.uint8)
+        return np.ctypeslib.as_array((ctypes.c_uint8 * nbytes).from_address(address))
 
     def load(self, data: bytes, name: str) -> LoadedEngine:
         self._enter()
@@ -232,7 +233,7 @@ class CudaEngine(LoadedEngine):
 
 
 def _logger(trt: Any) -> Any:
-    class Keeper(trt.ILogger):  # type: ignore[misc, name-defined]
+    class Keeper(trt.ILogger):
         def __init__(self) -> None:
             super().__init__()
             self.errors: list[str] = []

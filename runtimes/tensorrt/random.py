@@ -13,7 +13,7 @@ GUMBEL_STREAM = 0x80000000
 
 
 def _words(key: np.ndarray, count: int, stream: int) -> np.ndarray:
-    """uint64 [n, count] of 32-bit words for key rows (seed, tick, position): word v is word v mod 4 of block v div 4."""
+    """uint64 [n, count] of 32-bit words for key rows (seed, tick, position): word v is word v mod 4 of block v//4."""
     rows = key.astype(np.int64).view(np.uint64)
     seed, tick, position = (rows[:, k : k + 1] for k in range(3))
     blocks = np.arange(-(-count // 4), dtype=np.uint64)[None]

@@ -54,7 +54,6 @@ def swapped_states(patch: pytest.MonkeyPatch) -> None:
     """The new tail is the old one: what is read and what is written are one binding apart."""
     right = lower_dense._last_rows
 
-
     def wrong(g: Graph, padded: Any, size: Any, count: int, channels: int) -> Any:
         return right(g, padded, g.sub(size, g.sizes([1, 0])), count, channels)
 
@@ -94,8 +93,9 @@ def gate_and_up_swapped(patch: pytest.MonkeyPatch) -> None:
 
 
 MISWIRED = [
-    mask_off_by_one, mask_sees_the_future, bias_of_the_next_distance, write_index_of_a_ring_without_sinks, swapped_caches,
-    swapped_states, softmax_over_the_wrong_axis, experts_by_rank, taps_in_the_wrong_order, gate_and_up_swapped,
+    mask_off_by_one, mask_sees_the_future, bias_of_the_next_distance, write_index_of_a_ring_without_sinks,
+    swapped_caches, swapped_states, softmax_over_the_wrong_axis, experts_by_rank,
+    taps_in_the_wrong_order, gate_and_up_swapped,
 ]  # fmt: skip
 
 

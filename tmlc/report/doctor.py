@@ -55,7 +55,11 @@ def examine() -> dict[str, Any]:
         for name, (packages, purpose) in EXTRAS.items()
     }
     found = gpus()
-    targets = [_cpu(kernels), _tensorrt(found), *(_planned(name, extra, extras, found) for name, extra in PLANNED.items())]
+    targets = [
+        _cpu(kernels),
+        _tensorrt(found),
+        *(_planned(name, extra, extras, found) for name, extra in PLANNED.items()),
+    ]
     return {
         "tmlc": __version__,
         "machine": machine(),

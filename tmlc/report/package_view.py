@@ -38,8 +38,8 @@ def describe_package(package: Package) -> dict[str, Any]:
 
 
 def _count_ops(plan: Any, where: str) -> dict[str, dict[str, int]]:
-    """How often each method calls each op, or has layers of each kind where an engine says only that. PackageError for a
-    plan that no backend would take either."""
+    """How often each method calls each op, or has layers of each kind where an engine says only that. PackageError for
+    a plan that no backend would take either."""
     try:
         counts = {
             m["name"]: Counter(m["layers"] if "layers" in m else (call["op"] for call in m["code"]))

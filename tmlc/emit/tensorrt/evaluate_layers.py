@@ -29,9 +29,9 @@ class Layer:
 def bf16(x: np.ndarray) -> np.ndarray:
     """float32 rounded to bfloat16: nearest, ties to even; NaN stays one."""
     bits = np.ascontiguousarray(x, np.float32).view(np.uint32).astype(np.uint64)
-    rounded = ((bits + 0x7FFF + ((bits >> np.uint64(16)) & np.uint64(1))) >> np.uint64(16) << np.uint64(16)) & np.uint64(
-        0xFFFFFFFF
-    )
+    rounded = (
+        (bits + 0x7FFF + ((bits >> np.uint64(16)) & np.uint64(1))) >> np.uint64(16) << np.uint64(16)
+    ) & np.uint64(0xFFFFFFFF)
     out = rounded.astype(np.uint32).view(np.float32)
     return np.where(np.isnan(x), np.float32(np.nan), out)
 
@@ -117,7 +117,13 @@ def _axes(mask: int, rank: int) -> tuple[int, ...]:
 
 
 def _reduce(e: Layer, x: np.ndarray) -> Result:
-    kinds: dict[str, Callable[..., Any]] = {"SUM": np.sum, "PROD": np.prod, "MAX": np.max, "MIN": np.min, "AVG": np.mean}
+    kinds: dict[str, Callable[..., Any]] = {
+        "SUM": np.sum,
+        "PROD": np.prod,
+        "MAX": np.max,
+        "MIN": np.min,
+        "AVG": np.mean,
+    }
     return (kinds[e.layer.op.name](x, axis=_axes(e.layer.axes, x.ndim), keepdims=e.layer.keep_dims),)
 
 

@@ -22,7 +22,7 @@ class Graph:
         network, trt: TensorRT's network and module.
         sources: for every layer's name, what it was made from ("rms_norm, model.norm at …").
         constants: the numbers of every constant layer by the name of its output, as they were given to TensorRT. Its
-            Python API hands out neither bfloat16 nor codes again; and it does not copy, so they must live till the build.
+            Python API does not hand out bfloat16 and codes again; and it does not copy: they must live till the build.
     """
 
     def __init__(self, library: Library, builder: Any, network: Any, method: str) -> None:
@@ -187,7 +187,7 @@ class Graph:
     def topk(self, x: Tensor, count: int, axis: int) -> tuple[Tensor, Tensor]:
         """The largest values, best first, and their int32 indices."""
         layer = self._name(self.network.add_topk(x, self.trt.TopKOperation.MAX, count, 1 << axis))
-        return tuple(self._named(layer, k) for k in range(2))  # type: ignore[return-value]
+        return self._named(layer, 0), self._named(layer, 1)
 
     def _named(self, layer: Any, index: int) -> Tensor:
         tensor = layer.get_output(index)

@@ -1,7 +1,7 @@
 """The TensorRT library that builds: which one a target takes, what it builds for, and one build with its errors.
 
-`tensorrt_rtx` (TensorRT for RTX) builds for a named architecture on any machine. `tensorrt` (datacentre TensorRT) builds
-for the GPU of this machine only. Both have the same network API, so one emitter serves both.
+`tensorrt_rtx` (TensorRT for RTX) builds for a named architecture on any machine. `tensorrt` (datacentre TensorRT)
+builds for the GPU of this machine only. Both have the same network API, so one emitter serves both.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def current_architecture() -> str | None:
 def make_logger(library: Library) -> Any:
     """A logger that keeps what the library says is wrong, in `errors`, and prints nothing."""
 
-    class Keeper(library.api.ILogger):  # type: ignore[misc, name-defined]
+    class Keeper(library.api.ILogger):  # type: ignore[name-defined]
         def __init__(self) -> None:
             super().__init__()
             self.errors: list[str] = []
@@ -166,7 +166,7 @@ def build_engine(
 
 
 def _progress(trt: Any, name: str, tell: Tell) -> Any:
-    class Monitor(trt.IProgressMonitor):  # type: ignore[misc, name-defined]
+    class Monitor(trt.IProgressMonitor):
         """Tells the steps of the outermost phase; the phases inside it are too many to show."""
 
         def __init__(self) -> None:

@@ -44,7 +44,9 @@ def key_positions(g: Graph, end: Tensor | None, capacity: int, sinks: int, ring:
     return g.select(g.less(index, g.number(sinks, index)), index, written)
 
 
-def _visible(c: Call, rows: Tensor, end: Tensor | None, capacity: int, window: int, sinks: int) -> tuple[Tensor, Tensor]:
+def _visible(
+    c: Call, rows: Tensor, end: Tensor | None, capacity: int, window: int, sinks: int
+) -> tuple[Tensor, Tensor]:
     """(distance int32 [n, C], visible bool [n, C]): the same for all layers of one shape."""
     g = c.g
 
@@ -122,7 +124,8 @@ def _attention(c: Call) -> Tensor:
         out = _by_hand(c, g.reshape(q, (-1, heads, width), after=(1, 0, 2)), caches, bias, seen, dtype)
     else:
         mask = _mask(c, bias, seen, dtype, capacity)
-        wide = g.attention(g.reshape(q, (1, -1, heads, width), after=(0, 2, 1, 3)), *caches, mask)
+        turned = g.reshape(q, (1, -1, heads, width), after=(0, 2, 1, 3))
+        wide = g.attention(turned, caches[0], caches[1], mask)
         out = g.reshape(wide, (-1, heads * width), before=(0, 2, 1, 3))
     return g.cast(out, "f32")
 
@@ -131,11 +134,7 @@ def _mask(c: Call, bias: Tensor | None, seen: Tensor, dtype: str, capacity: int)
     """What is added to scores: [1, 1 or H, n, C], the bias where a key is visible."""
     g = c.g
 
-    def closed() -> Tensor:
-        three = g.reshape(seen, (1, -1, capacity))
-        return three
-
-    three = g.once(("three", seen.name), closed)
+    three = g.once(("three", seen.name), lambda: g.reshape(seen, (1, -1, capacity)))
     if bias is not None:
         shut = g.select(three, bias, g.number(HIDDEN[dtype], bias))
         return g.reshape(g.cast(shut, dtype), (1, int(bias.shape[0]), -1, capacity))

@@ -1,7 +1,7 @@
 """Lookups, norms, products and what is done to one element after the other.
 
-Activations are float32 throughout. A product's operands are cast to the type of its weight (float16, bfloat16, float32),
-and its result back to float32, so that residual sums and norms lose nothing.
+Activations are float32 throughout. A product's operands are cast to the type of its weight (float16, bfloat16,
+float32), and its result back to float32, so that residual sums and norms lose nothing.
 """
 
 from __future__ import annotations

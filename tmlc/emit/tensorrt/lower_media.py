@@ -89,8 +89,6 @@ def _overlap_add(c: Call) -> Tensor:
     return g.window(out, (0, 0), g.add(rows, g.sizes([0, hop])))
 
 
-
-
 LOWERINGS: dict[str, Lower] = {
     "dmel_state": _dmel,
     "patchify": _patchify,

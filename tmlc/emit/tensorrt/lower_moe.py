@@ -35,9 +35,11 @@ def _router(c: Call) -> tuple[Tensor, Tensor]:
 def _topk_router(c: Call) -> tuple[Tensor, Tensor]:
     g, logits, top_k, kind = c.g, c.x("logits"), int(c.args["top_k"]), int(c.args["scores"])
     experts, groups = int(logits.shape[1]), int(c.args["groups"])
-    score = {SOFTMAX: lambda: g.softmax(logits, 1), SIGMOID: lambda: g.activation("SIGMOID", logits), RAW: lambda: logits}[
-        kind
-    ]()
+    score = {
+        SOFTMAX: lambda: g.softmax(logits, 1),
+        SIGMOID: lambda: g.activation("SIGMOID", logits),
+        RAW: lambda: logits,
+    }[kind]()
     choice = g.add(score, c.floats("bias", (1, experts))) if c.has("bias") else score
     if groups > 1:
         choice = _open_groups(g, choice, groups, int(c.args["top_groups"]))

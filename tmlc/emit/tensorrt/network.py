@@ -362,10 +362,11 @@ def _limit(node: fx.Node) -> int:
     sizes = []
     for user in node.users:
         spec = spec_of(user.target)
+        args: dict[str, Any] = dict(zip(spec.args, user.args, strict=True)) if spec is not None else {}
         if spec is not None and spec.name == "embedding":
-            sizes.append(int(user.args[0].meta["type"].shape[0]))  # type: ignore[union-attr]
+            sizes.append(int(args["table"].meta["type"].shape[0]))
         if spec is not None and spec.name == "bag_embedding":
-            sizes.append(int(user.args[2]))  # type: ignore[call-overload]
+            sizes.append(int(args["per_bin"]))
     return min(sizes, default=0)
 
 
@@ -377,8 +378,10 @@ def refusal(
     if spec is None:
         return f"{node.target} is not a canonical op", CHANGE
     if spec.name not in lowerings:
-        return refused.get(spec.name, "TensorRT has no lowering for it"), "Use the pipeline of the target: --preset tensorrt."
-    args = dict(zip(spec.args, node.args, strict=True))
+        return refused.get(
+            spec.name, "TensorRT has no lowering for it"
+        ), "Use the pipeline of the target: --preset tensorrt."
+    args: dict[str, Any] = dict(zip(spec.args, node.args, strict=True))
     if spec.name == "attention_state" and args["k_cache"].meta["type"].dtype == "u8":
         return "its cache update takes no int8 codes", "Use --kv fp16, bf16 or fp32."
     if "key" in args and args["key"] not in method.inputs:
@@ -404,5 +407,3 @@ def networks(
         if tell is not None:
             tell("writing networks", number + 1, len(program.methods))
     return made
-
-

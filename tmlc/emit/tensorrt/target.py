@@ -46,7 +46,7 @@ class TensorRTTarget(Target):
                     found.setdefault((method.name, spec.name, reason), []).append((node, fix))
         return [
             Coverage(method, op, len(calls), None if reason else self.library.name, reason,
-                     str(calls[0][0].meta.get("source", "")), calls[0][1])
+                     next((str(node.meta["source"]) for node, _ in calls if node.meta.get("source")), ""), calls[0][1])
             for (method, op, reason), calls in found.items()
         ]  # fmt: skip
 
@@ -110,8 +110,8 @@ def slot_layout(
 ) -> tuple[tuple[StateInfo, ...], int, dict[str, tuple[int, int]]]:
     """The states in a slot, its bytes, and for each method the run of bytes that a call writes anew as a whole.
 
-    A cache is written in place; any other state is an input and an output at two addresses, and what comes out is copied
-    over what went in. These states of a method lie side by side, so that this is one copy.
+    A cache is written in place; any other state is an input and an output at two addresses, and what comes out is
+    copied over what went in. These states of a method lie side by side, so that this is one copy.
     """
     caches = {b.detail["state"] for net in nets for b in net.bindings if b.kind == "state" and b.detail["cache"]}
     places: dict[str, int] = {}
