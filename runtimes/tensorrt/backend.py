@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 
@@ -292,14 +292,16 @@ def open_backend(
     placement: Placement | None = None,
     portable_bits: bool = False,
 ) -> TensorRTBackend:
-    """The TensorRT engines of `package` on this machine's GPU. Threads and their places are the CPU's affair.
+    """The TensorRT engines of `package` on this machine's GPU. There are no threads to count.
 
     Raises:
-        TargetError: the library, the driver or the GPU is missing or another one; or `isa`, `portable_bits` is given.
+        UsageError: `isa`, `portable_bits` or a placement is asked for, which are the CPU's affair.
+        TargetError: the library, the driver or the GPU is missing or another one.
         PackageError: the plan or an engine is refused.
         CapacityError: too little device memory.
     """
-    if isa is not None or portable_bits:
-        what = "isa" if isa is not None else "portable_bits"
+    placed = placement or Placement()
+    asked = {"isa": isa is not None, "portable_bits": portable_bits} | asdict(placed)
+    for what in (name for name, given in asked.items() if given):
         raise UsageError(f"{what} is for the target cpu, not for {target}", fix=f"leave {what} out")
     return TensorRTBackend(package, target)

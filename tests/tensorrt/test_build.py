@@ -37,8 +37,14 @@ def ready(checkpoints):
     return make
 
 
-@pytest.mark.parametrize("architecture", ["sm80", "sm89", "sm120"])
-@pytest.mark.parametrize("name", ["nano", "inkling", "qwen3_moe"])
+CASES = [
+    pytest.param(name, architecture, marks=[pytest.mark.slow] * (name == "nano" and architecture != "sm89"))
+    for name in ("nano", "inkling", "qwen3_moe")
+    for architecture in ("sm80", "sm89", "sm120")
+]
+
+
+@pytest.mark.parametrize(("name", "architecture"), CASES)
 def test_engines_build_for_architectures_that_are_not_here(ready, name: str, architecture: str) -> None:
     program, source = ready(name)
     told: list[tuple[str, int, int]] = []

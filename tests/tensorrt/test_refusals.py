@@ -13,6 +13,7 @@ from tmlc.emit.targets import find_target
 from tmlc.emit.tensorrt import library as library_room
 from tmlc.emit.tensorrt.network import networks
 from tmlc.errors import EmitError, InputError, KernelError, PackageError, TargetError, UsageError
+from tmlc.runtimes.core.placement import Placement
 from tmlc.runtimes.tensorrt.backend import check_engine, open_backend
 from tmlc.runtimes.tensorrt.cuda import CudaDevice, open_library
 from tmlc.runtimes.tensorrt.device import EngineBinding
@@ -125,7 +126,7 @@ def test_a_dry_run_prints_the_table_and_fails_where_something_is_refused(checkpo
     bad = run(command, [*arguments, "--passes", "canonicalize.dead_code"])
     refused = [row for row in json.loads(bad.stdout)["coverage"] if row["kernel"] is None]
     assert bad.exit_code == 1 and {row["op"] for row in refused} == {"attention", "rope"}
-    assert all(row["reason"] and row["fix"] for row in refused)
+    assert all(" at modeling_qwen3_moe.py:" in row["source"] and row["reason"] and row["fix"] for row in refused)
     shown = run(command, [*arguments[:-1], "--passes", "canonicalize.dead_code"]).stdout
     assert all(word in shown for word in ("op", "target", "source", "reason", "what to do", "attention", "refused"))
 
@@ -205,6 +206,8 @@ def test_what_is_the_cpus_is_refused() -> None:
         open_backend(None, "tensorrt:sm89", 1, isa="portable")
     with pytest.raises(UsageError, match="portable_bits is for the target cpu"):
         open_backend(None, "tensorrt:sm89", 1, portable_bits=True)
+    with pytest.raises(UsageError, match="lock_memory is for the target cpu"):
+        open_backend(None, "tensorrt:sm89", 1, placement=Placement(lock_memory=True))
 
 
 class Odd:
