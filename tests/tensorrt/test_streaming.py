@@ -5,6 +5,8 @@ import pytest
 
 import tmlc
 from tmlc.errors import ContextFullError
+from tmlc.package.reader import open_package
+from tmlc.report.package_view import describe_package
 from tmlc.report.verify import replay
 
 SHORT = dict(context=96, context_policy="ring_with_sinks", sinks=16, max_append=24)
@@ -121,3 +123,6 @@ def test_the_package_says_what_it_was_built_with(checkpoints, stand_in, library)
     assert manifest.producer["tensorrt_rtx"] == library.version and manifest.producer["architecture"] == "sm89"
     assert set(manifest.targets) == {"tensorrt:sm89"} and "tensorrt.plan.v1" in manifest.required_features
     assert manifest.files["engines/tensorrt/plan.json"].sha256
+    with open_package(stand_in.path(checkpoints["inkling"], precision="fp16", **SHORT)) as package:
+        counts = describe_package(package)["op_counts"]["tensorrt:sm89"]
+    assert counts["decode"]["attention_input"] == 3 and counts["decode"]["kv_cache_update"] == 6
