@@ -32,6 +32,7 @@ class DeviceSlots(SlotMemory):
     ) -> None:
         self.count, self.slot_bytes = check_count(count), slot_bytes
         self._device, self._offsets, self._lock = device, offsets, lock
+        self._closed = False
         step = -(-max(slot_bytes, 1) // ALIGN) * ALIGN
         self.reserved_bytes = step * count
         try:
@@ -65,6 +66,8 @@ class DeviceSlots(SlotMemory):
         slot.counts = dict.fromkeys(self._offsets, 0)
         try:
             with self._lock:
+                if self._closed:  # a session that outlives its engine gives its slot back all the same
+                    return
                 self._device.zero(slot.address, self.slot_bytes)
                 self._device.wait()
         except KernelError:
@@ -78,4 +81,6 @@ class DeviceSlots(SlotMemory):
 
     def close(self) -> None:
         """Gives the memory back."""
-        self._device.free(self._address)
+        with self._lock:
+            self._closed = True
+            self._device.free(self._address)

@@ -60,6 +60,7 @@ def test_engines_build_for_architectures_that_are_not_here(ready, name: str, arc
     assert all(0 <= done <= total for _, done, total in told)
 
 
+@pytest.mark.slow
 def test_a_package_holds_the_engines_and_what_is_ours_is_the_same_again(checkpoints, tmp_path) -> None:
     """TensorRT's builder writes some tables of a network with many bindings in an order that changes from one build to
     the next; all else has the same bytes."""

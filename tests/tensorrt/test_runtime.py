@@ -86,6 +86,7 @@ def test_slots_are_read_written_zeroed_and_copied_with_their_counts(library: Lib
     assert np.array_equal(backend.call("decode", [(3, memory.handle(1))], [two[:3]])[0], both[:3])
     backend.close()
     assert not device.held
+    memory.zero(0)  # a session that outlives its engine
 
 
 def test_the_runtime_brings_in_no_compiler_and_no_library() -> None:
