@@ -125,7 +125,19 @@ class TensorRTBackend(Backend):
 
     def slots(self, count: int) -> SlotMemory:
         self._slots = DeviceSlots(self._device, count, self.slot_bytes, self._offsets, self._lock)
+        self._warm(self._slots)
         return self._slots
+
+    def _warm(self, slots: DeviceSlots) -> None:
+        """Runs every profile of every engine once, on a slot that nobody has yet: what TensorRT compiles or captures
+        when it first runs, it does now and not in a tick."""
+        for entry in self._loaded.values():
+            spec = entry.plan.spec
+            for _, _, most in entry.plan.profiles:
+                n = entry.plan.pieces(0, most)[0]
+                inputs = [argument.allocate(n) for argument in spec.inputs]
+                self._run(entry, slots.handle(0), 0, 0, n, inputs, self._outputs[spec.name])
+        slots.zero(0)
 
     def call(
         self, method: str, parts: Sequence[tuple[int, Slot]], inputs: Sequence[np.ndarray]

@@ -89,6 +89,14 @@ def test_slots_are_read_written_zeroed_and_copied_with_their_counts(library: Lib
     memory.zero(0)  # a session that outlives its engine
 
 
+def test_every_profile_has_run_before_the_first_call_and_left_nothing_behind(library: Library) -> None:
+    b = decoder()
+    backend, device = open_program(b.program, b.source, library)
+    memory = backend.slots(1)
+    assert device.runs == [("decode", 1), ("decode", 4), ("decode", 8)]
+    assert memory.read(0) == bytes(backend.slot_bytes)
+
+
 def test_the_runtime_brings_in_no_compiler_and_no_library() -> None:
     code = (
         "import sys, tmlc.runtimes.tensorrt.backend, tmlc.runtimes.tensorrt.cuda, tmlc.runtimes.tensorrt.slots\n"
