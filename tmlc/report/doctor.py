@@ -23,12 +23,12 @@ EXTRAS = {
     "media": (("soundfile", "soxr", "av", "pillow"), "reading audio and video in `run` and `profile`"),
     "text": (("tokenizers",), "tokenizers other than byte-level ones"),
     "triton": (("torch", "triton"), "the target triton"),
-    "tensorrt": (("torch", "tensorrt-rtx"), "the target tensorrt"),
+    "tensorrt": (("torch", "tensorrt-rtx", "cuda-bindings"), "the target tensorrt"),
     "onnx": (("torch", "onnx", "onnxruntime"), "the target onnx"),
     "serve": (("websockets",), "serving"),
 }
 # Targets of the design whose emitter is not in this version; each names the extra it will need.
-PLANNED = {"triton": "triton", "tensorrt": "tensorrt", "onnx": "onnx"}
+PLANNED = {"triton": "triton", "onnx": "onnx"}
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,11 @@ def examine() -> dict[str, Any]:
         for name, (packages, purpose) in EXTRAS.items()
     }
     found = gpus()
-    targets = [_cpu(kernels), *(_planned(name, extra, extras, found) for name, extra in PLANNED.items())]
+    targets = [
+        _cpu(kernels),
+        _tensorrt(found),
+        *(_planned(name, extra, extras, found) for name, extra in PLANNED.items()),
+    ]
     return {
         "tmlc": __version__,
         "machine": machine(),
@@ -93,6 +97,22 @@ def _cpu(kernels: dict[str, Any]) -> TargetState:
     if not torch:
         return TargetState("cpu", False, True, "runs packages; compiling needs PyTorch", "pip install 'tmlc[compile]'")
     return TargetState("cpu", True, True, f"kernels {kernels['chosen']}")
+
+
+def _tensorrt(gpus: list[str]) -> TargetState:
+    """The target tensorrt: networks are built with TensorRT and PyTorch on any machine, and run on a GPU."""
+    names = ("tensorrt", "tensorrt-rtx")
+    libraries = [f"{name} {version}" for name in names if (version := installed(name)) is not None]
+    driver = installed("cuda-bindings")
+    torch = installed("torch") is not None
+    parts = [", ".join(libraries) or "no TensorRT"]
+    parts += [] if driver else ["cuda-bindings not installed"]
+    parts += [] if torch else ["torch not installed"]
+    parts += [] if gpus else ["no NVIDIA device here"]
+    complete = bool(libraries) and driver is not None and torch
+    runs = bool(libraries) and driver is not None and bool(gpus)
+    fix = "" if complete else "pip install 'tmlc[tensorrt]'"
+    return TargetState("tensorrt", bool(libraries) and torch, runs, "; ".join(parts), fix)
 
 
 def _planned(name: str, extra: str, extras: dict[str, Any], found: list[str]) -> TargetState:
