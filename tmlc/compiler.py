@@ -257,7 +257,7 @@ def _pipeline(
     elif isinstance(pipeline, Pipeline):
         steps = pipeline
     else:
-        steps = load_pipeline(pipeline or preset or target, target)
+        steps = load_pipeline(pipeline or preset or target.partition(":")[0], target)
     if names := list(disable):
         steps = steps.disable(names)
     return steps if stop_after is None else steps.stop_after(stop_after)

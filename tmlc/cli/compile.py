@@ -189,6 +189,6 @@ def _pipeline_text(
     """The pipeline that these options choose, as YAML that --pipeline reads back."""
     from tmlc.pipeline.pipeline import Pipeline, load_pipeline
 
-    steps = Pipeline.of(passes) if passes else load_pipeline(pipeline or preset or target, target)
+    steps = Pipeline.of(passes) if passes else load_pipeline(pipeline or preset or target.partition(":")[0], target)
     steps = steps.disable(disable)
     return (steps.stop_after(stop_after) if stop_after else steps).to_yaml()
