@@ -113,6 +113,7 @@ def _method(name: str, f: Fields, manifest: Manifest) -> MethodGraph:
         counter,
         limit,
     )
+    f.mapping("operators")
     f.done()
     return out
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
 from typing import Any
+
+import onnx
 
 from tmlc.emit.onnx.method import WEIGHTS, MethodGraph
 from tmlc.emit.onnx.states import NEXT
@@ -44,5 +48,17 @@ def _method(graph: MethodGraph) -> dict[str, Any]:
         for t in graph.states
     ]
     position = None if graph.position is None else {"state": graph.position[0], "limit": graph.position[1]}
+    operators = dict(_operators(graph.graph.nodes).most_common())
     return {"file": f"{graph.info.name}.onnx", "max_n": graph.info.max_n, **arguments, "states": states,
-            "position": position}  # fmt: skip
+            "position": position, "operators": operators}  # fmt: skip
+
+
+def _operators(nodes: Iterable[onnx.NodeProto]) -> Counter[str]:
+    """How often each operator stands in the nodes and the graphs inside of them."""
+    counts: Counter[str] = Counter()
+    for node in nodes:
+        counts[node.op_type] += 1
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                counts += _operators(attribute.g.node)
+    return counts

@@ -1,0 +1,241 @@
+"""Whole models through ONNX Runtime against the CPU engine: logits within 1e-4 in float32, whatever the cut into appends
+and past the wrap of every ring; conversations; sessions that do not mix; snapshots."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import InklingForCausalLM, InklingTextConfig, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+import tmlc
+from tmlc.report.verify import replay
+
+TOLERANCE = 1e-4
+POSITIONS = 260
+
+INKLING = dict(
+    vocab_size=67, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+    swa_num_attention_heads=4, swa_num_key_value_heads=2, swa_head_dim=8, sliding_window_size=8, d_rel=4,
+    rel_extent=12, log_scaling_n_floor=10, local_layer_ids=[0, 2], intermediate_size=48, moe_intermediate_size=24,
+    n_routed_experts=6, num_experts_per_tok=2, n_shared_experts=2, dense_mlp_idx=1, logits_mup_width_multiplier=2.0,
+)  # fmt: skip
+QWEN = dict(
+    vocab_size=80, hidden_size=40, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=10,
+    intermediate_size=33, max_position_embeddings=512, num_experts=5, num_experts_per_tok=2, moe_intermediate_size=17,
+    norm_topk_prob=True, use_sliding_window=True, sliding_window=20, max_window_layers=1, decoder_sparse_step=1,
+    bos_token_id=1, eos_token_id=2, pad_token_id=0,
+)  # fmt: skip
+
+
+def save(folder: Path, name: str) -> Path:
+    """A random tiny model whose logits have unit scale and whose routers choose."""
+    torch.manual_seed(5)
+    if name == "inkling":
+        config, kind = InklingTextConfig(**INKLING), InklingForCausalLM
+    else:
+        config, kind = Qwen3MoeConfig(**QWEN), Qwen3MoeForCausalLM
+    config._attn_implementation = "eager"
+    model = kind(config).eval()
+    model.set_experts_implementation("eager")
+    with torch.no_grad():
+        for parameter_name, tensor in model.named_parameters():
+            if tensor.ndim >= 2:
+                tensor.normal_(0, 1.0 / tensor.shape[-1] ** 0.5)
+            elif "global_scale" not in parameter_name:
+                tensor.uniform_(0.5, 1.5)
+        model.get_output_embeddings().weight /= model(torch.arange(30)[None]).logits.std()
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module", params=["inkling", "qwen3_moe"])
+def pair(request, tmp_path_factory):
+    """(package for the CPU, package for ONNX) of a tiny model; a context of 64 wraps every ring within a test."""
+    base = tmp_path_factory.mktemp(request.param)
+    save(base / "checkpoint", request.param)
+    for target in ("cpu", "onnx"):
+        bounds = dict(context=64, context_policy="ring_with_sinks", sinks=16, max_append=24)
+        tmlc.compile(base / "checkpoint", base / f"{target}.tmlc", target=target, precision="fp32", **bounds)
+    return base / "cpu.tmlc", base / "onnx.tmlc"
+
+
+def streamed(session, ids, seed):
+    rng, at, parts = np.random.default_rng(seed), 0, []
+    while at < len(ids):
+        count = int(rng.integers(1, 40))
+        parts.append(session.append(tokens=ids[at : at + count]))
+        at += count
+    return np.concatenate(parts)
+
+
+def tokens(vocab: int, seed: int = 0) -> list[int]:
+    return np.random.default_rng(seed).integers(0, vocab, POSITIONS).tolist()
+
+
+def test_logits_of_tiny_models_in_random_chunks_past_ring_wrap(pair):
+    with tmlc.load(pair[0], threads=1) as cpu, tmlc.load(pair[1], threads=1) as onnx:
+        ids = tokens(cpu.model.vocab)
+        with cpu.session() as session:
+            expected = session.append(tokens=ids)
+        assert 0.3 < expected.std() < 3, "the bound of 1e-4 is meant for logits of unit scale"
+        for seed in range(2):
+            with onnx.session() as session:
+                assert np.abs(streamed(session, ids, seed) - expected).max() <= TOLERANCE
+        assert replay(onnx, pair[1], lambda *_: None)["passed"]
+
+
+@pytest.fixture(scope="module")
+def engines(nano):
+    with tmlc.load(nano["cpu"], threads=1) as cpu, tmlc.load(nano["onnx"], threads=1, sessions=6) as onnx:
+        yield cpu, onnx
+
+
+def conversation(ticks: int, seed: int) -> list[tmlc.TickInput]:
+    """Noise that comes and goes, a clip now and then, and something typed."""
+    rng = np.random.default_rng(seed)
+    made = []
+    for index in range(ticks):
+        audio = (rng.standard_normal(3200) * rng.choice([1e-3, 0.05, 0.3])).astype(np.float32)
+        video = rng.integers(0, 256, (2, 64, 64, 3), dtype=np.uint8) if index % 5 == 0 else None
+        made.append(tmlc.TickInput(audio=audio, video=video, text="hello there" if index == 3 else None))
+    return made
+
+
+def test_nano_gives_the_logits_of_the_cpu_engine_past_ring_wrap(engines):
+    """Sliding layers keep 64 positions; 1,100 wrap the ring of the global layer too."""
+    cpu, onnx = engines
+    ids = np.random.default_rng(1).integers(0, cpu.model.vocab, 1100).tolist()
+    with cpu.session() as theirs, onnx.session() as ours:
+        assert np.abs(streamed(ours, ids, 3) - theirs.append(tokens=ids)).max() <= TOLERANCE
+
+
+def test_a_conversation_of_nano_gives_the_same_text_and_sound(engines):
+    cpu, onnx = engines
+    spoke = 0
+    for seed, heat in ((0, 0.0), (1, 0.9)):
+        with cpu.session(seed, heat) as theirs, onnx.session(seed, heat) as ours:
+            for given in conversation(12, seed):
+                expected, found = theirs.tick(given), ours.tick(given)
+                assert (found.tokens, found.text) == (expected.tokens, expected.text)
+                assert np.abs(found.audio - expected.audio).max() <= TOLERANCE
+                spoke += not found.stats["silent"]
+    assert spoke, "a conversation in which nothing is said proves little"
+
+
+def test_sessions_side_by_side_do_not_mix(engines):
+    _, onnx = engines
+    given = [conversation(6, seed) for seed in (3, 4)]
+    alone = []
+    for seed, inputs in zip((3, 4), given, strict=True):
+        with onnx.session(seed, 0.5) as session:
+            alone.append([session.tick(item) for item in inputs])
+    with onnx.session(3, 0.5) as first, onnx.session(4, 0.5) as second:
+        for index in range(6):
+            for session, inputs, expected in ((first, given[0], alone[0]), (second, given[1], alone[1])):
+                same(session.tick(inputs[index]), expected[index])
+    with onnx.session(3, 0.5) as first, onnx.session(4, 0.5) as second:
+        for index in range(6):
+            found = onnx.tick_batch([second, first], [given[1][index], given[0][index]])
+            same(found[0], alone[1][index])
+            same(found[1], alone[0][index])
+
+
+def same(found: tmlc.TickOutput, expected: tmlc.TickOutput) -> None:
+    assert found.tokens == expected.tokens and np.array_equal(found.audio, expected.audio)
+
+
+def test_snapshots_forks_and_restored_sessions_go_on_bit_for_bit(engines, nano):
+    _, onnx = engines
+    given = conversation(8, 7)
+    session = onnx.session(9, 0.8)
+    for item in given[:4]:
+        session.tick(item)
+    blob, twin = session.snapshot(), session.fork()
+    expected = [session.tick(item) for item in given[4:]]
+    for other in (twin, onnx.restore(blob)):
+        for item, want in zip(given[4:], expected, strict=True):
+            same(other.tick(item), want)
+        other.close()
+    session.close()
+    with pytest.raises(tmlc.errors.SessionError, match="package"):
+        engines[0].restore(blob)
+
+
+def test_file_and_folder_give_the_same_bits(engines, nano):
+    _, onnx = engines
+    ids = tokens(onnx.model.vocab)[:50]
+    with tmlc.load(nano["folder"], threads=1) as folder, folder.session() as ours, onnx.session() as theirs:
+        assert folder.digest == onnx.digest
+        assert np.array_equal(ours.append(tokens=ids), theirs.append(tokens=ids))
+
+
+def test_every_graph_passes_the_checker_with_full_shape_inference(nano):
+    onnx = pytest.importorskip("onnx")
+    files = sorted(nano["folder"].glob("*.onnx"))
+    assert {file.stem for file in files} >= {"decode", "embed_audio", "embed_video", "next_token", "speak", "vocode"}
+    for file in files:
+        onnx.checker.check_model(str(file), full_check=True)
+        graph = onnx.load(str(file), load_external_data=False)
+        assert {(o.domain, o.version) for o in graph.opset_import} == {("", 21)}, "standard operators only"
+        onnx.shape_inference.infer_shapes(graph, check_type=True, strict_mode=True, data_prop=True)
+
+
+def test_the_graphs_alone_carry_a_conversation(nano, engines):
+    """As a driver in another language would: states in and out, no slot, no aliasing."""
+    import onnxruntime
+
+    folder = nano["folder"]
+    sessions = {name: onnxruntime.InferenceSession(str(folder / f"{name}.onnx")) for name in ("embed_text", "decode")}
+    states = {i.name: np.zeros(i.shape, np.int64 if "int64" in i.type else np.float32)
+              for i in sessions["decode"].get_inputs() if i.name != "x"}  # fmt: skip
+    (argument,) = [i.name for i in sessions["decode"].get_inputs() if i.name not in states and i.name != "x"] or ["x"]
+    ids = np.arange(20, dtype=np.int32).reshape(-1, 1)
+    rows = []
+    for part in np.split(ids, [3, 4, 15]):
+        (x,) = sessions["embed_text"].run(None, {sessions["embed_text"].get_inputs()[0].name: part})
+        names = [o.name for o in sessions["decode"].get_outputs()]
+        found = dict(zip(names, sessions["decode"].run(None, {argument: x, **states}), strict=True))
+        rows.append(found[names[0]])
+        states = {name: found[f"{name}.next"] for name in states}
+    model = engines[1].model
+    with engines[1].session() as session:
+        expected = session.append(tokens=ids[:, 0].tolist())
+    out = np.empty_like(expected)
+    with engines[1].device():
+        model.begin([np.zeros(0, np.uint8)])
+        model.backend.call  # noqa: B018
+    unembed = onnxruntime.InferenceSession(str(folder / "unembed.onnx"))
+    (out,) = unembed.run(None, {unembed.get_inputs()[0].name: np.concatenate(rows)})
+    assert np.abs(out - expected).max() <= TOLERANCE
+    assert states["decode.position"] == 20
+
+
+@pytest.mark.parametrize(("precision", "target"), [("bf16", "onnx"), ("int8", "onnx"), ("int4", "onnx"),
+                                                   ("int8", "onnx:contrib"), ("int4", "onnx:contrib")])  # fmt: skip
+def test_narrow_weights_and_caches_verify_and_stream(nano, tmp_path, trace_once, precision, target):
+    """Golden calls are of eager PyTorch with the same codes; the tolerance is that of the precision."""
+    report = tmlc.compile(nano["checkpoint"], tmp_path / "n.tmlc", target=target, precision=precision)
+    assert report.target == target and report.precision == precision
+    with tmlc.load(tmp_path / "n.tmlc", threads=1) as engine:
+        assert engine.target == target and replay(engine, tmp_path / "n.tmlc", lambda *_: None)["passed"]
+        ids = tokens(engine.model.vocab)
+        with engine.session() as session:
+            whole = session.append(tokens=ids)
+        with engine.session() as session:
+            parts = streamed(session, ids, 5)
+        error = np.sqrt(np.square(parts - whole).mean() / np.square(whole).mean())
+        assert error <= 0.05, "the cut into appends changes more than rounding"
+
+
+def test_caches_of_codes(nano, tmp_path, trace_once):
+    tmlc.compile(nano["checkpoint"], tmp_path / "n.tmlc", target="onnx", precision="fp32", kv="int8")
+    with tmlc.load(tmp_path / "n.tmlc", threads=1) as engine:
+        assert replay(engine, tmp_path / "n.tmlc", lambda *_: None)["passed"]
+        kinds = {s.dtype for s in engine.manifest.states if s.kind.startswith("kv_")}
+        assert kinds == {"u8", "f32"}, "codes, and their scales beside them"
+
+
+def test_the_same_checkpoint_gives_the_same_bytes(nano, tmp_path, trace_once):
+    tmlc.compile(nano["checkpoint"], tmp_path / "again.tmlc", target="onnx", precision="fp32")
+    assert (tmp_path / "again.tmlc").read_bytes() == nano["onnx"].read_bytes()
