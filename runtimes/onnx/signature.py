@@ -158,9 +158,13 @@ def _check(found: Signature, package: Package, where: str) -> None:
     used = [state.name for method in found.methods.values() for state in method.states]
     if sorted(used) != sorted(state.name for state in manifest.states):
         raise PackageError("its states are not those of the manifest", where=where, fix=AGAIN)
-    for state in manifest.states:
+    end = 0
+    for state in sorted(manifest.states, key=lambda state: state.offset):
         if state.offset % 64:
             raise PackageError(f"state {state.name} is not at a multiple of 64 bytes", where=where, fix=AGAIN)
+        if state.offset < end:
+            raise PackageError(f"state {state.name} and another one share bytes", where=where, fix=AGAIN)
+        end = state.offset + state.bytes
 
 
 def _names(method: MethodGraph) -> list[str]:
