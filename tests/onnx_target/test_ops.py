@@ -287,6 +287,35 @@ def test_every_activation_of_experts(build, checked, grouped_from, form):
     checked(b.output(b.op("moe", *args)), experts=ids(5))
 
 
+@pytest.mark.parametrize("dtype", ["f32", "bf16", "i8g32", "i4g32", "i4g64"])
+@pytest.mark.parametrize("router", ["sink", "softmax", "raw"])
+def test_experts_in_onnx_runtimes_own_operators(build, checked, dtype, router):
+    """Behind each kind of router; a negative scale too. Codes: activations are rounded to int8 there."""
+    b = build()
+    x = b.input("x", 64)
+    up, down = b.weight("up", 7, 256, 64, dtype=dtype), b.weight("down", 7, 64, 128, dtype=dtype)
+    if router == "sink":
+        routes = b.two("router", x, b.weight("w", 7, 64), b.weight("b", 5), b.value("s", torch.tensor([-1.3])), 2, 2, 2.0)
+    else:
+        logits = b.op("linear", x, b.weight("w", 7, 64), None)
+        routes = b.two("topk_router", logits, None, 0 if router == "softmax" else 2, 3, False, 1, 1, 1.5)
+    biases = (b.weight("ub", 7, 256), b.weight("db", 7, 64)) if router == "raw" else (None, None)
+    form = (1.7, 0.6) if router == "raw" else (0.0, 0.0)
+    args = (x, *routes, up, down, *biases, *form, 0.0, 0.0, 0)
+    exact = dtype in ("f32", "bf16")
+    checked(b.output(b.op("moe", *args)), tuple(SIZES), 1e-5 if exact else 3e-2, target="onnx:contrib")
+
+
+def test_experts_that_the_operators_cannot_run_take_the_standard_way(build, driven, checked, tmp_path):
+    """Weights of either sign, soft caps, codes that end inside a group."""
+    b = build()
+    _, args = experts(b, dtype="i8g32")
+    b.output(b.op("moe", *args))
+    checked(b, tuple(SIZES), target="onnx:contrib", experts=ids(5))
+    used = driven(b.program, b.source, tmp_path / "again", "onnx:contrib").signature["methods"]["m"]["operators"]
+    assert "Loop" in used and "QMoE" not in used
+
+
 @pytest.mark.parametrize("choice", [lambda rng, shape: np.full(shape, 3, np.int64),
                                     lambda rng, shape: np.tile(np.array([4, 0, 4]), (shape[0], 1))])  # fmt: skip
 @pytest.mark.parametrize("grouped_from", [0, 100])

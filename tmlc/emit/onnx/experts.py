@@ -2,7 +2,8 @@
 
 Experts run in one of two ways, which the number of rows of a call decides (`grouped_from`): each pair of row and expert
 by itself, with a copy of the weights of each pair's expert; or expert by expert in a loop over those that the call
-touches, with a copy of one expert at a time.
+touches, with a copy of one expert at a time. Copies of large experts cost more than a loop ever does, so these always
+take the loop.
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ import math
 from tmlc.emit.onnx.attention import convolved
 from tmlc.emit.onnx.call import Call
 from tmlc.emit.onnx.dense import capped, product
+from tmlc.emit.onnx.fused_experts import fused_moe, suits
 from tmlc.emit.onnx.graph import Dim, Graph, value_info
 from tmlc.ir.ops.topk import RAW, SIGMOID, SOFTMAX
 from tmlc.ir.quantize import SCHEMES
 from tmlc.ir.types import QUANTISED
 
+SMALL_EXPERT = 1 << 17  # weights; measured in perf/test_onnx.py
 
 def _best(c: Call, values: str, count: int) -> str:
     """int64 [n, count]: the columns with the largest values, best first, the lower one where two are equal."""
@@ -75,7 +78,11 @@ def topk_router(c: Call) -> tuple[str, str]:
 
 
 def moe(c: Call) -> str:
-    at, most = c.args["grouped_from"], c.context.max_n
+    if suits(c):
+        return fused_moe(c)
+    _, d, f = (int(size) for size in c.type("down").shape)
+    at = c.args["grouped_from"] if 3 * f * d <= SMALL_EXPERT else 0
+    most = c.context.max_n
     if at > most:
         return _pairs(c, c.g)
     if at <= 1:

@@ -24,8 +24,9 @@ WIDTHS = {"f32": 4, "bf16": 2, "f16": 2, "i8": 1, "u8": 1}
 
 #: How codes are written: signed bytes, bytes as they are, two a byte (low four bits first: as 4-bit numbers, or as the
 #: bytes that they lie in), or two a byte of which the low halves are the first half of the row and the high ones the
-#: second.
+#: second. ".mixed" behind a form: the rows of gate and up, which lie one behind the other in a stack, in turn.
 FORMS = ("i8", "u8", "u4", "u4.blocks", "u4.halves")
+MIXED = ".mixed"
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class OnnxWeight:
     """A tensor of the package; see `tmlc.emit.targets.StoredWeight`.
 
     Attributes:
-        form: "plain", or one of FORMS for the codes of `scheme`.
+        form: "plain", or one of FORMS for the codes of `scheme`; perhaps with MIXED.
         shape: of the weight in the program, vectors and stacks as they are.
     """
 
@@ -71,12 +72,13 @@ class OnnxWeight:
         scheme = SCHEMES[self.scheme]
         rows, groups = self.shape[:-1], scheme.groups(self.shape[-1])
         width, count = groups * scheme.group, prod(rows)
-        if self.form == "u4":
+        form = self.form.removesuffix(MIXED)
+        if form == "u4":
             codes = Section("u4", (*rows, width), 0, count * width // 2)
-        elif self.form in ("u4.blocks", "u4.halves"):
+        elif form in ("u4.blocks", "u4.halves"):
             codes = Section("u8", (*rows, width // 2), 0, count * width // 2)
         else:
-            codes = Section(self.form, (*rows, width), 0, count * width)
+            codes = Section(form, (*rows, width), 0, count * width)
         sections = [codes, Section("f16", (*rows, groups), _up(codes.nbytes), count * groups * 2)]
         if scheme.bits == 4:
             sections.append(
@@ -86,6 +88,9 @@ class OnnxWeight:
 
     def pieces(self, tensor: torch.Tensor) -> Iterator[np.ndarray]:
         """The stored bytes of `tensor`; for codes it is the float weight that they are made of."""
+        if self.form.endswith(MIXED):
+            experts, rows, k = tensor.shape
+            tensor = tensor.reshape(experts, 2, rows // 2, k).transpose(1, 2)
         if not self.scheme:
             flat = tensor.detach().reshape(-1)
             for begin in range(0, flat.numel(), CHUNK):
@@ -96,8 +101,8 @@ class OnnxWeight:
         flat = tensor.detach().reshape(-1, tensor.shape[-1])
         beside: list[list[np.ndarray]] = [[], []]
         size = 0
-        for rows in row_chunks(*flat.shape):
-            found = quantise(flat[rows], SCHEMES[self.scheme])
+        for chunk in row_chunks(*flat.shape):
+            found = quantise(flat[chunk], SCHEMES[self.scheme])
             codes = self._codes(found)
             size += codes.nbytes
             yield codes
@@ -113,11 +118,12 @@ class OnnxWeight:
 
     def _codes(self, found: Codes) -> np.ndarray:
         codes = found.codes.numpy().reshape(len(found.codes), -1)
-        if self.form == "i8":
+        form = self.form.removesuffix(MIXED)
+        if form == "i8":
             return (codes.astype(np.int16) - 128).astype(np.int8).view(np.uint8)
-        if self.form in ("u4", "u4.blocks"):
+        if form in ("u4", "u4.blocks"):
             return codes[:, 0::2] | codes[:, 1::2] << 4
-        if self.form == "u4.halves":
+        if form == "u4.halves":
             half = codes.shape[1] // 2
             return codes[:, :half] | codes[:, half:] << 4
         return np.ascontiguousarray(codes)
@@ -138,7 +144,8 @@ class Weights:
         if entry.dtype in SCHEMES:
             made = OnnxWeight(f"{weight}@{form}", weight, form, "u8", shape, entry.dtype)
         else:
-            made = OnnxWeight(weight, weight, "plain", entry.dtype, shape)
+            name = f"{weight}@{form}" if form != "plain" else weight
+            made = OnnxWeight(name, weight, form, entry.dtype, shape)
         return self.stored.setdefault(made.name, made)
 
     def places(self) -> tuple[dict[str, TensorEntry], int]:
