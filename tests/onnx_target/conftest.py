@@ -118,7 +118,9 @@ class Driven:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads, options.log_severity_level = 1, 3
         self.sessions = {
-            name: onnxruntime.InferenceSession(str(folder / method["file"]), options, providers=["CPUExecutionProvider"])
+            name: onnxruntime.InferenceSession(
+                str(folder / method["file"]), options, providers=["CPUExecutionProvider"]
+            )
             for name, method in self.signature["methods"].items()
         }
 

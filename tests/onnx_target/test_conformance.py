@@ -1,5 +1,5 @@
-"""Whole models through ONNX Runtime against the CPU engine: logits within 1e-4 in float32, whatever the cut into appends
-and past the wrap of every ring; conversations; sessions that do not mix; snapshots."""
+"""Whole models through ONNX Runtime against the CPU engine: logits within 1e-4 in float32, whatever the cut into
+appends and past the wrap of every ring; conversations; sessions that do not mix; snapshots."""
 
 import json
 from pathlib import Path

@@ -1,6 +1,8 @@
 """Each canonical op through its ONNX nodes, against its PyTorch reference: odd sizes, every call shape, states that go
 from call to call. Every graph has passed `onnx.checker` with full shape inference before."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -295,7 +297,9 @@ def test_experts_in_onnx_runtimes_own_operators(build, checked, dtype, router):
     x = b.input("x", 64)
     up, down = b.weight("up", 7, 256, 64, dtype=dtype), b.weight("down", 7, 64, 128, dtype=dtype)
     if router == "sink":
-        routes = b.two("router", x, b.weight("w", 7, 64), b.weight("b", 5), b.value("s", torch.tensor([-1.3])), 2, 2, 2.0)
+        routes = b.two(
+            "router", x, b.weight("w", 7, 64), b.weight("b", 5), b.value("s", torch.tensor([-1.3])), 2, 2, 2.0
+        )
     else:
         logits = b.op("linear", x, b.weight("w", 7, 64), None)
         routes = b.two("topk_router", logits, None, 0 if router == "softmax" else 2, 3, False, 1, 1, 1.5)
@@ -435,3 +439,11 @@ def test_operands_that_no_graph_takes_are_refused(build):
     b.output(b.op("rms_norm", b.input("x", 4), b.input("w", 4, rows=1), 1e-6))
     with pytest.raises(EmitError, match="its weight has to be a weight"):
         find_target("onnx").emit(b.program, b.source, lambda *_: None)
+
+
+def test_the_page_lists_what_lowers_each_op():
+    page = (Path(__file__).parents[2] / "docs/onnx.md").read_text()
+    for op, lowering in LOWERINGS.items():
+        assert f"| `{op}` | {lowering.operators} |" in page
+    for op in REFUSED:
+        assert f"`{op}`" in page

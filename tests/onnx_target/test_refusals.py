@@ -204,7 +204,7 @@ def test_a_missing_or_old_onnxruntime_is_one_line_and_a_command(tiny, monkeypatc
     import onnxruntime
 
     monkeypatch.setattr(onnxruntime, "__version__", "1.17.3")
-    with pytest.raises(TargetError, match="older than the 1.24") as caught:
+    with pytest.raises(TargetError, match=r"older than the 1\.24") as caught:
         tmlc.load(tiny, threads=1)
     assert "pip install -U 'onnxruntime>=1.24'" in caught.value.fix
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
@@ -234,7 +234,7 @@ def test_flavours_and_options_that_are_not_there(tiny):
         with pytest.raises(TargetError, match="has no flavour"):
             find_target(name)
     for options in (dict(isa="v4"), dict(portable_bits=True), dict(lock_memory=True)):
-        with pytest.raises(UsageError, match="onnx|ONNX"):
+        with pytest.raises(UsageError, match=r"onnx|ONNX"):
             tmlc.load(tiny, threads=1, **options)
     with tmlc.load(tiny, target="onnx", threads=2, pin=False) as engine:
         assert engine.target == "onnx" and engine.isa.startswith("onnxruntime ")

@@ -21,6 +21,7 @@ from tmlc.ir.types import QUANTISED
 
 SMALL_EXPERT = 1 << 17  # weights; measured in perf/test_onnx.py
 
+
 def _best(c: Call, values: str, count: int) -> str:
     """int64 [n, count]: the columns with the largest values, best first, the lower one where two are equal."""
     return c.g.ops("TopK", values, c.g.ints(count), outputs=2, axis=1, largest=1, sorted=1)[1]

@@ -40,7 +40,7 @@ def suits(c: Call) -> bool:
 def fused_moe(c: Call) -> str:
     """The op `moe` as one operator."""
     g, columns = c.g, int(c.type("experts").shape[1])
-    count, d, f = (int(size) for size in c.type("down").shape)
+    count, _, f = (int(size) for size in c.type("down").shape)
     weights = c.x("weights")
     unlikely = g.op("Expand", g.f32(NEVER), g.concat([c.rows("x"), g.ints(count)], 0))
     chosen = g.op("Log", g.op("Abs", weights))
