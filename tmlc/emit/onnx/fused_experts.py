@@ -45,7 +45,7 @@ def fused_moe(c: Call) -> str:
     unlikely = g.op("Expand", g.f32(NEVER), g.concat([c.rows("x"), g.ints(count)], 0))
     chosen = g.op("Log", g.op("Abs", weights))
     logits = g.op("ScatterElements", unlikely, c.x("experts"), chosen, axis=1)
-    biases = [None, None]
+    biases: list[str | None] = [None, None]
     if c.has("gate_up_bias"):
         apart = g.transpose(g.reshape(c.weight("gate_up_bias"), count, 2, f), 0, 2, 1)
         biases = [g.reshape(apart, count, 2 * f), c.weight("down_bias")]
