@@ -48,14 +48,16 @@ class OnnxBackend(Backend):
         package: an open package with an ONNX target; its files must stay where they are.
         target: the target's name in the package.
         threads: of ONNX Runtime, the caller included.
-        placement: pins these threads; `lock_memory` is refused, since ONNX Runtime's own memory cannot be locked.
+        placement: pins these threads; `lock_memory` and `huge_pages` are refused, since ONNX Runtime's own memory cannot be
+            locked or moved.
     """
 
     def __init__(self, package: Package, target: str, threads: int, placement: Placement | None = None) -> None:
         placed = placement or Placement()
-        if placed.lock_memory:
-            what = "ONNX Runtime keeps weights and buffers in memory of its own, which cannot be locked"
-            raise UsageError(what, where="lock_memory", fix="load without lock_memory, or the target cpu")
+        for option, verb in (("lock_memory", "locked"), ("huge_pages", "moved to large pages")):
+            if getattr(placed, option):
+                what = f"ONNX Runtime keeps weights and buffers in memory of its own, which cannot be {verb}"
+                raise UsageError(what, where=option, fix=f"load without {option}, or the target cpu")
         signature = read_signature(package, target)
         self._library = load_onnxruntime(signature.onnxruntime)
         self.target, self.threads = target, threads

@@ -2,6 +2,7 @@
 other files, calls that no session may make. One clear error each."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -233,13 +234,21 @@ def test_flavours_and_options_that_are_not_there(tiny):
     for name in ("onnx:", "onnx:fast", "onnx:contrib:x"):
         with pytest.raises(TargetError, match="has no flavour"):
             find_target(name)
-    for options in (dict(isa="v4"), dict(portable_bits=True), dict(lock_memory=True)):
+    for options in (dict(isa="v4"), dict(portable_bits=True), dict(lock_memory=True), dict(huge_pages=True)):
         with pytest.raises(UsageError, match=r"onnx|ONNX"):
             tmlc.load(tiny, threads=1, **options)
-    with tmlc.load(tiny, target="onnx", threads=2, pin=False) as engine:
-        assert engine.target == "onnx" and engine.isa.startswith("onnxruntime ")
+    with tmlc.load(tiny, target="onnx", threads=1, pin=True) as engine:
+        assert engine.target == "onnx" and engine.isa.startswith("onnxruntime ") and len(engine.cores) == 1
     with pytest.raises(TargetError, match="no engine for cpu"):
         tmlc.load(tiny, target="cpu")
+
+
+def test_threads_may_be_several_and_pinned(tiny):
+    if len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("needs two cores")
+    with tmlc.load(tiny, threads=2, pin=True) as engine, tmlc.load(tiny, threads=1) as other:
+        found, expected = (e.session().append(tokens=[1, 2, 3]) for e in (engine, other))
+    assert np.abs(found - expected).max() <= 1e-5
 
 
 def test_a_context_that_ends_ends_the_session_before_anything_changes(tiny):
