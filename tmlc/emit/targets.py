@@ -19,9 +19,13 @@ from tmlc.ir.weights import TensorSource
 from tmlc.package.manifest import MethodInfo, StateInfo
 from tmlc.package.safetensors_io import TensorEntry, WeightItem, layout
 
-FAMILIES = {"cpu": "tmlc.emit.cpu_target", "tensorrt": "tmlc.emit.tensorrt.target"}
+FAMILIES = {
+    "cpu": "tmlc.emit.cpu_target",
+    "onnx": "tmlc.emit.onnx.target",
+    "tensorrt": "tmlc.emit.tensorrt.target",
+}
 """Rooms with a `TARGET: type[Target]`, by family."""
-LATER_FAMILIES = ("triton", "onnx")
+LATER_FAMILIES = ("triton",)
 
 Progress = Callable[[str, int, int], None]
 

@@ -16,7 +16,15 @@ from tmlc.package.fields import AGAIN, Fields, check_member_name, is_text, parse
 FORMAT_MAJOR = 1
 FORMAT_MINOR = 0
 KNOWN_FEATURES = frozenset(
-    {"cpu.plan.v1", "weights.k16", "weights.k16.int8", "weights.k16.int4", "states.kv.int8", "tensorrt.plan.v1"}
+    {
+        "cpu.plan.v1",
+        "weights.k16",
+        "weights.k16.int8",
+        "weights.k16.int4",
+        "states.kv.int8",
+        "onnx.graphs.v1",
+        "tensorrt.plan.v1",
+    }
 )
 
 KINDS = ("interaction", "tokens")

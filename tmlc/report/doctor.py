@@ -28,7 +28,7 @@ EXTRAS = {
     "serve": (("websockets",), "serving"),
 }
 # Targets of the design whose emitter is not in this version; each names the extra it will need.
-PLANNED = {"triton": "triton", "onnx": "onnx"}
+PLANNED = {"triton": "triton"}
 
 
 @dataclass(frozen=True)
@@ -55,11 +55,8 @@ def examine() -> dict[str, Any]:
         for name, (packages, purpose) in EXTRAS.items()
     }
     found = gpus()
-    targets = [
-        _cpu(kernels),
-        _tensorrt(found),
-        *(_planned(name, extra, extras, found) for name, extra in PLANNED.items()),
-    ]
+    planned = (_planned(name, extra, extras, found) for name, extra in PLANNED.items())
+    targets = [_cpu(kernels), _onnx(), _tensorrt(found), *planned]
     return {
         "tmlc": __version__,
         "machine": machine(),
@@ -99,6 +96,16 @@ def _cpu(kernels: dict[str, Any]) -> TargetState:
     return TargetState("cpu", True, True, f"kernels {kernels['chosen']}")
 
 
+def _onnx() -> TargetState:
+    """The target onnx: graphs are made with onnx and PyTorch, and run by onnxruntime."""
+    missing = [name for name in ("torch", "onnx") if installed(name) is None]
+    runtime = installed("onnxruntime")
+    made = f"{', '.join(missing)} not installed" if missing else f"onnx {installed('onnx')}"
+    note = f"{made}; onnxruntime {runtime or 'not installed'}"
+    fix = "" if runtime and not missing else "pip install 'tmlc[onnx]'" if missing else "pip install onnxruntime"
+    return TargetState("onnx", not missing, runtime is not None, note, fix)
+
+
 def _tensorrt(gpus: list[str]) -> TargetState:
     """The target tensorrt: networks are built with TensorRT and PyTorch on any machine, and run on a GPU."""
     names = ("tensorrt", "tensorrt-rtx")
@@ -120,7 +127,7 @@ def _planned(name: str, extra: str, extras: dict[str, Any], found: list[str]) ->
     if not extras[extra]["complete"]:
         missing = [d for d, version in extras[extra]["packages"].items() if version is None]
         parts.append(f"{', '.join(missing)} not installed")
-    if name != "onnx" and not found:
+    if not found:
         parts.append("no NVIDIA device here")
     return TargetState(name, False, False, "; ".join(parts))
 
