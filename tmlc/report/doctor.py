@@ -23,12 +23,12 @@ EXTRAS = {
     "media": (("soundfile", "soxr", "av", "pillow"), "reading audio and video in `run` and `profile`"),
     "text": (("tokenizers",), "tokenizers other than byte-level ones"),
     "triton": (("torch", "triton"), "the target triton"),
-    "tensorrt": (("torch", "tensorrt-rtx"), "the target tensorrt"),
+    "tensorrt": (("torch", "tensorrt-rtx", "cuda-bindings"), "the target tensorrt"),
     "onnx": (("torch", "onnx", "onnxruntime"), "the target onnx"),
     "serve": (("websockets",), "serving"),
 }
 # Targets of the design whose emitter is not in this version; each names the extra it will need.
-PLANNED = {"triton": "triton", "tensorrt": "tensorrt"}
+PLANNED = {"triton": "triton"}
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def examine() -> dict[str, Any]:
     }
     found = gpus()
     planned = (_planned(name, extra, extras, found) for name, extra in PLANNED.items())
-    targets = [_cpu(kernels), _onnx(), *planned]
+    targets = [_cpu(kernels), _onnx(), _tensorrt(found), *planned]
     return {
         "tmlc": __version__,
         "machine": machine(),
@@ -104,6 +104,22 @@ def _onnx() -> TargetState:
     note = f"{made}; onnxruntime {runtime or 'not installed'}"
     fix = "" if runtime and not missing else "pip install 'tmlc[onnx]'" if missing else "pip install onnxruntime"
     return TargetState("onnx", not missing, runtime is not None, note, fix)
+
+
+def _tensorrt(gpus: list[str]) -> TargetState:
+    """The target tensorrt: networks are built with TensorRT and PyTorch on any machine, and run on a GPU."""
+    names = ("tensorrt", "tensorrt-rtx")
+    libraries = [f"{name} {version}" for name in names if (version := installed(name)) is not None]
+    driver = installed("cuda-bindings")
+    torch = installed("torch") is not None
+    parts = [", ".join(libraries) or "no TensorRT"]
+    parts += [] if driver else ["cuda-bindings not installed"]
+    parts += [] if torch else ["torch not installed"]
+    parts += [] if gpus else ["no NVIDIA device here"]
+    complete = bool(libraries) and driver is not None and torch
+    runs = bool(libraries) and driver is not None and bool(gpus)
+    fix = "" if complete else "pip install 'tmlc[tensorrt]'"
+    return TargetState("tensorrt", bool(libraries) and torch, runs, "; ".join(parts), fix)
 
 
 def _planned(name: str, extra: str, extras: dict[str, Any], found: list[str]) -> TargetState:

@@ -38,13 +38,16 @@ def describe_package(package: Package) -> dict[str, Any]:
 
 
 def _count_ops(plan: Any, where: str) -> dict[str, dict[str, int]]:
-    """How often each method calls each op: a plan says it call by call, the signature of ONNX graphs in numbers.
+    """How often each method calls each op, or has layers or operators of each kind where an engine says only that.
     PackageError for a plan that no backend would take either."""
     try:
         if isinstance(plan["methods"], dict):
             counts = {name: Counter(m["operators"]) for name, m in plan["methods"].items()}
         else:
-            counts = {m["name"]: Counter(call["op"] for call in m["code"]) for m in plan["methods"]}
+            counts = {
+                m["name"]: Counter(m["layers"] if "layers" in m else (call["op"] for call in m["code"]))
+                for m in plan["methods"]
+            }
         readable = all(
             is_text(name) and all(is_text(op) and type(count) is int for op, count in ops.items())
             for name, ops in counts.items()
