@@ -38,8 +38,8 @@ def describe_package(package: Package) -> dict[str, Any]:
 
 
 def _count_ops(plan: Any, where: str) -> dict[str, dict[str, int]]:
-    """How often each method calls each op, or has layers or operators of each kind where an engine says only that.
-    PackageError for a plan that no backend would take either."""
+    """How often each method calls each op: a plan says it call by call, the signature of ONNX graphs in numbers, a plan
+    of TensorRT as layers of each kind. PackageError for a plan that no backend would take either."""
     try:
         if isinstance(plan["methods"], dict):
             counts = {name: Counter(m["operators"]) for name, m in plan["methods"].items()}
