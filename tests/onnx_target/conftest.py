@@ -3,8 +3,8 @@ do it, and small checkpoints compiled once."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -211,16 +211,16 @@ def nano(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     create_checkpoint("nano", 0, base / "nano")
     found = {"checkpoint": base / "nano"}
     with pytest.MonkeyPatch.context() as patch:
-        _trace_once(patch, base / "nano")
+        _trace_once(patch)
         for name, target, folder in (("cpu", "cpu", False), ("onnx", "onnx", False), ("folder", "onnx", True)):
             found[name] = base / f"{name}.tmlc"
             tmlc.compile(base / "nano", found[name], target=target, precision="fp32", folder=folder)
     return found
 
 
-def _trace_once(patch: pytest.MonkeyPatch, checkpoint: Path) -> None:
+def _trace_once(patch: pytest.MonkeyPatch) -> None:
     """Tracing takes seconds and is the frontend's to test."""
-    compiler = sys.modules["tmlc.compiler"]
+    compiler = import_module("tmlc.compiler")
     load, traced = compiler.load_program, {}
 
     def once(source: Any, overrides: dict[str, Any]) -> Program:
@@ -234,6 +234,4 @@ def _trace_once(patch: pytest.MonkeyPatch, checkpoint: Path) -> None:
 
 @pytest.fixture
 def trace_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    import tmlc.compiler  # noqa: F401
-
-    _trace_once(monkeypatch, Path())
+    _trace_once(monkeypatch)
