@@ -34,7 +34,7 @@ def said_by_the_runtime(package, tokens, count, seed, heat):
         while len(said) < count:
             hidden = session._talk.hidden
             key = np.array([[seed, 0, len(said)]], np.int64)
-            slot = engine.slots.view(session.index)
+            slot = engine.slots.handle(session.index)
             (ids,) = engine.backend.call("next_token", [(1, slot)], [hidden, key, np.array([[heat]], np.float32)])
             said.append(int(ids[0, 0]))
             session.append(tokens=said[-1:], logits="none")

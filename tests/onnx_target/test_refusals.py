@@ -255,10 +255,10 @@ def test_a_context_that_ends_ends_the_session_before_anything_changes(tiny):
     with tmlc.load(tiny, threads=1) as engine:
         session = engine.session()
         session.append(tokens=[1] * 40)
-        before = engine.slots.view(session.index).copy()
+        before = engine.slots.handle(session.index).copy()
         with pytest.raises(ContextFullError):
-            engine.backend.call("decode", [(9, engine.slots.view(session.index))], [np.ones((9, 16), np.float32)])
-        assert np.array_equal(engine.slots.view(session.index), before)
+            engine.backend.call("decode", [(9, engine.slots.handle(session.index))], [np.ones((9, 16), np.float32)])
+        assert np.array_equal(engine.slots.handle(session.index), before)
         with pytest.raises(ContextFullError):
             session.append(tokens=[1] * 9)
         assert session.state == "closed"
@@ -266,7 +266,7 @@ def test_a_context_that_ends_ends_the_session_before_anything_changes(tiny):
 
 def test_ids_outside_of_the_table_and_positions_that_are_none_name_the_session(tiny):
     with tmlc.load(tiny, threads=1) as engine:
-        slots = [engine.slots.view(engine.slots.take()) for _ in range(2)]
+        slots = [engine.slots.handle(engine.slots.take()) for _ in range(2)]
         for wrong in (-1, 40):
             ids = np.array([[3], [wrong]], np.int32)
             with pytest.raises(KernelError, match="outside of 0 to 39") as caught:
