@@ -48,8 +48,8 @@ class OnnxBackend(Backend):
         package: an open package with an ONNX target; its files must stay where they are.
         target: the target's name in the package.
         threads: of ONNX Runtime, the caller included.
-        placement: pins these threads; `lock_memory` and `huge_pages` are refused, since ONNX Runtime's own memory
-            cannot be locked or moved.
+        placement: pins these threads; `lock_memory` and `huge_pages` are refused: ONNX Runtime's memory stays
+            where it is.
     """
 
     def __init__(self, package: Package, target: str, threads: int, placement: Placement | None = None) -> None:
