@@ -121,6 +121,15 @@ def test_verify_passes_on_this_machine_for_every_kernel_variant(tmlc_cli, packag
     assert "ok" in tmlc_cli("verify", package, "--isa", "portable", "--portable-bits").stdout
 
 
+@pytest.mark.parametrize("precision", ["bf16", "int8", "int4"])
+def test_verify_passes_in_every_precision(tmlc_cli, checkpoint, tmp_path, precision):
+    tmlc_cli("compile", checkpoint, "-o", tmp_path / "x.tmlc", "--precision", precision)
+    view = tmlc_cli("verify", tmp_path / "x.tmlc", "--json").json
+    assert view["passed"], view["methods"]
+    tight = {m["method"]: m["max_error"] for m in view["methods"]}
+    assert tight["decode"] > 0  # it does compare rounded products with exact ones
+
+
 def resealed(package: Path, folder: Path, files: dict[str, bytes]) -> Path:
     """A copy of the package as a folder, with other files in it and every digest right again."""
     with ZipFile(package) as archive:
