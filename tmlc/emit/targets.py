@@ -19,9 +19,9 @@ from tmlc.ir.weights import TensorSource
 from tmlc.package.manifest import MethodInfo, StateInfo
 from tmlc.package.safetensors_io import TensorEntry, WeightItem, layout
 
-FAMILIES = {"cpu": "tmlc.emit.cpu_target"}
+FAMILIES = {"cpu": "tmlc.emit.cpu_target", "triton": "tmlc.emit.triton.target"}
 """Rooms with a `TARGET: type[Target]`, by family."""
-LATER_FAMILIES = ("triton", "tensorrt", "onnx")
+LATER_FAMILIES = ("tensorrt", "onnx")
 
 Progress = Callable[[str, int, int], None]
 

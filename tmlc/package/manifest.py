@@ -15,7 +15,10 @@ from tmlc.package.fields import AGAIN, Fields, check_member_name, is_text, parse
 
 FORMAT_MAJOR = 1
 FORMAT_MINOR = 0
-KNOWN_FEATURES = frozenset({"cpu.plan.v1", "weights.k16", "weights.k16.int8", "weights.k16.int4", "states.kv.int8"})
+KNOWN_FEATURES = frozenset(
+    {"cpu.plan.v1", "weights.k16", "weights.k16.int8", "weights.k16.int4", "states.kv.int8"}
+    | {"triton.plan.v1", "weights.rows", "weights.rows.int8", "weights.rows.int4"}
+)
 
 KINDS = ("interaction", "tokens")
 DTYPES = {"f32": 4, "bf16": 2, "i32": 4, "i64": 8, "u8": 1}

@@ -105,6 +105,19 @@ class MethodLowering:
         outputs = tuple(Signature(name, v.dtype, v.rows, v.cols) for name, v in zip(names, self.outputs, strict=False))
         return MethodInfo(self.method.name, inputs, outputs, self.method.max_n)
 
+    def positions(self) -> list[tuple[int, int]]:
+        """(offset in the slot, limit) of each counter of positions that a call moves."""
+        moved = [step for step in self.steps if step.op == "advance"]
+        return [(int(step.args["position"].offset), int(step.attrs["limit"])) for step in moved]  # type: ignore[union-attr]
+
+    def id_limits(self) -> list[int]:
+        """For each input the rows of the smallest table that it chooses from; 0: it chooses from none."""
+        limits = []
+        for node in self.method.inputs:
+            tables = [user.args[0] for user in node.users if spec_of(user.target).name == "embedding"]  # type: ignore[union-attr]
+            limits.append(min((int(table.meta["type"].shape[0]) for table in tables), default=0))  # type: ignore[union-attr]
+        return limits
+
     def arena_bytes(self, bucket: Bucket) -> int:
         return self.arena * bucket.batch * bucket.n
 

@@ -16,7 +16,14 @@ from tmlc.ir.quantize import SCHEMES, quantise, row_chunks
 from tmlc.kernels.triton.layouts import FORMS, pack, weight_parts
 
 #: What a package calls the dtypes of parts; float16 scales are kept as their bytes.
-_STORED = {"f32": ("f32", 1), "bf16": ("bf16", 1), "i64": ("i64", 1), "i32": ("i32", 1), "u8": ("u8", 1), "f16": ("u8", 2)}
+_STORED = {
+    "f32": ("f32", 1),
+    "bf16": ("bf16", 1),
+    "i64": ("i64", 1),
+    "i32": ("i32", 1),
+    "u8": ("u8", 1),
+    "f16": ("u8", 2),
+}
 
 
 @dataclass
