@@ -90,7 +90,9 @@ def _check(addresses: np.ndarray, mask: np.ndarray | None, nbytes: int, what: st
     good = (place >= 0) & (touched + np.uint64(nbytes) <= ends[np.maximum(place, 0)])
     if not good.all():
         bad = int(touched[~good][0])
-        raise IndexError(f"a program {what} {nbytes} bytes at {bad:#x}, outside {[(hex(a), hex(b)) for a, b in _allowed]}")
+        raise IndexError(
+            f"a program {what} {nbytes} bytes at {bad:#x}, outside {[(hex(a), hex(b)) for a, b in _allowed]}"
+        )
 
 
 def _bf16_bits(values: np.ndarray) -> np.ndarray:
@@ -133,7 +135,9 @@ def _install() -> None:
         return cast(self, src, dst_type)
 
     def broadcast_scalar(self: Any, ret_ty: Any, arg: Any) -> Any:
-        if arg.data.dtype == np.bool_:  # the result of a comparison, which the interpreter files under its operands' type
+        if (
+            arg.data.dtype == np.bool_
+        ):  # the result of a comparison, which the interpreter files under its operands' type
             arg = base.TensorHandle(arg.data, tl.int1)
         return splat(self, ret_ty, arg)
 

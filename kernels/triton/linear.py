@@ -58,9 +58,9 @@ def weight_product(
                 if FORM == "i4":
                     zero = tl.load(zeros + s_off + group, mask=live, other=0).to(tl.int32)
                     half = tl.arange(0, GROUP // 2)
-                    byte = tl.load(
-                        w + w_off[:, None] + (first // 2 + half)[None, :], mask=live[:, None], other=0
-                    ).to(tl.int32)
+                    byte = tl.load(w + w_off[:, None] + (first // 2 + half)[None, :], mask=live[:, None], other=0).to(
+                        tl.int32
+                    )
                     low = ((byte & 15) * 16 - zero[:, None]).to(tl.float32).to(tl.bfloat16)
                     high = ((byte >> 4) * 16 - zero[:, None]).to(tl.float32).to(tl.bfloat16)
                     below, above = first + half, first + GROUP // 2 + half

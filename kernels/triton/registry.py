@@ -1,6 +1,6 @@
 """Which kernels run an op: one lowering for each canonical or fused op, and what it cannot take, with the reason.
 
-    lowered = lower(Call("linear", {"x": x, "weight": w, "bias": None}, {}, (out,), Bucket(1, 4), 90))
+lowered = lower(Call("linear", {"x": x, "weight": w, "bias": None}, {}, (out,), Bucket(1, 4), 90))
 """
 
 import importlib
@@ -17,7 +17,7 @@ from tmlc.kernels.triton.mode import PARAMETERS
 ARCHITECTURES = (80, 89, 90, 100, 120)
 
 #: Modules with lowerings; importing them fills LOWERINGS.
-MODULES = ("linear", "norms")
+MODULES = ("linear", "norms", "attention")
 
 #: Ops that never reach an engine, and what takes their place.
 REFUSED = {

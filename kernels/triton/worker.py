@@ -159,9 +159,7 @@ def serve(descriptor: int, nbytes: int) -> None:
     for line in sys.stdin:
         request = json.loads(line)
         kinds = request["signature"]
-        args = [
-            value + start if kind[0] == "*" else value for kind, value in zip(kinds, request["args"], strict=True)
-        ]
+        args = [value + start if kind[0] == "*" else value for kind, value in zip(kinds, request["args"], strict=True)]
         ranges = [(first + start, last + start) for first, last in request["ranges"]]
         try:
             run_launch(request["kernel"], request["constexprs"], tuple(request["grid"]), kinds, args, ranges)
