@@ -17,7 +17,7 @@ from tmlc.kernels.triton.mode import PARAMETERS
 ARCHITECTURES = (80, 89, 90, 100, 120)
 
 #: Modules with lowerings; importing them fills LOWERINGS.
-MODULES = ("copies", "linear", "norms", "attention")
+MODULES = ("linear", "norms", "attention")
 
 #: Ops that never reach an engine, and what takes their place.
 REFUSED = {

@@ -15,7 +15,7 @@ MAX_BATCH = 4096
 
 @register_pass("memory.buckets")
 class ChooseBuckets(Pass):
-    """Chooses the buckets (sessions × positions) that every method is lowered for: a call then runs the smallest one that
+    """Chooses the buckets (sessions × positions) that each method is lowered for: a call runs the smallest that
     holds it, and nothing is compiled while serving.
 
     `batch` and `positions` list the sizes; a bucket is every pair whose padded positions are at most `rows`, and whose

@@ -43,8 +43,9 @@ def choose_architecture(held: Sequence[int], device: int, name: str) -> int:
     """
     fits = [sm for sm in held if sm == device or (sm // 10 == device // 10 == 8 and sm < device)]
     if not fits:
+        there = ", ".join(f"sm{sm}" for sm in held) or "nothing"
         raise TargetError(
-            f"the package has machine code for {', '.join(f'sm{sm}' for sm in held) or 'nothing'}; {name} is sm{device}",
+            f"the package has machine code for {there}; {name} is sm{device}",
             where="target triton",
             fix=f"compile the checkpoint with --target triton:sm{device}",
         )
@@ -82,8 +83,9 @@ class CudaBackend(Backend):
         code_file = package.json(f"{FOLDER}/sm{sm}/code.json")
         self.plan: Plan = read_plan(plan_file, code_file, sm, package.tensors)
         if info.driver < self.plan.driver:
+            there, needed = _version(info.driver), _version(self.plan.driver)
             raise TargetError(
-                f"the NVIDIA driver supports CUDA {_version(info.driver)}, the engine needs {_version(self.plan.driver)}",
+                f"the NVIDIA driver supports CUDA {there}, the engine needs {needed}",
                 where=info.name,
                 fix="update the driver",
             )
@@ -297,8 +299,8 @@ def open_backend(
     placement: Placement | None = None,
     portable_bits: bool = False,
 ) -> CudaBackend:
-    """The Triton engine of `package` on the first device that the driver shows (CUDA_VISIBLE_DEVICES chooses). `threads`
-    and `placement` have nothing to place: one thread, the caller's, drives the device.
+    """The Triton engine of `package` on the first device that the driver shows (CUDA_VISIBLE_DEVICES chooses).
+    `threads` and `placement` have nothing to place: one thread, the caller's, drives the device.
 
     Raises TargetError where `cuda-bindings`, the driver or a fitting device is missing, UsageError for settings of
     other targets, and what `CudaBackend` raises.

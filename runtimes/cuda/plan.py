@@ -1,8 +1,8 @@
 """Reads the plan of a Triton engine (`plan.json` and an architecture's `code.json`, see docs/triton.md).
 
-Every number is checked before anything uses it: that a launch fits its variant, that every pointer with the bytes behind
-it lies inside what it points into, in every bucket. What the machine code itself does cannot be checked: a package with
-machine code is to be trusted like a program.
+Every number is checked before anything uses it: that a launch fits its variant, that every pointer with the bytes
+behind it lies inside what it points into, in every bucket. What the machine code itself does cannot be checked: a
+package with machine code is to be trusted like a program.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class VariantInfo:
 
 @dataclass(frozen=True, slots=True)
 class PointerArg:
-    """`offset` bytes into a space, behind which a launch touches `nbytes` bytes (in a state: of each session's slot)."""
+    """`offset` bytes into a space, behind which a launch touches `nbytes` bytes (of each session's slot in a state)."""
 
     space: str
     which: int
@@ -238,7 +238,8 @@ def _variant(value: Any, where: str) -> VariantInfo:
     r.integer("registers", 0, 255), r.integer("spill_bytes", 0, 2**20)
     return VariantInfo(
         r.text("name"), r.text("file"), r.text("sha256"), r.text("entry"), warps, r.integer("shared", 0, MAX_SHARED),
-        r.integer("hidden_params", 0, 8), signature, r.text("kernel"), value["constexprs"], r.integer("num_stages", 1, 16),
+        r.integer("hidden_params", 0, 8), signature, r.text("kernel"), value["constexprs"],
+        r.integer("num_stages", 1, 16),
     )  # fmt: skip
 
 

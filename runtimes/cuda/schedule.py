@@ -1,7 +1,7 @@
 """Which buckets a call runs in: its sessions, each with some new positions, put into the shapes that there are.
 
-A call that no bucket holds is cut: a session's positions into pieces that follow each other, sessions into groups. No bit
-depends on it, so what counts is how often the weights are read.
+A call that no bucket holds is cut: a session's positions into pieces that follow each other, sessions into groups. No
+bit depends on it, so what counts is how often the weights are read.
 """
 
 from __future__ import annotations

@@ -3,10 +3,10 @@
     with open_interpreter() as machine:
         backend = CudaBackend(package, "triton:sm90", HostDevice.of(package, machine))
 
-So the runtime runs the very plan of a package, with its graphs, buffers and pointers, on a machine without a GPU. Machine
-code is not run: a kernel is known by the digest of its machine code, and interpreted from its source. Every launch may
-touch only the bytes that the plan names behind its pointers; the interpreter refuses everything else. Much too slow to
-serve; for tests.
+So the runtime runs the very plan of a package, with its graphs, buffers and pointers, on a machine without a GPU.
+Machine code is not run: a kernel is known by the digest of its machine code, and interpreted from its source. Every
+launch may touch only the bytes that the plan names behind its pointers; the interpreter refuses everything else. Much
+too slow to serve; for tests.
 """
 
 from __future__ import annotations

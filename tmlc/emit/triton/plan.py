@@ -62,8 +62,8 @@ def _argument(value: Value) -> dict[str, Any]:
 
 
 def least_driver(sm: int) -> int:
-    """The oldest driver (as `cuDriverGetVersion` counts: 12080 is CUDA 12.8) that loads this machine code: one that knows
-    the architecture, of the major version of the assembler."""
+    """The oldest driver (as `cuDriverGetVersion` counts: 12080 is CUDA 12.8) that loads this machine code: one that
+    knows the architecture, of the major version of the assembler."""
     assembler = knobs.nvidia.ptxas_blackwell if sm >= 100 else knobs.nvidia.ptxas
     major = int(str(assembler.version).partition(".")[0])
     return max({80: 11010, 89: 11080, 90: 11080, 100: 12080, 120: 12080}[sm], 1000 * major)
