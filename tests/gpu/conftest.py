@@ -67,10 +67,10 @@ def nothing_compiled() -> Iterator[None]:
         yield
 
 
-def compile_for_gpu(checkpoint: Path, out: Path, precision: str = "fp32", name: str = TARGET, **buckets) -> Path:
-    steps = load_pipeline("triton").configure("memory.buckets", **(BUCKETS | buckets))
+def compile_for_gpu(checkpoint: Path, out: Path, precision: str = "fp32", name: str = TARGET, **bounds) -> Path:
+    steps = load_pipeline("triton").configure("memory.buckets", **BUCKETS)
     with nothing_compiled():
-        tmlc.compile(checkpoint, out, target=name, precision=precision, pipeline=steps)
+        tmlc.compile(checkpoint, out, target=name, precision=precision, pipeline=steps, **bounds)
     return out
 
 
@@ -125,3 +125,12 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def lab() -> SimpleNamespace:
+    """What tests here are made with: compile(checkpoint, out, precision, ...), load(package, machine, ...), buckets."""
+    return SimpleNamespace(
+        compile=compile_for_gpu, load=load_on_host, buckets=BUCKETS, target=TARGET, nothing_compiled=nothing_compiled,
+        config=TINY,
+    )  # fmt: skip

@@ -1,0 +1,129 @@
+"""The plan of a package as a whole, on a device in host memory: against the CPU engine, past ring wrap, and in company.
+
+The CPU engine is held against transformers and against PyTorch elsewhere; here its logits are the measure.
+"""
+
+import numpy as np
+import pytest
+import torch
+from transformers import InklingForCausalLM, InklingTextConfig, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+import tmlc
+
+INKLING = dict(
+    vocab_size=67, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+    swa_num_attention_heads=4, swa_num_key_value_heads=2, swa_head_dim=8, sliding_window_size=8, d_rel=4,
+    rel_extent=12, log_scaling_n_floor=10, local_layer_ids=[0], intermediate_size=48, moe_intermediate_size=24,
+    n_routed_experts=6, num_experts_per_tok=2, n_shared_experts=2, dense_mlp_idx=1, logits_mup_width_multiplier=2.0,
+)  # fmt: skip
+QWEN = dict(
+    vocab_size=67, hidden_size=40, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=10,
+    intermediate_size=40, moe_intermediate_size=12, num_experts=5, num_experts_per_tok=2, max_position_embeddings=512,
+    use_sliding_window=True, sliding_window=7, max_window_layers=1, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+)  # fmt: skip
+FAMILIES = {
+    "inkling": (InklingForCausalLM, InklingTextConfig, INKLING),
+    "qwen3_moe": (Qwen3MoeForCausalLM, Qwen3MoeConfig, QWEN),
+}
+#: float32: the order of sums. bfloat16: rounded products, on logits of unit scale.
+BOUNDS = {"fp32": 2e-4, "bf16": 5e-2}
+CUTS = [1, 3, 8, 2, 7, 4, 1, 1, 5, 8, 6, 2, 8, 4]
+
+
+def checkpoint(family: str, folder):
+    """A random model whose logits have unit scale and whose router really chooses."""
+    model_class, config_class, settings = FAMILIES[family]
+    torch.manual_seed(5)
+    config = config_class(**settings)
+    config._attn_implementation = "eager"
+    model = model_class(config).eval()
+    model.set_experts_implementation("eager")
+    with torch.no_grad():
+        for name, tensor in model.named_parameters():
+            if tensor.ndim >= 2:
+                tensor.normal_(0, 1.0 / tensor.shape[-1] ** 0.5)
+            elif "global_scale" not in name:
+                tensor.uniform_(0.5, 1.5)
+        model.lm_head.weight /= model(torch.arange(30)[None]).logits.std()
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module", params=[(f, p) for f in FAMILIES for p in BOUNDS], ids="-".join)
+def pair(request, tmp_path_factory, machine, lab):
+    """Engines of one random model for the CPU and for a GPU; context and windows are short enough that rings wrap."""
+    family, precision = request.param
+    base = tmp_path_factory.mktemp("pair")
+    folder = checkpoint(family, base / "checkpoint")
+    bounds = dict(context=32, context_policy="ring_with_sinks", sinks=16, max_append=8)
+    tmlc.compile(folder, base / "cpu.tmlc", precision=precision, **bounds)
+    lab.compile(folder, base / "gpu.tmlc", precision, **bounds)
+    mark = machine.mark()
+    with tmlc.load(base / "cpu.tmlc", threads=1) as cpu, lab.load(base / "gpu.tmlc", machine) as gpu:
+        yield cpu, gpu, BOUNDS[precision]
+    machine.release(mark)
+
+
+def test_logits_are_those_of_the_cpu_engine_over_chunks_past_ring_wrap(pair):
+    cpu, gpu, bound = pair
+    ids = np.random.default_rng(1).integers(0, 67, sum(CUTS)).tolist()
+    with cpu.session() as here, gpu.session() as there:
+        for count in CUTS:
+            part, ids = ids[:count], ids[count:]
+            want, have = here.append(tokens=part), there.append(tokens=part)
+            assert want.shape == have.shape and 0.3 < want.std() < 3
+            assert np.abs(want - have).max() <= bound, f"after {there.positions} positions"
+        assert there.positions > 2 * gpu.manifest.context.limit * 0.9
+
+
+def test_sessions_in_company_get_the_bits_that_each_gets_alone(pair):
+    _, gpu, _ = pair
+    draw = np.random.default_rng(2)
+    ids = [draw.integers(0, 67, n).tolist() for n in (30, 11, 3)]
+    alone = []
+    for tokens in ids:
+        with gpu.session() as session:
+            session.append(tokens=tokens, logits="none")
+            alone.append(decode(gpu, [(session, 2)]) + decode(gpu, [(session, 5)]) + [session.snapshot()])
+    sessions = [gpu.session() for _ in ids]
+    for session, tokens in zip(sessions, ids, strict=True):
+        for token in tokens:  # cut otherwise than before
+            session.append(tokens=[token], logits="none")
+    first = decode(gpu, [(sessions[2], 2), (sessions[0], 2)]) + decode(gpu, [(sessions[1], 2)])
+    second = decode(gpu, [(sessions[1], 5), (sessions[2], 5)])[:2] + decode(gpu, [(sessions[0], 5)])
+    together = [
+        [first[1], second[2]],
+        [first[2], second[0]],
+        [first[0], second[1]],
+    ]
+    for k, (hidden, snapshot) in enumerate(zip(together, (a[2] for a in alone), strict=True)):
+        assert [h.tobytes() for h in hidden] == [h.tobytes() for h in alone[k][:2]], f"session {k}"
+        assert sessions[k].engine.slots.memory.read(sessions[k].index) in snapshot
+        sessions[k].close()
+
+
+def decode(engine, parts):
+    """Hidden rows of each session for positions that are made of its slot number's own noise."""
+    width = engine.model.width
+    rows = [np.random.default_rng(n).standard_normal((n, width)).astype(np.float32) for _, n in parts]
+    slots = [(n, engine.slots.handle(session.index)) for session, n in parts]
+    with engine.device():
+        out = engine.backend.call("decode", slots, [np.concatenate(rows)])[0].copy()
+    return np.split(out, np.cumsum([n for _, n in parts])[:-1])
+
+
+def test_the_bits_do_not_depend_on_the_buckets(pair, lab):
+    """The same rows in a bucket of one session and four positions, of four sessions and one, alone."""
+    _, gpu, _ = pair
+    names = {(b.batch, b.n) for b in gpu.backend.plan.methods["decode"].buckets}
+    assert names == {(b, n) for b in lab.buckets["batch"] for n in (*lab.buckets["positions"], 8)}
+    ids = np.random.default_rng(4).integers(0, 67, 12).tolist()
+    results = []
+    for cuts in ([4, 8], [1] * 12, [8, 3, 1]):
+        with gpu.session() as session:
+            at, parts = 0, []
+            for count in cuts:
+                parts.append(session.append(tokens=ids[at : at + count]))
+                at += count
+            results.append((np.concatenate(parts).tobytes(), gpu.slots.memory.read(session.index)))
+    assert results[0] == results[1] == results[2]
