@@ -19,7 +19,7 @@ MOST_TAPS = 64
 
 @device
 def conv_kernel(
-    out, x, w, taps, tail, addend, slots, counts, n, c, per_head, x_stride, out_stride, addend_stride, taps_stride,
+    out, x, w, taps, tail, addend, slots, counts, n, per, c, per_head, x_stride, out_stride, addend_stride, taps_stride,
     w_tap, w_channel, level,
     RESIDUAL: tl.constexpr, TAPS: tl.constexpr, HELD: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -31,7 +31,7 @@ def conv_kernel(
     session = tl.program_id(0).to(tl.int64)
     col = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = col < c
-    count = tl.load(counts + session)
+    count = tl.load(counts + session) * per
     if count == 0:
         return
     held = tail + tl.load(slots + session) // 4
@@ -85,14 +85,14 @@ def conv_launch(
     """A short convolution of all sessions; x may be a pointer with its stride."""
     count, c = tail.rows[1] + 1, tail.cols
     call.need(2 <= count <= MOST_TAPS, f"{count} taps", f"2 to {MOST_TAPS} are supported")
-    call.need(out.rows == (1, 0), f"rows {out.rows[0]}n+{out.rows[1]} are not positions")
+    call.need(out.rows[0] > 0 == out.rows[1], f"rows {out.rows[0]}n+{out.rows[1]} belong to no positions")
     call.need(tail.space == "state", f"{tail} is not a state of the session")
     source, stride = (call.pointer(x), x.stride) if isinstance(x, Operand) else x
     lags_first = taps is not None  # weight [k, c]; else [c, k]
     values: dict[str, Any] = {
         "out": call.pointer(out), "x": source, "w": call.pointer(weight), "tail": call.pointer(tail),
         "taps": None if taps is None else call.pointer(taps), "slots": call.slots, "counts": call.counts,
-        "addend": None if addend is None else call.pointer(addend), "n": call.bucket.n, "c": Aligned(c),
+        "addend": None if addend is None else call.pointer(addend), "n": call.bucket.session_rows(out.rows), "per": out.rows[0], "c": Aligned(c),
         "per_head": None if taps is None else c // (taps.cols // count), "x_stride": Aligned(stride),
         "out_stride": Aligned(out.stride), "addend_stride": None if addend is None else Aligned(addend.stride),
         "taps_stride": None if taps is None else taps.stride, "w_tap": c if lags_first else 1,
@@ -101,7 +101,7 @@ def conv_launch(
     block = min(128, power(c, 16))
     fixed = {
         "RESIDUAL": bool(residual), "TAPS": count, "HELD": power(count - 1),
-        "BLOCK_N": min(8, power(call.bucket.n)), "BLOCK_C": block,
+        "BLOCK_N": min(8, power(call.bucket.session_rows(out.rows))), "BLOCK_C": block,
     }  # fmt: skip
     return launch("conv_kernel", (call.bucket.batch, -(-c // block)), values, fixed, 4)
 

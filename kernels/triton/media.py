@@ -75,10 +75,10 @@ def mel_level_kernel(
 
 
 @device
-def shift_tail_kernel(tail, pcm, slots, counts, n, hop, held, pcm_stride, BLOCK: tl.constexpr):
+def shift_tail_kernel(tail, pcm, slots, counts, n, per, hop, held, pcm_stride, BLOCK: tl.constexpr):
     """The last `held` samples of tail and new samples become the tail; one program a session."""
     session = tl.program_id(0).to(tl.int64)
-    count = tl.load(counts + session)
+    count = tl.load(counts + session) * per
     if count == 0:
         return
     at = tail + tl.load(slots + session) // 4
@@ -149,13 +149,13 @@ def overlap_sample(
 
 @device
 def overlap_add_kernel(
-    pcm, frames, window, overlap, slots, counts, n, width, hop, frames_stride, pcm_stride,
+    pcm, frames, window, overlap, slots, counts, n, per, width, hop, frames_stride, pcm_stride,
     MOST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The samples that are ready; grid (rows, blocks of a hop)."""
     row = tl.program_id(0).to(tl.int64)
     session, i = row // n, (row % n).to(tl.int32)
-    count = tl.load(counts + session)
+    count = tl.load(counts + session) * per
     if i >= count:
         return
     col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -168,11 +168,11 @@ def overlap_add_kernel(
 
 @device
 def overlap_rest_kernel(
-    frames, window, overlap, slots, counts, n, width, hop, frames_stride, MOST: tl.constexpr, BLOCK: tl.constexpr
+    frames, window, overlap, slots, counts, n, per, width, hop, frames_stride, MOST: tl.constexpr, BLOCK: tl.constexpr
 ):
     """The samples that stay open; one program a session."""
     session = tl.program_id(0).to(tl.int64)
-    count = tl.load(counts + session)
+    count = tl.load(counts + session) * per
     if count == 0:
         return
     held = overlap + tl.load(slots + session) // 4
@@ -193,7 +193,7 @@ def lower_dmel(call: Call) -> Lowered:
     bins, rows, n = width // 2 + 1, call.rows(pcm), call.bucket.session_rows(pcm.rows)
     call.need(width - hop <= MOST_OVERLAP, f"a tail of {width - hop} samples", f"up to {MOST_OVERLAP} are supported")
     call.need(width < 1 << 15, f"a window of {width} samples")
-    call.need(pcm.rows == (1, 0), f"rows {pcm.rows[0]}n+{pcm.rows[1]} are not frames")
+    call.need(pcm.rows[0] > 0 == pcm.rows[1], f"rows {pcm.rows[0]}n+{pcm.rows[1]} belong to no positions")
     magnitude = Pointer("scratch", "", 0, "f64", rows * bins * 8)
     shared: dict[str, Any] = {
         "pcm": call.pointer(pcm), "tail": call.pointer(tail), "slots": call.slots, "n": n, "hop": hop,
@@ -213,7 +213,7 @@ def lower_dmel(call: Call) -> Lowered:
     launches.append(launch("mel_level_kernel", (rows, -(-bands // 16)), values, fixed, 4))
     if width > hop:
         block = power(width - hop)
-        values = shared | {"counts": call.counts, "held": width - hop}
+        values = shared | {"counts": call.counts, "held": width - hop, "per": pcm.rows[0]}
         launches.append(launch("shift_tail_kernel", (call.bucket.batch,), values, {"BLOCK": block}, 4))
     return Lowered(tuple(launches), magnitude.nbytes)
 
@@ -245,10 +245,10 @@ def lower_overlap_add(call: Call) -> Lowered:
     frames, window, overlap = call.operand("frames"), call.operand("window"), call.operand("overlap")
     out, hop, width = call.outputs[0], int(call.attrs["hop"]), frames.cols
     call.need(width - hop <= MOST_OVERLAP, f"an overlap of {width - hop} samples")
-    call.need(frames.rows == (1, 0), f"rows {frames.rows[0]}n+{frames.rows[1]} are not positions")
+    call.need(frames.rows[0] > 0 == frames.rows[1], f"rows {frames.rows[0]}n+{frames.rows[1]} belong to no positions")
     shared: dict[str, Any] = {
         "frames": call.pointer(frames), "window": call.pointer(window), "overlap": call.pointer(overlap),
-        "slots": call.slots, "counts": call.counts, "n": call.bucket.n, "width": width, "hop": hop,
+        "slots": call.slots, "counts": call.counts, "n": call.bucket.session_rows(frames.rows), "per": frames.rows[0], "width": width, "hop": hop,
         "frames_stride": Aligned(frames.stride),
     }  # fmt: skip
     most, block = -(-width // hop), min(1024, power(hop, 32))

@@ -35,7 +35,7 @@ def gated(gate, up, alpha, limit, gate_cap, up_cap, ACT: tl.constexpr):
 
 @device
 def tile_pairs(
-    experts, order, tile_first, tile_count, tile_expert, counts, n, top_k, count_e, index, GROUPED: tl.constexpr
+    experts, order, tile_first, tile_count, tile_expert, counts, n, per, top_k, count_e, index, GROUPED: tl.constexpr
 ):
     """(pairs [16], which of them are there [16], their expert) of tile `index`; a pair is row·top_k + choice."""
     lane = tl.arange(0, 16)
@@ -45,7 +45,7 @@ def tile_pairs(
         expert = tl.load(tile_expert + index)
     else:
         row = index // top_k
-        live = row % n < tl.load(counts + row // n)
+        live = row % n < tl.load(counts + row // n) * per
         held = (lane == 0) & live
         pair = lane * 0 + index
         expert = tl.load(experts + index, mask=live, other=0).to(tl.int32)
@@ -55,14 +55,14 @@ def tile_pairs(
 
 @device
 def moe_gate_up_kernel(
-    hidden, x, w, scales, zeros, bias, experts, order, tile_first, tile_count, tile_expert, counts, n, top_k, count_e,
+    hidden, x, w, scales, zeros, bias, experts, order, tile_first, tile_count, tile_expert, counts, n, per, top_k, count_e,
     f, k, w_stride, s_stride, x_stride, alpha, limit, gate_cap, up_cap,
     GROUPED: tl.constexpr, ACT: tl.constexpr, FORM: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """hidden[pair, f] = act(gate_e x, up_e x); grid (tiles of pairs, blocks of f)."""
     pair, held, expert = tile_pairs(
-        experts, order, tile_first, tile_count, tile_expert, counts, n, top_k, count_e, tl.program_id(0), GROUPED
+        experts, order, tile_first, tile_count, tile_expert, counts, n, per, top_k, count_e, tl.program_id(0), GROUPED
     )
     if tl.max(held.to(tl.int32), 0) == 0:
         return
@@ -88,13 +88,13 @@ def moe_gate_up_kernel(
 
 @device
 def moe_down_kernel(
-    out, hidden, w, scales, zeros, bias, addend, weights, experts, counts, n, top_k, count_e, d, k, w_stride, s_stride,
+    out, hidden, w, scales, zeros, bias, addend, weights, experts, counts, n, per, top_k, count_e, d, k, w_stride, s_stride,
     out_stride, addend_stride,
     FORM: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """out[row] = addend + Σ_j weights_j·(down_e hidden_j + bias), j ascending; grid (rows, blocks of d)."""
     row = tl.program_id(0).to(tl.int64)
-    if row % n >= tl.load(counts + row // n):
+    if row % n >= tl.load(counts + row // n) * per:
         return
     col = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = col < d
@@ -121,7 +121,7 @@ def moe_down_kernel(
 
 @device
 def moe_sort_kernel(
-    order, tile_first, tile_count, tile_expert, experts, counts, n, top_k, pairs, count_e,
+    order, tile_first, tile_count, tile_expert, experts, counts, n, per, top_k, pairs, count_e,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Sorts the live pairs by expert, in their order, and cuts each expert's into tiles of 16; grid (experts).
@@ -135,7 +135,7 @@ def moe_sort_kernel(
     for start in range(0, pairs, BLOCK):
         pair = start + lane
         row = pair // top_k
-        live = (pair < pairs) & (row % n < tl.load(counts + row // n, mask=pair < pairs, other=0))
+        live = (pair < pairs) & (row % n < tl.load(counts + row // n, mask=pair < pairs, other=0) * per)
         expert = tl.load(experts + pair, mask=live, other=-1).to(tl.int32)
         expert = tl.where(live, tl.minimum(tl.maximum(expert, 0), count_e - 1), -1)
         before += tl.sum((live & (expert < e)).to(tl.int32), 0)
@@ -144,7 +144,7 @@ def moe_sort_kernel(
     for start in range(0, pairs, BLOCK):
         pair = start + lane
         row = pair // top_k
-        live = (pair < pairs) & (row % n < tl.load(counts + row // n, mask=pair < pairs, other=0))
+        live = (pair < pairs) & (row % n < tl.load(counts + row // n, mask=pair < pairs, other=0) * per)
         expert = tl.load(experts + pair, mask=live, other=-1).to(tl.int32)
         expert = tl.where(live, tl.minimum(tl.maximum(expert, 0), count_e - 1), -1)
         chosen = (live & (expert == e)).to(tl.int32)
@@ -170,7 +170,7 @@ def moe_down_pairs_kernel(
 ):  # fmt: skip
     """parts[pair, d] = down_e hidden[pair] + bias; grid (tiles of pairs, blocks of d)."""
     pair, held, expert = tile_pairs(
-        None, order, tile_first, tile_count, tile_expert, None, 1, 1, 1, tl.program_id(0), True
+        None, order, tile_first, tile_count, tile_expert, None, 1, 1, 1, 1, tl.program_id(0), True
     )
     if tl.max(held.to(tl.int32), 0) == 0:
         return
@@ -188,12 +188,12 @@ def moe_down_pairs_kernel(
 
 @device
 def moe_combine_kernel(
-    out, parts, weights, addend, counts, n, top_k, d, out_stride, addend_stride,
+    out, parts, weights, addend, counts, n, per, top_k, d, out_stride, addend_stride,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """out[row] = addend + Σ_j weights_j·parts[row, j], j ascending; grid (rows, blocks of d)."""
     row = tl.program_id(0).to(tl.int64)
-    if row % n >= tl.load(counts + row // n):
+    if row % n >= tl.load(counts + row // n) * per:
         return
     col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = col < d
@@ -225,8 +225,8 @@ def moe_launches(
     x, routes, experts = call.operand("x"), call.operand("weights"), call.operand("experts")
     gate_up, down = call.operand("gate_up"), call.operand("down")
     count_e, wide, d = gate_up.shape
-    f, top_k, rows, n = wide // 2, routes.cols, call.rows(x), call.bucket.n
-    call.need(x.rows == (1, 0), f"rows {x.rows[0]}n+{x.rows[1]} are not positions")
+    f, top_k, rows, n = wide // 2, routes.cols, call.rows(x), call.bucket.session_rows(x.rows)
+    call.need(x.rows[0] > 0 == x.rows[1], f"rows {x.rows[0]}n+{x.rows[1]} belong to no positions")
     call.need(routes.stride == top_k == experts.stride, "routes are not dense")
     pairs = rows * top_k
     # Counted by positions of a session, and so the same for a session alone and in company; bits agree anyhow.
@@ -237,7 +237,7 @@ def moe_launches(
     caps = float(call.attrs["gate_cap"]), float(call.attrs["up_cap"])
     act = 2 if caps[0] > 0 else 1 if alpha > 0 else 0
     launches: list[Launch] = []
-    common: dict[str, Any] = {"counts": call.counts, "n": n, "top_k": top_k}
+    common: dict[str, Any] = {"counts": call.counts, "n": n, "per": x.rows[0], "top_k": top_k}
     chosen = call.pointer(experts, ("i32", "i64"))
     tiles, lists = pairs, dict.fromkeys(("order", "tile_first", "tile_count", "tile_expert"))
     if grouped:
@@ -255,7 +255,7 @@ def moe_launches(
         "gate_cap": caps[0] if act == 2 else None, "up_cap": caps[1] if act == 2 else None,
     }  # fmt: skip
     if grouped:
-        values |= {"counts": None, "n": None, "count_e": None}
+        values |= {"counts": None, "n": None, "per": None, "count_e": None}
     fixed |= {"GROUPED": grouped, "ACT": act, "BLOCK_M": block_m, "BLOCK_K": block_k}
     launches.append(launch("moe_gate_up_kernel", (tiles, -(-f // block_m)), values, fixed, warps, stages))
 

@@ -20,6 +20,15 @@ def test_short_conv(machine, taps, c, residual):
     )  # fmt: skip
 
 
+def test_rows_may_be_several_a_position(machine):
+    """The vocoder convolves four frames a position."""
+    sessions = [Session({"x": draw(i, 4 * n, 9)}, {"tail": draw(i + 9, 6, 9)}, n) for i, n in enumerate((3, 1))]
+    agree(
+        machine, "short_conv_state", sessions, {"residual": True}, [Shape("f32", 9, (4, 0))], 1e-6,
+        {"weight": weight(draw(5, 9, 7))}, rows={"x": (4, 0)}, cuts=(1,), compared=["tail"], batch=3, n=4,
+    )  # fmt: skip
+
+
 def test_dynamic_conv(machine):
     c, taps, heads = 36, 4, 3
     sessions = [
