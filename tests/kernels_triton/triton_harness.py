@@ -19,6 +19,9 @@ from tmlc.kernels.triton.worker import Interpreter
 
 NUMPY = {"f32": np.float32, "bf16": np.uint16, "i64": np.int64, "i32": np.int32, "u8": np.uint8}
 POISON = 0xA5
+#: What the kernels take dense only: the harness puts no columns behind these.
+DENSE_INPUTS = {"weights", "experts", "key", "temperature"}
+DENSE_RESULTS = {"router", "sink_router", "topk_router"}
 
 
 def bf16(values: np.ndarray) -> np.ndarray:
@@ -112,11 +115,12 @@ def run(
         sample, (a, b) = sessions[0].inputs[name], rows.get(name, (1, 0))
         dtype = next(key for key, kind in NUMPY.items() if kind == sample.dtype)
         each, cols = a * n + b, sample.shape[1]
-        array = poisoned((bucket.batch * each, cols + pad), dtype)
+        behind = 0 if name in DENSE_INPUTS else pad
+        array = poisoned((bucket.batch * each, cols + behind), dtype)
         for index, session in enumerate(sessions):
             array[index * each : index * each + len(session.inputs[name]), :cols] = session.inputs[name]
         buffers["input", name] = array
-        args[name] = Operand("input", dtype, (a, b), cols, cols + pad, name=name)
+        args[name] = Operand("input", dtype, (a, b), cols, cols + behind, name=name)
     for name, stored in weights.items():
         for part, array in zip(layouts.weight_parts(name, stored.dtype, stored.shape), stored.parts, strict=True):
             buffers["weight", part.name] = machine.put(array)
@@ -139,6 +143,7 @@ def run(
             pool[begin : begin + state.nbytes] = np.ascontiguousarray(state).view(np.uint8).reshape(-1)
     buffers |= {("state", ""): pool, ("slots", ""): slots, ("counts", ""): counts}
     results = []
+    pad = 0 if op in DENSE_RESULTS else pad
     for index, shape in enumerate(outputs):
         total = bucket.rows(shape.rows)
         buffers["output", str(index)] = poisoned((total, shape.cols + pad), shape.dtype)
@@ -201,3 +206,73 @@ def near(found: np.ndarray, wanted: np.ndarray, tolerance: float) -> None:
     error = np.abs(found - wanted).max() if found.size else 0.0
     largest = max(np.abs(wanted).max(), 1e-30) if wanted.size else 1.0
     assert error <= tolerance * largest, f"off by {error / largest:.2e} of the largest value, allowed {tolerance:.1e}"
+
+
+def agree(
+    machine: Interpreter,
+    op: str,
+    sessions: Sequence[Session],
+    attrs: dict[str, Any],
+    outputs: Sequence[Shape],
+    tolerance: float,
+    weights: dict[str, Weight] | None = None,
+    rows: dict[str, tuple[int, int]] | None = None,
+    cuts: Sequence[int] = (),
+    compared: Sequence[str] = (),
+    activations: Any = None,
+    **more: Any,
+) -> None:
+    """Holds an op to the float64 reference, and to the same bits alone, in company, and cut into pieces.
+
+    Args:
+        tolerance: of results and of the states named in `compared`, of their largest value; integers must be equal.
+        cuts: positions at which each session is cut (() for ops that see no positions).
+        activations: what a kernel rounds float inputs to before it multiplies, by input name.
+    """
+    begin = [{name: state.copy() for name, state in s.states.items()} for s in sessions]
+    wanted = []
+    for session in sessions:
+        inputs = {k: (activations or {}).get(k, lambda v: v)(v) for k, v in session.inputs.items()}
+        wanted.append(reference(op, Session(inputs, session.states, session.count), attrs, weights))
+    found = run(machine, op, sessions, attrs, outputs, weights, rows, pad=3, **more)
+    for session, got, want in zip(sessions, found, wanted, strict=True):
+        for result, right in zip(got, want[:-1], strict=True):
+            if right.dtype.kind == "f":
+                near(result, right, tolerance)
+            else:
+                assert np.array_equal(result, right)
+        for name in compared:
+            right = want[-1][name]
+            right = right.view(torch.uint16).numpy() if right.dtype == torch.bfloat16 else right.numpy()
+            if right.dtype.kind == "f":
+                near(session.states[name], right, tolerance)
+            else:
+                assert np.array_equal(session.states[name], right), name
+    for number, session in enumerate(sessions):
+        bounds = sorted({0, session.count, *(cut for cut in cuts if cut < session.count)})
+        alone = Session(session.inputs, {name: state.copy() for name, state in begin[number].items()})
+        pieces: list[list[np.ndarray]] = []
+        for low, high in zip(bounds, bounds[1:], strict=False):
+            part = {}
+            for name, value in session.inputs.items():
+                a, b = (rows or {}).get(name, (1, 0))
+                part[name] = value if a == 0 else value[a * low : a * high + b]
+            piece = Session(part, alone.states, high - low)
+            pieces += run(machine, op, [piece], attrs, outputs, weights, rows)
+            if "position" in alone.states and op != "advance":
+                alone.states["position"] += high - low
+        for index, result in enumerate(found[number]):
+            joined = np.concatenate([piece[index] for piece in pieces])
+            assert np.array_equal(bits(joined), bits(result)), f"result {index} of session {number} has other bits"
+        for name, state in session.states.items():
+            if name != "position":
+                assert np.array_equal(bits(alone.states[name]), bits(state)), f"state {name} has other bits"
+
+
+def bits(values: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(values).view(np.uint8)
+
+
+def draw(seed: int, *shape: int) -> np.ndarray:
+    """Standard normals, float32."""
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
