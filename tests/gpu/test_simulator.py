@@ -25,9 +25,10 @@ FAMILIES = {
     "inkling": (InklingForCausalLM, InklingTextConfig, INKLING),
     "qwen3_moe": (Qwen3MoeForCausalLM, Qwen3MoeConfig, QWEN),
 }
-#: float32: the order of sums. bfloat16: rounded products, on logits of unit scale.
-BOUNDS = {"fp32": 2e-4, "bf16": 5e-2}
-CUTS = [1, 3, 8, 2, 7, 4, 1, 1, 5, 8, 6, 2, 8, 4]
+#: float32: the order of sums. bfloat16: rounded products. Codes: the CPU rounds activations to a byte, these kernels to
+#: bfloat16. On logits of unit scale.
+BOUNDS = {"fp32": 2e-4, "bf16": 5e-2, "int8": 0.2, "int4": 0.3}
+CUTS = [8, 3, 8, 8, 1, 8, 8, 4, 8, 5]
 
 
 def checkpoint(family: str, folder):
@@ -49,7 +50,18 @@ def checkpoint(family: str, folder):
     return folder
 
 
-@pytest.fixture(scope="module", params=[(f, p) for f in FAMILIES for p in BOUNDS], ids="-".join)
+@pytest.fixture(
+    scope="module",
+    params=[
+        ("inkling", "fp32"),
+        ("qwen3_moe", "bf16"),
+        pytest.param(("inkling", "bf16"), marks=pytest.mark.slow),
+        pytest.param(("qwen3_moe", "fp32"), marks=pytest.mark.slow),
+        pytest.param(("inkling", "int8"), marks=pytest.mark.slow),
+        pytest.param(("qwen3_moe", "int4"), marks=pytest.mark.slow),
+    ],
+    ids="-".join,
+)
 def pair(request, tmp_path_factory, machine, lab):
     """Engines of one random model for the CPU and for a GPU; context and windows are short enough that rings wrap."""
     family, precision = request.param
@@ -73,37 +85,34 @@ def test_logits_are_those_of_the_cpu_engine_over_chunks_past_ring_wrap(pair):
             want, have = here.append(tokens=part), there.append(tokens=part)
             assert want.shape == have.shape and 0.3 < want.std() < 3
             assert np.abs(want - have).max() <= bound, f"after {there.positions} positions"
-        assert there.positions > 2 * gpu.manifest.context.limit * 0.9
+    largest = max(state.shape[0] for state in gpu.manifest.states if state.kind == "kv_ring")
+    assert sum(CUTS) > largest, "no ring of all layers has wrapped"
 
 
 def test_sessions_in_company_get_the_bits_that_each_gets_alone(pair):
+    """Three sessions with 2, 4 and 1 new positions in one call, after pasts that were cut otherwise."""
     _, gpu, _ = pair
-    draw = np.random.default_rng(2)
-    ids = [draw.integers(0, 67, n).tolist() for n in (30, 11, 3)]
+    draw, counts = np.random.default_rng(2), (2, 4, 1)
+    ids = [draw.integers(0, 67, n).tolist() for n in (13, 6, 3)]
     alone = []
-    for tokens in ids:
+    for tokens, count in zip(ids, counts, strict=True):
         with gpu.session() as session:
             session.append(tokens=tokens, logits="none")
-            alone.append(decode(gpu, [(session, 2)]) + decode(gpu, [(session, 5)]) + [session.snapshot()])
+            alone.append((decode(gpu, [(session, count)])[0], gpu.slots.memory.read(session.index)))
     sessions = [gpu.session() for _ in ids]
     for session, tokens in zip(sessions, ids, strict=True):
-        for token in tokens:  # cut otherwise than before
-            session.append(tokens=[token], logits="none")
-    first = decode(gpu, [(sessions[2], 2), (sessions[0], 2)]) + decode(gpu, [(sessions[1], 2)])
-    second = decode(gpu, [(sessions[1], 5), (sessions[2], 5)])[:2] + decode(gpu, [(sessions[0], 5)])
-    together = [
-        [first[1], second[2]],
-        [first[2], second[0]],
-        [first[0], second[1]],
-    ]
-    for k, (hidden, snapshot) in enumerate(zip(together, (a[2] for a in alone), strict=True)):
-        assert [h.tobytes() for h in hidden] == [h.tobytes() for h in alone[k][:2]], f"session {k}"
-        assert sessions[k].engine.slots.memory.read(sessions[k].index) in snapshot
+        for at in range(0, len(tokens), 5):
+            session.append(tokens=tokens[at : at + 5], logits="none")
+    order = (2, 0, 1)
+    together = decode(gpu, [(sessions[k], counts[k]) for k in order])
+    for k, hidden in zip(order, together, strict=True):
+        assert hidden.tobytes() == alone[k][0].tobytes(), f"session {k}"
+        assert gpu.slots.memory.read(sessions[k].index) == alone[k][1], f"the states of session {k}"
         sessions[k].close()
 
 
 def decode(engine, parts):
-    """Hidden rows of each session for positions that are made of its slot number's own noise."""
+    """Hidden rows of each session, for as many positions of noise (which depends on their number only)."""
     width = engine.model.width
     rows = [np.random.default_rng(n).standard_normal((n, width)).astype(np.float32) for _, n in parts]
     slots = [(n, engine.slots.handle(session.index)) for session, n in parts]
@@ -113,17 +122,16 @@ def decode(engine, parts):
 
 
 def test_the_bits_do_not_depend_on_the_buckets(pair, lab):
-    """The same rows in a bucket of one session and four positions, of four sessions and one, alone."""
     _, gpu, _ = pair
     names = {(b.batch, b.n) for b in gpu.backend.plan.methods["decode"].buckets}
     assert names == {(b, n) for b in lab.buckets["batch"] for n in (*lab.buckets["positions"], 8)}
-    ids = np.random.default_rng(4).integers(0, 67, 12).tolist()
+    ids = np.random.default_rng(4).integers(0, 67, 8).tolist()
     results = []
-    for cuts in ([4, 8], [1] * 12, [8, 3, 1]):
+    for cuts in ([8], [4, 3, 1]):
         with gpu.session() as session:
             at, parts = 0, []
             for count in cuts:
                 parts.append(session.append(tokens=ids[at : at + count]))
                 at += count
             results.append((np.concatenate(parts).tobytes(), gpu.slots.memory.read(session.index)))
-    assert results[0] == results[1] == results[2]
+    assert results[0] == results[1]
