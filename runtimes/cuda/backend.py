@@ -60,6 +60,9 @@ class CudaBackend(Backend):
         target: the engine's name in the package.
         driver: the device; closed with the backend, and when making it fails.
 
+    Attributes:
+        plan, driver: the checked plan, and the device.
+
     Raises (when made):
         PlanError, PackageError: the plan is malformed, names a weight or machine code that is not there.
         TargetError: no machine code for this device, or its driver is too old for it.
@@ -67,7 +70,7 @@ class CudaBackend(Backend):
     """
 
     def __init__(self, package: Package, target: str, driver: Driver) -> None:
-        self._driver, self._lost = driver, ""
+        self.driver, self._lost = driver, ""
         self._memory: DeviceSlots | None = None
         try:
             self._open(package, target)
@@ -76,7 +79,7 @@ class CudaBackend(Backend):
             raise
 
     def _open(self, package: Package, target: str) -> None:
-        driver, info = self._driver, self._driver.info
+        driver, info = self.driver, self.driver.info
         driver.activate()
         plan_file = package.json(package.manifest.targets[target].plan)
         sm = choose_architecture(architectures(plan_file), info.architecture, info.name)
@@ -105,11 +108,11 @@ class CudaBackend(Backend):
         cubin = package.read(variant.file)
         if hashlib.sha256(cubin).hexdigest() != variant.sha256:
             raise PackageError("the machine code is not what the plan lists", where=variant.file)
-        return self._driver.load(cubin, variant.entry, variant.shared)
+        return self.driver.load(cubin, variant.entry, variant.shared)
 
     def _reserve(self, package: Package) -> None:
         """Device memory for everything but the slots, the weights in it, and the buffers on the host."""
-        plan, driver = self.plan, self._driver
+        plan, driver = self.plan, self.driver
         sizes = {
             "weight": package.weights.nbytes, "arena": plan.arena_bytes, "scratch": plan.scratch_bytes,
             "in": plan.in_bytes, "out": plan.out_bytes,
@@ -137,12 +140,16 @@ class CudaBackend(Backend):
     def slots(self, count: int) -> SlotMemory:
         """Reserves the states in device memory, and captures the graph of every bucket (they hold its address)."""
         counters = [p.offset for method in self.plan.methods.values() for p in method.positions]
-        self._memory = DeviceSlots(self._driver, count, self.slot_bytes, counters)
+        self._memory = DeviceSlots(self.driver, count, self.slot_bytes, counters)
         for name, method in self.plan.methods.items():
             for bucket in method.buckets:
                 work = self.work(bucket)
-                self._graphs[name, bucket.batch, bucket.n] = self._driver.capture(work)
+                self._graphs[name, bucket.batch, bucket.n] = self.driver.capture(work)
         return self._memory
+
+    def replay(self, method: str, bucket: BucketInfo) -> None:
+        """Starts a bucket's graph on what its buffers hold, as `call` does; for measuring."""
+        self.driver.replay(self._graphs[method, bucket.batch, bucket.n])
 
     def work(self, bucket: BucketInfo) -> Callable[[], None]:
         """What one call of a bucket asks of the driver: a copy in, the kernels, a copy out."""
@@ -150,11 +157,11 @@ class CudaBackend(Backend):
         arriving, leaving = self._in[: bucket.in_bytes], self._out[: bucket.out_bytes]
 
         def run() -> None:
-            self._driver.to_device(self._base["in"], arriving)
+            self.driver.to_device(self._base["in"], arriving)
             for launch in launches:
-                self._driver.launch(launch)
+                self.driver.launch(launch)
             if leaving.size:
-                self._driver.to_host(leaving, self._base["out"])
+                self.driver.to_host(leaving, self._base["out"])
 
         return run
 
@@ -197,11 +204,11 @@ class CudaBackend(Backend):
         starts = np.cumsum([0, *(n for n, _ in parts)])
         results = self._results[method]
         try:
-            self._driver.activate()
+            self.driver.activate()
             for bucket, pieces in schedule([n for n, _ in parts], plan.buckets):
                 self._pack(plan, bucket, pieces, parts, starts, inputs)
-                self._driver.replay(self._graphs[method, bucket.batch, bucket.n])
-                self._driver.synchronize()
+                self.driver.replay(self._graphs[method, bucket.batch, bucket.n])
+                self.driver.synchronize()
                 self._unpack(plan, bucket, pieces, starts, results)
         except DeviceError as error:
             self._lost = error.what
@@ -284,7 +291,7 @@ class CudaBackend(Backend):
         if self._memory is not None:
             self._memory.closed = True
         self._graphs.clear()
-        self._driver.close()
+        self.driver.close()
 
 
 def _version(number: int) -> str:

@@ -77,7 +77,7 @@ def test_an_id_that_no_table_has_is_refused_before_anything_runs(engines):
 def test_a_device_error_poisons_the_sessions_and_a_lost_device_ends_cleanly(tiny, lab, machine):
     mark = machine.mark()
     with lab.load(tiny.gpu, machine, 3) as gpu:
-        device = gpu.backend._driver
+        device = gpu.backend.driver
         bad, other = gpu.session(), gpu.session()
         device.fault = KernelError("the launch was refused")
         with pytest.raises(KernelError, match="refused"):
