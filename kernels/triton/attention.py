@@ -46,7 +46,7 @@ def kv_write_kernel(
     inner = tl.arange(0, BLOCK)
     mask = (head < groups)[:, None] & (inner < d)[None, :]
     values = tl.load(new + row * new_stride + head[:, None] * d + inner[None, :], mask=mask, other=0.0)
-    base = slot // ITEM + at * row_stride
+    base = tl.multiple_of(slot // ITEM, 16) + at * row_stride
     if INT8:
         wide = (d + 3) // 4 * 4
         peak = tl.max(tl.abs(values), 1)
@@ -106,7 +106,9 @@ def attention_kernel(
     if not EXACT:
         qt = qt.to(tl.bfloat16)
 
-    k_base, v_base = slot // ITEM, slot // ITEM
+    # Slots lie at multiples of 64 bytes; said here, for the compiler to load whole vectors.
+    k_base = tl.multiple_of(slot // ITEM, 16)
+    v_base = k_base
     if INT8:
         k_wide, v_wide = (d + 3) // 4 * 4, (dv + 3) // 4 * 4
         k_base += g * (k_wide + 4)
@@ -144,6 +146,9 @@ def attention_kernel(
             at = cache_row(j, capacity, sinks, RING)
             k_at = k_base + at * k_stride
             v_at = v_base + at * v_stride
+            if INT8:
+                k_at = tl.multiple_of(k_at, 4)
+                v_at = tl.multiple_of(v_at, 4)
             kt = tl.load(k_cache + k_at[:, None] + inner[None, :], mask=held[:, None] & (inner < d)[None, :], other=0)
             if EXACT:
                 scores = tl.dot(kt, qt, input_precision="ieee")
@@ -336,7 +341,7 @@ def lower_attention(call: Call) -> Lowered:
     fixed = {
         "RING": ring, "INT8": int8, "EXACT": dtype == "f32", "RANKS": 0 if rel is None else rel.cols // heads,
         "PARALLEL": parallel, "SPLIT": split_size(capacity, window),
-        "BLOCK_J": 32 if dtype == "f32" or max(block_d, block_v) > 128 else 64,
+        "BLOCK_J": 16 if dtype == "f32" else 32 if dtype == "u8" or max(block_d, block_v) > 128 else 64,
         "BLOCK_D": block_d, "BLOCK_V": block_v, "ITEM": _CACHES[dtype],
     }  # fmt: skip
     nothing = dict.fromkeys(last if parallel else scratch)

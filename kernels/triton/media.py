@@ -109,18 +109,16 @@ def patchify_kernel(
     t, y, x = index * 0, index * 0, index * 0
     t_step, s_step = 1, 1
     for i in tl.static_range(DEPTH):
-        folds_t: tl.constexpr = FOLDS[2 * i]
-        folds_s: tl.constexpr = FOLDS[2 * i + 1]
         if i == 0:
             digit = index
         else:
-            digit = index * 0 + (code % (folds_t * folds_s * folds_s)).to(tl.int32)
-            code = code // (folds_t * folds_s * folds_s)
-        x += digit % folds_s * s_step
-        y += digit // folds_s % folds_s * s_step
-        t += digit // (folds_s * folds_s) * t_step
-        t_step = t_step * folds_t
-        s_step = s_step * folds_s
+            digit = index * 0 + (code % (FOLDS[2 * i] * FOLDS[2 * i + 1] * FOLDS[2 * i + 1])).to(tl.int32)
+            code = code // (FOLDS[2 * i] * FOLDS[2 * i + 1] * FOLDS[2 * i + 1])
+        x += digit % FOLDS[2 * i + 1] * s_step
+        y += digit // FOLDS[2 * i + 1] % FOLDS[2 * i + 1] * s_step
+        t += digit // (FOLDS[2 * i + 1] * FOLDS[2 * i + 1]) * t_step
+        t_step = t_step * FOLDS[2 * i]
+        s_step = s_step * FOLDS[2 * i + 1]
     y += (patch // across).to(tl.int32) * PATCH
     x += (patch % across).to(tl.int32) * PATCH
     line = (clip * frames + t) * height + y

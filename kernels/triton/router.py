@@ -47,7 +47,7 @@ def sink_route(
     numbers = tl.zeros((BLOCK_K, 16), tl.int32)
     for i in range(TOP_K + SHARED):
         if i < TOP_K:
-            _, winner = best_of(choice, taken, index)
+            _best, winner = best_of(choice, taken, index)
             taken = taken | (index == winner[None, :])
         else:
             winner = tl.zeros((16,), tl.int32) + (routed + i - TOP_K)
@@ -134,12 +134,12 @@ def topk_router_kernel(
             other = taken | (group != g)
             best, winner = best_of(choice, other, index)
             if each > 1:
-                second, _ = best_of(choice, other | (index == winner[None, :]), index)
+                second, _index = best_of(choice, other | (index == winner[None, :]), index)
                 best += second
             sums = tl.where(index == g, best[None, :], sums)
         closed = index >= 0
-        for _ in range(TOP_GROUPS):
-            _, winner = best_of(sums, groups_taken, index)
+        for _turn in range(TOP_GROUPS):
+            _best, winner = best_of(sums, groups_taken, index)
             groups_taken = groups_taken | (index == winner[None, :])
             closed = closed & (group != winner[None, :])
         taken = taken | closed
@@ -147,7 +147,7 @@ def topk_router_kernel(
     chosen = tl.full((BLOCK_TOP, 16), float("-inf") if SCORES == 2 else 0.0, tl.float32)
     numbers = tl.zeros((BLOCK_TOP, 16), tl.int32)
     for i in range(TOP_K):
-        _, winner = best_of(choice, taken, index)
+        _best, winner = best_of(choice, taken, index)
         taken = taken | (index == winner[None, :])
         value = tl.sum(tl.where(index == winner[None, :], score, 0.0), 0)
         chosen = tl.where(k == i, value[None, :], chosen)
