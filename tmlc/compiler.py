@@ -129,7 +129,7 @@ def compile(
     Args:
         checkpoint: a folder in the Hugging Face form.
         out: the package to write; a package that is there is replaced when the new one is whole.
-        target: "cpu" (`tmlc.emit.targets`).
+        target: "cpu", or "triton:sm90" (architectures joined by +, docs/triton.md); see `tmlc.emit.targets`.
         precision: "fp32" or "bf16" (linears, experts, embeddings, keys and values), "int8" or "int4" (codes for linears
             and experts, bf16 for embeddings, keys and values). Default: what the pipeline says, else fp32.
         preset: name of a pipeline that comes with tmlc, or a level of the target's own: "O0" what the engine cannot do

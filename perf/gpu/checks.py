@@ -1,5 +1,5 @@
-"""What must be true of an engine on a device before its times mean anything: the right numbers, and the same bits in any
-company and any cut. The same checks run in the tests on a device in host memory."""
+"""What must be true of an engine on a device before its times mean anything: the right numbers, and the same bits in
+any company and any cut. The same checks run in the tests on a device in host memory."""
 
 from __future__ import annotations
 

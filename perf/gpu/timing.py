@@ -54,8 +54,9 @@ def kernels(
         seconds = repeated(backend.driver, lambda bound=bound: backend.driver.launch(bound), times)  # type: ignore[misc]
         moved = launch_bytes(info, variant.kernel, share)
         rows.append({
-            "method": method, "bucket": f"b{bucket.batch}n{bucket.n}", "kernel": variant.kernel, "variant": variant.name,
-            "grid": list(info.grid), "seconds": seconds, "bytes": moved, "of_floor": moved / rate / seconds,
+            "method": method, "bucket": f"b{bucket.batch}n{bucket.n}", "kernel": variant.kernel,
+            "variant": variant.name, "grid": list(info.grid), "seconds": seconds, "bytes": moved,
+            "of_floor": moved / rate / seconds,
         })  # fmt: skip
     return rows
 
@@ -67,8 +68,8 @@ def graph(
     and copies. `weights` are the bytes of weights that it must read."""
     seconds = repeated(backend.driver, lambda: backend.replay(method, bucket), times)
     return {
-        "method": method, "bucket": f"b{bucket.batch}n{bucket.n}", "launches": len(bucket.launches), "seconds": seconds,
-        "kernels_alone": alone, "weight_bytes": weights, "of_floor": weights / rate / seconds,
+        "method": method, "bucket": f"b{bucket.batch}n{bucket.n}", "launches": len(bucket.launches),
+        "seconds": seconds, "kernels_alone": alone, "weight_bytes": weights, "of_floor": weights / rate / seconds,
     }  # fmt: skip
 
 

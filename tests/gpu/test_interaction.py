@@ -1,4 +1,4 @@
-"""Whole ticks on a device in host memory: the real sessions, their snapshots, forks and batches, over the cuda runtime."""
+"""Whole ticks on a device in host memory: the real sessions, snapshots, forks and batches, over the cuda runtime."""
 
 import numpy as np
 import pytest

@@ -1,5 +1,5 @@
-"""The file that speaks to the driver, over a stand-in for cuda-bindings that writes down every call: what is asked for, in
-which order, and what each kind of failure becomes. Nothing here ran on a GPU."""
+"""The file that speaks to the driver, over a stand-in for cuda-bindings that writes down every call: what is asked for,
+in which order, and what each kind of failure becomes. Nothing here ran on a GPU."""
 
 import ctypes
 import subprocess
@@ -193,7 +193,7 @@ def test_without_a_driver_the_real_bindings_give_one_clear_error():
         there = False
     if there:
         pytest.skip("this machine has a GPU")
-    with pytest.raises(TargetError, match="no NVIDIA driver|shows no device"):
+    with pytest.raises(TargetError, match=r"no NVIDIA driver|shows no device"):
         NvidiaDriver()
 
 

@@ -1,5 +1,5 @@
-"""The plan of a Triton engine: read strictly, every pointer inside what it points into, and clear errors when it does not
-fit the device."""
+"""The plan of a Triton engine: read strictly, every pointer inside what it points into, and clear errors when it does
+not fit the device."""
 
 import copy
 import hashlib
@@ -110,7 +110,8 @@ def test_noise_in_a_plan_is_an_error_or_a_plan_within_its_bounds(parsed, seed):
     def spoil(value):
         if isinstance(value, dict):
             key = draw.choice(sorted(value))
-            value[key] = spoil(value[key]) if value[key] and draw.random() < 0.9 else draw.choice([None, -1, "x", [], {}])
+            deeper = value[key] and draw.random() < 0.9
+            value[key] = spoil(value[key]) if deeper else draw.choice([None, -1, "x", [], {}])
         elif isinstance(value, list) and value:
             place = draw.randrange(len(value))
             value[place] = spoil(value[place]) if draw.random() < 0.95 else draw.choice([None, 2**70, 1.5, "x", []])

@@ -22,13 +22,14 @@ EXTRAS = {
     "compile": (("torch",), "compiling, tracing, the zoo"),
     "media": (("soundfile", "soxr", "av", "pillow"), "reading audio and video in `run` and `profile`"),
     "text": (("tokenizers",), "tokenizers other than byte-level ones"),
-    "triton": (("torch", "triton"), "the target triton"),
+    "triton": (("torch", "triton"), "compiling for the target triton"),
+    "cuda": (("cuda-bindings",), "running packages of the target triton"),
     "tensorrt": (("torch", "tensorrt-rtx"), "the target tensorrt"),
     "onnx": (("torch", "onnx", "onnxruntime"), "the target onnx"),
     "serve": (("websockets",), "serving"),
 }
 # Targets of the design whose emitter is not in this version; each names the extra it will need.
-PLANNED = {"triton": "triton", "tensorrt": "tensorrt", "onnx": "onnx"}
+PLANNED = {"tensorrt": "tensorrt", "onnx": "onnx"}
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,8 @@ def examine() -> dict[str, Any]:
         for name, (packages, purpose) in EXTRAS.items()
     }
     found = gpus()
-    targets = [_cpu(kernels), *(_planned(name, extra, extras, found) for name, extra in PLANNED.items())]
+    planned = (_planned(name, extra, extras, found) for name, extra in PLANNED.items())
+    targets = [_cpu(kernels), _triton(extras, found), *planned]
     return {
         "tmlc": __version__,
         "machine": machine(),
@@ -93,6 +95,14 @@ def _cpu(kernels: dict[str, Any]) -> TargetState:
     if not torch:
         return TargetState("cpu", False, True, "runs packages; compiling needs PyTorch", "pip install 'tmlc[compile]'")
     return TargetState("cpu", True, True, f"kernels {kernels['chosen']}")
+
+
+def _triton(extras: dict[str, Any], found: list[str]) -> TargetState:
+    """Compiling needs no GPU, running no compiler."""
+    compiles, runs = extras["triton"]["complete"], extras["cuda"]["complete"] and bool(found)
+    missing = [extras[name]["install"] for name in ("triton", "cuda") if not extras[name]["complete"]]
+    note = "" if found else "no NVIDIA device here: compiles, does not run" if compiles else "no NVIDIA device here"
+    return TargetState("triton", compiles, runs, note, "; ".join(missing))
 
 
 def _planned(name: str, extra: str, extras: dict[str, Any], found: list[str]) -> TargetState:

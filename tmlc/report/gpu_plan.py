@@ -1,5 +1,5 @@
-"""Kernels and plan of a model that no machine here could hold: `python -m tmlc.report.gpu_plan tml-small-276b` prints one
-JSON line with the seconds of each stage and the peak of memory.
+"""Kernels and plan of a model that no machine here could hold: `python -m tmlc.report.gpu_plan tml-small-276b` prints
+one JSON line with the seconds of each stage and the peak of memory.
 
 The checkpoint is all holes (a sparse file: headers, and no data), so everything is what `tmlc compile` does up to the
 weights, which are never read: tracing, passes, lowering to launches, compiling every kernel, and the JSON of the plan.

@@ -164,13 +164,18 @@ def _keep(variant: Variant, compiled: Compiled) -> None:
         new.replace(place)
 
 
+def frozen(value: Any) -> Any:
+    """A constexpr as it was before it was JSON: its sequences are tuples."""
+    return tuple(map(frozen, value)) if isinstance(value, list) else value
+
+
 def serve() -> None:
     """The child: one variant a line, one answer a line."""
     from tmlc.kernels.triton.variants import compile_variant
 
     for line in sys.stdin:
         request = json.loads(line)
-        constexprs = tuple((name, value) for name, value in request.pop("constexprs"))
+        constexprs = tuple((name, frozen(value)) for name, value in request.pop("constexprs"))
         variant = Variant(**{**request, "constexprs": constexprs, "signature": tuple(request["signature"])})
         try:
             answer = _answer(compile_variant(variant))

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from tmlc.emit.triton.build import frozen
 from tmlc.emit.triton.plan import code_name
 from tmlc.errors import DeviceError, KernelError
 from tmlc.kernels.triton.launch import TRITON_NAMES, Argument, Launch, Pointer
@@ -70,7 +71,7 @@ class HostDevice(Driver):
         """A device that runs the package's engine for an architecture."""
         kernels = {}
         for v in package.json(code_name(sm))["variants"]:
-            fixed = tuple(sorted(v["constexprs"].items()))
+            fixed = tuple(sorted((name, frozen(value)) for name, value in v["constexprs"].items()))
             kernels[v["sha256"]] = Kernel(v["kernel"], fixed, v["num_warps"], v["num_stages"])
         return HostDevice(machine, kernels, DeviceInfo("a device in host memory", sm, 99000), **more)
 

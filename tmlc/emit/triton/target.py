@@ -27,7 +27,7 @@ except ImportError as error:
 from tmlc.emit.triton.build import build_variants
 from tmlc.emit.triton.lower import MethodLowering
 from tmlc.emit.triton.plan import PLAN, code_name, cubin_name, launches_json, least_driver, plan_json, variants_json
-from tmlc.emit.triton.weights import stored_weights
+from tmlc.emit.triton.weights import TritonWeight, stored_weights
 from tmlc.kernels.triton.bucket import Bucket
 from tmlc.kernels.triton.launch import Launch, Pointer, Variant
 from tmlc.kernels.triton.registry import ARCHITECTURES, REFUSED, VIEWS, supported
@@ -71,7 +71,7 @@ class TritonTarget(Target):
 
     family = "triton"
     precisions = ("fp32", "bf16", "int8", "int4")
-    caches = ("fp32", "bf16")
+    caches = ("fp32", "bf16", "int8")
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
@@ -154,6 +154,7 @@ class TritonTarget(Target):
             files[code_name(sm)] = {**head, "variants": variants_json(own), "code": code}
             files.update((cubin_name(variant), figures.cubin) for variant, figures in own.items())
         weights = stored_weights(program, _program_weights(stored, program))
+        caches = ["states.kv.int8"] if any(s.kind.startswith("kv_") and s.dtype == "u8" for s in states) else []
         return Emitted(
             plan=PLAN,
             layout="rows",
@@ -164,9 +165,14 @@ class TritonTarget(Target):
             slot_bytes=slot_bytes,
             arena_bytes=lowered.arena_bytes,
             scratch_bytes=lowered.scratch_bytes,
-            features=(*FEATURES, *sorted({f"weights.rows.{SCHEMES[w.scheme].precision}" for w in weights if w.scheme})),
+            features=(*FEATURES, *_coded(weights), *caches),
             producer={"triton": metadata.version("triton")},
         )
+
+
+def _coded(weights: Sequence[TritonWeight]) -> list[str]:
+    """What a reader must know to use the weights: the codes among them."""
+    return sorted({f"weights.rows.{SCHEMES[weight.scheme].precision}" for weight in weights if weight.scheme})
 
 
 def _program_weights(stored: Sequence[str], program: Program) -> list[str]:
