@@ -9,6 +9,7 @@ import torch
 from transformers import InklingForCausalLM, InklingTextConfig, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import tmlc
+from tmlc.report.verify import replay
 
 INKLING = dict(
     vocab_size=67, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
@@ -25,9 +26,9 @@ FAMILIES = {
     "inkling": (InklingForCausalLM, InklingTextConfig, INKLING),
     "qwen3_moe": (Qwen3MoeForCausalLM, Qwen3MoeConfig, QWEN),
 }
-#: float32: the order of sums. bfloat16: rounded products. Codes: the CPU rounds activations to a byte, these kernels to
-#: bfloat16. On logits of unit scale.
-BOUNDS = {"fp32": 2e-4, "bf16": 5e-2, "int8": 0.2, "int4": 0.3}
+#: float32: the order of sums. bfloat16: rounded products, on logits of unit scale. Codes: the CPU rounds activations to a
+#: byte and now and then routes otherwise; the package's golden calls, eager PyTorch on the codes' values, are the measure.
+BOUNDS = {"fp32": 2e-4, "bf16": 5e-2, "int8": None, "int4": None}
 CUTS = [8, 3, 8, 8, 1, 8, 8, 4, 8, 5]
 
 
@@ -78,6 +79,10 @@ def pair(request, tmp_path_factory, machine, lab):
 
 def test_logits_are_those_of_the_cpu_engine_over_chunks_past_ring_wrap(pair):
     cpu, gpu, bound = pair
+    if bound is None:
+        view = replay(gpu, gpu._package.path, lambda *_: None)
+        assert view["passed"], view["methods"]
+        return
     ids = np.random.default_rng(1).integers(0, 67, sum(CUTS)).tolist()
     with cpu.session() as here, gpu.session() as there:
         for count in CUTS:
