@@ -159,7 +159,7 @@ def attention_kernel(
             else:
                 scores = tl.dot(kt, qt)
             distance = p[None, :] - j[:, None]
-            if RANKS > 0:
+            if RANKS > 0:  # noqa: SIM102 (the outer one is decided when the kernel is compiled)
                 if first_p - (j0 + BLOCK_J - 1) < extent:  # else every key of the block lies beyond the table
                     near = held[:, None] & (distance >= 0) & (distance < extent) & live[None, :]
                     bias = tl.zeros((BLOCK_J, 16), tl.float32)

@@ -34,7 +34,7 @@ class Interpreter:
     """A child process that interprets kernels, and the memory it shares with this one."""
 
     def __init__(self, nbytes: int = DEFAULT_BYTES) -> None:
-        self._file = tempfile.TemporaryFile()
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115 (open as long as the child runs)
         os.ftruncate(self._file.fileno(), nbytes)
         self._map = mmap.mmap(self._file.fileno(), nbytes)
         self._base = np.frombuffer(self._map, np.uint8)
