@@ -88,7 +88,8 @@ class Interpreter:
             self._ask(self._request(launch, buffers))
 
     def _request(self, launch: Launch, buffers: Buffers) -> dict[str, Any]:
-        args, ranges = [], []
+        args: list[int | float] = []
+        ranges: list[tuple[int, int]] = []
         for arg in launch.args:
             if isinstance(arg, Pointer):
                 start, size = self._place(launch, arg, buffers)
