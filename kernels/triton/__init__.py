@@ -4,5 +4,5 @@
     compile_variant(variant) -> Compiled     variants.py: machine code and its figures, no GPU needed
     open_interpreter() -> Interpreter        worker.py: runs the same launches on host memory
 
-Nothing here is imported by a runtime: it sees machine code and launches only. docs/triton.md is the map.
+Nothing here is imported by a runtime: it sees machine code and launches only. docs/triton-kernels.md is the map.
 """

@@ -159,7 +159,7 @@ def attention_kernel(
             else:
                 scores = tl.dot(kt, qt)
             distance = p[None, :] - j[:, None]
-            if RANKS > 0:
+            if RANKS > 0:  # noqa: SIM102 (the outer one is decided when the kernel is compiled)
                 if first_p - (j0 + BLOCK_J - 1) < extent:  # else every key of the block lies beyond the table
                     near = held[:, None] & (distance >= 0) & (distance < extent) & live[None, :]
                     bias = tl.zeros((BLOCK_J, 16), tl.float32)
@@ -315,7 +315,7 @@ def lower_attention(call: Call) -> Lowered:
     parts = rows * heads * splits
     floor, cap = float(call.attrs["log_floor"]), float(call.attrs["softcap"])
     m_bytes = -(-parts * 4 // 256) * 256
-    scratch = {
+    scratch: dict[str, Any] = {
         "part_m": Pointer("scratch", "", 0, "f32", parts * 4),
         "part_l": Pointer("scratch", "", m_bytes, "f32", parts * 4),
         "part_acc": Pointer("scratch", "", 2 * m_bytes, "f32", parts * dv * 4),
@@ -346,8 +346,8 @@ def lower_attention(call: Call) -> Lowered:
     }  # fmt: skip
     nothing = dict.fromkeys(last if parallel else scratch)
     values = inside | nothing | (scratch if parallel else last)
-    grid = (call.bucket.batch * tiles, groups, splits if parallel else 1)
-    launches.append(launch("attention_kernel", grid, values, fixed, 4, 2))
+    programs_by = (call.bucket.batch * tiles, groups, splits if parallel else 1)
+    launches.append(launch("attention_kernel", programs_by, values, fixed, 4, 2))
     if not parallel:
         return Lowered(tuple(launches))
     values = scratch | last | {

@@ -92,7 +92,8 @@ def conv_launch(
     values: dict[str, Any] = {
         "out": call.pointer(out), "x": source, "w": call.pointer(weight), "tail": call.pointer(tail),
         "taps": None if taps is None else call.pointer(taps), "slots": call.slots, "counts": call.counts,
-        "addend": None if addend is None else call.pointer(addend), "n": call.bucket.session_rows(out.rows), "per": out.rows[0], "c": Aligned(c),
+        "addend": None if addend is None else call.pointer(addend), "n": call.bucket.session_rows(out.rows),
+        "per": out.rows[0], "c": Aligned(c),
         "per_head": None if taps is None else c // (taps.cols // count), "x_stride": Aligned(stride),
         "out_stride": Aligned(out.stride), "addend_stride": None if addend is None else Aligned(addend.stride),
         "taps_stride": None if taps is None else taps.stride, "w_tap": c if lags_first else 1,

@@ -5,6 +5,8 @@ rows of activations, summed over K in ascending blocks in float32. A row of the 
 bits depend neither on the other rows nor on how many there are.
 """
 
+from typing import Any
+
 import triton.language as tl
 
 from tmlc.kernels.triton.launch import Aligned, Launch, Lowered, Operand, Pointer
@@ -126,13 +128,13 @@ def tanh(x):
     return tl.where(size < 0.2, small, tl.where(x < 0.0, -large, large))
 
 
-def product_values(call: Call, weight: Operand, first_row: int = 0) -> tuple[dict[str, object], dict[str, object]]:
+def product_values(call: Call, weight: Operand) -> tuple[dict[str, Any], dict[str, Any]]:
     """Arguments and constexprs of `weight_product` that depend on the weight; the caller adds the tile."""
     form = FORMS.get(weight.dtype)
     if form is None:
         raise call.fail(f"{weight.name}: no kernel reads weights of dtype {weight.dtype}", f"use {', '.join(FORMS)}")
     w, scales, zeros, w_stride, s_stride = weight_pointers(weight)
-    values = {
+    values: dict[str, Any] = {
         "w": w, "scales": scales, "zeros": zeros, "w_stride": Aligned(w_stride),
         "s_stride": None if scales is None else Aligned(s_stride), "k": Aligned(weight.shape[-1]),
     }  # fmt: skip
@@ -176,8 +178,8 @@ def linear_launch(
 
 @lowering("linear", "linear_add")
 def lower_linear(call: Call) -> Lowered:
-    more = {name: call.optional(name) for name in ("bias", "addend")}
-    factor = call.optional("scale")
-    return Lowered(
-        (linear_launch(call, call.outputs[0], call.operand("x"), call.operand("weight"), factor=factor, **more),)
-    )
+    product = linear_launch(
+        call, call.outputs[0], call.operand("x"), call.operand("weight"), bias=call.optional("bias"),
+        factor=call.optional("scale"), addend=call.optional("addend"),
+    )  # fmt: skip
+    return Lowered((product,))

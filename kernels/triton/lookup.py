@@ -1,5 +1,7 @@
 """Rows of tables: embedding and bag_embedding. An index outside its table gives NaN: hosts check what they send."""
 
+from typing import Any
+
 import triton.language as tl
 
 from tmlc.kernels.triton.launch import Aligned, Lowered
@@ -32,7 +34,7 @@ def lower_embedding(call: Call) -> Lowered:
     ids = call.operand("ids" if call.op == "embedding" else "levels")
     per_bin = int(call.attrs["per_bin"]) if call.op == "bag_embedding" else 0
     block = min(1024, power(table.cols, 32))
-    values = {
+    values: dict[str, Any] = {
         "out": call.pointer(out), "table": call.pointer(table, ("f32", "bf16")), "ids": call.pointer(ids, _IDS),
         "entries": per_bin or table.rows[1], "per_bin": per_bin, "bins": ids.cols, "d": Aligned(table.cols),
         "ids_stride": ids.stride, "out_stride": Aligned(out.stride),

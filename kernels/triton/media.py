@@ -246,7 +246,8 @@ def lower_overlap_add(call: Call) -> Lowered:
     call.need(frames.rows[0] > 0 == frames.rows[1], f"rows {frames.rows[0]}n+{frames.rows[1]} belong to no positions")
     shared: dict[str, Any] = {
         "frames": call.pointer(frames), "window": call.pointer(window), "overlap": call.pointer(overlap),
-        "slots": call.slots, "counts": call.counts, "n": call.bucket.session_rows(frames.rows), "per": frames.rows[0], "width": width, "hop": hop,
+        "slots": call.slots, "counts": call.counts, "n": call.bucket.session_rows(frames.rows),
+        "per": frames.rows[0], "width": width, "hop": hop,
         "frames_stride": Aligned(frames.stride),
     }  # fmt: skip
     most, block = -(-width // hop), min(1024, power(hop, 32))

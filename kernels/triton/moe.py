@@ -1,8 +1,9 @@
 """Experts, gathered by index inside the kernels: gate/up with the activation, then down with the weighted sum.
 
-Few rows: a program has one (row, expert) pair, or in the second kernel one row, and reads its experts' weights in place:
-nothing is gathered or materialised, nothing is added atomically. Many rows: the pairs are sorted by expert first, 16 of
-one expert share a tile, and a last kernel adds a row's experts up. Both sum in the same order, to the same bits.
+Few rows: a program has one (row, expert) pair, or in the second kernel one row, and reads its experts' weights in
+place: nothing is gathered or materialised, nothing is added atomically. Many rows: the pairs are sorted by expert
+first, 16 of one expert share a tile, and a last kernel adds a row's experts up. Both sum in the same order, to the
+same bits.
 """
 
 from typing import Any
@@ -55,8 +56,8 @@ def tile_pairs(
 
 @device
 def moe_gate_up_kernel(
-    hidden, x, w, scales, zeros, bias, experts, order, tile_first, tile_count, tile_expert, counts, n, per, top_k, count_e,
-    f, k, w_stride, s_stride, x_stride, alpha, limit, gate_cap, up_cap,
+    hidden, x, w, scales, zeros, bias, experts, order, tile_first, tile_count, tile_expert, counts, n, per, top_k,
+    count_e, f, k, w_stride, s_stride, x_stride, alpha, limit, gate_cap, up_cap,
     GROUPED: tl.constexpr, ACT: tl.constexpr, FORM: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -88,8 +89,8 @@ def moe_gate_up_kernel(
 
 @device
 def moe_down_kernel(
-    out, hidden, w, scales, zeros, bias, addend, weights, experts, counts, n, per, top_k, count_e, d, k, w_stride, s_stride,
-    out_stride, addend_stride,
+    out, hidden, w, scales, zeros, bias, addend, weights, experts, counts, n, per, top_k, count_e, d, k,
+    w_stride, s_stride, out_stride, addend_stride,
     FORM: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """out[row] = addend + Σ_j weights_j·(down_e hidden_j + bias), j ascending; grid (rows, blocks of d)."""
@@ -239,10 +240,10 @@ def moe_launches(
     launches: list[Launch] = []
     common: dict[str, Any] = {"counts": call.counts, "n": n, "per": x.rows[0], "top_k": top_k}
     chosen = call.pointer(experts, ("i32", "i64"))
-    tiles, lists = pairs, dict.fromkeys(("order", "tile_first", "tile_count", "tile_expert"))
+    tiles, lists = pairs, _no_lists()
     if grouped:
         tiles = pairs // 16 + count_e
-        lists = {name: scratch.piece("i32", pairs if name == "order" else tiles) for name in lists}  # type: ignore[misc]
+        lists = {name: scratch.piece("i32", pairs if name == "order" else tiles) for name in lists}
         values = common | lists | {"experts": chosen, "pairs": pairs, "count_e": count_e}
         launches.append(launch("moe_sort_kernel", (count_e,), values, {"BLOCK": 1024}, 4))
     product, fixed = product_values(call, gate_up)
@@ -280,6 +281,10 @@ def moe_launches(
     values = common | last | {"parts": parts, "d": Aligned(d)}
     launches.append(launch("moe_combine_kernel", (rows, -(-d // block)), values, {"BLOCK": block}, 4))
     return launches
+
+
+def _no_lists() -> dict[str, Pointer | None]:
+    return dict.fromkeys(("order", "tile_first", "tile_count", "tile_expert"))
 
 
 @lowering("moe", "moe_add")

@@ -1,6 +1,8 @@
 """Normalisation of rows: rms_norm over groups of columns, add_rms_norm, l2_clip. One program for each row and run of
 groups; a group is summed in one order that its width decides."""
 
+from typing import Any
+
 import triton.language as tl
 
 from tmlc.kernels.triton.launch import Aligned, Lowered, Operand
@@ -46,7 +48,7 @@ def lower_rms_norm(call: Call) -> Lowered:
     call.need(d <= MOST_COLUMNS, f"groups of {d} columns", f"up to {MOST_COLUMNS} fit into the registers of a program")
     groups, block = x.cols // d, power(d)
     run = min(power(groups), max(1, 1024 // block))
-    values = {
+    values: dict[str, Any] = {
         "out": call.pointer(out), "x": call.pointer(x), "weight": call.pointer(weight), "groups": groups,
         "d": Aligned(d), "x_stride": Aligned(x.stride), "out_stride": Aligned(out.stride),
         "eps": float(call.attrs["eps"]),

@@ -1,5 +1,7 @@
 """What depends on a session's position: rotary embedding, and moving the position on."""
 
+from typing import Any
+
 import triton.language as tl
 
 from tmlc.kernels.triton.launch import Aligned, Lowered
@@ -92,7 +94,7 @@ def lower_rope(call: Call) -> Lowered:
     width = x.cols // heads
     block = power(width, 16)
     run = min(power(heads), max(1, 1024 // block))
-    values = {
+    values: dict[str, Any] = {
         "out": call.pointer(out), "x": call.pointer(x), "position": call.pointer(position, ("i64",)),
         "inv_freq": call.pointer(inv_freq), "slots": call.slots, "counts": call.counts,
         "n": call.bucket.session_rows(x.rows), "heads": heads, "width": Aligned(width),
@@ -106,7 +108,7 @@ def lower_rope(call: Call) -> Lowered:
 
 @lowering("advance")
 def lower_advance(call: Call) -> Lowered:
-    values = {
+    values: dict[str, Any] = {
         "position": call.pointer(call.operand("position"), ("i64",)), "slots": call.slots, "counts": call.counts,
     }  # fmt: skip
     return Lowered((launch("advance_kernel", (call.bucket.batch,), values, {}, 1),))

@@ -4,7 +4,7 @@ lowered = lower(Call("linear", {"x": x, "weight": w, "bias": None}, {}, (out,), 
 """
 
 import importlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -97,7 +97,7 @@ class Call:
 def launch(
     kernel: str,
     grid: tuple[int, ...],
-    values: dict[str, Argument | None],
+    values: Mapping[str, Argument | None],
     constexprs: dict[str, Any],
     num_warps: int = 4,
     num_stages: int = 1,

@@ -18,6 +18,8 @@ from tmlc.kernels.triton.launch import Variant
 from tmlc.kernels.triton.mode import FUNCTIONS, INTERPRET, PARAMETERS
 from tmlc.kernels.triton.registry import load_kernels
 
+#: What a thread can have at most; the launches here have up to 256 threads, so the register file holds them.
+MOST_REGISTERS = 255
 _USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 
 
@@ -86,10 +88,21 @@ def compile_variant(variant: Variant) -> Compiled:
         if name in types and types[name].endswith(":16")
     }
     source = ASTSource(fn=fn, signature=signature, constexprs=constexprs, attrs=attrs)
-    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages, "enable_fp_fusion": False}
+    first = _compiled(variant, source, GPUTarget("cuda", variant.sm, 32), None)
+    if not first.spill_bytes:
+        return first
+    # The assembler gave up a few registers for occupancy. These kernels wait for memory: the registers are worth more.
+    return _compiled(variant, source, GPUTarget("cuda", variant.sm, 32), MOST_REGISTERS)
+
+
+def _compiled(variant: Variant, source: Any, target: Any, registers: int | None) -> Compiled:
+    options = {
+        "num_warps": variant.num_warps, "num_stages": variant.num_stages, "enable_fp_fusion": False,
+        "maxnreg": registers,
+    }  # fmt: skip
     try:
         with _reproducible():
-            kernel = triton.compile(source, target=GPUTarget("cuda", variant.sm, 32), options=options)
+            kernel = triton.compile(source, target=target, options=options)
     except Exception as error:
         raise EmitError(
             f"{variant.kernel} does not compile: {error}", where=f"{variant_key(variant)} {variant.constexprs}"
@@ -98,9 +111,9 @@ def compile_variant(variant: Variant) -> Compiled:
     if meta.global_scratch_size or meta.profile_scratch_size:
         raise EmitError(f"{variant.kernel} asks for global scratch, which launches do not bring")
     cubin = kernel.asm["cubin"]
-    registers, stack, local = _usage(cubin, meta.name)
+    used, stack, local = _usage(cubin, meta.name)
     hidden = 2  # the pointers to global and to profile scratch
-    return Compiled(cubin, meta.name, meta.num_warps, meta.shared, registers, stack + local, hidden)
+    return Compiled(cubin, meta.name, meta.num_warps, meta.shared, used, stack + local, hidden)
 
 
 @contextmanager

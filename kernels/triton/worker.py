@@ -34,7 +34,7 @@ class Interpreter:
     """A child process that interprets kernels, and the memory it shares with this one."""
 
     def __init__(self, nbytes: int = DEFAULT_BYTES) -> None:
-        self._file = tempfile.TemporaryFile()
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115 (open as long as the child runs)
         os.ftruncate(self._file.fileno(), nbytes)
         self._map = mmap.mmap(self._file.fileno(), nbytes)
         self._base = np.frombuffer(self._map, np.uint8)
@@ -88,7 +88,8 @@ class Interpreter:
             self._ask(self._request(launch, buffers))
 
     def _request(self, launch: Launch, buffers: Buffers) -> dict[str, Any]:
-        args, ranges = [], []
+        args: list[int | float] = []
+        ranges: list[tuple[int, int]] = []
         for arg in launch.args:
             if isinstance(arg, Pointer):
                 start, size = self._place(launch, arg, buffers)

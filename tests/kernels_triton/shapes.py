@@ -70,7 +70,7 @@ def calls(model: Model, bucket: Bucket, sm: int) -> Iterator[Call]:
     m, d = model, model.d
     q, kv = m.heads * m.head, m.groups * m.head
     qkvr = q + 2 * kv + m.heads * m.ranks
-    yield call("embedding", {"ids": x(1, "i32"), "table": w(m.vocabulary, d, dtype=m.forms[-1] if False else "bf16")}, x(d))
+    yield call("embedding", {"ids": x(1, "i32"), "table": w(m.vocabulary, d, dtype="bf16")}, x(d))
     yield call("bag_embedding", {"levels": x(80, "i32"), "table": w(1280, d, dtype="bf16")}, x(d), per_bin=16)
     yield call("rms_norm", {"x": x(d), "weight": w(1, d)}, x(d), eps=1e-6)
     yield call("rms_norm", {"x": x(q), "weight": w(1, m.head)}, x(q), eps=1e-6)
@@ -79,11 +79,14 @@ def calls(model: Model, bucket: Bucket, sm: int) -> Iterator[Call]:
         for rows, k in ((qkvr, d), (d, q), (2 * m.dense, d), (d, m.dense), (m.flow, m.flow), (d, 80)):
             yield call("linear", {"x": x(k), "weight": w(rows, k, dtype=form), "bias": None}, x(rows))
         yield call(
-            "linear_add", {"x": x(q), "weight": w(d, q, dtype=form), "bias": None, "scale": w(1, 1), "addend": x(d)}, x(d)
+            "linear_add",
+            {"x": x(q), "weight": w(d, q, dtype=form), "bias": None, "scale": w(1, 1), "addend": x(d)},
+            x(d),
         )
         yield call(
             "head_sample",
-            {"x": x(d), "weight": w(m.vocabulary, d, dtype=form), "bias": None, "key": x(3, "i64"), "temperature": x(1)},
+            {"x": x(d), "weight": w(m.vocabulary, d, dtype=form), "bias": None, "key": x(3, "i64"),
+             "temperature": x(1)},
             x(1, "i32"), alpha=0.5, cap=30.0, entries=m.vocabulary - 2,
         )  # fmt: skip
         moe = {
@@ -97,7 +100,11 @@ def calls(model: Model, bucket: Bucket, sm: int) -> Iterator[Call]:
             yield call("moe_add", moe | {"addend": x(d)}, x(d), **plain)
     for cache in m.caches:
         width = kv if cache != "u8" else m.groups * (m.head + 4)
-        for window, capacity, sinks in ((m.window, m.window + 64 + 16, 0), (0, m.context, 0), (m.context - 96, m.context, 16)):
+        for window, capacity, sinks in (
+            (m.window, m.window + 64 + 16, 0),
+            (0, m.context, 0),
+            (m.context - 96, m.context, 16),
+        ):
             for extra in ({}, {"sink_logits": w(1, m.heads)}):
                 yield call(
                     "attention_state",
@@ -155,6 +162,4 @@ def calls(model: Model, bucket: Bucket, sm: int) -> Iterator[Call]:
     )  # fmt: skip
     yield call("philox_normal", {"key": x(3, "i64")}, x(320), size=320)
     yield call("sample", {"logits": x(m.vocabulary), "key": x(3, "i64"), "temperature": x(1)}, x(1, "i32"))
-    yield call(
-        "overlap_add_state", {"frames": x(800), "window": w(1, 800), "overlap": state(1, 600)}, x(200), hop=200
-    )
+    yield call("overlap_add_state", {"frames": x(800), "window": w(1, 800), "overlap": state(1, 600)}, x(200), hop=200)

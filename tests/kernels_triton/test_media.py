@@ -56,7 +56,9 @@ def test_overlap_add(machine):
 
 
 def test_overlap_add_of_several_frames_a_position(machine):
-    sessions = [Session({"frames": draw(i, 4 * n, 20)}, {"overlap": draw(i + 9, 1, 12)}, n) for i, n in enumerate((3, 1))]
+    sessions = [
+        Session({"frames": draw(i, 4 * n, 20)}, {"overlap": draw(i + 9, 1, 12)}, n) for i, n in enumerate((3, 1))
+    ]
     agree(
         machine, "overlap_add_state", sessions, {"hop": 8}, [Shape("f32", 8, (4, 0))], 1e-6,
         {"window": weight(draw(3, 1, 20))}, rows={"frames": (4, 0)}, cuts=(1,), compared=["overlap"], batch=3, n=4,

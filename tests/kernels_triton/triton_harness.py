@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -252,7 +253,7 @@ def agree(
         bounds = sorted({0, session.count, *(cut for cut in cuts if cut < session.count)})
         alone = Session(session.inputs, {name: state.copy() for name, state in begin[number].items()})
         pieces: list[list[np.ndarray]] = []
-        for low, high in zip(bounds, bounds[1:], strict=False):
+        for low, high in pairwise(bounds):
             part = {}
             for name, value in session.inputs.items():
                 a, b = (rows or {}).get(name, (1, 0))
