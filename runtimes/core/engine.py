@@ -234,6 +234,7 @@ def load(
     pin: bool = False,
     lock_memory: bool = False,
     portable_bits: bool = False,
+    huge_pages: bool = False,
 ) -> Engine:
     """Loads a package and reserves everything its sessions will need.
 
@@ -248,19 +249,21 @@ def load(
         lock_memory: keep weights, states and buffers in memory, so that no tick waits for a page.
         portable_bits: outputs and snapshots have the same bits on every machine, at some cost in speed
         (docs/plan-format.md, "Determinism"); otherwise only the last bits of floats depend on the machine.
+        huge_pages: copy the weights into large pages of this process, instead of reading them where the package's
+        file is mapped. Loading takes longer and memory for the copy; ticks are faster (docs/latency.md).
 
     Raises:
         PackageError, PlanError: the package is damaged, altered, foreign, newer, or its plan is refused.
         TargetError: the package has not this target, or this machine cannot run it.
         CapacityError: the memory for the sessions cannot be reserved, or not be locked.
-        UsageError: threads or sessions out of range, or threads that cannot be pinned.
+        UsageError: threads or sessions out of range, threads that cannot be pinned, a system without large pages.
     """
     count = default_threads() if threads is None else threads
     if not isinstance(count, int) or not 1 <= count <= MAX_THREADS:
         raise UsageError(f"threads must be 1 to {MAX_THREADS}, not {threads}")
     if not isinstance(sessions, int):
         raise UsageError(f"sessions must be a whole number, not {sessions!r}")
-    placement = Placement(pin, lock_memory)
+    placement = Placement(pin, lock_memory, huge_pages)
     package = open_package(path)
     try:
         backend = _open_target(package, target, count, isa, placement, portable_bits)

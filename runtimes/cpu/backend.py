@@ -45,7 +45,7 @@ class CpuBackend(Backend):
         self.slot_bytes = words.slot_bytes
         self.methods: dict[str, MethodSpec] = {spec.name: spec for spec in words.methods}
         self._index = {spec.name: i for i, spec in enumerate(words.methods)}
-        self._weights = package.weights
+        self._weights = placed.weights(package.weights)
         try:
             self._outputs = {spec.name: [out.allocate(spec.max_n) for out in spec.outputs] for spec in words.methods}
         except (MemoryError, ValueError) as error:
