@@ -16,15 +16,13 @@ from typing import Any
 import torch
 
 import tmlc
-from tmlc.emit.cpu import Coverage, CpuEngine, coverage, emit
 from tmlc.emit.golden import record_golden, tolerances
-from tmlc.emit.packing import PackedWeight, check_finite
-from tmlc.emit.validate import check_plan, weight_entries
-from tmlc.errors import CheckpointError, TargetError, TmlcError, UsageError
+from tmlc.emit.packing import check_finite
+from tmlc.emit.targets import Coverage, Emitted, Progress, StoredWeight, check_choice, find_target, weight_entries
+from tmlc.errors import CheckpointError, TmlcError, UsageError
 from tmlc.frontend import load_program
 from tmlc.frontend.checkpoint import Checkpoint, open_checkpoint
 from tmlc.ir.program import PassRecord, Program
-from tmlc.ir.quantize import SCHEMES
 from tmlc.ir.text import print_program
 from tmlc.package import PackageWriter, WeightItem
 from tmlc.package.golden import write_golden
@@ -40,19 +38,12 @@ from tmlc.pipeline.check import Checker
 from tmlc.pipeline.manager import run_pipeline
 from tmlc.pipeline.pipeline import Pipeline, Step, load_pipeline
 
-PRECISIONS = ("fp32", "bf16", "int8", "int4")
-LATER_PRECISIONS = ("fp16", "fp8")
+PRECISIONS = ("fp32", "bf16", "fp16", "fp8", "int8", "int4")  # that some target has, or will have
 KV = {"fp32": "f32", "bf16": "bf16", "int8": "int8"}  # what keys and values are kept as: the setting of state.insert
-TARGETS = ("cpu",)
-LATER_TARGETS = ("triton", "tensorrt", "onnx")
-FEATURES = ("cpu.plan.v1", "weights.k16")
 QUANTISERS = {"quantize.int8": "int8", "quantize.int4": "int4"}
 
-PLAN = "engines/cpu/plan.json"
 PROGRAM = "program.ir"
 TOKENIZER = "tokenizer.json"
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass
@@ -138,7 +129,7 @@ def compile(
     Args:
         checkpoint: a folder in the Hugging Face form.
         out: the package to write; a package that is there is replaced when the new one is whole.
-        target: "cpu".
+        target: "cpu" (`tmlc.emit.targets`).
         precision: "fp32" or "bf16" (linears, experts, embeddings, keys and values), "int8" or "int4" (codes for linears
             and experts, bf16 for embeddings, keys and values). Default: what the pipeline says, else fp32.
         preset: name of a pipeline that comes with tmlc, or a level of the target's own: "O0" what the engine cannot do
@@ -162,9 +153,8 @@ def compile(
         EmitError: the program cannot be lowered to the target.
         PackageError: the package cannot be written; nothing was left behind.
     """
-    _check_choice(target, precision)
-    if kv is not None and kv not in KV:
-        raise UsageError(f"unknown kv {kv!r}", where="--kv", fix=f"Use one of: {', '.join(KV)}.")
+    chosen = find_target(target)
+    check_choice(chosen, precision, kv, PRECISIONS)
     tell: Progress = on_progress or (lambda stage, done, total: None)
     steps = _pipeline(target, preset, pipeline, passes, disable, stop_after)
     seconds: dict[str, float] = {}
@@ -191,19 +181,21 @@ def compile(
         precision,
         ready.record,
     )
-    report.seconds, report.program, report.coverage = seconds, ready, coverage(ready)
+    report.seconds, report.program, report.coverage = seconds, ready, chosen.coverage(ready)
     report.notes = list(ready.meta.get("notes", ()))
     if stop_after is not None:
         return report
 
     with _timed(seconds, "emit"):
-        tell("emitting the plan", 0, 1)
-        engine = emit(ready)
-        report.scratch_bytes = check_plan(engine)
-        tell("emitting the plan", 1, 1)
+        engine = chosen.emit(ready, source, tell)
+        report.scratch_bytes = engine.scratch_bytes
     report.out = Path(out)
     with PackageWriter(out, folder) as writer:
-        writer.add_json(PLAN, engine.plan)
+        for name, content in engine.files.items():
+            if isinstance(content, bytes):
+                writer.add_bytes(name, content)
+            else:
+                writer.add_json(name, content)
         writer.add_bytes(PROGRAM, print_program(ready, record=False, sources=False).encode())
         tokenizer = _add_tokenizer(writer, ready, source)
         with _timed(seconds, "weights"):
@@ -227,13 +219,13 @@ def compile(
             session_bytes=engine.slot_bytes,
             tick=_tick_layout(ready.meta["tick"]),
             context=ContextInfo(**ready.meta["context"]),
-            memory=MemoryInfo(weight_entries(engine)[1], engine.arena_bytes, report.scratch_bytes),
-            targets={target: TargetInfo(PLAN, precision, "k16")},
+            memory=MemoryInfo(weight_entries(engine.weights)[1], engine.arena_bytes, report.scratch_bytes),
+            targets={target: TargetInfo(engine.plan, precision, engine.layout)},
             tolerances=tolerances(calls, precision if _exact_caches(engine) else "bf16"),
             tokenizer=tokenizer,
-            producer={"tmlc": tmlc.__version__, "torch": torch.__version__},
+            producer={"tmlc": tmlc.__version__, "torch": torch.__version__, **engine.producer},
             pipeline=tuple(_stable(record) for record in ready.record),
-            required_features=(*FEATURES, *_weight_features(engine), *_state_features(engine)),
+            required_features=engine.features,
         )
         manifest = writer.finish(manifest)
     report.weight_bytes, report.arena_bytes = manifest.memory.weight_bytes, engine.arena_bytes
@@ -247,22 +239,6 @@ def _tick_layout(tick: dict[str, Any]) -> TickLayout:
     renamed = {"video_frames": "clip_frames", "samples_per_position": "out_hop", "eos": "eos_token_ids"}
     fields = {renamed.get(name, name): value for name, value in tick.items()}
     return TickLayout(**{**fields, "eos_token_ids": tuple(fields.get("eos_token_ids", ()))})
-
-
-def _check_choice(target: str, precision: str | None) -> None:
-    name = target.partition(":")[0]
-    if target not in TARGETS:
-        later = name in LATER_TARGETS
-        what = f"target {target} is not in this version of tmlc" if later else f"unknown target {target!r}"
-        raise TargetError(what, where="--target", fix=f"Use one of: {', '.join(TARGETS)}.")
-    if precision is not None and precision not in PRECISIONS:
-        later = precision in LATER_PRECISIONS
-        what = (
-            f"precision {precision} is not in this version of tmlc"
-            if later
-            else f"unknown precision {precision!r}"
-        )
-        raise UsageError(what, where="--precision", fix=f"Use one of: {', '.join(PRECISIONS)}.")
 
 
 def _pipeline(
@@ -348,19 +324,8 @@ def _precision_of(ready: Program) -> str:
     return chosen[-1] if chosen else "fp32"
 
 
-def _weight_features(engine: CpuEngine) -> list[str]:
-    """What a reader must know to use the weights: the codes among them."""
-    kinds = {SCHEMES[w.scheme].precision for w in engine.weights if w.scheme}
-    return sorted(f"weights.k16.{kind}" for kind in kinds)
-
-
-def _exact_caches(engine: CpuEngine) -> bool:
+def _exact_caches(engine: Emitted) -> bool:
     return all(s.dtype == "f32" for s in engine.states if s.kind.startswith("kv_"))
-
-
-def _state_features(engine: CpuEngine) -> list[str]:
-    """What a reader must know to keep the states: caches of codes among them."""
-    return sorted({"states.kv.int8" for s in engine.states if s.kind.startswith("kv_") and s.dtype == "u8"})
 
 
 def _add_tokenizer(writer: PackageWriter, ready: Program, source: Checkpoint) -> str | None:
@@ -381,11 +346,11 @@ def _add_tokenizer(writer: PackageWriter, ready: Program, source: Checkpoint) ->
     return TOKENIZER
 
 
-def _weight_items(engine: CpuEngine, ready: Program, source: Checkpoint, tell: Progress) -> list[WeightItem]:
+def _weight_items(engine: Emitted, ready: Program, source: Checkpoint, tell: Progress) -> list[WeightItem]:
     """The tensors of the package, each made (evaluated, checked, packed) only when it is written."""
     count = len(engine.weights)
 
-    def produce(number: int, packed: PackedWeight) -> Iterator[Any]:
+    def produce(number: int, packed: StoredWeight) -> Iterator[Any]:
         tell("packing weights", number, count)
         entry = ready.weights[packed.weight]
         floats = entry.srcs[0] if packed.scheme else packed.weight  # what codes are made of

@@ -210,6 +210,22 @@ class MemoryReader:
         return data.nbytes / seconds
 
 
+PRODUCTS = ("f32", "bf16", "int8")
+"""How weights are multiplied; 4-bit ones as int8."""
+
+
+def multiply_rate(pool: Pool, product: str) -> float:
+    """Multiply-adds per second of a pool's threads when nothing has to be fetched: the instruction roofline.
+
+    Args:
+        product: of `PRODUCTS`, with the instruction that the pool's library has for it.
+    """
+    units, rounds = 8 * pool.threads, 1 << 16
+    started = time.perf_counter()
+    done = pool.library._c.tmlc_multiply_adds(pool._handle, PRODUCTS.index(product), units, rounds)
+    return float(done) / (time.perf_counter() - started)
+
+
 class Plan:
     """A validated plan with its arena and scratch memory. One run at a time.
 
@@ -450,6 +466,7 @@ def _declare(c: ctypes.CDLL) -> ctypes.CDLL:
         "tmlc_plan_times": (i32, [ptr, i32, ptr, i64, ptr]),
         "tmlc_plan_destroy": (None, [ptr]),
         "tmlc_read_memory": (ctypes.c_uint64, [ptr, ptr, i64]),
+        "tmlc_multiply_adds": (i64, [ptr, i32, i64, i64]),
     }
     for name, (result, arguments) in signatures.items():
         function = getattr(c, name)

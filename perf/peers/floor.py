@@ -1,13 +1,14 @@
-"""The bytes that a micro-turn cannot avoid reading, from tmlc's own package and the routing that really happens.
+"""What a micro-turn cannot avoid, from tmlc's own package and the routing that really happens: bytes and multiply-adds.
 
 Weights count in the form in which they are stored (scales and zero points with them); of the experts only those that
 the positions were sent to; the cache counts up to the last position that is attended to. Activations and tables that
-stay in a cache are left out.
+stay in a cache are left out, and of arithmetic everything but the products.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,39 +17,85 @@ import worker
 from tmlc.package import open_package
 from tmlc.runtimes.core.backend import DTYPES
 
+PRODUCT = {"bf16": "bf16", "int8": "int8", "int4": "int8"}
+"""What the weights of a precision are multiplied as (`tmlc.kernels.cpu.PRODUCTS`); caches are bf16 throughout."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What all calls of one op need in an append of `worker.APPENDED` positions, or in one decoded position."""
+
+    op: str
+    bytes: float
+    multiply_adds: float
+    product: str
+
 
 @dataclass(frozen=True)
 class Floor:
-    """Bytes of one append of `worker.APPENDED` positions, and of one decoded position."""
+    """The work of an append and of a decoded position, op by op; the bytes of all of it."""
 
-    append: float
-    decode: float
+    append_work: list[Work]
+    decode_work: list[Work]
+
+    def to_json(self) -> dict[str, Any]:
+        totals = {"append": self.append_work, "decode": self.decode_work}
+        body: dict[str, Any] = {part: sum(work.bytes for work in works) for part, works in totals.items()}
+        return body | {f"{part}_work": [asdict(work) for work in works] for part, works in totals.items()}
 
 
-def floor_of(package: Path, routing: dict[str, float], context: int) -> Floor:
-    """The floor of one package for routing {experts, append, decode}."""
+def floor_of(package: Path, precision: str, routing: dict[str, float], context: int) -> Floor:
+    """The floor of one package for routing {experts, append, decode}; its caches keep `context` positions."""
     with open_package(package) as opened:
         plan = opened.json(opened.manifest.targets["cpu"].plan)
-    tensors = plan["tensors"]
-
-    def stored(tensor: dict[str, Any], rows: float) -> float:
-        return rows * tensor["stride"] * DTYPES[tensor["dtype"]].itemsize
-
-    def method(name: str, touched: float, attended: float) -> float:
-        total = 0.0
-        for call in next(m for m in plan["methods"] if m["name"] == name)["code"]:
-            share = touched / routing["experts"] if call["op"] == "moe" else 1.0
-            for tensor in (tensors[t] for t in call["t"]):
-                rows = tensor["rows"][1]
-                if tensor["space"] == "weight":
-                    total += share * stored(tensor, rows)
-                elif tensor["space"] == "slot" and call["op"] == "attention" and rows == context:
-                    total += stored(tensor, attended)
-        return total
-
     end = worker.CACHED + worker.APPENDED
-    head = method("unembed", 0, 0)
+    counter = _Counter(plan, precision, routing["experts"], context)
     return Floor(
-        append=method("decode", routing["append"], end) + head,
-        decode=method("decode", routing["decode"], end + (worker.DECODED + 1) / 2) + head,
+        append_work=counter.work(routing["append"], worker.APPENDED, end),
+        decode_work=counter.work(routing["decode"], 1, end + (worker.DECODED + 1) / 2),
     )
+
+
+class _Counter:
+    """Adds up the calls of a plan."""
+
+    def __init__(self, plan: dict[str, Any], precision: str, experts: float, context: int) -> None:
+        self.tensors = plan["tensors"]
+        self.code = {method["name"]: method["code"] for method in plan["methods"]}
+        self.precision, self.experts, self.context = precision, experts, context
+
+    def work(self, touched: float, n: int, attended: float) -> list[Work]:
+        """One call with n positions that sees `attended` positions at its end, and the logits of the last one."""
+        sums: dict[str, list[float]] = {}
+        calls = [(call, n) for call in self.code["decode"]] + [(call, 1) for call in self.code["unembed"]]
+        for call, rows in calls:
+            item = sums.setdefault(call["op"], [0.0, 0.0])
+            item[0] += sum(self.stored(call, touched, attended))
+            item[1] += self.products(call, rows, attended)
+        kinds = {op: "bf16" if op == "attention" else PRODUCT[self.precision] for op in sums}
+        return [Work(op, *item, kinds[op]) for op, item in sums.items() if any(item)]
+
+    def stored(self, call: dict[str, Any], touched: float, attended: float) -> Iterator[float]:
+        """Bytes of each weight and cache of a call."""
+        for tensor in (self.tensors[t] for t in call["t"]):
+            rows = tensor["rows"][1]
+            whole = rows * tensor["stride"] * DTYPES[tensor["dtype"]].itemsize
+            if tensor["space"] == "weight" and call["op"] != "embedding":  # of a table, only the rows of the tokens
+                yield whole * (touched / self.experts if call["op"] == "moe" else 1.0)
+            elif tensor["space"] == "slot" and call["op"] == "attention" and rows > 1:  # a cache, not the position
+                yield whole * attended / self.context
+
+    def products(self, call: dict[str, Any], n: int, attended: float) -> float:
+        """Multiply-adds of the products of a call with n rows."""
+        tensors = [self.tensors[t] for t in call["t"]]
+        if call["op"] == "linear":
+            return float(n * tensors[0]["cols"] * tensors[1]["cols"])
+        if call["op"] == "attention":  # every row counts as if it saw as much as the last
+            heads, kv_heads = call["i"][:2]
+            per_key = tensors[1]["cols"] + heads * tensors[3]["cols"] // kv_heads
+            return n * per_key * attended
+        if call["op"] == "moe":
+            chosen, gate_up = tensors[2]["cols"], tensors[4]
+            width = gate_up["rows"][1] // int(self.experts) // 2 * 16
+            return float(n * chosen * 3 * width * tensors[1]["cols"])
+        return 0.0

@@ -59,8 +59,8 @@ def contenders(places: Places) -> list[Contender]:
     for precision in ("bf16", "int8", "int4"):
         package = f"{precision}.tmlc"
         ours = (precision, "tmlc_peer.py", places.tmlc, package)
-        add(f"tmlc {precision}", "tmlc", *ours, path="session")
-        add(f"tmlc {precision}, below the session", "tmlc-model", *ours, path="model")
+        for huge in (False, True):
+            add(f"tmlc {precision}, {'huge pages' if huge else 'mapped'}", "tmlc", *ours, huge_pages=huge)
     for kind, precision in (("BF16", "bf16"), ("Q8_0", "int8"), ("Q4_0", "int4")):
         for flash in (True, False):
             name = f"llama.cpp {kind}, {'flash' if flash else 'plain'} attention"

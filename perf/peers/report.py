@@ -46,6 +46,18 @@ def fraction(run: dict[str, Any], row: dict[str, Any], part: str, floor_bytes: f
     return 1e3 * floor_bytes / np.array(run["bandwidth"]) / np.array(row[f"{part}_ms"])
 
 
+def roofline(run: dict[str, Any], works: list[dict[str, Any]]) -> np.ndarray:
+    """Milliseconds, round by round, that no engine can be under: of each op, what takes longer in that round."""
+    return sum((np.maximum(*reading_and_multiplying(run, work)) for work in works), np.zeros(len(run["bandwidth"])))
+
+
+def reading_and_multiplying(run: dict[str, Any], work: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """Milliseconds, round by round, of an op's bytes at the read bandwidth, and of its products at the rate of the
+    instruction that multiplies them."""
+    rate = np.array(run["multiply_adds"][work["product"]])
+    return 1e3 * work["bytes"] / np.array(run["bandwidth"]), 1e3 * work["multiply_adds"] / rate
+
+
 def find(run: dict[str, Any], engine: str, precision: str) -> dict[str, Any] | None:
     """The engine's row of this precision that is fastest over a micro-turn (llama.cpp has two forms of attention)."""
     rows = [r for r in run["rows"].values() if r["engine"] == engine and r["precision"] == precision and same_model(r)]
@@ -70,6 +82,8 @@ def targets(body: dict[str, Any]) -> list[dict[str, Any]]:
             if llama is not None and threads > 1:
                 judge(f"micro-turn, llama.cpp / tmlc, {p}", threads, turn_of(llama) / turn_of(ours), MICRO_TURN[p])
                 judge(f"decode, llama.cpp / tmlc, {p}", threads, decode_of(llama) / decode_of(ours), DECODE[p])
+            if llama is None and len(body["runs"]) > 1:
+                continue  # the floors are judged once
             floors = body["floor_bytes"][p]
             append = fraction(run, ours, "append", floors["append"])
             judge(f"append of {worker.APPENDED}, fraction of the floor, {p}", threads, append, FLOOR_APPEND[p])
@@ -124,6 +138,24 @@ def run_table(body: dict[str, Any], run: dict[str, Any]) -> str:
     return table([*head, "logits: error, same top"], rows)
 
 
+def roofline_table(body: dict[str, Any], run: dict[str, Any]) -> str:
+    """tmlc beside the roofline of each op, where the instruction binds and not the memory."""
+    rows = []
+    for p in PRECISIONS:
+        row, floors = find(run, "tmlc", p), body["floor_bytes"][p]
+        if row is None:
+            continue
+        for part in ("append", "decode"):
+            works, taken = floors[f"{part}_work"], np.array(row[f"{part}_ms"])
+            least, read = roofline(run, works), 1e3 * floors[part] / np.array(run["bandwidth"])
+            both = {work["op"]: reading_and_multiplying(run, work) for work in works}
+            bound = [op for op, (reading, multiplying) in both.items() if np.median(multiplying - reading) > 0]
+            times = [f"{np.median(t):.2f}" for t in (read, least, taken)]
+            rows.append([p, part, *times, percent(read / taken), percent(least / taken), ", ".join(bound) or "none"])
+    head = ["", "", "bytes, ms", "roofline, ms", "taken, ms", "of the bytes", "of the roofline", "bound by products"]
+    return table(head, rows)
+
+
 def markdown(body: dict[str, Any]) -> str:
     """All of it, as docs/performance.md has it."""
     box, touched = body["machine"], body["routing"]
@@ -143,6 +175,9 @@ def markdown(body: dict[str, Any]) -> str:
             f"load average at the end {run['load_average']:.1f}"
         )
         parts.append(run_table(body, run))
+        rates = ", ".join(f"{kind} {np.median(rate) / 1e9:.0f}" for kind, rate in run["multiply_adds"].items())
+        parts.append(f"10⁹ multiply-adds a second with nothing to fetch: {rates}.")
+        parts.append(roofline_table(body, run))
     rows = []
     for t in body["targets"]:
         low, high = t["quartiles"]

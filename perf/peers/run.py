@@ -1,8 +1,8 @@
 """`make peers`: tmlc beside the engines that people would pick instead, on one checkpoint, in interleaved rounds.
 
 Makes what is missing (prepare.py), asks every engine for the same logits, and then lets them take turns: in each round
-every engine does a few micro-turns while all others sleep, and the read bandwidth is measured in the same round. Only
-ratios inside a round are compared. Writes perf/results/peers-<machine>.json and prints it as the tables of
+every engine does a few micro-turns while all others sleep, and bandwidth and products are measured in the same round.
+Only ratios inside a round are compared. Writes perf/results/peers-<machine>.json and prints it as the tables of
 docs/performance.md.
 """
 
@@ -28,6 +28,9 @@ from tmlc.report.machine import machine, slug
 
 RESULTS = HERE.parent / "results"
 START_SECONDS, REQUEST_SECONDS = 900, 300
+SITTINGS = (("llama.cpp",), ("transformers", "torch.compile", "onnxruntime", "openvino"))
+"""Which peers are loaded together, each time with tmlc: all at once, their copies of the model push mapped weights out
+of the memory of a machine of 24 GiB."""
 
 
 class Worker:
@@ -132,11 +135,15 @@ def measure(
     if reader.error:
         raise SystemExit(f"the read bandwidth cannot be measured: {reader.error}")
     bandwidth: list[float] = []
+    rates: dict[str, list[float]] = {}
     running = [name for name, row in rows.items() if "worker" in row]
     try:
         for index in range(options.rounds):
             report.say(f"{threads} thread(s), round {index + 1} of {options.rounds}")
-            bandwidth.append(reader.ask(do="read")["bytes_per_second"])
+            ceilings = reader.ask(do="read")
+            bandwidth.append(ceilings["bytes_per_second"])
+            for kind, rate in ceilings["multiply_adds_per_second"].items():
+                rates.setdefault(kind, []).append(rate)
             shift = index % max(len(running), 1)
             for name in running[shift:] + running[:shift]:
                 time.sleep(0.02)  # the threads of the one before are asleep by then
@@ -148,7 +155,8 @@ def measure(
         for row in rows.values():
             if "worker" in row:
                 row.pop("worker").close()
-    return {"threads": threads, "bandwidth": bandwidth, "rows": rows, "load_average": os.getloadavg()[0]}
+    ceilings = {"bandwidth": bandwidth, "multiply_adds": rates}
+    return {"threads": threads, **ceilings, "rows": rows, "load_average": os.getloadavg()[0]}
 
 
 def main() -> None:
@@ -171,13 +179,18 @@ def main() -> None:
     failed = prepare(places, report.say)
     chosen = [c for c in contenders(places) if not options.only or c.engine in options.only]
     touched = routing(places)
-    floors = {p: vars(floor_of(places[f"{p}.tmlc"], touched, CONTEXT)) for p in ("bf16", "int8", "int4")}
+    floors = {p: floor_of(places[f"{p}.tmlc"], p, touched, CONTEXT).to_json() for p in ("bf16", "int8", "int4")}
     body = {
         "date": datetime.date.today().isoformat(),
         "machine": machine(),
         "routing": touched,
         "floor_bytes": floors,
-        "runs": [measure(places, chosen, threads, failed, options) for threads in options.threads],
+        "runs": [
+            measure(places, [c for c in chosen if c.engine in ("tmlc", *peers)], threads, failed, options)
+            for threads in options.threads
+            for peers in SITTINGS
+            if not options.only or set(peers) & set(options.only) or peers is SITTINGS[0]
+        ],
     }
     body["targets"] = report.targets(body)
     if not options.only:

@@ -29,7 +29,8 @@ from tmlc.runtimes.core.text import Tokenizer, load_tokenizer
 from tmlc.runtimes.core.tick import DRIVERS, Conversation, Driver, TickInput, TickOutput, finite_temperature
 
 BACKENDS = {"cpu": "tmlc.runtimes.cpu.backend"}
-"""Modules with `open_backend(package, threads, isa, placement, portable_bits) -> Backend`, by target."""
+"""Modules with `open_backend(package, target, threads, isa, placement, portable_bits) -> Backend`, by family:
+the part of the name before a colon."""
 MAX_THREADS = 256
 
 
@@ -226,12 +227,13 @@ def load(
     pin: bool = False,
     lock_memory: bool = False,
     portable_bits: bool = False,
+    huge_pages: bool = False,
 ) -> Engine:
     """Loads a package and reserves everything its sessions will need.
 
     Args:
         path: a `.tmlc` file or folder.
-        target: which of the package's targets; None takes the only one there is.
+        target: which of the package's targets, by name or by family ("cpu"); None takes the first that this tmlc runs.
         threads: kernel threads; None takes every core that this process may use.
         sessions: how many conversations may be open at once.
         isa: instruction-set variant of the kernels (see `tmlc doctor`); None takes the best this machine
@@ -240,19 +242,21 @@ def load(
         lock_memory: keep weights, states and buffers in memory, so that no tick waits for a page.
         portable_bits: outputs and snapshots have the same bits on every machine, at some cost in speed
         (docs/plan-format.md, "Determinism"); otherwise only the last bits of floats depend on the machine.
+        huge_pages: copy the weights into large pages of this process, instead of reading them where the package's
+        file is mapped. Loading takes longer and memory for the copy; ticks are faster (docs/latency.md).
 
     Raises:
         PackageError, PlanError: the package is damaged, altered, foreign, newer, or its plan is refused.
         TargetError: the package has not this target, or this machine cannot run it.
         CapacityError: the memory for the sessions cannot be reserved, or not be locked.
-        UsageError: threads or sessions out of range, or threads that cannot be pinned.
+        UsageError: threads or sessions out of range, threads that cannot be pinned, a system without large pages.
     """
     count = default_threads() if threads is None else threads
     if not isinstance(count, int) or not 1 <= count <= MAX_THREADS:
         raise UsageError(f"threads must be 1 to {MAX_THREADS}, not {threads}")
     if not isinstance(sessions, int):
         raise UsageError(f"sessions must be a whole number, not {sessions!r}")
-    placement = Placement(pin, lock_memory)
+    placement = Placement(pin, lock_memory, huge_pages)
     package = open_package(path)
     try:
         backend = _open_target(package, target, count, isa, placement, portable_bits)
@@ -280,15 +284,20 @@ def _open_target(
     package: Package, target: str | None, threads: int, isa: str | None, placement: Placement, portable_bits: bool
 ) -> Backend:
     held = list(package.manifest.targets)
-    name = target if target is not None else next((t for t in held if t in BACKENDS), "")
-    if name not in held:
+    runnable = [name for name in held if _family(name) in BACKENDS]
+    wanted = [name for name in held if target in (name, _family(name))] if target is not None else runnable
+    if not wanted:
         raise TargetError(
-            f"the package has no engine for {name or 'any target that this tmlc runs'}",
+            f"the package has no engine for {target or 'any target that this tmlc runs'}",
             where=str(package.path),
             fix=f"it has: {', '.join(held) or 'none'}; compile the checkpoint for the target you want",
         )
-    if name not in BACKENDS:
-        raise TargetError(f"this tmlc cannot run target {name}", fix=f"it runs: {', '.join(BACKENDS)}")
-    module = import_module(BACKENDS[name])
-    backend: Backend = module.open_backend(package, threads, isa, placement, portable_bits)
+    if wanted[0] not in runnable:
+        raise TargetError(f"this tmlc cannot run target {wanted[0]}", fix=f"it runs: {', '.join(BACKENDS)}")
+    module = import_module(BACKENDS[_family(wanted[0])])
+    backend: Backend = module.open_backend(package, wanted[0], threads, isa, placement, portable_bits)
     return backend
+
+
+def _family(target: str) -> str:
+    return target.partition(":")[0]

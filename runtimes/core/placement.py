@@ -1,12 +1,15 @@
-"""Where an engine's threads and memory are put: cores to tie workers to, pages to lock."""
+"""Where an engine's threads and memory are put: cores to tie workers to, pages to lock, large pages for weights."""
 
 from __future__ import annotations
 
 import ctypes
 import errno
+import mmap
 import os
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from tmlc.errors import CapacityError, UsageError
 
@@ -18,10 +21,12 @@ class Placement:
     Attributes:
         pin: tie each worker thread to a core of its own.
         lock_memory: keep every page that a tick uses in memory.
+        huge_pages: copy the weights into memory of large pages.
     """
 
     pin: bool = False
     lock_memory: bool = False
+    huge_pages: bool = False
 
     def cores(self, threads: int) -> tuple[int, ...] | None:
         """The core of each thread when pinned: the first `threads` that this process may use.
@@ -42,6 +47,15 @@ class Placement:
             )
         return tuple(allowed[:threads])
 
+    def weights(self, mapped: np.ndarray) -> np.ndarray:
+        """The weights where kernels shall read them: `mapped` itself (uint8, flat), or with `huge_pages` a copy of it.
+
+        Raises:
+            UsageError: this system has no large pages that a program may ask for.
+            CapacityError: there is not the memory for a copy.
+        """
+        return copy_to_huge_pages(mapped) if self.huge_pages and mapped.nbytes else mapped
+
     def lock(self, address: int, nbytes: int, what: str) -> None:
         """Locks memory where `lock_memory` asks for it.
 
@@ -50,6 +64,31 @@ class Placement:
         """
         if self.lock_memory and nbytes:
             lock_pages(address, nbytes, what)
+
+
+HUGE_PAGE = 2 << 20
+"""Bytes; the copy begins at a multiple, which a page of that size needs."""
+
+
+def copy_to_huge_pages(data: np.ndarray) -> np.ndarray:
+    """A copy of flat uint8 `data` in private memory for which large pages were asked (madvise). Where the system cannot
+    find enough of them it takes ordinary ones for the rest. The memory goes when the array does."""
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        raise UsageError("this system has no large pages to ask for", where="huge_pages", fix="load without huge_pages")
+    try:
+        memory = mmap.mmap(-1, data.nbytes + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    except (OSError, OverflowError, ValueError) as error:
+        raise CapacityError(
+            f"this machine has not the memory for a copy of {data.nbytes} bytes of weights",
+            where="huge_pages",
+            fix="load without huge_pages",
+        ) from error
+    whole = np.frombuffer(memory, np.uint8)
+    start = -whole.ctypes.data % HUGE_PAGE
+    copy = whole[start : start + data.nbytes]
+    copy[:] = data
+    return copy
 
 
 def lock_pages(address: int, nbytes: int, what: str) -> None:

@@ -45,7 +45,7 @@ class CpuBackend(Backend):
         self.slot_bytes = words.slot_bytes
         self.methods: dict[str, MethodSpec] = {spec.name: spec for spec in words.methods}
         self._index = {spec.name: i for i, spec in enumerate(words.methods)}
-        self._weights = package.weights
+        self._weights = placed.weights(package.weights)
         try:
             self._outputs = {spec.name: [out.allocate(spec.max_n) for out in spec.outputs] for spec in words.methods}
         except (MemoryError, ValueError) as error:
@@ -106,10 +106,12 @@ class CpuBackend(Backend):
 
 def open_backend(
     package: Package,
+    target: str,
     threads: int,
     isa: str | None = None,
     placement: Placement | None = None,
     portable_bits: bool = False,
 ) -> CpuBackend:
     """The CPU engine of `package`. Raises PlanError, PackageError, TargetError, UsageError or CapacityError."""
+    assert target == TARGET, target
     return CpuBackend(package, threads, isa, placement, portable_bits)

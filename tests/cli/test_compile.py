@@ -85,7 +85,7 @@ def test_a_disabled_pass_that_others_need_is_said(tmlc_cli, checkpoint, tmp_path
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--precision", "fp8"], "not in this version"),
+        (["--precision", "fp8"], "has no precision"),
         (["--precision", "int7"], "unknown precision"),
         (["--target", "triton:sm90"], "not in this version"),
         (["--target", "abacus"], "unknown target"),

@@ -138,14 +138,15 @@ def test_stateless_ops_and_missing_places_are_refused_by_name(build: Callable[[]
 
 def check_against_reference(b: Builder, sizes: dict[str, list[int]], tolerance: float = 1e-5) -> None:
     """Runs the plan in the kernel library and the program in PyTorch on the same inputs."""
-    from tmlc.emit.validate import check_plan, weight_entries
+    from tmlc.emit.targets import weight_entries
+    from tmlc.emit.validate import check_plan
     from tmlc.kernels.cpu import Plan, Pool, load_library
     from tmlc.package.safetensors_io import as_bytes
     from tmlc.runtimes.cpu.plan import plan_words
 
     engine = emit(b.program)
     check_plan(engine)
-    entries, total = weight_entries(engine)
+    entries, total = weight_entries(engine.weights)
     backing = np.zeros(total + 64, np.uint8)
     weights = backing[-backing.ctypes.data % 64 :][:total]
     for packed in engine.weights:

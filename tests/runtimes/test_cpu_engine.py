@@ -188,7 +188,7 @@ def test_every_cut_and_every_number_of_threads_gives_the_same_bits(package, thre
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="cores and locked pages are asked of Linux")
-@pytest.mark.parametrize("options", [{"pin": True}, {"lock_memory": True}])
+@pytest.mark.parametrize("options", [{"pin": True}, {"lock_memory": True}, {"huge_pages": True}])
 def test_where_threads_and_memory_lie_changes_no_bit(package, options):
     tokens = [5, 6, 7, 8, 9]
     with load(package, threads=1) as plain, load(package, threads=1, sessions=1, **options) as engine:

@@ -11,7 +11,7 @@ import pytest
 
 from tmlc.errors import CapacityError, UsageError
 from tmlc.kernels.cpu import Pool, load_library
-from tmlc.runtimes.core.placement import Placement, lock_pages
+from tmlc.runtimes.core.placement import HUGE_PAGE, Placement, copy_to_huge_pages, lock_pages
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
 
@@ -74,6 +74,39 @@ def test_locked_pages_are_locked():
     assert locked_bytes() == before
     Placement(lock_memory=True).lock(array.ctypes.data, array.nbytes, "zeros")
     assert locked_bytes() >= before + array.nbytes - 4096
+
+
+@linux
+def test_weights_stay_where_they_are_unless_large_pages_are_asked_for():
+    data = np.random.default_rng(1).integers(0, 256, 3 * HUGE_PAGE + 5, np.uint8)
+    assert Placement().weights(data) is data
+    copy = Placement(huge_pages=True).weights(data)
+    assert np.array_equal(copy, data) and not np.shares_memory(copy, data)
+    assert copy.ctypes.data % HUGE_PAGE == 0
+    assert "hg" in flags_of_memory_at(copy.ctypes.data)
+
+
+def flags_of_memory_at(address: int) -> list[str]:
+    """VmFlags of the mapping that holds an address."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text(encoding="ascii").splitlines():
+        first = line.split()[0]
+        if not first.endswith(":"):
+            begin, end = (int(part, 16) for part in first.split("-"))
+            inside = begin <= address < end
+        elif inside and first == "VmFlags:":
+            return line.split()[1:]
+    raise AssertionError("nothing is mapped there")
+
+
+@linux
+def test_too_little_memory_for_a_copy_is_said(monkeypatch):
+    def refuse(*args: object, **options: object) -> None:
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr("tmlc.runtimes.core.placement.mmap.mmap", refuse)
+    with pytest.raises(CapacityError, match="copy of 64 bytes of weights"):
+        copy_to_huge_pages(np.zeros(64, np.uint8))
 
 
 @linux

@@ -28,7 +28,7 @@ PLUGINS = "tmlc.passes"  # entry point group of third-party passes (tmlc.pipelin
 
 _ROOMS = ("tmlc", "tmlc.passes", "tmlc.kernels", "tmlc.runtimes", "tmlc.model_zoo")
 _SOURCES = (".py", ".yaml", ".cpp", ".h", ".so")
-_LIBRARIES = ("torch", "transformers", "numpy", "safetensors")
+_LIBRARIES = ("torch", "transformers", "numpy", "safetensors", "triton", "onnx", "tensorrt-rtx", "tensorrt")
 _NOT_READ = (".md", ".gitattributes", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 _YOUNG_NS = 100_000_000  # a file this fresh may change again without its times showing it
 

@@ -29,6 +29,9 @@ THREADS = click.option(
     help="Kernel threads. Outputs do not depend on it.  [default: the machine's cores]",
 )
 PIN = click.option("--pin", is_flag=True, help="Tie each kernel thread but the caller's to a core of its own.")
+HUGE_PAGES = click.option(
+    "--huge-pages", is_flag=True, help="Copy the weights into large pages: slower load, faster ticks."
+)
 PORTABLE_BITS = click.option(
     "--portable-bits",
     is_flag=True,

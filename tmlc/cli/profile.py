@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from tmlc.cli.common import FORCE, PIN, PORTABLE_BITS, THREADS, note, print_json, progress, show, verb
+from tmlc.cli.common import FORCE, HUGE_PAGES, PIN, PORTABLE_BITS, THREADS, note, print_json, progress, show, verb
 from tmlc.cli.inputs import SEED, open_recording, recording_options, tick_shape
 from tmlc.cli.outputs import Outputs
 from tmlc.errors import UsageError
@@ -55,6 +55,7 @@ tmlc profile nano.tmlc --budget 300ms --threads 1 --json
 @click.option("-o", "--out", type=click.Path(path_type=Path), metavar="STEM", help="Also write STEM.json and STEM.txt.")
 @THREADS
 @PIN
+@HUGE_PAGES
 @PORTABLE_BITS
 @FORCE
 def command(
@@ -71,6 +72,7 @@ def command(
     out: Path | None,
     threads: int | None,
     pin: bool,
+    huge_pages: bool,
     portable_bits: bool,
     force: bool,
     as_json: bool,
@@ -89,7 +91,8 @@ def command(
     outputs = (
         Outputs(out.absolute().parent, [f"{out.name}.json", f"{out.name}.txt"], force) if out is not None else None
     )
-    engine = tmlc.load(package, threads=threads, sessions=1, pin=pin, portable_bits=portable_bits)
+    placed = {"pin": pin, "huge_pages": huge_pages}
+    engine = tmlc.load(package, threads=threads, sessions=1, portable_bits=portable_bits, **placed)
     try:
         shape = tick_shape(engine.manifest)
         allowed = Budget(total, shape.duration_ms)

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from tmlc.cli.common import FORCE, PIN, PORTABLE_BITS, THREADS, print_json, progress, show, verb
+from tmlc.cli.common import FORCE, HUGE_PAGES, PIN, PORTABLE_BITS, THREADS, print_json, progress, show, verb
 from tmlc.cli.inputs import SEED, open_recording, recording_options
 from tmlc.cli.outputs import Outputs
 from tmlc.errors import UsageError
@@ -55,6 +55,7 @@ tmlc run nano.tmlc --text typed.yaml --seconds 20 --clock wall -o out/
 )
 @THREADS
 @PIN
+@HUGE_PAGES
 @PORTABLE_BITS
 @FORCE
 def command(
@@ -71,6 +72,7 @@ def command(
     temperature: float,
     threads: int | None,
     pin: bool,
+    huge_pages: bool,
     portable_bits: bool,
     force: bool,
     as_json: bool,
@@ -90,7 +92,8 @@ def command(
 
     names = ["output.wav", "transcript.txt", "timeline.jsonl"]
     outputs = Outputs(out, names, force)
-    engine = tmlc.load(package, threads=threads, sessions=1, pin=pin, portable_bits=portable_bits)
+    placed = {"pin": pin, "huge_pages": huge_pages}
+    engine = tmlc.load(package, threads=threads, sessions=1, portable_bits=portable_bits, **placed)
     try:
         recording = open_recording(engine.manifest, audio, video, fps, text)
         length = recording.duration() if seconds is None else seconds

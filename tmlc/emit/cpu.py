@@ -14,6 +14,7 @@ from torch import fx
 
 from tmlc.emit.lowering import LOWERINGS, REFUSED, Call, kernel_names
 from tmlc.emit.packing import PackedWeight, packed_weight
+from tmlc.emit.targets import Coverage
 from tmlc.errors import EmitError
 from tmlc.ir.dims import Dim
 from tmlc.ir.ops import spec_of
@@ -73,18 +74,6 @@ class CpuEngine:
     @property
     def slot_bytes(self) -> int:
         return self.plan["slot_bytes"]
-
-
-@dataclass(frozen=True)
-class Coverage:
-    """How often a method calls an op, and the kernel that runs it (None: the CPU cannot, for the reason
-    given)."""
-
-    method: str
-    op: str
-    count: int
-    kernel: str | None
-    reason: str = ""
 
 
 def coverage(program: Program) -> list[Coverage]:

@@ -3,15 +3,8 @@
 import numpy as np
 
 from tmlc.emit.cpu import CpuEngine
+from tmlc.emit.targets import weight_entries
 from tmlc.errors import EmitError, PlanError
-from tmlc.package.safetensors_io import TensorEntry, WeightItem, layout
-
-
-def weight_entries(engine: CpuEngine) -> tuple[dict[str, TensorEntry], int]:
-    """Where each weight will lie in the package, and the bytes of all."""
-    items = [WeightItem(w.name, w.dtype, (w.rows, w.cols), lambda: b"") for w in engine.weights]
-    _, entries, total = layout(items)
-    return entries, total
 
 
 def check_plan(engine: CpuEngine, threads: int = 1) -> int:
@@ -28,7 +21,7 @@ def check_plan(engine: CpuEngine, threads: int = 1) -> int:
     from tmlc.runtimes.cpu.plan import plan_words
 
     library = load_library()
-    entries, total = weight_entries(engine)
+    entries, total = weight_entries(engine.weights)
     words = plan_words(engine.plan, entries, library.ops).words
     backing = np.zeros(total + 64, np.uint8)  # pages that nothing touches: creating a plan reads no weights
     weights = backing[-backing.ctypes.data % 64 :][:total]

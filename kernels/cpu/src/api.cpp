@@ -3,6 +3,7 @@
 #include <string>
 
 #include "bandwidth.h"
+#include "peak.h"
 #include "plan.h"
 #include "pool.h"
 #include "vec.h"
@@ -116,4 +117,16 @@ TMLC_API int tmlc_plan_times(void* plan, int method, double* ns, int64_t count, 
 // proves that they were read.
 TMLC_API uint64_t tmlc_read_memory(void* pool, const void* data, int64_t bytes) {
     return tmlc::read_memory(*static_cast<Pool*>(pool), static_cast<const uint8_t*>(data), bytes);
+}
+
+// Multiplies as products with weights of this kind do (0: f32, 1: bf16, 2: int8), `rounds` times in each of `units`, on the
+// pool's threads. Returns the multiply-adds; -1 for another kind.
+TMLC_API int64_t tmlc_multiply_adds(void* pool, int kind, int64_t units, int64_t rounds) {
+    if (kind < 0 || kind > 2 || units < 1 || rounds < 1) return -1;
+    volatile float sink = 0.0f;
+    float lane = 0.0f;
+    const int64_t done = tmlc::multiply_adds(*static_cast<Pool*>(pool), static_cast<tmlc::Product>(kind), units, rounds, lane);
+    sink = lane;
+    static_cast<void>(sink);
+    return done;
 }

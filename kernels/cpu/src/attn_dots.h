@@ -44,13 +44,6 @@ inline Factors factors_of(KV cache, bool portable) {
 // Bytes of one factor for a cache of floats.
 constexpr int64_t factor_bytes(Factors f) { return f == Factors::bf16_pairs ? 2 : 4; }
 
-TMLC_INLINE v16 round_bf16(v16 x) {  // to nearest, ties to even; a NaN stays one
-    const w16 u = float_to_bits(x);
-    const w16 odd = detail::shift_right(u, 16) & splat_int(1);
-    const v16 rounded = bits_to_float((u + splat_int(0x7fff) + odd) & splat_int(static_cast<int32_t>(0xffff0000u)));
-    return choose(x <= x, rounded, x);
-}
-
 // Stores sixteen factors, rounded for the form, as elements [at, at + 16) of a row; returns them as rounded.
 template <Factors F>
 TMLC_INLINE v16 store_factors(void* row, int64_t at, v16 x) {
@@ -104,11 +97,12 @@ TMLC_INLINE w16 load_words_n(const void* p, int64_t count) { return float_to_bit
 TMLC_INLINE v16 even_of(w16 pairs) { return bits_to_float(detail::shift_left(pairs, 16)); }
 TMLC_INLINE v16 odd_of(w16 pairs) { return bits_to_float(pairs & splat_int(static_cast<int32_t>(0xffff0000u))); }
 
-// out[t][b] = q[t] . keys of block b, over the d columns in order.
-template <Factors F, int T, int B>
+// out[t][b] = q[t] . keys of block b, over the d columns in order. FETCH: the keys of the next B blocks are asked for
+// meanwhile, which lie behind these unless a ring wraps here.
+template <Factors F, int T, int B, bool FETCH>
 __attribute__((noinline)) void float_scores(const uint8_t* q, int64_t q_bytes, int64_t d, const uint8_t* const* k, float* out,
                                             int64_t out_stride) {
-    constexpr int64_t ahead = T <= 4 ? 1536 : 0;  // bytes; many rows that share keys hide the latency by themselves
+    const int64_t ahead = T <= 4 ? 2560 * B : 32 * d * B;  // bytes; few rows are through with a block too soon
     v16 acc[T][B];
     TMLC_UNROLL for (int t = 0; t < T; ++t)
         TMLC_UNROLL for (int b = 0; b < B; ++b) acc[t][b] = zero16();
@@ -140,7 +134,7 @@ __attribute__((noinline)) void float_scores(const uint8_t* q, int64_t q_bytes, i
         for (int64_t i = 0; i < d / 2; ++i) {
             w16 key[B];
             TMLC_UNROLL for (int b = 0; b < B; ++b) {
-                if constexpr (ahead > 0) __builtin_prefetch(k[b] + 64 * i + ahead * B);
+                if constexpr (FETCH) __builtin_prefetch(k[b] + 64 * i + ahead, 0, 2);
                 key[b] = load_words(k[b] + 64 * i);
             }
             step(key, i, true);
@@ -156,11 +150,12 @@ __attribute__((noinline)) void float_scores(const uint8_t* q, int64_t q_bytes, i
 }
 
 // acc[t] += sum over positions [first, last) of weight[t][e_at + j] * value j, in order; C vectors of 16 columns. v is
-// where position 0 lies. EDGE: first or last may be odd, then the other half of a pair of bf16 is not looked at.
-template <Factors F, int T, int C, bool EDGE>
+// where position 0 lies. EDGE: first or last may be odd, then the other half of a pair of bf16 is not looked at. FETCH:
+// values that come soon are asked for meanwhile.
+template <Factors F, int T, int C, bool EDGE, bool FETCH>
 __attribute__((noinline)) void float_values(const float* e, int64_t e_stride, int64_t e_at, const uint8_t* v, int64_t dv,
                                             int64_t column, int64_t first, int64_t last, float* acc, int64_t acc_stride) {
-    constexpr int64_t ahead = T <= 4 ? 2048 : 0;
+    constexpr int64_t ahead = 8192;
     v16 sum[T][C];
     TMLC_UNROLL for (int t = 0; t < T; ++t)
         TMLC_UNROLL for (int c = 0; c < C; ++c) sum[t][c] = load(acc + t * acc_stride + column + 16 * c);
@@ -179,7 +174,7 @@ __attribute__((noinline)) void float_values(const float* e, int64_t e_stride, in
             const uint8_t* row = v + (j * dv + column) * 4;
             w16 value[C];
             TMLC_UNROLL for (int c = 0; c < C; ++c) {
-                if constexpr (ahead > 0) __builtin_prefetch(row + 64 * c + ahead);
+                if constexpr (FETCH) __builtin_prefetch(row + 64 * c + ahead, 0, 2);
                 value[c] = C == 1 ? load_words_n(row, dv - column) : load_words(row + 64 * c);
             }
             if constexpr (EDGE) {

@@ -165,10 +165,10 @@ inline void round_query(const float* x, int64_t d, uint8_t* q) {
 template <int T, int B>
 __attribute__((noinline)) void int8_scores(const uint8_t* q, int64_t q_bytes, int64_t d, const uint8_t* const* k, float* out,
                                            int64_t out_stride) {
-    constexpr int64_t ahead = 4096;
+    constexpr int64_t ahead = 6144;
     const IntQuery form(d);
     const int64_t quads = (d + 3) / 4;
-    for (int b = 0; b < B; ++b) __builtin_prefetch(k[b] + 64 * quads + ahead);  // the scales
+    for (int b = 0; b < B; ++b) __builtin_prefetch(k[b] + 64 * quads + ahead, 0, 2);  // the scales
     v16 acc[T][B];
     TMLC_UNROLL for (int t = 0; t < T; ++t)
         TMLC_UNROLL for (int b = 0; b < B; ++b) acc[t][b] = zero16();
@@ -179,7 +179,7 @@ __attribute__((noinline)) void int8_scores(const uint8_t* q, int64_t q_bytes, in
         const int64_t end = quads < (g + 1) * (factor_group / 4) ? quads : (g + 1) * (factor_group / 4);
         for (int64_t i = g * (factor_group / 4); i < end; ++i)
             TMLC_UNROLL for (int b = 0; b < B; ++b) {
-                __builtin_prefetch(k[b] + 64 * i + ahead);
+                __builtin_prefetch(k[b] + 64 * i + ahead, 0, 2);
                 const Codes codes = load_codes(k[b] + 64 * i);
                 TMLC_UNROLL for (int t = 0; t < T; ++t) add_quad(sums[t][b], codes, q + t * q_bytes + quad_bytes * i, form.plane);
             }
@@ -201,7 +201,7 @@ template <int T, int C>
 __attribute__((noinline)) void int8_values(const uint8_t* x, int64_t x_bytes, int64_t plane, const Rounded* groups,
                                            int64_t groups_stride, const uint8_t* const* v, int64_t n, int64_t dv,
                                            int64_t column, float* acc, int64_t acc_stride) {
-    constexpr int64_t ahead = 4096;
+    constexpr int64_t ahead = 6144;
     const int64_t wide = round_up(dv, 4), lines = column == 0 ? 4 * wide : 0;  // the first columns fetch all of a row
     IntSums sums[T][C];
     TMLC_UNROLL for (int t = 0; t < T; ++t)
@@ -210,7 +210,7 @@ __attribute__((noinline)) void int8_values(const uint8_t* x, int64_t x_bytes, in
         if (v[i] == nullptr) continue;  // no row of the tile sees these positions: their weights are zero
         for (int64_t quad = 0; quad < 4; ++quad) {
             const uint8_t* row = v[i] + (quad * wide + column) * 4;
-            for (int64_t line = 0; line < lines; line += 64) __builtin_prefetch(row + line + ahead);
+            for (int64_t line = 0; line < lines; line += 64) __builtin_prefetch(row + line + ahead, 0, 2);
             TMLC_UNROLL for (int c = 0; c < C; ++c) {
                 uint8_t padded[64];
                 const uint8_t* from = row + 64 * c;

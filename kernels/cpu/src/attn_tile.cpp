@@ -77,12 +77,14 @@ TMLC_INLINE w16 lanes_of(Interval seen, int64_t block) {  // which lanes of the 
 
 // The scores of `count` queries with B blocks, in the largest tiles of rows that fit.
 template <Factors F, int T, int B>
-void score_rows_of(const uint8_t* q, int64_t q_bytes, int64_t count, int64_t d, const uint8_t* const* k, float* out) {
-    for (; count >= T; count -= T, q += T * q_bytes, out += T * score_stride) {
+void score_rows_of(const uint8_t* q, int64_t q_bytes, int64_t count, int64_t d, const uint8_t* const* k, float* out,
+                   bool fetch = true) {  // once is enough
+    for (; count >= T; count -= T, q += T * q_bytes, out += T * score_stride, fetch = false) {
         if constexpr (F == Factors::int8) int8_scores<T, B>(q, q_bytes, d, k, out, score_stride);
-        else float_scores<F, T, B>(q, q_bytes, d, k, out, score_stride);
+        else if (fetch) float_scores<F, T, B, true>(q, q_bytes, d, k, out, score_stride);
+        else float_scores<F, T, B, false>(q, q_bytes, d, k, out, score_stride);
     }
-    if constexpr (T > 1) score_rows_of<F, T / 2, B>(q, q_bytes, count, d, k, out);
+    if constexpr (T > 1) score_rows_of<F, T / 2, B>(q, q_bytes, count, d, k, out, fetch);
 }
 template <Factors F>
 void score_blocks(const uint8_t* q, int64_t q_bytes, int64_t count, int64_t d, const uint8_t* const* k, int64_t blocks, float* out) {
@@ -97,17 +99,23 @@ void score_blocks(const uint8_t* q, int64_t q_bytes, int64_t count, int64_t d, c
     for (; b < blocks; ++b) score_rows_of<F, rows, 1>(q, q_bytes, count, d, k + b, out + 16 * b);
 }
 
+template <Factors F, int T, bool EDGE, bool FETCH>
+void value_columns_of(const float* e, int64_t e_at, const uint8_t* v, int64_t dv, int64_t first, int64_t last, float* acc,
+                      int64_t acc_stride) {
+    int64_t column = 0;
+    for (; column + 16 * value_cols <= dv; column += 16 * value_cols)
+        float_values<F, T, value_cols, EDGE, FETCH>(e, score_stride, e_at, v, dv, column, first, last, acc, acc_stride);
+    for (; column < dv; column += 16)
+        float_values<F, T, 1, EDGE, FETCH>(e, score_stride, e_at, v, dv, column, first, last, acc, acc_stride);
+}
 template <Factors F, int T, bool EDGE>
 void value_rows_of(const float* e, int64_t e_at, int64_t count, const uint8_t* v, int64_t dv, int64_t first, int64_t last,
-                   float* acc, int64_t acc_stride) {
-    for (; count >= T; count -= T, e += T * score_stride, acc += T * acc_stride) {
-        int64_t column = 0;
-        for (; column + 16 * value_cols <= dv; column += 16 * value_cols)
-            float_values<F, T, value_cols, EDGE>(e, score_stride, e_at, v, dv, column, first, last, acc, acc_stride);
-        for (; column < dv; column += 16)
-            float_values<F, T, 1, EDGE>(e, score_stride, e_at, v, dv, column, first, last, acc, acc_stride);
+                   float* acc, int64_t acc_stride, bool fetch) {  // once is enough
+    for (; count >= T; count -= T, e += T * score_stride, acc += T * acc_stride, fetch = false) {
+        if (fetch) value_columns_of<F, T, EDGE, true>(e, e_at, v, dv, first, last, acc, acc_stride);
+        else value_columns_of<F, T, EDGE, false>(e, e_at, v, dv, first, last, acc, acc_stride);
     }
-    if constexpr (T > 1) value_rows_of<F, T / 2, EDGE>(e, e_at, count, v, dv, first, last, acc, acc_stride);
+    if constexpr (T > 1) value_rows_of<F, T / 2, EDGE>(e, e_at, count, v, dv, first, last, acc, acc_stride, fetch);
 }
 
 // out[t] = r[t] . C vectors of the columns of a table of `rank` rows, of which `left` are there (the rest count as zero).
@@ -274,6 +282,11 @@ struct Split {
             }
         }
     }
+    // Where the values that begin at `from` are cut: at whole blocks, after about 16 KiB.
+    int64_t value_run(int64_t from, int64_t last) const {
+        const int64_t run = std::max<int64_t>(16384 / tile.cache.v_block * 16, 16);
+        return std::min((from + run) / 16 * 16, last);
+    }
     // Adds the values of an interval to the results of some rows, one run of the cache after another.
     template <Factors F>
     void values(int64_t r, int64_t rows_here, Interval in) const {
@@ -281,8 +294,10 @@ struct Split {
             const int64_t base = in.begin / 16 * 16, left = s.capacity - s.index(start + base);
             const int64_t end = std::min(in.end, base + left), first = in.begin - base, last = end - base;
             const auto run = (first | last) % 2 != 0 ? value_rows_of<F, value_rows, true> : value_rows_of<F, value_rows, false>;
-            run(scores + r * s.per * score_stride, base, rows_here * s.per, block_of(tile.cache.v, tile.cache.v_block, base), s.dv,
-                first, last, part.acc + r * s.per * s.dv_pad, s.dv_pad);
+            const uint8_t* v = block_of(tile.cache.v, tile.cache.v_block, base);
+            for (int64_t from = first; from < last; from = value_run(from, last))  // a run stays in L1 for all queries
+                run(scores + r * s.per * score_stride, base, rows_here * s.per, v, s.dv, from, value_run(from, last),
+                    part.acc + r * s.per * s.dv_pad, s.dv_pad, true);
             in.begin = end;
         }
     }
@@ -297,7 +312,7 @@ struct Split {
             const Interval any = seen_by_any(part_of);
             for (int64_t b = any.begin / 16; 16 * b < any.end; ++b) {
                 v[b] = block_of(tile.cache.v, tile.cache.v_block, 16 * b);
-                __builtin_prefetch(v[b] + codes_off);
+                __builtin_prefetch(v[b] + codes_off, 0, 2);
             }
         }
         for (int64_t at = 0; at < count; ++at) {

@@ -2,17 +2,6 @@
 #include "rows.h"
 
 namespace tmlc {
-namespace {
-
-// To nearest, ties to even; a NaN stays one.
-TMLC_INLINE v16 to_bf16(v16 x) {
-    const w16 u = float_to_bits(x);
-    const w16 odd = detail::shift_right(u, 16) & splat_int(1);
-    const v16 rounded = bits_to_float((u + splat_int(0x7fff) + odd) & splat_int(static_cast<int32_t>(0xffff0000u)));
-    return choose(x <= x, rounded, x);
-}
-
-}  // namespace
 
 void RowLayout::round_group(const float* x, int64_t count, uint8_t* group) const {
     if (rounding == Rounding::codes) return quantise_group(x, count, form, group);
@@ -24,8 +13,8 @@ void RowLayout::round_group(const float* x, int64_t count, uint8_t* group) const
         return;
     }
 #endif
-    store(reinterpret_cast<float*>(group), to_bf16(a));
-    store(reinterpret_cast<float*>(group) + 16, to_bf16(b));
+    store(reinterpret_cast<float*>(group), round_bf16(a));
+    store(reinterpret_cast<float*>(group) + 16, round_bf16(b));
 }
 
 }  // namespace tmlc

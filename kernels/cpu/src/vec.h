@@ -222,6 +222,12 @@ inline uint16_t float_to_bf16(float f) {  // to nearest, ties to even; a NaN sta
     if ((u & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((u >> 16) | 0x40u);
     return static_cast<uint16_t>((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
 }
+TMLC_INLINE v16 round_bf16(v16 x) {  // the same for sixteen, which stay floats
+    const w16 u = float_to_bits(x);
+    const w16 odd = detail::shift_right(u, 16) & splat_int(1);
+    const v16 rounded = bits_to_float((u + splat_int(0x7fff) + odd) & splat_int(static_cast<int32_t>(0xffff0000u)));
+    return choose(x <= x, rounded, x);
+}
 // Sixteen pairs of bf16 (the packed weight layout): the even and the odd elements.
 TMLC_INLINE void load_bf16_pairs(const uint16_t* p, v16& even, v16& odd) {
     w16 v;
