@@ -24,6 +24,7 @@ import checks
 import timing
 
 import tmlc
+from tmlc.errors import UsageError
 from tmlc.report.machine import installed, machine
 from tmlc.runtimes.core.engine import Engine
 
@@ -43,6 +44,10 @@ def measure(
         copy_bytes: size of the copy that measures the bandwidth.
     """
     backend: Any = engine.backend
+    if engine.manifest.context.policy == "end":
+        raise UsageError(
+            "kernels that run again and again would leave a bounded context", fix="measure ring_with_sinks"
+        )
     ids, cuts = text(engine.model.vocab), [min(n, engine.model.chunk) for n in CUTS]
     out: dict[str, Any] = {
         "device": asdict(backend.driver.info) | {"memory_bytes": backend.driver.memory()[1]},
@@ -64,6 +69,8 @@ def measure(
             alone = sum(row["seconds"] for row in rows)
             out["kernels"] += rows
             out["graphs"].append(timing.graph(backend, method, bucket, alone, weights, rate, times))
+    for index in range(engine.slots.count):
+        engine.slots.memory.zero(index)
     out["ticks"] = [timing.ticks(engine, ticks, count) for count in (1, 4)]
     return out
 

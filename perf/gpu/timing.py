@@ -49,6 +49,7 @@ def kernels(
 ) -> list[dict[str, Any]]:
     """Each launch of a bucket by itself, many times over: seconds, bytes, and the part of the floor that it reaches."""
     rows = []
+    backend.rehearse(bucket)
     for info, bound in zip(bucket.launches, backend.launches(bucket), strict=True):
         variant = backend.plan.variants[info.variant]
         seconds = repeated(backend.driver, lambda bound=bound: backend.driver.launch(bound), times)  # type: ignore[misc]
@@ -66,6 +67,7 @@ def graph(
 ) -> dict[str, Any]:
     """A bucket's whole graph. `alone` is the sum of its kernels by themselves: what the graph takes beyond that is gaps
     and copies. `weights` are the bytes of weights that it must read."""
+    backend.rehearse(bucket)
     seconds = repeated(backend.driver, lambda: backend.replay(method, bucket), times)
     return {
         "method": method, "bucket": f"b{bucket.batch}n{bucket.n}", "launches": len(bucket.launches),

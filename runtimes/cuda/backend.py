@@ -147,6 +147,17 @@ class CudaBackend(Backend):
                 self._graphs[name, bucket.batch, bucket.n] = self.driver.capture(work)
         return self._memory
 
+    def rehearse(self, bucket: BucketInfo) -> None:
+        """Puts a full call of zeros in place, of the first slots (one again and again where there are fewer than the
+        bucket takes), so that kernels and graphs can be run for measuring. What the slots hold is lost."""
+        assert self._memory is not None
+        self._in[: bucket.in_bytes] = 0
+        slots = self._in[: 8 * bucket.batch].view(np.int64)
+        slots[:] = [self._memory.offset(k % self._memory.count) for k in range(bucket.batch)]
+        self._in[bucket.counts : bucket.counts + 4 * bucket.batch].view(np.int32)[:] = bucket.n
+        self.driver.to_device(self._base["in"], self._in[: bucket.in_bytes])
+        self.driver.synchronize()
+
     def replay(self, method: str, bucket: BucketInfo) -> None:
         """Starts a bucket's graph on what its buffers hold, as `call` does; for measuring."""
         self.driver.replay(self._graphs[method, bucket.batch, bucket.n])
@@ -168,10 +179,11 @@ class CudaBackend(Backend):
     def launches(self, bucket: BucketInfo) -> list[KernelLaunch]:
         """The bucket's launches, bound to this device's addresses."""
         assert self._memory is not None
+        pool = self._memory.address
         base = {
             "arena": lambda which: self._base["arena"],
             "scratch": lambda which: self._base["scratch"],
-            "state": lambda which: self._memory.address,  # type: ignore[union-attr]
+            "state": lambda which: pool,
             "weight": lambda which: self._base["weight"] + self._tensors[which],
             "input": lambda which: self._base["in"] + bucket.inputs[which],
             "output": lambda which: self._base["out"] + bucket.outputs[which],

@@ -143,7 +143,7 @@ class NvidiaDriver(Driver):
     def host_buffer(self, nbytes: int) -> np.ndarray:
         address = int(self._must(self._c.cuMemHostAlloc(nbytes, 0), f"lock {nbytes} bytes of the host")[1])
         self._pinned.append(address)
-        out = np.frombuffer((ctypes.c_uint8 * nbytes).from_address(address), np.uint8)
+        out: np.ndarray = np.ctypeslib.as_array((ctypes.c_uint8 * nbytes).from_address(address))
         out[:] = 0
         return out
 

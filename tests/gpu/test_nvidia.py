@@ -212,8 +212,8 @@ def test_the_calls_are_those_that_cuda_bindings_has(bindings):
 
 
 def test_loading_a_package_brings_in_no_compiler(tiny):
-    """Serving needs neither PyTorch nor Triton: a fresh interpreter opens a GPU's package and comes as far as the driver
-    (or, on a machine with a GPU, as the machine code, which is none in these tests)."""
+    """Serving needs neither PyTorch nor Triton: a fresh interpreter opens a GPU's package and comes as far as the
+    driver (or, on a machine with a GPU, as the machine code, which is none in these tests)."""
     code = f"""
 import sys
 import tmlc

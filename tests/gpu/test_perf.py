@@ -43,7 +43,8 @@ def test_an_engine_is_checked_and_timed(perf, engine, tiny, monkeypatch):
     assert found["reference"]["max_error"] < 2e-4 < found["reference"]["spread"]
     assert found["reproducible"]["passed"] and found["copy_bytes_per_second"] > 0
     assert {row["method"] for row in found["kernels"]} == set(engine.backend.methods)
-    assert all(row["seconds"] > 0 and row["bytes"] > 0 for row in found["kernels"])
+    assert all(row["seconds"] > 0 for row in found["kernels"])
+    assert all(row["bytes"] > 0 for row in found["kernels"] if row["kernel"] == "linear_kernel")
     decode = next(row for row in found["graphs"] if row["method"] == "decode")
     assert 0 < decode["weight_bytes"] < engine.backend.memory()["weights"]
     json.dumps(found)

@@ -26,8 +26,8 @@ FAMILIES = {
     "inkling": (InklingForCausalLM, InklingTextConfig, INKLING),
     "qwen3_moe": (Qwen3MoeForCausalLM, Qwen3MoeConfig, QWEN),
 }
-#: float32: the order of sums. bfloat16: rounded products, on logits of unit scale. Codes: the CPU rounds activations to a
-#: byte and now and then routes otherwise; the package's golden calls, eager PyTorch on the codes' values, are the measure.
+#: float32: the order of sums. bfloat16: rounded products, on logits of unit scale. Codes: the CPU rounds activations to
+#: a byte and now and then routes otherwise; the golden calls, eager PyTorch on the codes' values, are the measure.
 BOUNDS = {"fp32": 2e-4, "bf16": 5e-2, "int8": None, "int4": None}
 CUTS = [8, 3, 8, 8, 1, 8, 4]
 

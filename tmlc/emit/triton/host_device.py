@@ -139,7 +139,8 @@ class HostDevice(Driver):
 
     def capture(self, work: Callable[[], None]) -> Any:
         self._ask("capture")
-        self._recording = graph = []
+        graph: list[Callable[[], None]] = []
+        self._recording = graph
         try:
             work()
         finally:

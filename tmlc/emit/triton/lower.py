@@ -108,14 +108,19 @@ class MethodLowering:
     def positions(self) -> list[tuple[int, int]]:
         """(offset in the slot, limit) of each counter of positions that a call moves."""
         moved = [step for step in self.steps if step.op == "advance"]
-        return [(int(step.args["position"].offset), int(step.attrs["limit"])) for step in moved]  # type: ignore[union-attr]
+        places = [step.args["position"] for step in moved]
+        assert all(isinstance(place, Operand) for place in places)
+        return [(p.offset, int(s.attrs["limit"])) for s, p in zip(moved, places, strict=True)]  # type: ignore[union-attr]
 
     def id_limits(self) -> list[int]:
         """For each input the rows of the smallest table that it chooses from; 0: it chooses from none."""
         limits = []
         for node in self.method.inputs:
-            tables = [user.args[0] for user in node.users if spec_of(user.target).name == "embedding"]  # type: ignore[union-attr]
-            limits.append(min((int(table.meta["type"].shape[0]) for table in tables), default=0))  # type: ignore[union-attr]
+            tables: list[Any] = []
+            for user in node.users:
+                spec = spec_of(user.target)
+                tables += [user.args[0]] if spec is not None and spec.name == "embedding" else []
+            limits.append(min((int(table.meta["type"].shape[0]) for table in tables), default=0))
         return limits
 
     def arena_bytes(self, bucket: Bucket) -> int:
@@ -189,7 +194,8 @@ class MethodLowering:
             self.values[node, index] = value
             outputs.append(value)
         tensors = _tensor_arguments(spec)
-        args = {n: None if v is None else self._place(v) for n, v in given.items() if n in tensors}
+        operands: dict[str, Any] = {name: given[name] for name in given if name in tensors}
+        args = {name: None if node is None else self._place(node) for name, node in operands.items()}
         attrs = {n: v for n, v in given.items() if n not in tensors}
         self.steps.append(Step(node, spec.name, args, attrs, tuple(outputs)))
 
