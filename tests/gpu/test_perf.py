@@ -31,6 +31,7 @@ def engine(tiny, lab, machine):
     machine.release(mark)
 
 
+@pytest.mark.slow
 def test_an_engine_is_checked_and_timed(perf, engine, tiny, monkeypatch):
     monkeypatch.setattr(perf, "BUCKETS", [(1, 1)])
     monkeypatch.setattr(perf, "CUTS", [3, 2])
@@ -65,6 +66,7 @@ def test_a_wrong_bit_is_found(perf, engine, monkeypatch):
     assert not found["passed"] and found["hidden"] == [False, True] and found["states"] == [True, True]
 
 
+@pytest.mark.slow
 def test_pytorch_beside_it_runs_the_sizes_of_the_model(perf):
     peers = importlib.import_module("peers")
     assert set(peers.linear(32, 16, 2, 1, device="cpu")) == {"eager", "compile"}
