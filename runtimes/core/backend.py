@@ -103,8 +103,8 @@ class Backend(ABC):
         """Runs `method` for one session or several, each of which gets the bits that it would get alone.
 
         `parts` holds, for each session, its number of new positions and its slot (a handle of `slots`; in host memory
-        uint8[slot_bytes], 64-byte aligned), none twice. `inputs` are dense arrays of exactly the method's shapes for
-        all positions together, the rows of the first session first, and so are the answers: views of buffers that the
+        uint8[slot_bytes], 64-byte aligned), none twice. `inputs` are dense arrays of exactly its shapes for all
+        positions together, the rows of the first session first, and so are the answers: views of buffers that the
         backend owns, valid until the next call of the same method. Nothing is allocated but the views.
 
         Raises ContextFullError when a session's bounded context is used up, KernelError when a slot is damaged

@@ -28,7 +28,12 @@ from tmlc.runtimes.core.snapshot import read_snapshot
 from tmlc.runtimes.core.text import Tokenizer, load_tokenizer
 from tmlc.runtimes.core.tick import DRIVERS, Conversation, Driver, TickInput, TickOutput, finite_temperature
 
-BACKENDS = {"cpu": "tmlc.runtimes.cpu.backend", "triton": "tmlc.runtimes.cuda.backend"}
+BACKENDS = {
+    "cpu": "tmlc.runtimes.cpu.backend",
+    "onnx": "tmlc.runtimes.onnx.backend",
+    "tensorrt": "tmlc.runtimes.tensorrt.backend",
+    "triton": "tmlc.runtimes.cuda.backend",
+}
 """Modules with `open_backend(package, target, threads, isa, placement, portable_bits) -> Backend`, by family:
 the part of the name before a colon."""
 MAX_THREADS = 256

@@ -19,22 +19,31 @@ from tmlc.ir.weights import TensorSource
 from tmlc.package.manifest import MethodInfo, StateInfo
 from tmlc.package.safetensors_io import TensorEntry, WeightItem, layout
 
-FAMILIES = {"cpu": "tmlc.emit.cpu_target", "triton": "tmlc.emit.triton.target"}
+FAMILIES = {
+    "cpu": "tmlc.emit.cpu_target",
+    "onnx": "tmlc.emit.onnx.target",
+    "tensorrt": "tmlc.emit.tensorrt.target",
+    "triton": "tmlc.emit.triton.target",
+}
 """Rooms with a `TARGET: type[Target]`, by family."""
-LATER_FAMILIES = ("tensorrt", "onnx")
 
 Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
 class Coverage:
-    """How often a method calls an op, and the kernel that runs it (None: the target cannot, for the reason given)."""
+    """How often a method calls an op, and the kernel that runs it (None: the target cannot, for the reason given).
+
+    `source` says where in the model the first of these calls comes from, `fix` what to do about a refusal.
+    """
 
     method: str
     op: str
     count: int
     kernel: str | None
     reason: str = ""
+    source: str = ""
+    fix: str = ""
 
 
 class StoredWeight(Protocol):
@@ -139,9 +148,7 @@ def find_target(name: str) -> Target:
     """
     family = name.partition(":")[0]
     if family not in FAMILIES:
-        later = family in LATER_FAMILIES
-        what = f"target {name} is not in this version of tmlc" if later else f"unknown target {name!r}"
-        raise TargetError(what, where="--target", fix=f"Use one of: {', '.join(FAMILIES)}.")
+        raise TargetError(f"unknown target {name!r}", where="--target", fix=f"Use one of: {', '.join(FAMILIES)}.")
     made: Target = import_module(FAMILIES[family]).TARGET(name)
     return made
 

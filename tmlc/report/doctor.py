@@ -24,12 +24,10 @@ EXTRAS = {
     "text": (("tokenizers",), "tokenizers other than byte-level ones"),
     "triton": (("torch", "triton"), "compiling for the target triton"),
     "cuda": (("cuda-bindings",), "running packages of the target triton"),
-    "tensorrt": (("torch", "tensorrt-rtx"), "the target tensorrt"),
+    "tensorrt": (("torch", "tensorrt-rtx", "cuda-bindings"), "the target tensorrt"),
     "onnx": (("torch", "onnx", "onnxruntime"), "the target onnx"),
     "serve": (("websockets",), "serving"),
 }
-# Targets of the design whose emitter is not in this version; each names the extra it will need.
-PLANNED = {"tensorrt": "tensorrt", "onnx": "onnx"}
 
 
 @dataclass(frozen=True)
@@ -56,8 +54,7 @@ def examine() -> dict[str, Any]:
         for name, (packages, purpose) in EXTRAS.items()
     }
     found = gpus()
-    planned = (_planned(name, extra, extras, found) for name, extra in PLANNED.items())
-    targets = [_cpu(kernels), _triton(extras, found), *planned]
+    targets = [_cpu(kernels), _onnx(), _tensorrt(found), _triton(extras, found)]
     return {
         "tmlc": __version__,
         "machine": machine(),
@@ -97,22 +94,38 @@ def _cpu(kernels: dict[str, Any]) -> TargetState:
     return TargetState("cpu", True, True, f"kernels {kernels['chosen']}")
 
 
+def _onnx() -> TargetState:
+    """The target onnx: graphs are made with onnx and PyTorch, and run by onnxruntime."""
+    missing = [name for name in ("torch", "onnx") if installed(name) is None]
+    runtime = installed("onnxruntime")
+    made = f"{', '.join(missing)} not installed" if missing else f"onnx {installed('onnx')}"
+    note = f"{made}; onnxruntime {runtime or 'not installed'}"
+    fix = "" if runtime and not missing else "pip install 'tmlc[onnx]'" if missing else "pip install onnxruntime"
+    return TargetState("onnx", not missing, runtime is not None, note, fix)
+
+
+def _tensorrt(gpus: list[str]) -> TargetState:
+    """The target tensorrt: networks are built with TensorRT and PyTorch on any machine, and run on a GPU."""
+    names = ("tensorrt", "tensorrt-rtx")
+    libraries = [f"{name} {version}" for name in names if (version := installed(name)) is not None]
+    driver = installed("cuda-bindings")
+    torch = installed("torch") is not None
+    parts = [", ".join(libraries) or "no TensorRT"]
+    parts += [] if driver else ["cuda-bindings not installed"]
+    parts += [] if torch else ["torch not installed"]
+    parts += [] if gpus else ["no NVIDIA device here"]
+    complete = bool(libraries) and driver is not None and torch
+    runs = bool(libraries) and driver is not None and bool(gpus)
+    fix = "" if complete else "pip install 'tmlc[tensorrt]'"
+    return TargetState("tensorrt", bool(libraries) and torch, runs, "; ".join(parts), fix)
+
+
 def _triton(extras: dict[str, Any], found: list[str]) -> TargetState:
     """Compiling needs no GPU, running no compiler."""
     compiles, runs = extras["triton"]["complete"], extras["cuda"]["complete"] and bool(found)
     missing = [extras[name]["install"] for name in ("triton", "cuda") if not extras[name]["complete"]]
     note = "" if found else "no NVIDIA device here: compiles, does not run" if compiles else "no NVIDIA device here"
     return TargetState("triton", compiles, runs, note, "; ".join(missing))
-
-
-def _planned(name: str, extra: str, extras: dict[str, Any], found: list[str]) -> TargetState:
-    parts = ["not in this version of tmlc"]
-    if not extras[extra]["complete"]:
-        missing = [d for d, version in extras[extra]["packages"].items() if version is None]
-        parts.append(f"{', '.join(missing)} not installed")
-    if name != "onnx" and not found:
-        parts.append("no NVIDIA device here")
-    return TargetState(name, False, False, "; ".join(parts))
 
 
 def doctor_tables(view: dict[str, Any]) -> list[RenderableType]:
