@@ -347,7 +347,9 @@ def lower_attention(call: Call) -> Lowered:
     nothing = dict.fromkeys(last if parallel else scratch)
     values = inside | nothing | (scratch if parallel else last)
     programs_by = (call.bucket.batch * tiles, groups, splits if parallel else 1)
-    launches.append(launch("attention_kernel", programs_by, values, fixed, 4, 2))
+    # Blackwell keeps sums outside the registers and moves them: with 4 warps wide heads do not fit.
+    warps = 8 if call.sm == 100 and max(block_d, block_v) > 64 else 4
+    launches.append(launch("attention_kernel", programs_by, values, fixed, warps, 2))
     if not parallel:
         return Lowered(tuple(launches))
     values = scratch | last | {

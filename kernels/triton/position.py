@@ -84,7 +84,9 @@ def advance_kernel(position, slots, counts):
     count = tl.load(counts + session)
     if count > 0:
         at = position + tl.load(slots + session) // 8
-        tl.store(at, tl.load(at) + count)
+        moved = tl.load(at) + count
+        tl.debug_barrier()  # every thread has read the old position
+        tl.store(at, moved)
 
 
 @lowering("rope_state")

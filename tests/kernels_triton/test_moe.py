@@ -25,9 +25,18 @@ def experts(dtype: str, biases: bool = False) -> dict:
     return found
 
 
-@pytest.mark.parametrize("grouped_from", [1, 100])
-@pytest.mark.parametrize(("dtype", "tolerance"), [("f32", 3e-6), ("bf16", 4e-3), ("i8g32", 4e-3), ("i4g32", 4e-3)])
-def test_experts(machine, dtype, tolerance, grouped_from):
+@pytest.mark.parametrize(
+    ("dtype", "grouped_from", "tolerance"),
+    [
+        ("f32", 1, 3e-6),
+        ("f32", 100, 3e-6),
+        ("bf16", 1, 4e-3),
+        ("bf16", 100, 4e-3),
+        ("i8g32", 1, 4e-3),
+        ("i4g32", 1, 4e-3),
+    ],
+)
+def test_experts(machine, dtype, grouped_from, tolerance):
     """The hidden columns are rounded to bf16 before the second product, unless the weights are float32."""
     sessions = [routed(i, n) for i, n in enumerate((4, 1, 9))]
     agree(
@@ -49,15 +58,15 @@ def test_activations_biases_and_an_addend(machine, kind):
 def test_all_rows_to_one_expert(machine, grouped_from):
     """More pairs of one expert than a tile holds, the first and the last of them, others unused; one chosen twice."""
     for chosen in ([0, 0, 0], [4, 4, 1], [3, 2, 3]):
-        picked = np.tile(np.array(chosen), (19, 1))
+        picked = np.tile(np.array(chosen), (9, 1))
         agree(
-            machine, "moe", [routed(1, 19, picked)], ATTRS | {"grouped_from": grouped_from}, [Shape("f32", D)], 3e-6,
-            experts("f32"), cuts=(7,),
+            machine, "moe", [routed(1, 9, picked)], ATTRS | {"grouped_from": grouped_from}, [Shape("f32", D)], 3e-6,
+            experts("f32"), cuts=(4,),
         )  # fmt: skip
 
 
 def test_few_rows_and_many_give_the_same_bits(machine):
-    sessions = [routed(i, n) for i, n in enumerate((6, 13))]
+    sessions = [routed(i, n) for i, n in enumerate((3, 6))]
     for dtype in ("bf16", "i4g64", "f8g128"):
         results = []
         for grouped_from in (1, 100):
