@@ -135,7 +135,7 @@ def compile(
     Args:
         checkpoint: a folder in the Hugging Face form.
         out: the package to write; a package that is there is replaced when the new one is whole.
-        target: "cpu", or "tensorrt:" and an architecture (`tmlc.emit.targets`).
+        target: "cpu", "onnx", or "tensorrt:" or "triton:" and an architecture (`tmlc.emit.targets`).
         precision: "fp32", "bf16" or "fp16" (linears, experts, embeddings, keys and values), "int8" or "int4" (codes for
             linears and experts, bf16 for embeddings, keys and values), as far as the target has them. Default: what the
             pipeline says, else fp32.

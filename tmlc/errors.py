@@ -105,6 +105,10 @@ class KernelError(TmlcError):
     part: int | None = None
 
 
+class DeviceError(KernelError):
+    """The device failed or is gone, and with it everything that was on it: all sessions of the engine are lost."""
+
+
 class CheckError(TmlcError):
     """A comparison failed: a pass changed the outputs, `verify` found other numbers, a budget was missed."""
 

@@ -32,6 +32,7 @@ BACKENDS = {
     "cpu": "tmlc.runtimes.cpu.backend",
     "onnx": "tmlc.runtimes.onnx.backend",
     "tensorrt": "tmlc.runtimes.tensorrt.backend",
+    "triton": "tmlc.runtimes.cuda.backend",
 }
 """Modules with `open_backend(package, target, threads, isa, placement, portable_bits) -> Backend`, by family:
 the part of the name before a colon."""

@@ -96,7 +96,7 @@ def test_a_disabled_pass_that_others_need_is_said(tmlc_cli, checkpoint, tmp_path
     [
         (["--precision", "fp8"], "has no precision"),
         (["--precision", "int7"], "unknown precision"),
-        (["--target", "triton:sm90"], "not in this version"),
+        (["--target", "triton"], "needs an architecture"),
         (["--target", "abacus"], "unknown target"),
         (["--passes", "route.fuse_roter"], "route.fuse_router"),
         (["--passes", ","], "names no pass"),

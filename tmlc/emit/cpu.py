@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import fx
 
+from tmlc.emit.graph import direct_outputs, key_values, results, slot_layout, up
 from tmlc.emit.lowering import LOWERINGS, REFUSED, Call, kernel_names
 from tmlc.emit.packing import PackedWeight, packed_weight
 from tmlc.emit.targets import Coverage
@@ -23,7 +24,6 @@ from tmlc.ir.types import ITEM_BYTES, TensorType
 from tmlc.package.manifest import MethodInfo, Signature, StateInfo
 
 PLAN_VERSION = 2
-ALIGN = 64
 
 
 @dataclass(frozen=True)
@@ -109,36 +109,19 @@ def emit(program: Program) -> CpuEngine:
         EmitError: an op without a kernel, a state that the kernels cannot lay out, or a value that
             memory.plan gave no place; names the method and the node.
     """
-    states, slot_bytes = _slot(program)
+    states, slot_bytes = slot_layout(program)
     table = _Table(program)
     offsets = {state.name: state.offset for state in states}
     emitters = [_MethodEmitter(method, table, offsets) for method in program.methods.values()]
     code = [emitter.emit() for emitter in emitters]
     plan = {
         "version": PLAN_VERSION,
-        "arena_bytes": _up(max((emitter.arena for emitter in emitters), default=0)),
+        "arena_bytes": up(max((emitter.arena for emitter in emitters), default=0)),
         "slot_bytes": slot_bytes,
         "tensors": table.entries,
         "methods": code,
     }
     return CpuEngine(plan, list(table.weights.values()), tuple(e.signature() for e in emitters), states)
-
-
-def _up(count: int) -> int:
-    return -(-count // ALIGN) * ALIGN
-
-
-def _slot(program: Program) -> tuple[tuple[StateInfo, ...], int]:
-    """Every state at a multiple of 64 bytes, in the order of the program."""
-    states, offset = [], 0
-    for spec in program.states.values():
-        shape = tuple(int(size) for size in spec.shape)
-        nbytes = ITEM_BYTES[spec.dtype]
-        for size in shape:
-            nbytes *= size
-        states.append(StateInfo(spec.name, str(spec.kind), spec.method, spec.dtype, shape, offset, nbytes))
-        offset = _up(offset + nbytes)
-    return tuple(states), offset
 
 
 @dataclass
@@ -172,8 +155,8 @@ class _MethodEmitter:
         self.inputs: list[tuple[str, Value]] = []
         self.outputs: list[Value] = []
         self.arena = 0
-        self.keys = _key_values(method.graph)
-        self.direct = _direct_outputs(method.graph)
+        self.keys = key_values(method.graph)
+        self.direct = direct_outputs(method.graph)
 
     def fail(self, node: fx.Node, what: str, fix: str = "") -> EmitError:
         return EmitError(what, where=f"method {self.method.name}, {node.name}", fix=fix)
@@ -299,7 +282,7 @@ class _MethodEmitter:
 
     def _copy(self, x: Value) -> Value:
         """A dense copy in a piece of arena of its own, behind everything that memory.plan laid out."""
-        offset = _up(self.arena)
+        offset = up(self.arena)
         elements = (x.rows[0] * self.method.max_n + x.rows[1]) * x.cols
         self.arena = offset + elements * ITEM_BYTES[x.dtype]
         out = Value("arena", offset, x.dtype, x.rows, x.cols, x.cols)
@@ -307,7 +290,7 @@ class _MethodEmitter:
         return out
 
     def _output(self, node: fx.Node) -> None:
-        for index, result in enumerate(_results(node)):
+        for index, result in enumerate(results(node)):
             value = self.value(result)
             if value.space != "output" or value.offset != index:
                 out = Value("output", index, value.dtype, value.rows, value.cols, value.cols)
@@ -323,52 +306,3 @@ def _arena(node: fx.Node) -> Iterator[tuple[int, int]]:
     if planned is None:
         return
     yield from planned if isinstance(planned, list) else [planned]
-
-
-def _results(output: fx.Node) -> tuple[fx.Node, ...]:
-    values = output.args[0]
-    return tuple(values) if isinstance(values, (tuple, list)) else (values,)  # type: ignore[return-value, arg-type]
-
-
-def _source(node: fx.Node) -> tuple[fx.Node, int]:
-    """The node that computes a value and the number of its output."""
-    if node.target is operator.getitem:
-        return node.args[0], int(node.args[1])  # type: ignore[return-value, arg-type]
-    return node, 0
-
-
-def _is_view(node: fx.Node) -> bool:
-    spec = spec_of(node.target) if node.op == "call_function" else None
-    return spec is not None and spec.view
-
-
-def _direct_outputs(graph: fx.Graph) -> dict[tuple[fx.Node, int], int]:
-    """Values that their kernel can write straight into the result of the method, and which result that is.
-
-    Not so for inputs, for views, and for values of which views are taken: these need bytes that can be
-    addressed.
-    """
-    direct: dict[tuple[fx.Node, int], int] = {}
-    output = next(node for node in graph.nodes if node.op == "output")
-    for index, result in enumerate(_results(output)):
-        source, number = _source(result)
-        users = [u for u in source.users if u.target is not operator.getitem] + [
-            u for g in source.users if g.target is operator.getitem for u in g.users
-        ]
-        if source.op == "call_function" and not _is_view(source) and not any(_is_view(u) for u in users):
-            direct.setdefault((source, number), index)
-    return direct
-
-
-def _key_values(graph: fx.Graph) -> set[tuple[fx.Node, int]]:
-    """Values that reach the `key` argument of an op, directly or through views."""
-    keys: set[tuple[fx.Node, int]] = set()
-    for node in graph.nodes:
-        spec = spec_of(node.target) if node.op == "call_function" else None
-        if spec is None or "key" not in spec.args:
-            continue
-        key = (dict(zip(spec.args, node.args, strict=False)) | dict(node.kwargs))["key"]
-        while isinstance(key, fx.Node):
-            keys.add(_source(key))
-            key = key.args[0] if _is_view(key) else None
-    return keys

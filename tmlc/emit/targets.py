@@ -23,9 +23,9 @@ FAMILIES = {
     "cpu": "tmlc.emit.cpu_target",
     "onnx": "tmlc.emit.onnx.target",
     "tensorrt": "tmlc.emit.tensorrt.target",
+    "triton": "tmlc.emit.triton.target",
 }
 """Rooms with a `TARGET: type[Target]`, by family."""
-LATER_FAMILIES = ("triton",)
 
 Progress = Callable[[str, int, int], None]
 
@@ -148,9 +148,7 @@ def find_target(name: str) -> Target:
     """
     family = name.partition(":")[0]
     if family not in FAMILIES:
-        later = family in LATER_FAMILIES
-        what = f"target {name} is not in this version of tmlc" if later else f"unknown target {name!r}"
-        raise TargetError(what, where="--target", fix=f"Use one of: {', '.join(FAMILIES)}.")
+        raise TargetError(f"unknown target {name!r}", where="--target", fix=f"Use one of: {', '.join(FAMILIES)}.")
     made: Target = import_module(FAMILIES[family]).TARGET(name)
     return made
 

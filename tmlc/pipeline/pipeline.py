@@ -209,6 +209,11 @@ def preset_names() -> list[str]:
     return [*LEVELS, *targets]
 
 
+def _family(target: str) -> str:
+    """The part of a target's name before its arguments: its preset has this name."""
+    return target.partition(":")[0]
+
+
 def load_pipeline(source: str | Path, target: str = "cpu") -> Pipeline:
     """A pipeline by preset name (`cpu`, or `O1`: the steps of the target's own pipeline up to level 1) or from a YAML
     file.
@@ -217,11 +222,11 @@ def load_pipeline(source: str | Path, target: str = "cpu") -> Pipeline:
         PipelineError: neither a preset nor a readable file, or the file is wrong.
     """
     if str(source) in LEVELS:
-        whole = load_pipeline(target.partition(":")[0])
+        whole = load_pipeline(_family(target))
         return replace(whole.up_to(LEVELS.index(str(source))), name=f"preset {source} of {target}")
-    if str(source) in preset_names():
-        text = (resources.files("tmlc.pipeline") / "presets" / f"{source}.yaml").read_text("utf-8")
-        return Pipeline.parse(text, f"preset {source}")
+    if (name := _family(str(source)) if str(source) == target else str(source)) in preset_names():
+        text = (resources.files("tmlc.pipeline") / "presets" / f"{name}.yaml").read_text("utf-8")
+        return Pipeline.parse(text, f"preset {name}")
     try:
         text = Path(source).read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:

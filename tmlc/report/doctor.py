@@ -22,13 +22,12 @@ EXTRAS = {
     "compile": (("torch",), "compiling, tracing, the zoo"),
     "media": (("soundfile", "soxr", "av", "pillow"), "reading audio and video in `run` and `profile`"),
     "text": (("tokenizers",), "tokenizers other than byte-level ones"),
-    "triton": (("torch", "triton"), "the target triton"),
+    "triton": (("torch", "triton"), "compiling for the target triton"),
+    "cuda": (("cuda-bindings",), "running packages of the target triton"),
     "tensorrt": (("torch", "tensorrt-rtx", "cuda-bindings"), "the target tensorrt"),
     "onnx": (("torch", "onnx", "onnxruntime"), "the target onnx"),
     "serve": (("websockets",), "serving"),
 }
-# Targets of the design whose emitter is not in this version; each names the extra it will need.
-PLANNED = {"triton": "triton"}
 
 
 @dataclass(frozen=True)
@@ -55,8 +54,7 @@ def examine() -> dict[str, Any]:
         for name, (packages, purpose) in EXTRAS.items()
     }
     found = gpus()
-    planned = (_planned(name, extra, extras, found) for name, extra in PLANNED.items())
-    targets = [_cpu(kernels), _onnx(), _tensorrt(found), *planned]
+    targets = [_cpu(kernels), _onnx(), _tensorrt(found), _triton(extras, found)]
     return {
         "tmlc": __version__,
         "machine": machine(),
@@ -122,14 +120,12 @@ def _tensorrt(gpus: list[str]) -> TargetState:
     return TargetState("tensorrt", bool(libraries) and torch, runs, "; ".join(parts), fix)
 
 
-def _planned(name: str, extra: str, extras: dict[str, Any], found: list[str]) -> TargetState:
-    parts = ["not in this version of tmlc"]
-    if not extras[extra]["complete"]:
-        missing = [d for d, version in extras[extra]["packages"].items() if version is None]
-        parts.append(f"{', '.join(missing)} not installed")
-    if not found:
-        parts.append("no NVIDIA device here")
-    return TargetState(name, False, False, "; ".join(parts))
+def _triton(extras: dict[str, Any], found: list[str]) -> TargetState:
+    """Compiling needs no GPU, running no compiler."""
+    compiles, runs = extras["triton"]["complete"], extras["cuda"]["complete"] and bool(found)
+    missing = [extras[name]["install"] for name in ("triton", "cuda") if not extras[name]["complete"]]
+    note = "" if found else "no NVIDIA device here: compiles, does not run" if compiles else "no NVIDIA device here"
+    return TargetState("triton", compiles, runs, note, "; ".join(missing))
 
 
 def doctor_tables(view: dict[str, Any]) -> list[RenderableType]:

@@ -1,0 +1,364 @@
+"""Attention over a linear or a ring cache: new keys and values are written, then every query works through the splits
+of its positions.
+
+A split is [S·s, S·s + S) in absolute positions, so a query's splits, and the order of its sums, depend on its own
+position only. Where a call has too few programs for a GPU each split is a program of its own, which leaves its part in
+scratch, and a second launch adds the parts up in ascending order; else one program does all of that in its registers.
+The arithmetic is the same, so are the bits.
+"""
+
+from typing import Any
+
+import triton.language as tl
+
+from tmlc.kernels.triton.launch import Aligned, Lowered, Operand, Pointer
+from tmlc.kernels.triton.linear import tanh
+from tmlc.kernels.triton.mode import device
+from tmlc.kernels.triton.norms import power
+from tmlc.kernels.triton.registry import Call, launch, lowering
+
+#: Programs below which the splits of a cache become programs of their own.
+ENOUGH_PROGRAMS = 256
+MOST_SPLIT, MOST_HEAD = 4096, 256
+
+
+@device
+def cache_row(position, capacity, sinks, RING: tl.constexpr):
+    """Row of a cache that holds an absolute position."""
+    if RING:
+        return tl.where(position < sinks, position, sinks + (position - sinks) % (capacity - sinks))
+    return position
+
+
+@device
+def kv_write_kernel(
+    cache, new, position, slots, counts, n, groups, d, capacity, sinks, row_stride, new_stride,
+    RING: tl.constexpr, INT8: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr, ITEM: tl.constexpr,
+):  # fmt: skip
+    """Writes the rows of one session's new keys (or values) into its cache; grid (rows, runs of heads)."""
+    row = tl.program_id(0).to(tl.int64)
+    session, i = row // n, row % n
+    if i >= tl.load(counts + session):
+        return
+    slot = tl.load(slots + session)
+    at = cache_row(tl.load(position + slot // 8) + i, capacity, sinks, RING)
+    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    inner = tl.arange(0, BLOCK)
+    mask = (head < groups)[:, None] & (inner < d)[None, :]
+    values = tl.load(new + row * new_stride + head[:, None] * d + inner[None, :], mask=mask, other=0.0)
+    base = tl.multiple_of(slot // ITEM, 16) + at * row_stride
+    if INT8:
+        wide = (d + 3) // 4 * 4
+        peak = tl.max(tl.abs(values), 1)
+        usable = (peak < float("inf")) & (tl.sum((values != values).to(tl.int32), 1) == 0)
+        flat = (usable == 0) | (peak < 1e-30)
+        step = tl.where(flat, 0.0, tl.div_rn(127.0, tl.where(flat, 1.0, peak)))
+        rounded = (values * step[:, None] + 12582912.0) - 12582912.0
+        code = tl.where(flat[:, None], 128.0, rounded + 128.0).to(tl.int32).to(tl.uint8)
+        place = head * (wide + 4)
+        inside = (head < groups)[:, None] & (inner < wide)[None, :]
+        tl.store(cache + base + place[:, None] + inner[None, :], tl.where(mask, code, 0), mask=inside)
+        scale = tl.where(usable, tl.where(flat, 0.0, tl.div_rn(peak, 127.0)), float("nan"))
+        where = (cache + base + place + wide).to(tl.pointer_type(tl.float32))
+        tl.store(where, scale, mask=head < groups)
+    else:
+        tl.store(cache + base + head[:, None] * d + inner[None, :], values.to(cache.dtype.element_ty), mask=mask)
+
+
+@device
+def attention_kernel(
+    out, part_m, part_l, part_acc, q, position, k_cache, v_cache, rel, rel_table, sink_logits, slots, counts,
+    n, group, d, dv, capacity, window, sinks, splits, k_stride, v_stride, q_stride, out_stride, rel_stride,
+    sink_stride, extent, scale, log_floor, log_alpha, cap,
+    RING: tl.constexpr, INT8: tl.constexpr, EXACT: tl.constexpr, RANKS: tl.constexpr, PARALLEL: tl.constexpr,
+    SPLIT: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, ITEM: tl.constexpr,
+):  # fmt: skip
+    """16 queries (rows × heads of one kv head) of a session over its cache; grid (sessions × tiles, kv heads, splits).
+
+    EXACT: float32 caches, whose products are of float32 numbers; else of bf16 numbers.
+    """
+    tiles = tl.cdiv(n * group, 16)
+    session, g = tl.program_id(0) // tiles, tl.program_id(1)
+    t = (tl.program_id(0) % tiles) * 16 + tl.arange(0, 16)
+    i, head = t // group, g * group + t % group
+    count = tl.load(counts + session)
+    if (tl.program_id(0) % tiles) * 16 >= count * group:
+        return
+    live = i < count
+    slot = tl.load(slots + session)
+    start = tl.load(position + slot // 8)
+    row = session.to(tl.int64) * n + i
+    p = start + i
+    first_p = start + (tl.program_id(0) % tiles) * 16 // group
+    last_p = start + tl.minimum(count, ((tl.program_id(0) % tiles) * 16 + 15) // group + 1) - 1
+
+    tau = tl.zeros((16,), tl.float32) + 1.0
+    if log_floor is not None:
+        tau += log_alpha * tl.log(tl.maximum(1.0, (p + 1).to(tl.float32) / log_floor))
+    unit = 1.4426950408889634  # scores are in units of ln 2, but for what a soft cap needs
+    inner, outer = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
+    q_at = q + row[None, :] * q_stride + head[None, :] * d + inner[:, None]
+    qt = tl.load(q_at, mask=live[None, :] & (inner < d)[:, None], other=0.0)
+    if cap is not None:
+        qt = qt * (scale * tau)[None, :]
+    else:
+        qt = qt * (scale * tau * unit)[None, :]
+    if not EXACT:
+        qt = qt.to(tl.bfloat16)
+
+    # Slots lie at multiples of 64 bytes; said here, for the compiler to load whole vectors.
+    k_base = tl.multiple_of(slot // ITEM, 16)
+    v_base = k_base
+    if INT8:
+        k_wide, v_wide = (d + 3) // 4 * 4, (dv + 3) // 4 * 4
+        k_base += g * (k_wide + 4)
+        v_base += g * (v_wide + 4)
+    else:
+        k_base += g * d
+        v_base += g * dv
+
+    total_m = tl.full((16,), float("-inf"), tl.float32)
+    total_l = tl.zeros((16,), tl.float32)
+    total = tl.zeros((BLOCK_V, 16), tl.float32)
+    z_first, z_last = 0, splits
+    if PARALLEL:
+        z_first, z_last = tl.program_id(2), tl.program_id(2) + 1
+    for z in range(z_first, z_last):
+        if RING:  # split 0 holds the sinks; the others follow from the first position of the call
+            behind = tl.maximum(start - window + 1, sinks) // SPLIT * SPLIT + (z - 1) * SPLIT
+            lo = tl.where(z == 0, 0, tl.maximum(behind, (first_p - window + 1) // BLOCK_J * BLOCK_J))
+            lo = tl.maximum(lo, 0)
+            hi = tl.where(z == 0, tl.minimum(sinks, last_p + 1), tl.minimum(behind + SPLIT, last_p + 1))
+            least = tl.where(z == 0, 0, sinks)
+        else:
+            lo = z * SPLIT
+            lo = lo.to(tl.int64)
+            hi = tl.minimum(lo + SPLIT, last_p + 1)
+            least = 0
+        m = tl.full((16,), float("-inf"), tl.float32)
+        l = tl.zeros((16,), tl.float32)  # noqa: E741
+        acc = tl.zeros((BLOCK_V, 16), tl.float32)
+        for j0 in range(lo, hi, BLOCK_J):
+            j = j0 + tl.arange(0, BLOCK_J)
+            held = (j < hi) & (j >= least)
+            if RING:
+                held = held & ((j >= first_p - window + 1) | (j < sinks))
+            at = cache_row(j, capacity, sinks, RING)
+            k_at = k_base + at * k_stride
+            v_at = v_base + at * v_stride
+            if INT8:
+                k_at = tl.multiple_of(k_at, 4)
+                v_at = tl.multiple_of(v_at, 4)
+            kt = tl.load(k_cache + k_at[:, None] + inner[None, :], mask=held[:, None] & (inner < d)[None, :], other=0)
+            if EXACT:
+                scores = tl.dot(kt, qt, input_precision="ieee")
+            elif INT8:
+                k_scale = tl.load((k_cache + k_at + k_wide).to(tl.pointer_type(tl.float32)), mask=held, other=0.0)
+                codes = tl.where((inner < d)[None, :], kt.to(tl.int32) - 128, 0).to(tl.float32).to(tl.bfloat16)
+                scores = tl.dot(codes, qt) * k_scale[:, None]
+            else:
+                scores = tl.dot(kt, qt)
+            distance = p[None, :] - j[:, None]
+            if RANKS > 0:  # noqa: SIM102 (the outer one is decided when the kernel is compiled)
+                if first_p - (j0 + BLOCK_J - 1) < extent:  # else every key of the block lies beyond the table
+                    near = held[:, None] & (distance >= 0) & (distance < extent) & live[None, :]
+                    bias = tl.zeros((BLOCK_J, 16), tl.float32)
+                    for r in range(RANKS):
+                        share = tl.load(rel + row * rel_stride + head * RANKS + r, mask=live, other=0.0)
+                        value = tl.load(rel_table + r * extent + distance, mask=near, other=0.0)
+                        bias += share[None, :] * value
+                    if cap is not None:
+                        scores += bias * tau[None, :]
+                    else:
+                        scores += bias * (tau * unit)[None, :]
+            if cap is not None:
+                scores = cap * tanh(scores / cap) * unit
+            visible = held[:, None] & (distance >= 0)
+            if RING:
+                visible = visible & ((distance < window) | (j < sinks)[:, None])
+            scores = tl.where(visible, scores, float("-inf"))
+            # Whole powers of two: what is rounded below does not depend on the largest score so far.
+            new_m = tl.maximum(m, tl.ceil(tl.max(scores, 0)))
+            safe = tl.where(new_m == float("-inf"), 0.0, new_m)
+            shrink = tl.exp2(m - safe)
+            weights = tl.exp2(scores - safe[None, :])
+            acc = acc * shrink[None, :]
+            v_ptr = v_cache + v_at[None, :] + outer[:, None]
+            vt = tl.load(v_ptr, mask=held[None, :] & (outer < dv)[:, None], other=0)
+            if EXACT:
+                l = l * shrink + tl.sum(weights, 0)  # noqa: E741
+                acc += tl.dot(vt, weights, input_precision="ieee")
+            elif INT8:
+                l = l * shrink + tl.sum(weights, 0)  # noqa: E741
+                v_scale = tl.load((v_cache + v_at + v_wide).to(tl.pointer_type(tl.float32)), mask=held, other=0.0)
+                codes = tl.where((outer < dv)[:, None], vt.to(tl.int32) - 128, 0).to(tl.float32).to(tl.bfloat16)
+                acc += tl.dot(codes, (weights * v_scale[:, None]).to(tl.bfloat16))
+            else:
+                rounded = weights.to(tl.bfloat16)
+                l = l * shrink + tl.sum(rounded.to(tl.float32), 0)  # noqa: E741
+                acc += tl.dot(vt, rounded)
+            m = new_m
+        most = tl.maximum(total_m, m)
+        safe = tl.where(most == float("-inf"), 0.0, most)
+        old, new = tl.exp2(total_m - safe), tl.exp2(m - safe)
+        total_l = total_l * old + l * new
+        total = total * old[None, :] + acc * new[None, :]
+        total_m = most
+    store = live[None, :] & (outer < dv)[:, None]
+    if PARALLEL:
+        part = (row * tl.num_programs(1) * group + head) * splits + tl.program_id(2)
+        tl.store(part_m + part, total_m, mask=live)
+        tl.store(part_l + part, total_l, mask=live)
+        held_part = store & (total_m > float("-inf"))[None, :]
+        tl.store(part_acc + part[None, :] * dv + outer[:, None], total, mask=held_part)
+    else:
+        if sink_logits is not None:
+            sink = tl.load(sink_logits + row * sink_stride + head, mask=live, other=0.0) * unit
+            most = tl.maximum(total_m, tl.ceil(sink))
+            old = tl.exp2(total_m - most)
+            total_l = total_l * old + tl.exp2(sink - most)
+            total = total * old[None, :]
+        tl.store(out + row[None, :] * out_stride + head[None, :] * dv + outer[:, None], total / total_l[None, :], store)
+
+
+@device
+def attention_combine_kernel(
+    out, part_m, part_l, part_acc, sink_logits, counts, n, heads, dv, splits, out_stride, sink_stride,
+    BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """Adds the parts of one query up in ascending order; grid (rows, heads)."""
+    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    if row % n >= tl.load(counts + row // n):
+        return
+    outer = tl.arange(0, BLOCK_V)
+    total_m, total_l = tl.full((1,), float("-inf"), tl.float32), tl.zeros((1,), tl.float32)
+    total = tl.zeros((BLOCK_V,), tl.float32)
+    one = tl.arange(0, 1)
+    for z in range(splits):
+        part = (row * heads + head) * splits + z
+        m = tl.load(part_m + part + one)
+        held = m > float("-inf")
+        acc = tl.load(part_acc + part * dv + outer, mask=held & (outer < dv), other=0.0)
+        most = tl.maximum(total_m, m)
+        safe = tl.where(most == float("-inf"), 0.0, most)
+        old, new = tl.exp2(total_m - safe), tl.exp2(m - safe)
+        total_l = total_l * old + tl.load(part_l + part + one, mask=held, other=0.0) * new
+        total = total * old + acc * new
+        total_m = most
+    if sink_logits is not None:
+        sink = tl.load(sink_logits + row * sink_stride + head + one) * 1.4426950408889634
+        most = tl.maximum(total_m, tl.ceil(sink))
+        old = tl.exp2(total_m - most)
+        total_l = total_l * old + tl.exp2(sink - most)
+        total = total * old
+    tl.store(out + row * out_stride + head * dv + outer, total / total_l, mask=outer < dv)
+
+
+def split_size(capacity: int, window: int) -> int:
+    """Positions of a split, a power of two that the cache decides: at most 16 splits up to 64 k positions."""
+    if window:
+        return 128 if window <= 2048 else 512
+    return min(MOST_SPLIT, max(256, power(-(-capacity // 16))))
+
+
+def split_count(capacity: int, window: int, n: int) -> int:
+    """Splits that the keys of n new positions can touch; of a ring one more for its sinks."""
+    size = split_size(capacity, window)
+    return -(-(window - 1 + n) // size) + 2 if window else -(-capacity // size)
+
+
+_CACHES = {"f32": 4, "bf16": 2, "u8": 1}
+
+
+@lowering("attention_state")
+def lower_attention(call: Call) -> Lowered:
+    q, k, v = (call.operand(name) for name in ("q", "k", "v"))
+    caches = call.operand("k_cache"), call.operand("v_cache")
+    position, out = call.operand("position"), call.outputs[0]
+    heads, groups = int(call.attrs["num_heads"]), int(call.attrs["num_kv_heads"])
+    window, sinks = int(call.attrs["window"]), int(call.attrs["sinks"])
+    capacity, n = caches[0].rows[1], call.bucket.session_rows(q.rows)
+    d, dv, group = q.cols // heads, v.cols // groups, heads // groups
+    sinks = min(sinks, window) if window == 0 else sinks
+    call.need(max(d, dv) <= MOST_HEAD, f"heads of {max(d, dv)} columns", f"up to {MOST_HEAD} are supported")
+    call.need(q.rows == (1, 0), f"queries have {q.rows[0]}n+{q.rows[1]} rows, not n")
+    call.need(
+        not window or capacity - sinks >= window - 1 + n,
+        f"a ring of {capacity} rows with {sinks} sinks does not hold a window of {window} and {n} new positions",
+        "compile with a larger max_append, or smaller buckets",
+    )
+    dtype = caches[0].dtype
+    call.need(dtype in _CACHES, f"caches of {dtype}")
+    shared: dict[str, Any] = {
+        "position": _state(call, position, "i64"), "slots": call.slots, "counts": call.counts, "n": n,
+        "capacity": Aligned(capacity), "sinks": Aligned(sinks),
+    }  # fmt: skip
+    ring, int8 = window > 0, dtype == "u8"
+    launches = []
+    for cache, new, width in ((caches[0], k, d), (caches[1], v, dv)):
+        block = power(-(-width // 4) * 4 if int8 else width, 4)
+        run = min(power(groups), max(1, 2048 // block))
+        values = shared | {
+            "cache": _state(call, cache, dtype), "new": call.pointer(new), "groups": groups, "d": Aligned(width),
+            "row_stride": Aligned(cache.stride), "new_stride": Aligned(new.stride),
+        }  # fmt: skip
+        fixed = {"RING": ring, "INT8": int8, "HEADS": run, "BLOCK": block, "ITEM": _CACHES[dtype]}
+        grid = (call.bucket.batch * n, -(-groups // run))
+        launches.append(launch("kv_write_kernel", grid, values, fixed, 1 if run * block <= 256 else 4))
+
+    splits = split_count(capacity, window, n)
+    tiles = -(-n * group // 16)
+    programs = call.bucket.batch * tiles * groups
+    parallel = programs < ENOUGH_PROGRAMS and splits > 1
+    rel, table, sink = (call.optional(name) for name in ("rel", "rel_table", "sink_logits"))
+    rows = call.bucket.batch * n
+    parts = rows * heads * splits
+    floor, cap = float(call.attrs["log_floor"]), float(call.attrs["softcap"])
+    m_bytes = -(-parts * 4 // 256) * 256
+    scratch: dict[str, Any] = {
+        "part_m": Pointer("scratch", "", 0, "f32", parts * 4),
+        "part_l": Pointer("scratch", "", m_bytes, "f32", parts * 4),
+        "part_acc": Pointer("scratch", "", 2 * m_bytes, "f32", parts * dv * 4),
+    }
+    sink_stride = 0 if sink is None or sink.space == "weight" else sink.stride
+    last: dict[str, Any] = {
+        "out": call.pointer(out), "out_stride": Aligned(out.stride),
+        "sink_logits": None if sink is None else call.pointer(sink),
+        "sink_stride": None if sink is None else sink_stride,
+    }  # fmt: skip
+    inside = shared | {
+        "q": call.pointer(q), "k_cache": _state(call, caches[0], dtype), "v_cache": _state(call, caches[1], dtype),
+        "rel": None if rel is None else call.pointer(rel),
+        "rel_table": None if table is None else call.pointer(table),
+        "group": group, "d": Aligned(d), "dv": Aligned(dv), "window": Aligned(window), "splits": splits,
+        "k_stride": Aligned(caches[0].stride), "v_stride": Aligned(caches[1].stride), "q_stride": Aligned(q.stride),
+        "rel_stride": None if rel is None else Aligned(rel.stride),
+        "extent": None if table is None else Aligned(table.cols),
+        "scale": float(call.attrs["scale"]), "log_floor": floor if floor > 0 else None,
+        "log_alpha": float(call.attrs["log_alpha"]) if floor > 0 else None, "cap": cap if cap > 0 else None,
+    }  # fmt: skip
+    block_d, block_v = power(d, 16), power(dv, 16)
+    fixed = {
+        "RING": ring, "INT8": int8, "EXACT": dtype == "f32", "RANKS": 0 if rel is None else rel.cols // heads,
+        "PARALLEL": parallel, "SPLIT": split_size(capacity, window),
+        "BLOCK_J": 16 if dtype == "f32" else 32 if dtype == "u8" or max(block_d, block_v) > 128 else 64,
+        "BLOCK_D": block_d, "BLOCK_V": block_v, "ITEM": _CACHES[dtype],
+    }  # fmt: skip
+    nothing = dict.fromkeys(last if parallel else scratch)
+    values = inside | nothing | (scratch if parallel else last)
+    programs_by = (call.bucket.batch * tiles, groups, splits if parallel else 1)
+    # Blackwell keeps sums outside the registers and moves them: with 4 warps wide heads do not fit.
+    warps = 8 if call.sm == 100 and max(block_d, block_v) > 64 else 4
+    launches.append(launch("attention_kernel", programs_by, values, fixed, warps, 2))
+    if not parallel:
+        return Lowered(tuple(launches))
+    values = scratch | last | {
+        "counts": call.counts, "n": n, "heads": heads, "dv": Aligned(dv), "splits": splits,
+    }  # fmt: skip
+    launches.append(launch("attention_combine_kernel", (rows, heads), values, {"BLOCK_V": block_v}, 1))
+    return Lowered(tuple(launches), 2 * m_bytes + parts * dv * 4)
+
+
+def _state(call: Call, operand: Operand, dtype: str) -> Pointer:
+    call.need(operand.space == "state", f"{operand} is not a state of the session")
+    return call.pointer(operand, (dtype,))

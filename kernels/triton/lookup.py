@@ -1,0 +1,43 @@
+"""Rows of tables: embedding and bag_embedding. An index outside its table gives NaN: hosts check what they send."""
+
+from typing import Any
+
+import triton.language as tl
+
+from tmlc.kernels.triton.launch import Aligned, Lowered
+from tmlc.kernels.triton.mode import device
+from tmlc.kernels.triton.norms import power
+from tmlc.kernels.triton.registry import Call, launch, lowering
+
+_IDS = ("i32", "i64")
+
+
+@device
+def embedding_kernel(out, table, ids, entries, per_bin, bins, d, ids_stride, out_stride, BLOCK: tl.constexpr):
+    """out[row] = Σ over bins, ascending, of table[bin·per_bin + ids[row, bin]]; grid (rows, blocks of columns)."""
+    row = tl.program_id(0).to(tl.int64)
+    col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = col < d
+    total = tl.zeros((BLOCK,), tl.float32)
+    for b in range(bins):
+        index = tl.load(ids + row * ids_stride + b).to(tl.int64)
+        known = (index >= 0) & (index < entries)
+        at = b * per_bin + index
+        values = tl.load(table + at * d + col, mask=inside & known, other=float("nan"))
+        total += values.to(tl.float32)
+    tl.store(out + row * out_stride + col, total, mask=inside)
+
+
+@lowering("embedding", "bag_embedding")
+def lower_embedding(call: Call) -> Lowered:
+    table, out = call.operand("table"), call.outputs[0]
+    ids = call.operand("ids" if call.op == "embedding" else "levels")
+    per_bin = int(call.attrs["per_bin"]) if call.op == "bag_embedding" else 0
+    block = min(1024, power(table.cols, 32))
+    values: dict[str, Any] = {
+        "out": call.pointer(out), "table": call.pointer(table, ("f32", "bf16")), "ids": call.pointer(ids, _IDS),
+        "entries": per_bin or table.rows[1], "per_bin": per_bin, "bins": ids.cols, "d": Aligned(table.cols),
+        "ids_stride": ids.stride, "out_stride": Aligned(out.stride),
+    }  # fmt: skip
+    grid = (call.rows(out), -(-table.cols // block))
+    return Lowered((launch("embedding_kernel", grid, values, {"BLOCK": block}, 4 if block > 256 else 1),))

@@ -1,0 +1,183 @@
+"""Random numbers by key (Philox4x32-10) and sampling: noise, and the arg-max of logits with Gumbel noise."""
+
+from typing import Any
+
+import triton.language as tl
+
+from tmlc.kernels.triton.launch import Aligned, Launch, Lowered, Operand, Pointer
+from tmlc.kernels.triton.linear import linear_launch
+from tmlc.kernels.triton.mode import device
+from tmlc.kernels.triton.norms import power
+from tmlc.kernels.triton.position import cos_sin
+from tmlc.kernels.triton.registry import Call, launch, lowering
+
+#: Blocks of four words that one program draws.
+BLOCKS = 256
+
+
+@device
+def philox_words(key, row, block, STREAM: tl.constexpr):
+    """Four uint32 words for each counter `block`; key row = (seed, tick, position)."""
+    seed = tl.load(key + row * 3)
+    tick = tl.load(key + row * 3 + 1)
+    position = tl.load(key + row * 3 + 2)
+    none = block.to(tl.uint32) * 0
+    c0 = block.to(tl.uint32)
+    c1 = none + ((position & 0xFFFFFFFF) | STREAM).to(tl.uint32)
+    c2 = none + (tick & 0xFFFFFFFF).to(tl.uint32)
+    c3 = none + ((tick >> 32) & 0xFFFFFFFF).to(tl.uint32)
+    k0 = none + (seed & 0xFFFFFFFF).to(tl.uint32)
+    k1 = none + ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32)
+    a = none + 0xD2511F53
+    b = none + 0xCD9E8D57
+    for _ in tl.static_range(10):
+        high_a, low_a = tl.umulhi(a, c0), a * c0
+        high_b, low_b = tl.umulhi(b, c2), b * c2
+        c0, c1, c2, c3 = high_b ^ c1 ^ k0, low_b, high_a ^ c3 ^ k1, low_a
+        k0 = k0 + 0x9E3779B9
+        k1 = k1 + 0xBB67AE85
+    return c0, c1, c2, c3
+
+
+@device
+def uniform(word):
+    """float64 in the open interval (0, 1)."""
+    return (word.to(tl.float64) + 0.5) * 2.3283064365386963e-10
+
+
+@device
+def normal_pair(first, second):
+    radius = tl.sqrt(-2.0 * tl.log(uniform(first)))
+    cos, sin = cos_sin(uniform(second) * 6.283185307179586)
+    return radius * cos, radius * sin
+
+
+@device
+def philox_normal_kernel(out, key, size, out_stride, BLOCK: tl.constexpr):
+    """Standard normals [rows, size]; grid (rows, runs of blocks)."""
+    row = tl.program_id(0).to(tl.int64)
+    block = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    w0, w1, w2, w3 = philox_words(key, row, block, 0)
+    n0, n1 = normal_pair(w0, w1)
+    n2, n3 = normal_pair(w2, w3)
+    at = out + row * out_stride + block * 4
+    tl.store(at, n0.to(tl.float32), mask=block * 4 < size)
+    tl.store(at + 1, n1.to(tl.float32), mask=block * 4 + 1 < size)
+    tl.store(at + 2, n2.to(tl.float32), mask=block * 4 + 2 < size)
+    tl.store(at + 3, n3.to(tl.float32), mask=block * 4 + 3 < size)
+
+
+@device
+def noisy_score(logits, at, inside, word, temperature):
+    """float64 logits/T + Gumbel noise; the logits where T is 0."""
+    logit = tl.load(logits + at, mask=inside, other=float("-inf")).to(tl.float64)
+    gumbel = -tl.log(-tl.log(uniform(word)))
+    score = tl.where(temperature > 0, logit / tl.where(temperature > 0, temperature, 1.0) + gumbel, logit)
+    return tl.where(score != score, float("-inf"), score)
+
+
+@device
+def better(score, index, other, other_index):
+    take = (other > score) | ((other == score) & (other_index < index))
+    return tl.where(take, other, score), tl.where(take, other_index, index)
+
+
+@device
+def sample_part_kernel(part_score, part_index, logits, key, temperature, entries, logits_stride, BLOCK: tl.constexpr):
+    """The best entry of a run of the vocabulary; grid (rows, runs)."""
+    row = tl.program_id(0).to(tl.int64)
+    block = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    w0, w1, w2, w3 = philox_words(key, row, block, 0x80000000)
+    t = tl.load(temperature + row).to(tl.float64)
+    at, first = row * logits_stride + block * 4, block * 4
+    score = noisy_score(logits, at, first < entries, w0, t)
+    index = first
+    s1 = noisy_score(logits, at + 1, first + 1 < entries, w1, t)
+    score, index = better(score, index, s1, first + 1)
+    s2 = noisy_score(logits, at + 2, first + 2 < entries, w2, t)
+    score, index = better(score, index, s2, first + 2)
+    s3 = noisy_score(logits, at + 3, first + 3 < entries, w3, t)
+    score, index = better(score, index, s3, first + 3)
+    best = tl.max(score, 0)
+    winner = tl.min(tl.where(score == best, index, 0x7FFFFFFF), 0)
+    part = row * tl.num_programs(1) + tl.program_id(1)
+    tl.store(part_score + part, best)
+    tl.store(part_index + part, winner)
+
+
+@device
+def sample_kernel(ids, part_score, part_index, parts, ids_stride, BLOCK: tl.constexpr):
+    """The best of the runs, ties to the lowest index; grid (rows)."""
+    row = tl.program_id(0).to(tl.int64)
+    part = tl.arange(0, BLOCK)
+    held = part < parts
+    score = tl.load(part_score + row * parts + part, mask=held, other=float("-inf"))
+    index = tl.load(part_index + row * parts + part, mask=held, other=0x7FFFFFFF)
+    best = tl.max(score, 0)
+    winner = tl.min(tl.where(held & (score == best), index, 0x7FFFFFFF), 0)
+    tl.store(ids + row * ids_stride, winner.to(ids.dtype.element_ty))
+
+
+@lowering("philox_normal")
+def lower_philox_normal(call: Call) -> Lowered:
+    out, key = call.outputs[0], call.operand("key")
+    block = min(BLOCKS, power(-(-out.cols // 4), 16))
+    values: dict[str, Any] = {
+        "out": call.pointer(out), "key": _key(call, key), "size": out.cols, "out_stride": out.stride,
+    }  # fmt: skip
+    grid = (call.rows(out), -(-out.cols // (4 * block)))
+    return Lowered((launch("philox_normal_kernel", grid, values, {"BLOCK": block}, 4),))
+
+
+def _key(call: Call, key: Operand) -> Pointer:
+    call.need(key.stride == 3, "key rows are not dense")
+    return call.pointer(key, ("i64",))
+
+
+def sample_launches(
+    call: Call, logits: Operand | tuple[Pointer, int], entries: int, used: int
+) -> tuple[list[Launch], int]:
+    """Sampling from logits (an operand, or scratch with its stride); scratch begins at `used`."""
+    out, rows = call.outputs[0], call.rows(call.outputs[0])
+    source, stride = (call.pointer(logits), logits.stride) if isinstance(logits, Operand) else logits
+    block = min(BLOCKS, power(-(-entries // 4), 16))
+    parts = -(-entries // (4 * block))
+    call.need(parts <= 16384, f"a vocabulary of {entries} entries")
+    used = -(-used // 256) * 256
+    score = Pointer("scratch", "", used, "f64", rows * parts * 8)
+    used = -(-(used + score.nbytes) // 256) * 256
+    index = Pointer("scratch", "", used, "i32", rows * parts * 4)
+    temperature = call.operand("temperature")
+    call.need(temperature.stride == 1, "temperatures are not dense")
+    values: dict[str, Any] = {
+        "part_score": score, "part_index": index, "logits": source, "key": _key(call, call.operand("key")),
+        "temperature": call.pointer(temperature), "entries": entries, "logits_stride": Aligned(stride),
+    }  # fmt: skip
+    first = launch("sample_part_kernel", (rows, parts), values, {"BLOCK": block}, 4)
+    values = {
+        "ids": call.pointer(out, ("i32", "i64")), "part_score": score, "part_index": index, "parts": parts,
+        "ids_stride": out.stride,
+    }  # fmt: skip
+    last = launch("sample_kernel", (rows,), values, {"BLOCK": power(parts, 16)}, 1 if parts <= 256 else 4)
+    return [first, last], used + index.nbytes
+
+
+@lowering("sample")
+def lower_sample(call: Call) -> Lowered:
+    logits = call.operand("logits")
+    launches, used = sample_launches(call, logits, logits.cols, 0)
+    return Lowered(tuple(launches), used)
+
+
+@lowering("head_sample")
+def lower_head_sample(call: Call) -> Lowered:
+    """The logits go through scratch: 4 bytes an entry beside the head's own rows of weights."""
+    x, weight = call.operand("x"), call.operand("weight")
+    m, rows = weight.shape[0], call.rows(call.outputs[0])
+    logits = Pointer("scratch", "", 0, "f32", rows * m * 4)
+    product = linear_launch(
+        call, logits, x, weight, call.optional("bias"), alpha=float(call.attrs["alpha"]),
+        cap=float(call.attrs["cap"]), out_stride=m,
+    )  # fmt: skip
+    launches, used = sample_launches(call, (logits, m), int(call.attrs["entries"]), logits.nbytes)
+    return Lowered((product, *launches), used)

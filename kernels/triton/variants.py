@@ -1,0 +1,143 @@
+"""A variant of a kernel → machine code (cubin) and what it costs; needs Triton's compiler and no GPU."""
+
+import hashlib
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+
+from tmlc.errors import EmitError, TargetError
+from tmlc.kernels.triton.launch import Variant
+from tmlc.kernels.triton.mode import FUNCTIONS, INTERPRET, PARAMETERS
+from tmlc.kernels.triton.registry import load_kernels
+
+#: What a thread can have at most; the launches here have up to 256 threads, so the register file holds them.
+MOST_REGISTERS = 255
+_USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One variant as machine code.
+
+    Attributes:
+        cubin: an ELF file for one architecture.
+        entry: name of the kernel in it.
+        num_warps: what a launch takes, 32 threads each.
+        shared: bytes of dynamic shared memory that a launch asks for.
+        registers: a thread uses.
+        spill_bytes: of local memory a thread uses, stack included: what did not fit into registers.
+        hidden_params: pointers behind the arguments that a launch must pass (zero: the kernels use no global scratch).
+    """
+
+    cubin: bytes
+    entry: str
+    num_warps: int
+    shared: int
+    registers: int
+    spill_bytes: int
+    hidden_params: int
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(self.cubin).hexdigest()
+
+    def to_json(self) -> dict[str, Any]:
+        """The figures, without the code."""
+        names = ("entry", "num_warps", "shared", "registers", "spill_bytes", "hidden_params")
+        return {name: getattr(self, name) for name in names} | {"sha256": self.digest}
+
+
+def variant_key(variant: Variant) -> str:
+    """A short name that is the same for equal variants: kernel, architecture, digest of the rest."""
+    body = [variant.constexprs, variant.signature, variant.num_warps, variant.num_stages]
+    digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+    return f"{variant.kernel}.sm{variant.sm}.{digest[:16]}"
+
+
+def compile_variant(variant: Variant) -> Compiled:
+    """Machine code for one variant; the same variant and tool chain give the same bytes.
+
+    Raises:
+        TargetError: this process interprets kernels.
+        EmitError: Triton or its assembler refuses the kernel; names it.
+    """
+    if INTERPRET:
+        raise TargetError(
+            "this process interprets kernels and cannot compile them", fix="start it without TRITON_INTERPRET=1"
+        )
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    load_kernels()
+    fn, names = FUNCTIONS[variant.kernel], PARAMETERS[variant.kernel]
+    constexprs = dict(variant.constexprs)
+    runtime = [name for name in names if name not in constexprs]
+    types = dict(zip(runtime, variant.signature, strict=True))
+    signature = {name: "constexpr" if name in constexprs else types[name].partition(":")[0] for name in names}
+    attrs = {
+        (index,): [["tt.divisibility", 16]]
+        for index, name in enumerate(names)
+        if name in types and types[name].endswith(":16")
+    }
+    source = ASTSource(fn=fn, signature=signature, constexprs=constexprs, attrs=attrs)
+    first = _compiled(variant, source, GPUTarget("cuda", variant.sm, 32), None)
+    if not first.spill_bytes:
+        return first
+    # The assembler gave up a few registers for occupancy. These kernels wait for memory: the registers are worth more.
+    return _compiled(variant, source, GPUTarget("cuda", variant.sm, 32), MOST_REGISTERS)
+
+
+def _compiled(variant: Variant, source: Any, target: Any, registers: int | None) -> Compiled:
+    options = {
+        "num_warps": variant.num_warps, "num_stages": variant.num_stages, "enable_fp_fusion": False,
+        "maxnreg": registers,
+    }  # fmt: skip
+    try:
+        with _reproducible():
+            kernel = triton.compile(source, target=target, options=options)
+    except Exception as error:
+        raise EmitError(
+            f"{variant.kernel} does not compile: {error}", where=f"{variant_key(variant)} {variant.constexprs}"
+        ) from error
+    meta = kernel.metadata
+    if meta.global_scratch_size or meta.profile_scratch_size:
+        raise EmitError(f"{variant.kernel} asks for global scratch, which launches do not bring")
+    cubin = kernel.asm["cubin"]
+    used, stack, local = _usage(cubin, meta.name)
+    hidden = 2  # the pointers to global and to profile scratch
+    return Compiled(cubin, meta.name, meta.num_warps, meta.shared, used, stack + local, hidden)
+
+
+@contextmanager
+def _reproducible() -> Iterator[None]:
+    """No line information (paths of this machine), and no cache of another build."""
+    knobs = triton.knobs.compilation
+    before = knobs.disable_line_info, knobs.always_compile
+    knobs.disable_line_info, knobs.always_compile = True, True
+    try:
+        yield
+    finally:
+        knobs.disable_line_info, knobs.always_compile = before
+
+
+def _usage(cubin: bytes, entry: str) -> tuple[int, int, int]:
+    """(registers, stack bytes, local bytes) of a thread, as the cubin says."""
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(cubin)
+        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = _USAGE.search(out[out.index(entry) :])
+    if found is None:
+        raise EmitError(f"cuobjdump says nothing of {entry}")
+    registers, stack, _, local = (int(number) for number in found.groups())
+    return registers, stack, local

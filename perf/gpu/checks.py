@@ -1,0 +1,89 @@
+"""What must be true of an engine on a device before its times mean anything: the right numbers, and the same bits in
+any company and any cut. The same checks run in the tests on a device in host memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tmlc.report.verify import replay
+from tmlc.runtimes.core.engine import Engine
+from tmlc.runtimes.core.session import Session
+
+
+def golden(engine: Engine, package: Path) -> dict[str, Any]:
+    """The recorded calls of the package, which eager PyTorch answered: `tmlc verify`."""
+    view = replay(engine, package, lambda *_: None)
+    keys = ("method", "calls", "max_error", "tolerance", "passed")
+    return {"passed": view["passed"], "methods": [{key: row[key] for key in keys} for row in view["methods"]]}
+
+
+def reference_logits(checkpoint: Path, ids: Sequence[int]) -> np.ndarray:
+    """float64 [positions, vocab]: the PyTorch model of the checkpoint, every weight and activation in float64, over the
+    whole sequence at once."""
+    import torch
+
+    from tmlc.model_zoo.interaction import load_model
+
+    methods = {name: method.module.double() for name, method in load_model(checkpoint).methods().items()}
+    with torch.no_grad():
+        x = methods["embed_text"](torch.tensor(ids).reshape(-1, 1))
+        logits: np.ndarray = methods["unembed"](methods["decode"](x)).numpy()
+    return logits
+
+
+def against_reference(engine: Engine, wanted: np.ndarray, ids: Sequence[int], cuts: Sequence[int]) -> dict[str, Any]:
+    """How far streamed logits are from the reference: the largest and the mean square difference, and the reference's
+    own spread."""
+    at, parts = 0, []
+    with engine.session() as session:
+        for count in cuts:
+            parts.append(session.append(tokens=ids[at : at + count]))
+            at += count
+    off = np.concatenate(parts).astype(np.float64) - wanted[:at]
+    return {
+        "positions": at, "max_error": float(np.abs(off).max()), "rms_error": float(np.sqrt((off**2).mean())),
+        "spread": float(wanted.std()),
+    }  # fmt: skip
+
+
+def bits(engine: Engine, lengths: Sequence[int], seed: int = 0) -> dict[str, Any]:
+    """Sessions with pasts of these lengths, then all of them in one call of `decode` with different numbers of new
+    positions: hidden states and slots must be those that each has alone, with its past cut otherwise."""
+    draw = np.random.default_rng(seed)
+    pasts = [draw.integers(0, engine.model.vocab, n).tolist() for n in lengths]
+    counts = [1 + k % 3 for k in range(len(lengths))]
+    while sum(counts) > engine.model.chunk:
+        counts[int(np.argmax(counts))] -= 1
+    rows = [draw.standard_normal((n, engine.model.width)).astype(np.float32) for n in counts]
+    alone = []
+    for past, new in zip(pasts, rows, strict=True):
+        with engine.session() as session:
+            session.append(tokens=past, logits="none")
+            alone.append((_decode(engine, [session], [new])[0].tobytes(), _slot(session)))
+    sessions = [engine.session() for _ in lengths]
+    try:
+        for session, past in zip(sessions, pasts, strict=True):
+            for at in range(0, len(past), 3):
+                session.append(tokens=past[at : at + 3], logits="none")
+        together = _decode(engine, sessions, rows)
+        same = [h.tobytes() == a for h, (a, _) in zip(together, alone, strict=True)]
+        slots = [_slot(session) == s for session, (_, s) in zip(sessions, alone, strict=True)]
+    finally:
+        for session in sessions:
+            session.close()
+    return {"sessions": len(lengths), "passed": all(same) and all(slots), "hidden": same, "states": slots}
+
+
+def _decode(engine: Engine, sessions: Sequence[Session], rows: Sequence[np.ndarray]) -> list[np.ndarray]:
+    parts = [(len(new), engine.slots.handle(s.index)) for s, new in zip(sessions, rows, strict=True)]
+    with engine.device():
+        out = engine.backend.call("decode", parts, [np.concatenate(rows)])[0].copy()
+    return np.split(out, np.cumsum([len(new) for new in rows])[:-1])
+
+
+def _slot(session: Session) -> bytes:
+    return session.engine.slots.memory.read(session.index)

@@ -1,0 +1,332 @@
+"""Runs a package's Triton engine: weights, arena and slots in device memory, a CUDA graph for each bucket.
+
+A call packs its inputs into one page-locked buffer, replays the graph of its bucket (one copy in, the kernels, one copy
+out) and unpacks. All memory is reserved, all machine code loaded and all graphs captured before the first call.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from tmlc.errors import (
+    CapacityError,
+    ContextFullError,
+    DeviceError,
+    InputError,
+    KernelError,
+    PackageError,
+    TargetError,
+    UsageError,
+)
+from tmlc.package.reader import Package
+from tmlc.runtimes.core.backend import DTYPES, Backend, MethodSpec, check_inputs
+from tmlc.runtimes.core.placement import Placement
+from tmlc.runtimes.core.slots import Slot, SlotMemory
+from tmlc.runtimes.cuda.driver import Address, Driver, KernelLaunch
+from tmlc.runtimes.cuda.plan import BucketInfo, MethodPlan, Plan, PointerArg, architectures, read_plan, up
+from tmlc.runtimes.cuda.schedule import Piece, schedule
+from tmlc.runtimes.cuda.slots import DeviceSlots
+
+FOLDER = "engines/triton"
+UPLOAD = 64 << 20  # bytes of weights that one copy carries
+
+
+def choose_architecture(held: Sequence[int], device: int, name: str) -> int:
+    """Which of a package's architectures a device runs. Code for 8.x runs on later 8.x devices; code for 9.0 and later
+    uses what only that architecture has.
+
+    Raises TargetError, with what the package has, when there is none.
+    """
+    fits = [sm for sm in held if sm == device or (sm // 10 == device // 10 == 8 and sm < device)]
+    if not fits:
+        there = ", ".join(f"sm{sm}" for sm in held) or "nothing"
+        raise TargetError(
+            f"the package has machine code for {there}; {name} is sm{device}",
+            where="target triton",
+            fix=f"compile the checkpoint with --target triton:sm{device}",
+        )
+    return max(fits)
+
+
+class CudaBackend(Backend):
+    """A Triton engine on one device.
+
+    Args:
+        package: an open package; it may be closed once the backend is made.
+        target: the engine's name in the package.
+        driver: the device; closed with the backend, and when making it fails.
+
+    Attributes:
+        plan, driver: the checked plan, and the device.
+
+    Raises (when made):
+        PlanError, PackageError: the plan is malformed, names a weight or machine code that is not there.
+        TargetError: no machine code for this device, or its driver is too old for it.
+        CapacityError: the device has not the memory; says how much was asked for and is free.
+    """
+
+    def __init__(self, package: Package, target: str, driver: Driver) -> None:
+        self.driver, self._lost = driver, ""
+        self._memory: DeviceSlots | None = None
+        try:
+            self._open(package, target)
+        except BaseException:
+            driver.close()
+            raise
+
+    def _open(self, package: Package, target: str) -> None:
+        driver, info = self.driver, self.driver.info
+        driver.activate()
+        plan_file = package.json(package.manifest.targets[target].plan)
+        sm = choose_architecture(architectures(plan_file), info.architecture, info.name)
+        code_file = package.json(f"{FOLDER}/sm{sm}/code.json")
+        self.plan: Plan = read_plan(plan_file, code_file, sm, package.tensors)
+        if info.driver < self.plan.driver:
+            there, needed = _version(info.driver), _version(self.plan.driver)
+            raise TargetError(
+                f"the NVIDIA driver supports CUDA {there}, the engine needs {needed}",
+                where=info.name,
+                fix="update the driver",
+            )
+        self.target, self.isa, self.threads = target, f"sm{sm}", 1
+        self.slot_bytes = self.plan.slot_bytes
+        self.methods: dict[str, MethodSpec] = {name: m.spec for name, m in self.plan.methods.items()}
+        self._functions = [self._load(package, variant) for variant in self.plan.variants]
+        self._reserve(package)
+
+    def _load(self, package: Package, variant: Any) -> Any:
+        if variant.file not in package.names():
+            raise PackageError(
+                f"the engine's kernel {variant.name} is missing",
+                where=variant.file,
+                fix="compile the checkpoint again; kernels are never compiled while serving",
+            )
+        cubin = package.read(variant.file)
+        if hashlib.sha256(cubin).hexdigest() != variant.sha256:
+            raise PackageError("the machine code is not what the plan lists", where=variant.file)
+        return self.driver.load(cubin, variant.entry, variant.shared)
+
+    def _reserve(self, package: Package) -> None:
+        """Device memory for everything but the slots, the weights in it, and the buffers on the host."""
+        plan, driver = self.plan, self.driver
+        sizes = {
+            "weight": package.weights.nbytes, "arena": plan.arena_bytes, "scratch": plan.scratch_bytes,
+            "in": plan.in_bytes, "out": plan.out_bytes,
+        }  # fmt: skip
+        needed, (free, total) = sum(up(size) for size in sizes.values()), driver.memory()
+        if needed > free:
+            raise CapacityError(
+                f"the engine needs {needed} bytes of device memory, {free} of {total} are free",
+                where=driver.info.name,
+                fix="free the device, or compile with lower precision or smaller buckets",
+            )
+        self._base = {name: driver.allocate(max(size, 1)) for name, size in sizes.items()}
+        self._sizes = sizes
+        self._tensors = [package.tensors[name].offset for name in plan.weights]
+        for at in range(0, package.weights.nbytes, UPLOAD):
+            driver.to_device(self._base["weight"] + at, package.weights[at : at + UPLOAD])
+        driver.synchronize()
+        self._in, self._out = driver.host_buffer(max(plan.in_bytes, 1)), driver.host_buffer(max(plan.out_bytes, 1))
+        self._results = {
+            name: [out.allocate(method.spec.max_n) for out in method.spec.outputs]
+            for name, method in plan.methods.items()
+        }
+        self._graphs: dict[tuple[str, int, int], Any] = {}
+
+    def slots(self, count: int) -> SlotMemory:
+        """Reserves the states in device memory, and captures the graph of every bucket (they hold its address)."""
+        counters = [p.offset for method in self.plan.methods.values() for p in method.positions]
+        self._memory = DeviceSlots(self.driver, count, self.slot_bytes, counters)
+        for name, method in self.plan.methods.items():
+            for bucket in method.buckets:
+                work = self.work(bucket)
+                self._graphs[name, bucket.batch, bucket.n] = self.driver.capture(work)
+        return self._memory
+
+    def rehearse(self, bucket: BucketInfo) -> None:
+        """Puts a full call of zeros in place, of the first slots (one again and again where there are fewer than the
+        bucket takes), so that kernels and graphs can be run for measuring. What the slots hold is lost."""
+        assert self._memory is not None
+        self._in[: bucket.in_bytes] = 0
+        slots = self._in[: 8 * bucket.batch].view(np.int64)
+        slots[:] = [self._memory.offset(k % self._memory.count) for k in range(bucket.batch)]
+        self._in[bucket.counts : bucket.counts + 4 * bucket.batch].view(np.int32)[:] = bucket.n
+        self.driver.to_device(self._base["in"], self._in[: bucket.in_bytes])
+        self.driver.synchronize()
+
+    def replay(self, method: str, bucket: BucketInfo) -> None:
+        """Starts a bucket's graph on what its buffers hold, as `call` does; for measuring."""
+        self.driver.replay(self._graphs[method, bucket.batch, bucket.n])
+
+    def work(self, bucket: BucketInfo) -> Callable[[], None]:
+        """What one call of a bucket asks of the driver: a copy in, the kernels, a copy out."""
+        launches = self.launches(bucket)
+        arriving, leaving = self._in[: bucket.in_bytes], self._out[: bucket.out_bytes]
+
+        def run() -> None:
+            self.driver.to_device(self._base["in"], arriving)
+            for launch in launches:
+                self.driver.launch(launch)
+            if leaving.size:
+                self.driver.to_host(leaving, self._base["out"])
+
+        return run
+
+    def launches(self, bucket: BucketInfo) -> list[KernelLaunch]:
+        """The bucket's launches, bound to this device's addresses."""
+        assert self._memory is not None
+        pool = self._memory.address
+        base = {
+            "arena": lambda which: self._base["arena"],
+            "scratch": lambda which: self._base["scratch"],
+            "state": lambda which: pool,
+            "weight": lambda which: self._base["weight"] + self._tensors[which],
+            "input": lambda which: self._base["in"] + bucket.inputs[which],
+            "output": lambda which: self._base["out"] + bucket.outputs[which],
+            "slots": lambda which: self._base["in"],
+            "counts": lambda which: self._base["in"] + bucket.counts,
+        }
+        bound = []
+        for launch in bucket.launches:
+            variant = self.plan.variants[launch.variant]
+            args = tuple(
+                Address(base[arg.space](arg.which) + arg.offset, arg.space, arg.nbytes)
+                if isinstance(arg, PointerArg)
+                else arg
+                for arg in launch.args
+            )
+            bound.append(KernelLaunch(
+                self._functions[launch.variant], variant.name, launch.grid, 32 * variant.num_warps, variant.shared,
+                variant.signature, args, variant.hidden_params,
+            ))  # fmt: skip
+        return bound
+
+    def call(
+        self, method: str, parts: Sequence[tuple[int, Slot]], inputs: Sequence[np.ndarray]
+    ) -> Sequence[np.ndarray]:
+        plan, memory = self.plan.methods[method], self._memory
+        total = sum(n for n, _ in parts)
+        check_inputs(plan.spec, total, inputs)
+        self._check(plan, parts, inputs)
+        assert memory is not None
+        starts = np.cumsum([0, *(n for n, _ in parts)])
+        results = self._results[method]
+        try:
+            self.driver.activate()
+            for bucket, pieces in schedule([n for n, _ in parts], plan.buckets):
+                self._pack(plan, bucket, pieces, parts, starts, inputs)
+                self.driver.replay(self._graphs[method, bucket.batch, bucket.n])
+                self.driver.synchronize()
+                self._unpack(plan, bucket, pieces, starts, results)
+        except DeviceError as error:
+            self._lost = error.what
+            raise
+        for n, slot in parts:
+            memory.advance(slot, plan.positions, n)
+        return [array[: spec.rows(total)] for array, spec in zip(results, plan.spec.outputs, strict=True)]
+
+    def _check(self, plan: MethodPlan, parts: Sequence[tuple[int, Slot]], inputs: Sequence[np.ndarray]) -> None:
+        """Refuses a call before anything runs."""
+        if self._lost:
+            raise DeviceError(f"the device is lost: {self._lost}", fix="load the package again")
+        memory = self._memory
+        assert memory is not None
+        if len({slot for _, slot in parts}) != len(parts) or any(n < 1 for n, _ in parts):
+            raise InputError("a call takes each session once, with at least one position")
+        for number, (n, slot) in enumerate(parts):
+            try:
+                memory.check(slot, plan.positions, n)
+            except (ContextFullError, KernelError) as error:
+                error.part = number
+                raise
+        for array, below in zip(inputs, plan.id_limits, strict=True):
+            if below and array.size and not 0 <= int(array.min()) <= int(array.max()) < below:
+                raise KernelError(
+                    f"{plan.spec.name}: an id is outside 0..{below - 1}", fix="give ids of the vocabulary"
+                )
+
+    def _pack(
+        self,
+        plan: MethodPlan,
+        bucket: BucketInfo,
+        pieces: Sequence[Piece],
+        parts: Sequence[tuple[int, Slot]],
+        starts: np.ndarray,
+        inputs: Sequence[np.ndarray],
+    ) -> None:
+        """Slots, counts and inputs of one run, where the graph's copy reads them."""
+        assert self._memory is not None
+        slots = self._in[: 8 * bucket.batch].view(np.int64)
+        counts = self._in[bucket.counts : bucket.counts + 4 * bucket.batch].view(np.int32)
+        slots[len(pieces) :], counts[len(pieces) :] = 0, 0
+        for row, (part, _, n) in enumerate(pieces):
+            slots[row], counts[row] = self._memory.offset(parts[part][1]), n
+        for array, spec, at in zip(inputs, plan.spec.inputs, bucket.inputs, strict=True):
+            padded = self._argument(self._in, at, bucket, spec)
+            for row, (part, first, n) in enumerate(pieces):
+                begin = (starts[part] + first) * spec.a
+                padded[row, : n * spec.a] = array[begin : begin + n * spec.a]
+
+    def _unpack(
+        self,
+        plan: MethodPlan,
+        bucket: BucketInfo,
+        pieces: Sequence[Piece],
+        starts: np.ndarray,
+        results: Sequence[np.ndarray],
+    ) -> None:
+        for array, spec, at in zip(results, plan.spec.outputs, bucket.outputs, strict=True):
+            padded = self._argument(self._out, at, bucket, spec)
+            for row, (part, first, n) in enumerate(pieces):
+                begin = (starts[part] + first) * spec.a
+                array[begin : begin + n * spec.a] = padded[row, : n * spec.a]
+
+    @staticmethod
+    def _argument(buffer: np.ndarray, at: int, bucket: BucketInfo, spec: Any) -> np.ndarray:
+        """An argument in a staging buffer: [batch, rows of a session, cols]."""
+        kind, rows = DTYPES[spec.dtype], spec.rows(bucket.n)
+        nbytes = bucket.batch * rows * spec.cols * kind.itemsize
+        return buffer[at : at + nbytes].view(kind).reshape(bucket.batch, rows, spec.cols)
+
+    def memory(self) -> dict[str, int]:
+        staging = self._sizes["in"] + self._sizes["out"]
+        return {
+            "weights": self._sizes["weight"], "arena": self._sizes["arena"], "scratch": self._sizes["scratch"],
+            "outputs": staging + sum(array.nbytes for arrays in self._results.values() for array in arrays),
+        }  # fmt: skip
+
+    def close(self) -> None:
+        if self._memory is not None:
+            self._memory.closed = True
+        self._graphs.clear()
+        self.driver.close()
+
+
+def _version(number: int) -> str:
+    return f"{number // 1000}.{number % 1000 // 10}"
+
+
+def open_backend(
+    package: Package,
+    target: str,
+    threads: int,
+    isa: str | None = None,
+    placement: Placement | None = None,
+    portable_bits: bool = False,
+) -> CudaBackend:
+    """The Triton engine of `package` on the first device that the driver shows (CUDA_VISIBLE_DEVICES chooses).
+    `threads` and `placement` have nothing to place: one thread, the caller's, drives the device.
+
+    Raises TargetError where `cuda-bindings`, the driver or a fitting device is missing, UsageError for settings of
+    other targets, and what `CudaBackend` raises.
+    """
+    for value, name in ((isa, "isa"), (portable_bits, "portable_bits")):
+        if value:
+            raise UsageError(f"target triton has no setting {name}", where=name, fix="leave it out, or load target cpu")
+    from tmlc.runtimes.cuda.nvidia import NvidiaDriver
+
+    return CudaBackend(package, target, NvidiaDriver())

@@ -1,0 +1,142 @@
+"""The plan of a package as a whole, on a device in host memory: against the CPU engine, past ring wrap, and in company.
+
+The CPU engine is held against transformers and against PyTorch elsewhere; here its logits are the measure.
+"""
+
+import numpy as np
+import pytest
+import torch
+from transformers import InklingForCausalLM, InklingTextConfig, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+import tmlc
+from tmlc.report.verify import replay
+
+INKLING = dict(
+    vocab_size=67, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+    swa_num_attention_heads=4, swa_num_key_value_heads=2, swa_head_dim=8, sliding_window_size=8, d_rel=4,
+    rel_extent=12, log_scaling_n_floor=10, local_layer_ids=[0], intermediate_size=48, moe_intermediate_size=24,
+    n_routed_experts=6, num_experts_per_tok=2, n_shared_experts=2, dense_mlp_idx=1, logits_mup_width_multiplier=2.0,
+)  # fmt: skip
+QWEN = dict(
+    vocab_size=67, hidden_size=40, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=10,
+    intermediate_size=40, moe_intermediate_size=12, num_experts=5, num_experts_per_tok=2, max_position_embeddings=512,
+    use_sliding_window=True, sliding_window=7, max_window_layers=1, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+)  # fmt: skip
+FAMILIES = {
+    "inkling": (InklingForCausalLM, InklingTextConfig, INKLING),
+    "qwen3_moe": (Qwen3MoeForCausalLM, Qwen3MoeConfig, QWEN),
+}
+#: float32: the order of sums. bfloat16: rounded products, on logits of unit scale. Codes: the CPU rounds activations to
+#: a byte and now and then routes otherwise; the golden calls, eager PyTorch on the codes' values, are the measure.
+BOUNDS = {"fp32": 2e-4, "bf16": 5e-2, "int8": None, "int4": None}
+CUTS = [8, 3, 8, 8, 1, 8, 4]
+
+
+def checkpoint(family: str, folder):
+    """A random model whose logits have unit scale and whose router really chooses."""
+    model_class, config_class, settings = FAMILIES[family]
+    torch.manual_seed(5)
+    config = config_class(**settings)
+    config._attn_implementation = "eager"
+    model = model_class(config).eval()
+    model.set_experts_implementation("eager")
+    with torch.no_grad():
+        for name, tensor in model.named_parameters():
+            if tensor.ndim >= 2:
+                tensor.normal_(0, 1.0 / tensor.shape[-1] ** 0.5)
+            elif "global_scale" not in name:
+                tensor.uniform_(0.5, 1.5)
+        model.lm_head.weight /= model(torch.arange(30)[None]).logits.std()
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        ("inkling", "fp32"),
+        ("qwen3_moe", "bf16"),
+        pytest.param(("inkling", "bf16"), marks=pytest.mark.slow),
+        pytest.param(("qwen3_moe", "fp32"), marks=pytest.mark.slow),
+        pytest.param(("inkling", "int8"), marks=pytest.mark.slow),
+        pytest.param(("qwen3_moe", "int4"), marks=pytest.mark.slow),
+    ],
+    ids="-".join,
+)
+def pair(request, tmp_path_factory, machine, lab):
+    """Engines of one random model for the CPU and for a GPU; context and windows are short enough that rings wrap."""
+    family, precision = request.param
+    base = tmp_path_factory.mktemp("pair")
+    folder = checkpoint(family, base / "checkpoint")
+    bounds = dict(context=24, context_policy="ring_with_sinks", sinks=16, max_append=8)
+    tmlc.compile(folder, base / "cpu.tmlc", precision=precision, **bounds)
+    lab.compile(folder, base / "gpu.tmlc", precision, **bounds)
+    mark = machine.mark()
+    with tmlc.load(base / "cpu.tmlc", threads=1) as cpu, lab.load(base / "gpu.tmlc", machine) as gpu:
+        yield cpu, gpu, BOUNDS[precision]
+    machine.release(mark)
+
+
+def test_logits_are_those_of_the_cpu_engine_over_chunks_past_ring_wrap(pair):
+    cpu, gpu, bound = pair
+    if bound is None:
+        view = replay(gpu, gpu._package.path, lambda *_: None)
+        assert view["passed"], view["methods"]
+        return
+    ids = np.random.default_rng(1).integers(0, 67, sum(CUTS)).tolist()
+    with cpu.session() as here, gpu.session() as there:
+        for count in CUTS:
+            part, ids = ids[:count], ids[count:]
+            want, have = here.append(tokens=part), there.append(tokens=part)
+            assert want.shape == have.shape and 0.3 < want.std() < 3
+            assert np.abs(want - have).max() <= bound, f"after {there.positions} positions"
+    largest = max(state.shape[0] for state in gpu.manifest.states if state.kind == "kv_ring")
+    assert sum(CUTS) > largest, "no ring of all layers has wrapped"
+
+
+def test_sessions_in_company_get_the_bits_that_each_gets_alone(pair):
+    """Three sessions with 2, 4 and 1 new positions in one call, after pasts that were cut otherwise."""
+    _, gpu, _ = pair
+    draw, counts = np.random.default_rng(2), (2, 4, 1)
+    ids = [draw.integers(0, 67, n).tolist() for n in (13, 6, 3)]
+    alone = []
+    for tokens, count in zip(ids, counts, strict=True):
+        with gpu.session() as session:
+            session.append(tokens=tokens, logits="none")
+            alone.append((decode(gpu, [(session, count)])[0], gpu.slots.memory.read(session.index)))
+    sessions = [gpu.session() for _ in ids]
+    for session, tokens in zip(sessions, ids, strict=True):
+        for at in range(0, len(tokens), 5):
+            session.append(tokens=tokens[at : at + 5], logits="none")
+    order = (2, 0, 1)
+    together = decode(gpu, [(sessions[k], counts[k]) for k in order])
+    for k, hidden in zip(order, together, strict=True):
+        assert hidden.tobytes() == alone[k][0].tobytes(), f"session {k}"
+        assert gpu.slots.memory.read(sessions[k].index) == alone[k][1], f"the states of session {k}"
+        sessions[k].close()
+
+
+def decode(engine, parts):
+    """Hidden rows of each session, for as many positions of noise (which depends on their number only)."""
+    width = engine.model.width
+    rows = [np.random.default_rng(n).standard_normal((n, width)).astype(np.float32) for _, n in parts]
+    slots = [(n, engine.slots.handle(session.index)) for session, n in parts]
+    with engine.device():
+        out = engine.backend.call("decode", slots, [np.concatenate(rows)])[0].copy()
+    return np.split(out, np.cumsum([n for _, n in parts])[:-1])
+
+
+def test_the_bits_do_not_depend_on_the_buckets(pair, lab):
+    _, gpu, _ = pair
+    names = {(b.batch, b.n) for b in gpu.backend.plan.methods["decode"].buckets}
+    assert names == {(b, n) for b in lab.buckets["batch"] for n in (*lab.buckets["positions"], 8)}
+    ids = np.random.default_rng(4).integers(0, 67, 8).tolist()
+    results = []
+    for cuts in ([8], [4, 3, 1]):
+        with gpu.session() as session:
+            at, parts = 0, []
+            for count in cuts:
+                parts.append(session.append(tokens=ids[at : at + count]))
+                at += count
+            results.append((np.concatenate(parts).tobytes(), gpu.slots.memory.read(session.index)))
+    assert results[0] == results[1]

@@ -1,0 +1,205 @@
+"""`--target triton:...`: names, buckets, the package that comes out, machine code that is the same everywhere."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import tmlc
+from tmlc.emit.targets import find_target
+from tmlc.emit.triton import build
+from tmlc.emit.triton.plan import least_driver
+from tmlc.emit.triton.weights import stored_weights
+from tmlc.errors import EmitError, PipelineError, TargetError, UsageError
+from tmlc.ir.program import Fact, Method, Program
+from tmlc.kernels.triton.launch import Variant
+from tmlc.kernels.triton.layouts import unpack
+from tmlc.kernels.triton.variants import variant_key
+from tmlc.package.reader import open_package
+from tmlc.pipeline.registry import get_pass
+from tmlc.report.gpu_plan import create_hollow_checkpoint
+
+
+@pytest.mark.parametrize(
+    ("name", "match"),
+    [
+        ("triton", r"needs an architecture.*\n  Write triton:sm90, or several: triton:sm80\+sm90"),
+        ("triton:sm91", "unknown architecture 'sm91'"),
+        ("triton:sm90,sm80", "unknown architecture"),
+        ("triton:sm90+", "needs an architecture|unknown"),
+    ],
+)
+def test_a_name_that_is_no_target_is_one_clear_error(name, match):
+    with pytest.raises(TargetError, match=match):
+        find_target(name)
+
+
+def test_architectures_are_sorted_and_once():
+    assert find_target("triton:sm100+sm80+sm80").architectures == (80, 100)
+
+
+def test_precisions_that_the_kernels_have_and_the_compiler_not_are_refused(tiny, tmp_path):
+    for precision in ("fp8", "fp16"):
+        with pytest.raises(UsageError, match=f"no precision {precision}"):
+            tmlc.compile(tiny.checkpoint, tmp_path / "x", target="triton:sm90", precision=precision)
+
+
+def test_without_triton_the_error_names_the_command_that_installs_it():
+    code = "import sys; sys.modules['triton'] = None\nimport tmlc.emit.targets as t\nt.find_target('triton:sm90')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "target triton needs Triton, which is not installed" in done.stderr
+    assert "pip install 'tmlc[triton]'" in done.stderr
+
+
+def buckets(max_n, **settings):
+    chosen = get_pass("memory.buckets")
+    from torch import fx
+
+    from tmlc.ir.dims import Dim
+    from tmlc.ir.types import TensorType
+
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    x.meta.update(role=("input", "x"), type=TensorType("f32", (Dim(1), 1024)))
+    graph.output((x,))
+    program = Program({"m": Method("m", graph, max_n)}, None, facts=frozenset({Fact.STATEFUL}))
+    chosen(chosen.Config(**settings)).run(program, None)
+    return program.meta["buckets"]["m"]
+
+
+def test_buckets_are_the_pairs_whose_rows_fit():
+    assert buckets(64, batch=[1, 4], positions=[1, 16], rows=64) == [[1, 1], [1, 16], [1, 64], [4, 1], [4, 16]]
+    assert buckets(6, batch=[1], positions=[1, 4, 16]) == [[1, 1], [1, 4], [1, 6]]
+    assert buckets(1, batch=[1, 2], positions=[1, 4]) == [[1, 1], [2, 1]]
+    assert buckets(4096, batch=[1, 2], positions=[1, 4], rows=4) == [[1, 1], [1, 4], [2, 1]]
+
+
+def test_buckets_stay_below_the_bytes_that_calls_may_move():
+    """8 KB a position here."""
+    assert buckets(512, batch=[1, 64], positions=[1, 64], rows=4096, megabytes=1) == [[1, 1], [1, 64], [64, 1]]
+
+
+@pytest.mark.parametrize("settings", [{"batch": [2]}, {"positions": [4, 1]}, {"batch": [1, 8192]}])
+def test_sizes_that_are_no_list_from_one_are_refused(settings):
+    with pytest.raises(PipelineError, match=r"memory\.buckets"):
+        buckets(8, **settings)
+
+
+def test_a_package_for_two_architectures_holds_a_plan_for_each(tiny, lab, tmp_path):
+    lab.compile(tiny.checkpoint, tmp_path / "two.tmlc", "bf16", "triton:sm80+sm90")
+    with open_package(tmp_path / "two.tmlc") as held:
+        assert list(held.manifest.targets) == ["triton:sm80+sm90"]
+        assert {"triton.plan.v1", "weights.rows"} <= set(held.manifest.required_features)
+        assert held.json("engines/triton/plan.json")["architectures"] == ["sm80", "sm90"]
+        for sm in (80, 90):
+            code = held.json(f"engines/triton/sm{sm}/code.json")
+            assert code["driver"] == least_driver(sm)
+            assert {v["file"] for v in code["variants"]} == {
+                name for name in held.names() if name.startswith(f"engines/triton/sm{sm}/") and name.endswith(".cubin")
+            }
+
+
+def test_the_same_checkpoint_gives_the_same_package(tiny, lab, tmp_path):
+    assert lab.compile(tiny.checkpoint, tmp_path / "again.tmlc").read_bytes() == tiny.gpu.read_bytes()
+
+
+@pytest.mark.parametrize(("scheme", "k"), [("i8g32", 40), ("i4g32", 96), ("i4g64", 70)])
+def test_stored_codes_are_the_values_of_the_weight(scheme, k):
+    import torch
+
+    from tmlc.ir.weights import WeightMap
+
+    weights = WeightMap()
+    weights.source("w.float", "f32", (3, 5, k))
+    weights.quantize("w", "w.float", scheme)
+    source = {"w.float": torch.randn(3, 5, k, generator=torch.Generator().manual_seed(1))}
+    stored = stored_weights(Program({}, weights), ["w"])
+    parts = [np.concatenate([p.reshape(-1).view(np.uint8) for p in s.pieces(source["w.float"])]) for s in stored]
+    assert [p.nbytes for p in parts] == [s.rows * s.cols for s in stored] and {s.dtype for s in stored} == {"u8"}
+    codes, scales, *zeros = (p.reshape(15, -1) for p in parts)
+    have = unpack(scheme, [codes, scales.view(np.float16), *zeros], k)
+    assert np.abs(have - weights.evaluate("w", source).reshape(15, k).numpy()).max() < 1e-6
+
+
+def some_variants(count=2):
+    """A few of the kernels that every model has."""
+    from tmlc.kernels.triton.bucket import Bucket
+    from tmlc.kernels.triton.launch import Operand
+    from tmlc.kernels.triton.registry import Call, lower
+
+    x, out = (Operand(space, "f32", (1, 0), 64, 64, 0, "0") for space in ("input", "output"))
+    table = Operand("weight", "f32", (0, 1), 64, 64, 0, "w", (64,))
+    norm = lower(Call("rms_norm", {"x": x, "weight": table}, {"eps": 1e-6}, (out,), Bucket(1, 4), 90))
+    add = lower(Call("add", {"a": x, "b": x}, {}, (out,), Bucket(1, 4), 90))
+    return [launch.variant(90) for lowered in (norm, add) for launch in lowered.launches][:count]
+
+
+def test_machine_code_is_the_same_in_other_processes_and_folders(tmp_path, monkeypatch):
+    variants = some_variants()
+    made = []
+    for folder in ("here", "a much longer path/elsewhere"):
+        (tmp_path / folder).mkdir(parents=True)
+        monkeypatch.chdir(tmp_path / folder)
+        monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / folder / "cache"))
+        monkeypatch.setenv("HOME", str(tmp_path / folder))
+        made.append(build.build_variants(variants, jobs=2))
+    first, second = made
+    for variant in variants:
+        assert first[variant].cubin == second[variant].cubin and first[variant].cubin[:4] == b"\x7fELF"
+        assert first[variant].registers > 0 and first[variant].spill_bytes == 0
+        assert str(tmp_path).encode() not in first[variant].cubin
+        assert os.fsencode(os.path.dirname(tmlc.__file__)) not in first[variant].cubin
+
+
+def test_variants_are_kept_in_the_compile_cache_and_damage_is_compiled_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("TMLC_CACHE", str(tmp_path))
+    (variant,) = some_variants(1)
+    first = build.build_variants([variant])
+    (entry,) = (tmp_path / "triton").rglob("*.json")
+    assert variant_key(variant) in entry.name
+
+    def no_processes(*args, **named):
+        raise AssertionError("a kernel was compiled")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(build.subprocess, "Popen", no_processes)
+        assert build.build_variants([variant]) == first
+    body = json.loads(entry.read_text())
+    entry.write_text(json.dumps(body | {"cubin": body["cubin"][:-8] + "AAAAAAA="}))
+    assert build.build_variants([variant]) == first
+
+
+def test_a_kernel_that_does_not_compile_is_named_and_stops_the_rest():
+    (good,) = some_variants(1)
+    bad = Variant(good.kernel, good.constexprs, (*good.signature[:-1], "*u8"), good.num_warps, good.num_stages, 90)
+    with pytest.raises(EmitError, match=good.kernel):
+        build.build_variants([bad, good], jobs=1)
+
+
+def test_a_checkpoint_of_holes_takes_no_room(tmp_path):
+    nbytes = create_hollow_checkpoint("small", tmp_path / "small")
+    held = list((tmp_path / "small").glob("*.safetensors"))
+    assert nbytes > 10**8 and sum(path.stat().st_size for path in held) > nbytes
+    assert sum(path.stat().st_blocks * 512 for path in held) < 2 * 10**6
+
+
+@pytest.mark.slow
+def test_every_kernel_of_nano_compiles_for_every_architecture_without_spills(tmp_path):
+    from tmlc.model_zoo.interaction import create_checkpoint
+
+    create_checkpoint("nano", 0, tmp_path / "nano")
+    target = "triton:sm80+sm90+sm100"
+    for precision in ("bf16", "int4"):
+        out = tmp_path / f"{precision}.tmlc"
+        tmlc.compile(tmp_path / "nano", out, target=target, precision=precision)
+        with open_package(out) as held:
+            for sm in (80, 90, 100):
+                spilled = {
+                    v["name"]: v["spill_bytes"]
+                    for v in held.json(f"engines/triton/sm{sm}/code.json")["variants"]
+                    if v["spill_bytes"]
+                }
+                assert not spilled

@@ -1,0 +1,165 @@
+"""Calls with the shapes of nano and of tml-small-276b: one of each op and size that their ticks make, and what other
+models add. `calls` yields them for a bucket and an architecture."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from tmlc.kernels.triton.bucket import Bucket
+from tmlc.kernels.triton.launch import Operand
+from tmlc.kernels.triton.registry import Call
+
+
+@dataclass(frozen=True)
+class Model:
+    """Sizes of one model; `forms` are the dtypes that its weights are compiled in."""
+
+    d: int
+    heads: int
+    groups: int
+    head: int
+    ranks: int
+    extent: int
+    window: int
+    context: int
+    dense: int
+    experts: int
+    shared: int
+    top_k: int
+    f: int
+    vocabulary: int
+    flow: int
+    vocoder: int
+    patch: int
+    height: int
+    folds: tuple[int, ...]
+    forms: tuple[str, ...]
+    caches: tuple[str, ...]
+
+
+NANO = Model(192, 6, 2, 32, 8, 256, 64, 1024, 512, 16, 1, 4, 64, 320, 192, 192, 16, 64, (1, 4, 2, 4),
+             ("f32", "bf16", "i8g32", "i4g32", "i4g64", "f8g128"), ("f32", "bf16", "u8"))  # fmt: skip
+LARGE = Model(4096, 32, 8, 128, 16, 1024, 512, 65536, 16384, 256, 2, 6, 2048, 201024, 2048, 768, 40, 240,
+              (1, 5, 1, 2, 1, 4, 2, 1), ("bf16", "i8g32", "i4g32", "i4g64", "f8g128"), ("bf16", "u8"))  # fmt: skip
+MODELS = {"nano": NANO, "tml-small-276b": LARGE}
+
+
+def x(cols: int, dtype: str = "f32", rows: tuple[int, int] = (1, 0), offset: int = 0) -> Operand:
+    return Operand("arena", dtype, rows, cols, cols, offset)
+
+
+def w(*shape: int, dtype: str = "f32") -> Operand:
+    lead = 1
+    for size in shape[:-1]:
+        lead *= size
+    return Operand("weight", dtype, (0, lead), shape[-1], shape[-1], name="w", shape=shape)
+
+
+def state(rows: int, cols: int, dtype: str = "f32") -> Operand:
+    return Operand("state", dtype, (0, rows), cols, cols, 64)
+
+
+def calls(model: Model, bucket: Bucket, sm: int) -> Iterator[Call]:
+    """Every op with the model's sizes."""
+
+    def call(op: str, args: dict[str, Operand | None], *outputs: Operand, **attrs: Any) -> Call:
+        return Call(op, args, attrs, outputs, bucket, sm)
+
+    m, d = model, model.d
+    q, kv = m.heads * m.head, m.groups * m.head
+    qkvr = q + 2 * kv + m.heads * m.ranks
+    yield call("embedding", {"ids": x(1, "i32"), "table": w(m.vocabulary, d, dtype="bf16")}, x(d))
+    yield call("bag_embedding", {"levels": x(80, "i32"), "table": w(1280, d, dtype="bf16")}, x(d), per_bin=16)
+    yield call("rms_norm", {"x": x(d), "weight": w(1, d)}, x(d), eps=1e-6)
+    yield call("rms_norm", {"x": x(q), "weight": w(1, m.head)}, x(q), eps=1e-6)
+    yield call("add_rms_norm", {"x": x(d), "residual": x(d), "weight": w(1, d)}, x(d), x(d), eps=1e-6)
+    for form in m.forms:
+        for rows, k in ((qkvr, d), (d, q), (2 * m.dense, d), (d, m.dense), (m.flow, m.flow), (d, 80)):
+            yield call("linear", {"x": x(k), "weight": w(rows, k, dtype=form), "bias": None}, x(rows))
+        yield call(
+            "linear_add",
+            {"x": x(q), "weight": w(d, q, dtype=form), "bias": None, "scale": w(1, 1), "addend": x(d)},
+            x(d),
+        )
+        yield call(
+            "head_sample",
+            {"x": x(d), "weight": w(m.vocabulary, d, dtype=form), "bias": None, "key": x(3, "i64"),
+             "temperature": x(1)},
+            x(1, "i32"), alpha=0.5, cap=30.0, entries=m.vocabulary - 2,
+        )  # fmt: skip
+        moe = {
+            "x": x(d), "weights": x(m.top_k + m.shared), "experts": x(m.top_k + m.shared, "i32"),
+            "gate_up": w(m.experts + m.shared, 2 * m.f, d, dtype=form),
+            "down": w(m.experts + m.shared, d, m.f, dtype=form),
+        }  # fmt: skip
+        for grouped_from in (1, 1 << 20):
+            plain = {"alpha": 0.0, "limit": 0.0, "gate_cap": 0.0, "up_cap": 0.0, "grouped_from": grouped_from}
+            yield call("moe", moe, x(d), **plain)
+            yield call("moe_add", moe | {"addend": x(d)}, x(d), **plain)
+    for cache in m.caches:
+        width = kv if cache != "u8" else m.groups * (m.head + 4)
+        for window, capacity, sinks in (
+            (m.window, m.window + 64 + 16, 0),
+            (0, m.context, 0),
+            (m.context - 96, m.context, 16),
+        ):
+            for extra in ({}, {"sink_logits": w(1, m.heads)}):
+                yield call(
+                    "attention_state",
+                    {"q": x(q), "k": x(kv), "v": x(kv), "position": state(1, 1, "i64"),
+                     "k_cache": state(capacity, width, cache), "v_cache": state(capacity, width, cache),
+                     "rel": x(m.heads * m.ranks) if not extra else None,
+                     "rel_table": w(m.ranks, m.extent) if not extra else None, **extra},
+                    x(q), num_heads=m.heads, num_kv_heads=m.groups, scale=0.1, window=window, sinks=sinks,
+                    log_floor=512.0, log_alpha=0.1, softcap=30.0 if extra else 0.0,
+                )  # fmt: skip
+    yield call(
+        "rope_state", {"x": x(q), "position": state(1, 1, "i64"), "inv_freq": w(1, m.head // 2)}, x(q),
+        num_heads=m.heads, offset=0, interleaved=False, scaling=1.0,
+    )  # fmt: skip
+    yield call("advance", {"position": state(1, 1, "i64"), "x": x(d)}, limit=0)
+    for c in (d, kv):
+        yield call("short_conv_state", {"x": x(c), "weight": w(c, 4), "tail": state(3, c)}, x(c), residual=True)
+    yield call("short_conv_state", {"x": x(m.vocoder), "weight": w(m.vocoder, 7), "tail": state(6, m.vocoder)},
+               x(m.vocoder), residual=False)  # fmt: skip
+    yield call("dynamic_conv_state", {"x": x(d), "weight": w(4, d), "taps": x(m.heads * 4), "tail": state(3, d)}, x(d),
+               residual=True)  # fmt: skip
+    routes = {"bias": w(1, m.experts), "scale": w(1, 1)}
+    out = (x(m.top_k + m.shared), x(m.top_k + m.shared, "i32"))
+    numbers = {"top_k": m.top_k, "n_shared": m.shared, "route_scale": 8.0}
+    yield call("router", {"x": x(d), "weight": w(m.experts + m.shared, d), **routes}, *out, **numbers)
+    yield call("sink_router", {"logits": x(m.experts + m.shared), **routes}, *out, **numbers)
+    for scores, groups in ((0, 1), (1, 4), (2, 1)):
+        yield call(
+            "topk_router", {"logits": x(m.experts), "bias": w(1, m.experts)}, x(m.top_k), x(m.top_k, "i32"),
+            scores=scores, top_k=m.top_k, normalise=True, groups=groups, top_groups=min(groups, 2), scale=2.5,
+        )  # fmt: skip
+    for op, names, attrs in (
+        ("add", "ab", {}), ("mul", "ab", {}), ("add_scaled", "ab", {"alpha": 0.25}), ("scale", "x", {"alpha": 0.5}),
+        ("clamp", "x", {"lo": -1.0, "hi": 1.0}), ("silu", "x", {}), ("gelu", "x", {}), ("sigmoid", "x", {}),
+        ("softcap", "x", {"cap": 30.0}), ("swiglu", ("gate", "up"), {}), ("modulate", ("x", "scale", "shift"), {}),
+    ):  # fmt: skip
+        yield call(op, {name: x(m.dense) for name in names}, x(m.dense), **attrs)
+    yield call("scale_by", {"x": x(d), "s": w(1, 1)}, x(d))
+    yield call("add_row", {"x": x(m.flow), "rows": w(33, m.flow)}, x(m.flow), index=7)
+    yield call("concat_columns", {"a": x(d), "b": x(kv)}, x(d + kv))
+    yield call("head_columns", {"x": x(q)}, x(q // 2), num_heads=m.heads, start=0, stop=m.head // 2)
+    yield call("concat_heads", {"a": x(q), "b": x(m.head)}, x(2 * q), num_heads=m.heads, shared=2)
+    yield call("l2_clip", {"x": x(q), "scale": w(1, q)}, x(q), num_heads=m.heads, threshold=4.0)
+    yield call("mix_blocks", {"x": x(8 * d), "queries": w(2, d)}, x(2 * d), eps=1e-6)
+    yield call(
+        "dmel_state", {"pcm": x(800), "window": w(1, 1600), "filters": w(80, 801), "tail": state(1, 800)}, x(80, "i32"),
+        lo=-7.0, hi=2.0, levels=16,
+    )  # fmt: skip
+    leaf = m.folds[0] * m.folds[1] ** 2 * 3
+    patches = 2 * m.height * m.height * 3 // leaf
+    yield call(
+        "patchify", {"video": Operand("input", "u8", (2 * m.height, 0), m.height * 3, m.height * 3, name="0")},
+        x(leaf, rows=(patches, 0)), frames=2, height=m.height, patch=m.patch, folds=list(m.folds),
+        mean=[0.48, 0.45, 0.4], std=[0.26, 0.27, 0.28],
+    )  # fmt: skip
+    yield call("philox_normal", {"key": x(3, "i64")}, x(320), size=320)
+    yield call("sample", {"logits": x(m.vocabulary), "key": x(3, "i64"), "temperature": x(1)}, x(1, "i32"))
+    yield call("overlap_add_state", {"frames": x(800), "window": w(1, 800), "overlap": state(1, 600)}, x(200), hop=200)

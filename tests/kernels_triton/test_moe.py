@@ -1,0 +1,137 @@
+"""Routers and experts: ties, all rows to one expert, unused experts; few rows and many give the same bits."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from triton_harness import Session, Shape, agree, bf16, bits, draw, run, weight
+
+ATTRS = {"alpha": 0.0, "limit": 0.0, "gate_cap": 0.0, "up_cap": 0.0, "grouped_from": 0}
+D, F, E, K = 20, 14, 5, 3
+
+
+def routed(seed: int, n: int, experts: np.ndarray | None = None, **more: np.ndarray) -> Session:
+    rng = np.random.default_rng(seed)
+    if experts is None:
+        experts = np.stack([rng.permutation(E)[:K] for _ in range(n)])
+    shares = rng.random((n, K), np.float32)
+    return Session({"x": draw(seed, n, D), "weights": shares, "experts": experts.astype(np.int64), **more}, count=n)
+
+
+def experts(dtype: str, biases: bool = False) -> dict:
+    found = {"gate_up": weight(draw(1, E, 2 * F, D), dtype), "down": weight(draw(2, E, D, F), dtype)}
+    if biases:
+        found |= {"gate_up_bias": weight(draw(3, E, 2 * F)), "down_bias": weight(draw(4, E, D))}
+    return found
+
+
+@pytest.mark.parametrize(
+    ("dtype", "grouped_from", "tolerance"),
+    [
+        ("f32", 1, 3e-6),
+        ("f32", 100, 3e-6),
+        ("bf16", 1, 4e-3),
+        ("bf16", 100, 4e-3),
+        ("i8g32", 1, 4e-3),
+        ("i4g32", 1, 4e-3),
+    ],
+)
+def test_experts(machine, dtype, grouped_from, tolerance):
+    """The hidden columns are rounded to bf16 before the second product, unless the weights are float32."""
+    sessions = [routed(i, n) for i, n in enumerate((4, 1, 9))]
+    agree(
+        machine, "moe", sessions, ATTRS | {"grouped_from": grouped_from}, [Shape("f32", D)], tolerance, experts(dtype),
+        cuts=(1, 5), activations={} if dtype == "f32" else {"x": bf16}, batch=4,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", [dict(alpha=1.7, limit=1.0), dict(gate_cap=3.0, up_cap=2.0), {}])
+def test_activations_biases_and_an_addend(machine, kind):
+    sessions = [routed(i, n, addend=draw(i + 40, n, D)) for i, n in enumerate((2, 5))]
+    agree(
+        machine, "moe_add", sessions, ATTRS | kind | {"grouped_from": 4}, [Shape("f32", D)], 4e-6,
+        experts("f32", biases=True), cuts=(1, 3),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("grouped_from", [1, 100])
+def test_all_rows_to_one_expert(machine, grouped_from):
+    """More pairs of one expert than a tile holds, the first and the last of them, others unused; one chosen twice."""
+    for chosen in ([0, 0, 0], [4, 4, 1], [3, 2, 3]):
+        picked = np.tile(np.array(chosen), (9, 1))
+        agree(
+            machine, "moe", [routed(1, 9, picked)], ATTRS | {"grouped_from": grouped_from}, [Shape("f32", D)], 3e-6,
+            experts("f32"), cuts=(4,),
+        )  # fmt: skip
+
+
+def test_few_rows_and_many_give_the_same_bits(machine):
+    sessions = [routed(i, n) for i, n in enumerate((3, 6))]
+    for dtype in ("bf16", "i4g64", "f8g128"):
+        results = []
+        for grouped_from in (1, 100):
+            attrs = ATTRS | {"grouped_from": grouped_from}
+            results.append(run(machine, "moe", sessions, attrs, [Shape("f32", D)], experts(dtype, biases=True)))
+        for few, many in zip(*results, strict=True):
+            assert np.array_equal(bits(few[0]), bits(many[0]))
+
+
+def test_experts_before_a_convolution(machine):
+    sessions = [routed(i, n, addend=draw(i + 40, n, D)) for i, n in enumerate((2, 5))]
+    for i, session in enumerate(sessions):
+        session.states["tail"] = draw(i + 60, 3, D)
+    weights = experts("f32") | {"taps": weight(draw(6, D, 4))}
+    attrs = ATTRS | {"residual": True, "level": 0.8}
+    agree(machine, "moe_conv_state", sessions, attrs, [Shape("f32", D)], 4e-6, weights, cuts=(1, 3), compared=["tail"])
+
+
+def logits(seed: int, n: int, count: int) -> np.ndarray:
+    """Random, with whole rows equal and some pairs equal."""
+    values = draw(seed, n, count)
+    values[0] = 0.25
+    if n > 1:
+        values[1, 1::2] = values[1, ::2][: count // 2]
+    return values
+
+
+@pytest.mark.parametrize(("count", "top_k", "shared"), [(5, 2, 1), (70, 6, 2), (3, 3, 0)])
+def test_sink_router(machine, count, top_k, shared):
+    sessions = [Session({"logits": logits(i, n, count + shared)}, count=n) for i, n in enumerate((4, 1, 17))]
+    weights = {"bias": weight(np.round(draw(2, 1, count), 1) * 0.1), "scale": weight(np.array([[1.3]], np.float32))}
+    weights["bias"].parts[0][...] = 0  # ties stay ties
+    weights["bias"].values[...] = 0
+    attrs = {"top_k": top_k, "n_shared": shared, "route_scale": 2.5}
+    k = top_k + shared
+    agree(machine, "sink_router", sessions, attrs, [Shape("f32", k), Shape("i64", k)], 1e-6, weights, cuts=(2,))
+
+
+@pytest.mark.parametrize("count", [9, 75])
+def test_router_computes_its_logits(machine, count):
+    """In one kernel with few experts, after a product of its own with many."""
+    sessions = [Session({"x": draw(i, n, 33)}, count=n) for i, n in enumerate((4, 1, 17))]
+    weights = {
+        "weight": weight(draw(5, count + 1, 33)), "bias": weight(draw(2, 1, count)),
+        "scale": weight(np.array([[1.3]], np.float32)),
+    }  # fmt: skip
+    attrs = {"top_k": 3, "n_shared": 1, "route_scale": 2.5}
+    agree(machine, "router", sessions, attrs, [Shape("f32", 4), Shape("i64", 4)], 1e-5, weights, cuts=(2,))
+
+
+@pytest.mark.parametrize("scores", [0, 1, 2])
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize(("groups", "top_groups"), [(1, 1), (4, 2), (12, 5)])
+def test_topk_router(machine, scores, biased, groups, top_groups):
+    sessions = [Session({"logits": logits(i, n, 12)}, count=n) for i, n in enumerate((4, 1, 17))]
+    weights = {"bias": weight(np.round(draw(2, 1, 12)) * 0.25)} if biased else {}
+    attrs = {"scores": scores, "top_k": 4, "normalise": scores < 2, "groups": groups, "top_groups": top_groups,
+             "scale": 1.5}  # fmt: skip
+    agree(machine, "topk_router", sessions, attrs, [Shape("f32", 4), Shape("i64", 4)], 1e-6, weights, cuts=(2,))
+
+
+def test_any_logits_give_distinct_experts(machine):
+    values = np.full((3, 6), np.nan, np.float32)
+    values[1, 2:], values[2] = np.inf, -np.inf
+    attrs = {"scores": 1, "top_k": 4, "normalise": True, "groups": 1, "top_groups": 1, "scale": 1.0}
+    found = run(machine, "topk_router", [Session({"logits": values}, count=3)], attrs,
+                [Shape("f32", 4), Shape("i64", 4)])[0][1]  # fmt: skip
+    assert all(len(set(row)) == 4 and min(row) >= 0 and max(row) < 6 for row in found.tolist())

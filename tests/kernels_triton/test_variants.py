@@ -1,0 +1,89 @@
+"""Kernels as machine code, without a GPU: they build for every architecture, spill nothing, and come out the same."""
+
+from __future__ import annotations
+
+import pytest
+from shapes import LARGE, MODELS, NANO, Model, calls
+
+from tmlc.errors import EmitError
+from tmlc.kernels.triton.bucket import Bucket
+from tmlc.kernels.triton.launch import Variant
+from tmlc.kernels.triton.registry import ARCHITECTURES, launch, lower, supported
+from tmlc.kernels.triton.variants import Compiled, compile_variant, variant_key
+
+BUCKETS = (Bucket(1, 1), Bucket(1, 4), Bucket(16, 16))
+
+#: Variants that spill, by kernel and architecture: (most bytes of a thread, why they are kept).
+EXCEPTIONS: dict[tuple[str, int], tuple[int, str]] = {}
+
+
+def variants(model: Model, sm: int, ops: tuple[str, ...] = ()) -> list[Variant]:
+    """Every variant of a model's ops, once."""
+    found: dict[Variant, None] = {}
+    for bucket in BUCKETS:
+        for call in calls(model, bucket, sm):
+            if not ops or call.op in ops:
+                found |= dict.fromkeys(item.variant(sm) for item in lower(call).launches)
+    return list(found)
+
+
+def held(compiled: Compiled, variant: Variant) -> None:
+    most, _ = EXCEPTIONS.get((variant.kernel, variant.sm), (0, ""))
+    assert compiled.spill_bytes <= most, f"{variant} spills {compiled.spill_bytes} bytes"
+    assert compiled.registers <= 255 and compiled.num_warps * 32 <= 1024
+    assert compiled.shared <= (101376 if variant.sm in (89, 120) else 166912), variant
+    assert compiled.cubin[:4] == b"\x7fELF"
+
+
+@pytest.mark.parametrize("sm", [80, 90, 100])
+def test_a_product_and_attention_build(sm):
+    chosen = {"linear_kernel": 1, "attention_kernel": 1}
+    for variant in variants(LARGE, sm, ("linear", "attention_state")):
+        if chosen.get(variant.kernel, 0) > 0:
+            chosen[variant.kernel] -= 1
+            held(compile_variant(variant), variant)
+    assert not any(chosen.values())
+
+
+def test_the_shapes_reach_every_op():
+    assert {call.op for call in calls(NANO, Bucket(1, 1), 90)} == set(supported()) - {
+        "copy", "linear_conv_state", "moe_conv_state",
+    }  # fmt: skip
+
+
+def test_the_same_variant_gives_the_same_machine_code():
+    variant = variants(NANO, 90, ("rms_norm",))[0]
+    first, second = compile_variant(variant), compile_variant(variant)
+    assert first.cubin == second.cubin and first == second
+    assert first.to_json()["sha256"] == first.digest
+
+
+def test_buckets_share_variants():
+    keys = [{variant_key(v) for v in _of(Bucket(batch, n))} for batch, n in ((1, 4), (2, 4), (64, 1))]
+    assert keys[0] == keys[1] == keys[2]
+
+
+def _of(bucket: Bucket) -> list[Variant]:
+    return [
+        item.variant(90) for call in calls(LARGE, bucket, 90) if call.op == "linear" for item in lower(call).launches
+    ]
+
+
+def test_a_key_tells_variants_apart():
+    found = variants(NANO, 90) + variants(LARGE, 80, ("linear",))
+    assert len({variant_key(v) for v in found}) == len(set(found))
+
+
+def test_a_launch_with_other_arguments_is_refused():
+    with pytest.raises(EmitError, match="advance_kernel takes"):
+        launch("advance_kernel", (1,), {"position": 1}, {})
+    with pytest.raises(EmitError, match="grid"):
+        launch("advance_kernel", (0,), {"position": 1, "slots": 1, "counts": 1}, {})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sm", ARCHITECTURES)
+@pytest.mark.parametrize("name", MODELS)
+def test_every_variant_builds_without_spills(name, sm):
+    for variant in variants(MODELS[name], sm):
+        held(compile_variant(variant), variant)

@@ -1,0 +1,189 @@
+"""Machine code for many variants: a process for each core, and a cache by variant and tool chain.
+
+The children are this file run as a module (`python -m tmlc.emit.triton.build`): one variant a line, one answer a line.
+A caller's script needs no `if __name__ == "__main__"` for that, and nobody's PyTorch is started again in them.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+import queue
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from tmlc.cache.store import cache_folder
+from tmlc.errors import EmitError
+from tmlc.kernels.triton.launch import Variant
+from tmlc.kernels.triton.variants import Compiled, variant_key
+
+FIGURES = ("entry", "num_warps", "shared", "registers", "spill_bytes", "hidden_params")
+
+
+@cache
+def toolchain() -> str:
+    """Digest of everything that decides a variant's machine code but the variant: kernels, Triton, Python."""
+    import tmlc.kernels.triton
+
+    folder = Path(next(iter(tmlc.kernels.triton.__path__)))
+    digest = hashlib.sha256(f"{metadata.version('triton')} {sys.version_info[:3]}".encode())
+    for path in sorted(folder.glob("*.py")):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
+def default_jobs() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def build_variants(
+    variants: Sequence[Variant], on_done: Callable[[int, int], None] = lambda done, total: None, jobs: int | None = None
+) -> dict[Variant, Compiled]:
+    """Machine code for every variant; the same variants give the same bytes in any process and folder.
+
+    Args:
+        on_done: gets (done, total) as work proceeds.
+        jobs: processes; None takes a core each. What is in the compile cache (docs/compile-cache.md) starts none.
+
+    Raises:
+        EmitError: a kernel does not compile, named; the others that were begun are finished first.
+    """
+    wanted = list(dict.fromkeys(variants))
+    made: dict[Variant, Compiled] = {}
+    for variant in wanted:
+        if (found := _cached(variant)) is not None:
+            made[variant] = found
+    missing = [variant for variant in wanted if variant not in made]
+    on_done(len(made), len(wanted))
+    todo: queue.SimpleQueue[Variant] = queue.SimpleQueue()
+    for variant in missing:
+        todo.put(variant)
+    done: queue.SimpleQueue[tuple[Variant, Compiled | EmitError]] = queue.SimpleQueue()
+    count = min(jobs or default_jobs(), len(missing))
+    threads = [threading.Thread(target=_drive, args=(todo, done), daemon=True) for _ in range(count)]
+    for thread in threads:
+        thread.start()
+    failed: EmitError | None = None
+    for _ in missing:
+        variant, result = done.get()
+        if isinstance(result, EmitError):
+            failed = failed or result
+            with suppress(queue.Empty):  # the rest is not begun any more
+                while True:
+                    done.put((todo.get_nowait(), result))
+            continue
+        made[variant] = result
+        _keep(variant, result)
+        on_done(len(made), len(wanted))
+    for thread in threads:
+        thread.join()
+    if failed is not None:
+        raise failed
+    return {variant: made[variant] for variant in wanted}
+
+
+def _drive(todo: queue.SimpleQueue[Variant], done: queue.SimpleQueue[tuple[Variant, Compiled | EmitError]]) -> None:
+    """One thread: a child process, which gets variants until there are none."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    child = subprocess.Popen(
+        [sys.executable, "-m", __name__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    )
+    assert child.stdin is not None and child.stdout is not None
+    while True:
+        try:
+            variant = todo.get_nowait()
+        except queue.Empty:
+            break
+        try:
+            child.stdin.write(json.dumps(_request(variant)) + "\n")
+            child.stdin.flush()
+            answer = json.loads(child.stdout.readline() or "null")
+        except (BrokenPipeError, ValueError):
+            answer = None
+        if answer is None:
+            done.put((variant, EmitError("the process that compiles kernels ended", where=variant_key(variant))))
+        elif "error" in answer:
+            done.put((variant, EmitError(answer["error"], where=answer["where"], fix=answer["fix"])))
+        else:
+            done.put((variant, _compiled(answer)))
+    child.stdin.close()
+    child.wait()
+    child.stdout.close()
+
+
+def _request(variant: Variant) -> dict[str, Any]:
+    return dict(vars(variant))
+
+
+def _compiled(answer: dict[str, Any]) -> Compiled:
+    return Compiled(cubin=base64.b64decode(answer["cubin"]), **{name: answer[name] for name in FIGURES})
+
+
+def _answer(compiled: Compiled) -> dict[str, Any]:
+    figures = {name: getattr(compiled, name) for name in FIGURES}
+    return {**figures, "cubin": base64.b64encode(compiled.cubin).decode("ascii")}
+
+
+def _place(variant: Variant) -> Path | None:
+    folder = cache_folder()
+    return None if folder is None else folder / "triton" / toolchain()[:16] / f"{variant_key(variant)}.json"
+
+
+def _cached(variant: Variant) -> Compiled | None:
+    """What an earlier compilation left; None where there is nothing, or something that is not whole."""
+    place = _place(variant)
+    if place is None:
+        return None
+    try:
+        stored = json.loads(place.read_bytes())
+        compiled = _compiled(stored)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return compiled if stored.get("sha256") == compiled.digest else None
+
+
+def _keep(variant: Variant, compiled: Compiled) -> None:
+    """Stores a variant by one rename; where the cache cannot be written, compiling goes on without it."""
+    place = _place(variant)
+    if place is None:
+        return
+    with suppress(OSError):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        new = place.with_name(f"{place.name}.{os.getpid()}.new")
+        new.write_text(json.dumps({**_answer(compiled), "sha256": compiled.digest}))
+        new.replace(place)
+
+
+def frozen(value: Any) -> Any:
+    """A constexpr as it was before it was JSON: its sequences are tuples."""
+    return tuple(map(frozen, value)) if isinstance(value, list) else value
+
+
+def serve() -> None:
+    """The child: one variant a line, one answer a line."""
+    from tmlc.kernels.triton.variants import compile_variant
+
+    for line in sys.stdin:
+        request = json.loads(line)
+        constexprs = tuple((name, frozen(value)) for name, value in request.pop("constexprs"))
+        variant = Variant(**{**request, "constexprs": constexprs, "signature": tuple(request["signature"])})
+        try:
+            answer = _answer(compile_variant(variant))
+        except EmitError as error:
+            answer = {"error": error.what, "where": error.where, "fix": error.fix}
+        sys.stdout.write(json.dumps(answer) + "\n")
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    serve()

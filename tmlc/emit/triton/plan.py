@@ -1,0 +1,105 @@
+"""Launches and variants as the JSON of a package (docs/triton.md, "The plan")."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from triton import knobs
+
+from tmlc.emit.triton.lower import MethodLowering, Value
+from tmlc.kernels.triton.bucket import Bucket
+from tmlc.kernels.triton.launch import SPACES, Argument, Launch, Pointer, Variant
+from tmlc.kernels.triton.variants import Compiled, variant_key
+
+PLAN_VERSION = 1
+FOLDER = "engines/triton"
+PLAN = f"{FOLDER}/plan.json"
+
+
+def code_name(sm: int) -> str:
+    return f"{FOLDER}/sm{sm}/code.json"
+
+
+def cubin_name(variant: Variant) -> str:
+    return f"{FOLDER}/sm{variant.sm}/{variant_key(variant)}.cubin"
+
+
+def plan_json(
+    methods: Sequence[MethodLowering],
+    buckets: Mapping[str, Sequence[Bucket]],
+    weights: Sequence[str],
+    architectures: Sequence[int],
+    slot_bytes: int,
+    arena_bytes: int,
+    scratch_bytes: int,
+) -> dict[str, Any]:
+    """What all architectures share: signatures, buckets, weights, bytes."""
+    return {
+        "version": PLAN_VERSION,
+        "architectures": [f"sm{sm}" for sm in architectures],
+        "slot_bytes": slot_bytes,
+        "arena_bytes": arena_bytes,
+        "scratch_bytes": scratch_bytes,
+        "weights": list(weights),
+        "methods": [
+            {
+                "name": method.method.name,
+                "max_n": method.method.max_n,
+                "inputs": [_argument(value) for _, value in method.inputs],
+                "outputs": [_argument(value) for value in method.outputs],
+                "buckets": [[bucket.batch, bucket.n] for bucket in buckets[method.method.name]],
+                "positions": [{"offset": offset, "limit": limit} for offset, limit in method.positions()],
+                "ids": method.id_limits(),
+            }
+            for method in methods
+        ],
+    }
+
+
+def _argument(value: Value) -> dict[str, Any]:
+    return {"dtype": value.dtype, "rows": list(value.rows), "cols": value.cols}
+
+
+def least_driver(sm: int) -> int:
+    """The oldest driver (as `cuDriverGetVersion` counts: 12080 is CUDA 12.8) that loads this machine code: one that
+    knows the architecture, of the major version of the assembler."""
+    assembler = knobs.nvidia.ptxas_blackwell if sm >= 100 else knobs.nvidia.ptxas
+    major = int(str(assembler.version).partition(".")[0])
+    return max({80: 11010, 89: 11080, 90: 11080, 100: 12080, 120: 12080}[sm], 1000 * major)
+
+
+def variants_json(compiled: Mapping[Variant, Compiled]) -> list[dict[str, Any]]:
+    """One entry a variant, with what it costs: registers, spills, shared memory."""
+    return [
+        {
+            "name": variant_key(variant),
+            "file": cubin_name(variant),
+            "kernel": variant.kernel,
+            "constexprs": dict(variant.constexprs),
+            "signature": list(variant.signature),
+            "num_stages": variant.num_stages,
+            **figures.to_json(),
+        }
+        for variant, figures in compiled.items()
+    ]
+
+
+def launches_json(
+    launches: Iterable[Launch], sm: int, variants: Mapping[Variant, int], weights: Mapping[str, int]
+) -> list[list[Any]]:
+    """`[variant, [x, y, z], arguments]` for each launch; a pointer is `[space, which, offset, bytes]`."""
+    return [
+        [variants[launch.variant(sm)], list(launch.grid), [_value(arg, weights) for arg in launch.args]]
+        for launch in launches
+    ]
+
+
+def _value(arg: Argument, weights: Mapping[str, int]) -> int | float | list[int]:
+    if not isinstance(arg, Pointer):
+        return float(arg) if isinstance(arg, float) else int(arg)
+    if arg.space == "weight":
+        which = weights[arg.name]
+    else:
+        which = int(arg.name) if arg.space in ("input", "output") else 0
+    return [SPACES.index(arg.space), which, arg.offset, arg.nbytes]

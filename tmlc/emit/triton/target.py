@@ -1,0 +1,184 @@
+"""NVIDIA GPUs through Triton, compiled ahead of time: `triton:sm90`, or several at once: `triton:sm80+sm90`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+from typing import Any
+
+from tmlc.emit.graph import slot_layout
+from tmlc.emit.targets import Coverage, Emitted, Progress, Target
+from tmlc.errors import EmitError, TargetError
+from tmlc.ir.ops import spec_of
+from tmlc.ir.program import Program
+from tmlc.ir.quantize import SCHEMES
+from tmlc.ir.weights import TensorSource
+
+try:
+    import triton  # noqa: F401
+except ImportError as error:
+    raise TargetError(
+        "target triton needs Triton, which is not installed", where="--target",
+        fix="Install it with: pip install 'tmlc[triton]'.",
+    ) from error  # fmt: skip
+
+from tmlc.emit.triton.build import build_variants
+from tmlc.emit.triton.lower import MethodLowering
+from tmlc.emit.triton.plan import PLAN, code_name, cubin_name, launches_json, least_driver, plan_json, variants_json
+from tmlc.emit.triton.weights import TritonWeight, stored_weights
+from tmlc.kernels.triton.bucket import Bucket
+from tmlc.kernels.triton.launch import Launch, Pointer, Variant
+from tmlc.kernels.triton.registry import ARCHITECTURES, REFUSED, VIEWS, supported
+
+FEATURES = ("triton.plan.v1", "weights.rows")
+
+
+@dataclass
+class Lowerings:
+    """A program's launches, before any kernel is compiled.
+
+    Attributes:
+        methods: one for each method of the program, in its order.
+        buckets: of each method.
+        launches: by architecture, method and bucket.
+        arena_bytes, scratch_bytes: what the largest bucket needs.
+    """
+
+    methods: list[MethodLowering]
+    buckets: dict[str, list[Bucket]]
+    launches: dict[int, dict[str, dict[Bucket, list[Launch]]]] = field(default_factory=dict)
+    arena_bytes: int = 0
+    scratch_bytes: int = 0
+
+    def all(self, sm: int) -> list[Launch]:
+        return [x for buckets in self.launches[sm].values() for found in buckets.values() for x in found]
+
+    def variants(self) -> list[Variant]:
+        """Every variant once, in order of first use."""
+        found = (launch.variant(sm) for sm in self.launches for launch in self.all(sm))
+        return list(dict.fromkeys(found))
+
+    def weights(self) -> list[str]:
+        """Stored tensors that launches read, in order of first use."""
+        args = (arg for sm in self.launches for launch in self.all(sm) for arg in launch.args)
+        return list(dict.fromkeys(arg.name for arg in args if isinstance(arg, Pointer) and arg.space == "weight"))
+
+
+class TritonTarget(Target):
+    """Machine code for named architectures, which the cuda runtime runs with nothing but the driver."""
+
+    family = "triton"
+    precisions = ("fp32", "bf16", "int8", "int4")
+    caches = ("fp32", "bf16", "int8")
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        names = name.partition(":")[2].split("+")
+        known = {f"sm{sm}": sm for sm in ARCHITECTURES}
+        if unknown := [part for part in names if part not in known]:
+            what = f"unknown architecture {unknown[0]!r}" if unknown[0] else "target triton needs an architecture"
+            fix = f"Write triton:sm90, or several: triton:sm80+sm90. There are {', '.join(known)}."
+            raise TargetError(what, where="--target", fix=fix)
+        self.architectures = tuple(sorted({known[part] for part in names}))
+
+    def coverage(self, program: Program) -> list[Coverage]:
+        counts: dict[tuple[str, str], int] = {}
+        for method in program.methods.values():
+            for node in method.graph.nodes:
+                spec = spec_of(node.target) if node.op == "call_function" else None
+                if spec is not None:
+                    counts[method.name, spec.name] = counts.get((method.name, spec.name), 0) + 1
+        there = {**dict.fromkeys(VIEWS, "(view)"), **{op: op for op in supported()}}
+        return [
+            Coverage(method, op, count, there.get(op), "" if op in there else REFUSED.get(op, "no kernel"))
+            for (method, op), count in counts.items()
+        ]
+
+    def lower(self, program: Program, tell: Progress = lambda stage, done, total: None) -> Lowerings:
+        """All launches of a program, without compiling anything.
+
+        Raises EmitError as `emit` does.
+        """
+        states, _ = slot_layout(program)
+        offsets = {state.name: state.offset for state in states}
+        chosen = program.meta.get("buckets")
+        if not isinstance(chosen, dict) or set(chosen) != set(program.methods):
+            raise EmitError(
+                "the program has no buckets", where="target triton", fix="Run memory.buckets as the last pass."
+            )
+        methods = [MethodLowering(program, method, offsets) for method in program.methods.values()]
+        out = Lowerings(methods, {name: [Bucket(b, n) for b, n in pairs] for name, pairs in chosen.items()})
+        total = len(self.architectures) * sum(map(len, out.buckets.values()))
+        done = 0
+        for sm in self.architectures:
+            for method in methods:
+                name = method.method.name
+                for bucket in out.buckets[name]:
+                    tell("lowering to launches", done, total)
+                    launches, scratch = method.launches(bucket, sm)
+                    out.launches.setdefault(sm, {}).setdefault(name, {})[bucket] = launches
+                    out.arena_bytes = max(out.arena_bytes, method.arena_bytes(bucket))
+                    out.scratch_bytes = max(out.scratch_bytes, scratch)
+                    done += 1
+        tell("lowering to launches", total, total)
+        return out
+
+    def emit(self, program: Program, source: TensorSource, tell: Progress) -> Emitted:
+        lowered = self.lower(program, tell)
+        variants = lowered.variants()
+        compiled = build_variants(variants, lambda done, total: tell("compiling kernels", done, total))
+        states, slot_bytes = slot_layout(program)
+        stored = lowered.weights()
+        numbers = {name: number for number, name in enumerate(stored)}
+        methods = tuple(method.signature() for method in lowered.methods)
+        plan = plan_json(
+            lowered.methods,
+            lowered.buckets,
+            stored,
+            self.architectures,
+            slot_bytes,
+            lowered.arena_bytes,
+            lowered.scratch_bytes,
+        )
+        files: dict[str, Any] = {PLAN: plan}
+        for sm in self.architectures:
+            own = {variant: compiled[variant] for variant in variants if variant.sm == sm}
+            places = {variant: number for number, variant in enumerate(own)}
+            code = {
+                name: {b.name: launches_json(launches, sm, places, numbers) for b, launches in buckets.items()}
+                for name, buckets in lowered.launches[sm].items()
+            }
+            head = {"version": plan["version"], "driver": least_driver(sm)}
+            files[code_name(sm)] = {**head, "variants": variants_json(own), "code": code}
+            files.update((cubin_name(variant), figures.cubin) for variant, figures in own.items())
+        weights = stored_weights(program, _program_weights(stored, program))
+        caches = ["states.kv.int8"] if any(s.kind.startswith("kv_") and s.dtype == "u8" for s in states) else []
+        return Emitted(
+            plan=PLAN,
+            layout="rows",
+            files=files,
+            weights=weights,
+            methods=methods,
+            states=states,
+            slot_bytes=slot_bytes,
+            arena_bytes=lowered.arena_bytes,
+            scratch_bytes=lowered.scratch_bytes,
+            features=(*FEATURES, *_coded(weights), *caches),
+            producer={"triton": metadata.version("triton")},
+        )
+
+
+def _coded(weights: Sequence[TritonWeight]) -> list[str]:
+    """What a reader must know to use the weights: the codes among them."""
+    return sorted({f"weights.rows.{SCHEMES[weight.scheme].precision}" for weight in weights if weight.scheme})
+
+
+def _program_weights(stored: Sequence[str], program: Program) -> list[str]:
+    """The weights whose stored tensors are named, in order."""
+    names = [name if name in program.weights else re.sub(r"\.(scales|zeros)$", "", name) for name in stored]
+    return list(dict.fromkeys(names))
+
+
+TARGET = TritonTarget

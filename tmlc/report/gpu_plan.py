@@ -1,0 +1,131 @@
+"""Kernels and plan of a model that no machine here could hold: `python -m tmlc.report.gpu_plan tml-small-276b` prints
+one JSON line with the seconds of each stage and the peak of memory.
+
+The checkpoint is all holes (a sparse file: headers, and no data), so everything is what `tmlc compile` does up to the
+weights, which are never read: tracing, passes, lowering to launches, compiling every kernel, and the JSON of the plan.
+Nothing is written, and the compile cache is not used.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from tmlc.report.startup import peak_rss_bytes
+
+SHARD_BYTES = 4 << 30
+
+
+def create_hollow_checkpoint(preset: str, folder: Path) -> int:
+    """Writes a bfloat16 checkpoint of a zoo preset that takes no room: its tensors are holes, which read as zeros.
+    Returns the bytes that they would take."""
+    import torch
+
+    from tmlc.model_zoo.interaction.config import InteractionConfig
+    from tmlc.model_zoo.interaction.modeling import InteractionModel
+
+    config = InteractionConfig.from_preset(preset)
+    with torch.device("meta"):
+        tensors = InteractionModel(config).state_dict()
+    shards: list[dict[str, tuple[int, ...]]] = [{}]
+    used = total = 0
+    for name, tensor in tensors.items():
+        size = 2 * tensor.numel()
+        if shards[-1] and used + size > SHARD_BYTES:
+            shards.append({})
+            used = 0
+        shards[-1][name] = tuple(tensor.shape)
+        used, total = used + size, total + size
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config.to_dict()), "utf-8")
+    index = {}
+    for number, shard in enumerate(shards, 1):
+        file_name = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        header, at = {}, 0
+        for name, shape in shard.items():
+            index[name] = file_name
+            size = 2 * tensors[name].numel()
+            header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [at, at + size]}
+            at += size
+        text = json.dumps(header).encode()
+        with (folder / file_name).open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            file.truncate(8 + len(text) + at)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}), "utf-8")
+    return total
+
+
+def plan_on_meta(preset: str, target: str, precision: str, jobs: int | None = None) -> dict[str, Any]:
+    """Everything of a compilation but the weights, with its figures.
+
+    Raises:
+        EmitError: an op has no kernel, or a kernel does not compile.
+    """
+    from tmlc.compiler import compile
+    from tmlc.emit.targets import find_target
+    from tmlc.emit.triton.build import build_variants
+    from tmlc.emit.triton.plan import launches_json, variants_json
+    from tmlc.emit.triton.target import TritonTarget
+
+    seconds: dict[str, float] = {}
+    started = time.perf_counter()
+
+    def lap(stage: str) -> None:
+        nonlocal started
+        now = time.perf_counter()
+        seconds[stage], started = round(now - started, 2), now
+        print(f"{stage}: {seconds[stage]} s", file=sys.stderr)
+
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / preset
+        weight_bytes = create_hollow_checkpoint(preset, folder)
+        lap("checkpoint of holes")
+        report = compile(folder, scratch, target=target, precision=precision, stop_after="memory.buckets")
+        lap("trace and passes")
+        chosen = find_target(target)
+        assert isinstance(chosen, TritonTarget) and report.program is not None
+        lowered = chosen.lower(report.program)
+        lap("lower to launches")
+        variants = lowered.variants()
+        compiled = build_variants(variants, jobs=jobs)
+        lap("compile kernels")
+        weights = {name: number for number, name in enumerate(lowered.weights())}
+        size = 0
+        for sm in chosen.architectures:
+            own = {variant: figures for variant, figures in compiled.items() if variant.sm == sm}
+            places = {variant: number for number, variant in enumerate(own)}
+            launches = launches_json(lowered.all(sm), sm, places, weights)
+            size += len(json.dumps([variants_json(own), launches], separators=(",", ":")))
+        lap("plan")
+    spilled = {f"{v.kernel} {dict(v.constexprs)}": f.spill_bytes for v, f in compiled.items() if f.spill_bytes}
+    return {
+        "preset": preset, "target": target, "precision": precision, "seconds": seconds,
+        "total_seconds": round(sum(seconds.values()), 2), "peak_bytes": peak_rss_bytes(),
+        "checkpoint_bytes": weight_bytes, "launches": sum(len(lowered.all(sm)) for sm in chosen.architectures),
+        "variants": len(variants), "kernels": dict(Counter(v.kernel for v in variants)), "plan_bytes": size,
+        "cubin_bytes": sum(len(f.cubin) for f in compiled.values()), "arena_bytes": lowered.arena_bytes,
+        "scratch_bytes": lowered.scratch_bytes, "most_registers": max(f.registers for f in compiled.values()),
+        "spills": spilled,
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tmlc.report.gpu_plan")
+    parser.add_argument("preset", help="of the zoo, e.g. tml-small-276b")
+    parser.add_argument("--target", default="triton:sm90")
+    parser.add_argument("--precision", default="bf16")
+    parser.add_argument("--jobs", type=int, help="processes that compile kernels; default: a core each")
+    chosen = parser.parse_args()
+    os.environ["TMLC_CACHE"] = "off"
+    print(json.dumps(plan_on_meta(chosen.preset, chosen.target, chosen.precision, chosen.jobs)))
+
+
+if __name__ == "__main__":
+    main()
