@@ -4,6 +4,7 @@
 #   make test-all  the tests that take minutes too
 #   make test-transformers VERSION=5.18.0   what depends on transformers, under another version of it
 #   make peers     tmlc beside llama.cpp, transformers, ONNX Runtime and OpenVINO; builds and installs them (docs/performance.md)
+#   make onnx-node what examples/onnx_node needs, by npm; `make test` does it where npm is
 #   make perf      measure; prints figures beside their targets and writes perf/results/<machine>.json
 
 PYTHON ?= python3
@@ -18,7 +19,7 @@ RECORDING := --audio examples/demo/speech.wav --video examples/demo/camera.mp4 -
 export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-all test-transformers perf peers lint types clean
+.PHONY: onnx-node demo test test-all test-transformers perf peers lint types clean
 .DEFAULT_GOAL := test
 .DELETE_ON_ERROR:
 
@@ -53,10 +54,20 @@ types: $(VENV)/dev.stamp
 	@ln -s $(abspath $(filter-out %__pycache__,$(wildcard tmlc/*)) $(ROOMS)) build/types/tmlc/
 	cd build/types && MYPYPATH=. $(abspath $(BIN)/mypy) --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache
 
-test: lint types
+# Without npm, or without a network, the test of that example is skipped and says so. The scripts of the packages are not
+# run: they would fetch libraries for GPUs.
+ONNX_NODE := examples/onnx_node
+onnx-node: $(ONNX_NODE)/node_modules/.stamp
+
+$(ONNX_NODE)/node_modules/.stamp: $(ONNX_NODE)/package.json
+	@if command -v npm > /dev/null; then npm install --silent --no-audit --no-fund --no-package-lock --ignore-scripts \
+		--prefix $(ONNX_NODE) && touch $@ || echo "npm could not install onnxruntime-node"; \
+		else echo "npm is not installed: examples/onnx_node is not tested"; fi
+
+test: lint types onnx-node
 	$(BIN)/python -m pytest -q -m "not slow"
 
-test-all: lint types
+test-all: lint types onnx-node
 	$(BIN)/python -m pytest -q
 
 # The version and what it needs are installed beside .venv and come first on the path.

@@ -39,7 +39,12 @@ from tmlc.pipeline.manager import run_pipeline
 from tmlc.pipeline.pipeline import Pipeline, Step, load_pipeline
 
 PRECISIONS = ("fp32", "bf16", "fp16", "fp8", "int8", "int4")  # that some target has, or will have
-KV = {"fp32": "f32", "bf16": "bf16", "int8": "int8"}  # what keys and values are kept as: the setting of state.insert
+KV = {
+    "fp32": "f32",
+    "bf16": "bf16",
+    "fp16": "f16",
+    "int8": "int8",
+}  # what keys and values are kept as: the setting of state.insert
 QUANTISERS = {"quantize.int8": "int8", "quantize.int4": "int4"}
 
 PROGRAM = "program.ir"
@@ -121,6 +126,7 @@ def compile(
     sinks: int | None = None,
     max_append: int | None = None,
     kv: str | None = None,
+    dry_run: bool = False,
     on_progress: Progress | None = None,
     on_record: Callable[[PassRecord], None] | None = None,
 ) -> CompileReport:
@@ -129,9 +135,10 @@ def compile(
     Args:
         checkpoint: a folder in the Hugging Face form.
         out: the package to write; a package that is there is replaced when the new one is whole.
-        target: "cpu" (`tmlc.emit.targets`).
-        precision: "fp32" or "bf16" (linears, experts, embeddings, keys and values), "int8" or "int4" (codes for linears
-            and experts, bf16 for embeddings, keys and values). Default: what the pipeline says, else fp32.
+        target: "cpu", or "tensorrt:" and an architecture (`tmlc.emit.targets`).
+        precision: "fp32", "bf16" or "fp16" (linears, experts, embeddings, keys and values), "int8" or "int4" (codes for
+            linears and experts, bf16 for embeddings, keys and values), as far as the target has them. Default: what the
+            pipeline says, else fp32.
         preset: name of a pipeline that comes with tmlc, or a level of the target's own: "O0" what the engine cannot do
             without, "O1", "O2" everything. Default: the target's.
         pipeline: a pipeline file instead.
@@ -142,7 +149,9 @@ def compile(
         dump: folder for the text form of the program after every pass.
         context, context_policy, sinks, max_append: positions a session keeps, "ring_with_sinks" or "end", positions
             kept from the start, positions of one call. Default: the model's.
-        kv: what keys and values are kept as: "fp32", "bf16" or "int8". Default: as `precision` says, else the pipeline.
+        kv: what keys and values are kept as: "fp32", "bf16", "fp16" or "int8", as far as the target has them. Default:
+            as `precision` says, else the pipeline.
+        dry_run: end before the target's tools run: the report's `coverage` says which ops would not lower, and why.
         on_progress: gets (stage, done, total) as work proceeds.
         on_record: gets the record of each pass when it is done.
 
@@ -183,7 +192,7 @@ def compile(
     )
     report.seconds, report.program, report.coverage = seconds, ready, chosen.coverage(ready)
     report.notes = list(ready.meta.get("notes", ()))
-    if stop_after is not None:
+    if stop_after is not None or dry_run:
         return report
 
     with _timed(seconds, "emit"):
@@ -203,9 +212,7 @@ def compile(
         with _timed(seconds, "golden"):
             methods = len(ready.methods)
             counter = iter(range(methods))
-            calls = record_golden(
-                ready, source, lambda name: tell("recording golden calls", next(counter), methods)
-            )
+            calls = record_golden(ready, source, lambda name: tell("recording golden calls", next(counter), methods))
             write_golden(writer, calls)
             tell("recording golden calls", methods, methods)
         with _timed(seconds, "digests"):
@@ -257,7 +264,7 @@ def _pipeline(
     elif isinstance(pipeline, Pipeline):
         steps = pipeline
     else:
-        steps = load_pipeline(pipeline or preset or target, target)
+        steps = load_pipeline(pipeline or preset or target.partition(":")[0], target)
     if names := list(disable):
         steps = steps.disable(names)
     return steps if stop_after is None else steps.stop_after(stop_after)
@@ -270,7 +277,7 @@ def _configured(
     kv: str | None,
 ) -> Pipeline:
     """The steps with the settings that a call of `compile` may override."""
-    kv_dtype = KV[kv] if kv is not None else {"fp32": "f32", None: None}.get(precision, "bf16")
+    kv_dtype = KV[kv] if kv is not None else {"fp32": "f32", "fp16": "f16", None: None}.get(precision, "bf16")
     coder = next((name for name, kind in QUANTISERS.items() if kind == precision), None)
     if coder is not None:
         steps = _with_codes(steps, coder)

@@ -25,7 +25,7 @@ _HEAVY = {
     ("embedding", "table"),
     ("bag_embedding", "table"),
 }
-_DTYPES = {"fp32": "f32", "bf16": "bf16"}
+_DTYPES = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
 
 
 @register_pass("quantize.cast")
@@ -34,7 +34,7 @@ class Cast(Pass):
     half the bytes where the bytes are, and a checkpoint's own dtype does not decide what the engine computes in."""
 
     class Config(PassConfig):
-        precision: Literal["fp32", "bf16"] = "fp32"
+        precision: Literal["fp32", "bf16", "fp16"] = "fp32"
 
     provides = frozenset({Fact.WEIGHTS_CAST})
     config: Config

@@ -38,7 +38,7 @@ class InsertState(Pass):
         policy: Literal["ring_with_sinks", "end"] | None = None
         sinks: int | None = Field(default=None, ge=0)
         max_append: int | None = Field(default=None, gt=0)
-        kv_dtype: Literal["f32", "bf16", "int8"] = "f32"
+        kv_dtype: Literal["f32", "bf16", "f16", "int8"] = "f32"
 
     provides = frozenset({Fact.STATEFUL})
     config: Config

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tmlc.errors import InputError, PackageError
+from tmlc.runtimes.core.slots import HostSlots, Slot, SlotMemory
 
 DTYPES: dict[str, np.dtype] = {
     "f32": np.dtype(np.float32),
@@ -87,16 +88,24 @@ class Backend(ABC):
     cores: tuple[int, ...] | None = None
     unbatched: str = ""
 
+    def slots(self, count: int) -> SlotMemory:
+        """Reserves the states of `count` sessions, where `call` reads and writes them: host memory, unless the target
+        keeps them elsewhere. Asked for once for an engine; freed with the backend.
+
+        Raises UsageError for a count that no engine has, CapacityError when there is not the memory.
+        """
+        return HostSlots(count, self.slot_bytes)
+
     @abstractmethod
     def call(
-        self, method: str, parts: Sequence[tuple[int, np.ndarray]], inputs: Sequence[np.ndarray]
+        self, method: str, parts: Sequence[tuple[int, Slot]], inputs: Sequence[np.ndarray]
     ) -> Sequence[np.ndarray]:
         """Runs `method` for one session or several, each of which gets the bits that it would get alone.
 
-        `parts` holds, for each session, its number of new positions and its slot: uint8[slot_bytes], 64-byte aligned,
-        none twice. `inputs` are dense arrays of exactly the method's shapes for all positions together, the
-        rows of the first session first, and so are the answers: views of buffers that the backend owns, valid
-        until the next call of the same method. Nothing is allocated but the views.
+        `parts` holds, for each session, its number of new positions and its slot (a handle of `slots`; in host memory
+        uint8[slot_bytes], 64-byte aligned), none twice. `inputs` are dense arrays of exactly its shapes for all
+        positions together, the rows of the first session first, and so are the answers: views of buffers that the
+        backend owns, valid until the next call of the same method. Nothing is allocated but the views.
 
         Raises ContextFullError when a session's bounded context is used up, KernelError when a slot is damaged
         or a kernel met an index out of range. With `error.part` set, the call was refused for that session and

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib import import_module
@@ -28,7 +28,11 @@ from tmlc.runtimes.core.snapshot import read_snapshot
 from tmlc.runtimes.core.text import Tokenizer, load_tokenizer
 from tmlc.runtimes.core.tick import DRIVERS, Conversation, Driver, TickInput, TickOutput, finite_temperature
 
-BACKENDS = {"cpu": "tmlc.runtimes.cpu.backend"}
+BACKENDS = {
+    "cpu": "tmlc.runtimes.cpu.backend",
+    "onnx": "tmlc.runtimes.onnx.backend",
+    "tensorrt": "tmlc.runtimes.tensorrt.backend",
+}
 """Modules with `open_backend(package, target, threads, isa, placement, portable_bits) -> Backend`, by family:
 the part of the name before a colon."""
 MAX_THREADS = 256
@@ -88,7 +92,7 @@ class Engine:
                 f"the manifest says {manifest.session_bytes} bytes a session, the plan {backend.slot_bytes}",
                 fix="compile the checkpoint again with this version of tmlc",
             )
-        self.slots = SlotPool(sessions, backend.slot_bytes)
+        self.slots = SlotPool(backend.slots(sessions))
         self.model = Model(backend, manifest, sessions)
         self.driver: Driver = DRIVERS[self.kind](self.model, sessions)
         self._package: Package | None = None
@@ -108,8 +112,8 @@ class Engine:
         return Capacity(
             sessions=self.slots.count,
             free=self.slots.free,
-            session_bytes=self.slots.slot_bytes,
-            reserved_bytes=self.slots.reserved_bytes,
+            session_bytes=self.slots.memory.slot_bytes,
+            reserved_bytes=self.slots.memory.reserved_bytes,
             weight_bytes=memory["weights"],
             arena_bytes=memory["arena"],
             scratch_bytes=memory["scratch"],
@@ -144,7 +148,7 @@ class Engine:
             raise InputError(f"seed must be a whole number from 0 to 2^63 - 1, not {seed!r}")
         self._check_open()
         talk = self._conversation(int(seed), finite_temperature(temperature))
-        return self._admit(talk, log, None)
+        return self._admit(talk, log)
 
     def tick_batch(
         self, sessions: Sequence[Session], inputs: Sequence[TickInput | None]
@@ -177,14 +181,21 @@ class Engine:
             CapacityError: all slots are taken.
         """
         self._check_open()
-        return self._admit(self._conversation(0, 0.0), log, bytes(blob))
+        talk, size = self._conversation(0, 0.0), self.backend.slot_bytes
+        slot = read_snapshot(bytes(blob), size, talk, self.digest, self.target, self.tokenizer, self.model.vocab)
+        return self._admit(talk, log, lambda index: self.slots.memory.write(index, slot))
 
-    def _admit(self, talk: Conversation, log: LogSink | None, blob: bytes | None) -> Session:
+    def twin(self, talk: Conversation, source: int) -> Session:
+        """A session that goes on from what `talk` remembers and slot `source` holds: `Session.fork`, which keeps both
+        as they are meanwhile."""
+        self._check_open()
+        return self._admit(talk.copy(self.tokenizer), None, lambda index: self.slots.memory.copy(source, index))
+
+    def _admit(self, talk: Conversation, log: LogSink | None, fill: Callable[[int], None] | None = None) -> Session:
         index = self.slots.take()
         try:
-            if blob is not None:
-                slot = self.slots.view(index)
-                read_snapshot(blob, slot, talk, self.digest, self.target, self.tokenizer, self.model.vocab)
+            if fill is not None:
+                fill(index)
             session = Session(self, index, talk, log)
         except BaseException:
             self.slots.give_back(index)
@@ -264,7 +275,8 @@ def load(
             named = package.manifest.tokenizer
             tokenizer = load_tokenizer(package.read(named)) if named else None
             engine = Engine(backend, package.manifest, package.digest, tokenizer, sessions)
-            placement.lock(engine.slots.address, engine.slots.reserved_bytes, "session states")
+            for address, nbytes in engine.slots.memory.host_blocks():
+                placement.lock(address, nbytes, "session states")
         except BaseException:
             backend.close()
             raise

@@ -19,6 +19,7 @@ import numpy as np
 from tmlc.errors import CapacityError, ContextFullError, KernelError, PackageError
 from tmlc.package.manifest import Manifest
 from tmlc.runtimes.core.backend import DTYPES, Backend, MethodSpec, TensorSpec
+from tmlc.runtimes.core.slots import Slot
 
 MAX_TICK_BYTES = 1 << 28
 MAX_COLS = 1 << 22  # of a hidden state and of the logits
@@ -70,7 +71,7 @@ class Model:
             self._reserve(sessions)
         except (MemoryError, ValueError) as error:
             raise CapacityError("cannot reserve the buffers of a batch", fix="load with fewer sessions") from error
-        self._slots: list[np.ndarray] = []
+        self._slots: list[Slot] = []
         self._staged: list[int] = []
         self.appended: list[int] = []
         self.failed: dict[int, ContextFullError | KernelError] = {}
@@ -150,7 +151,7 @@ class Model:
             self._spec("speak").require([hidden, key], [mel])
             self._spec("vocode").require([mel], [pcm])
 
-    def begin(self, slots: Sequence[np.ndarray], sink: Sink | None = None) -> None:
+    def begin(self, slots: Sequence[Slot], sink: Sink | None = None) -> None:
         """Starts work on a batch. `sink` gets the hidden rows of every decode call, in order."""
         self._slots, self._sink = list(slots), sink
         self._staged, self.appended, self.failed = [0] * len(slots), [0] * len(slots), {}

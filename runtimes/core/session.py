@@ -63,7 +63,7 @@ class Session:
     def __init__(self, engine: Engine, index: int, talk: Conversation, log: LogSink | None) -> None:
         self.engine = engine
         self._talk, self._log = talk, log
-        self.index, self._slot = index, engine.slots.view(index)
+        self.index, self._slot = index, engine.slots.handle(index)
         self._release = weakref.finalize(self, engine.slots.give_back, index)
         self._release.atexit = False
         self._lock = threading.Lock()
@@ -267,7 +267,8 @@ class Session:
         """Everything the session remembers; `Engine.restore` continues from it bit for bit."""
         self._begin({SessionState.NEW, SessionState.OPEN, SessionState.DETACHED})
         try:
-            return write_snapshot(self._slot, self._talk, self.engine.digest, self.engine.target)
+            slot = self.engine.slots.memory.read(self.index)
+            return write_snapshot(slot, self._talk, self.engine.digest, self.engine.target)
         finally:
             self._end()
 
@@ -276,7 +277,11 @@ class Session:
 
         Raises CapacityError when no slot is free.
         """
-        return self.engine.restore(self.snapshot())
+        self._begin({SessionState.NEW, SessionState.OPEN, SessionState.DETACHED})
+        try:
+            return self.engine.twin(self._talk, self.index)
+        finally:
+            self._end()
 
     def detach(self) -> None:
         """The owner left: the session keeps its slot and takes no calls until `attach`."""

@@ -23,12 +23,12 @@ MAGIC = b"TMLCSNP1"
 _NUMBERS = {"seed": 2**63 - 1, "tick": 2**53, "positions": 2**53}
 
 
-def write_snapshot(slot: np.ndarray, talk: Conversation, package: str, target: str) -> bytes:
-    """The bytes of a session that lies in `slot` and `talk`; `package` is the digest of its package."""
+def write_snapshot(slot: bytes, talk: Conversation, package: str, target: str) -> bytes:
+    """The bytes of a session whose slot holds `slot`, and `talk`; `package` is the digest of its package."""
     header = {
         "package": package,
         "target": target,
-        "slot_bytes": slot.nbytes,
+        "slot_bytes": len(slot),
         "heard": talk.heard.shape[1],
         "hidden": talk.hidden.shape[1],
         "seed": talk.seed,
@@ -40,23 +40,23 @@ def write_snapshot(slot: np.ndarray, talk: Conversation, package: str, target: s
         "decoder": talk.decoder.state() if talk.decoder is not None else None,
     }
     text = json.dumps(header, separators=(",", ":")).encode()
-    parts = [slot.tobytes(), talk.heard.tobytes(), talk.hidden.tobytes()]
+    parts = [slot, talk.heard.tobytes(), talk.hidden.tobytes()]
     body = b"".join([MAGIC, struct.pack("<I", len(text)), text, *parts])
     return body + hashlib.sha256(body).digest()
 
 
 def read_snapshot(
     blob: bytes,
-    slot: np.ndarray,
+    slot_bytes: int,
     talk: Conversation,
     package: str,
     target: str,
     tokenizer: Tokenizer | None,
     vocab: int,
-) -> None:
-    """Fills `slot` and `talk` from a snapshot of a model with `vocab` tokens.
+) -> memoryview:
+    """Fills `talk` from a snapshot of a model with `vocab` tokens, and gives back what its slot holds.
 
-    Raises SessionError, with `slot` and `talk` untouched, when the bytes are damaged, not a snapshot, or
+    Raises SessionError, with `talk` untouched, when the bytes are damaged, not a snapshot, or
     of another package or target.
     """
     header, body = _open(blob)
@@ -66,10 +66,10 @@ def read_snapshot(
                 f"the snapshot is of another {key}: {str(header.get(key))[:16]}, not {have[:16]}",
                 fix="load the package that the session came from",
             )
-    sizes = {"slot_bytes": slot.nbytes, "heard": talk.heard.shape[1], "hidden": talk.hidden.shape[1]}
+    sizes = {"slot_bytes": slot_bytes, "heard": talk.heard.shape[1], "hidden": talk.hidden.shape[1]}
     if any(header.get(key) != size for key, size in sizes.items()):
         raise _damaged("its sizes do not fit this engine")
-    if len(body) != slot.nbytes + talk.heard.nbytes + talk.hidden.nbytes:
+    if len(body) != slot_bytes + talk.heard.nbytes + talk.hidden.nbytes:
         raise _damaged("its length does not fit its header")
     values = _values(header)
     # A token that the model has not would stop a kernel, and with it every session of the same batch.
@@ -78,14 +78,14 @@ def read_snapshot(
     decoder = None
     if tokenizer is not None:
         decoder = tokenizer.decoder(values["decoder"] or ())
-    data = np.frombuffer(body, np.uint8)
-    slot[:] = data[: slot.nbytes]
+    data = np.frombuffer(body[slot_bytes:], np.uint8)
     for array in (talk.heard, talk.hidden):
-        array.view(np.uint8).reshape(-1)[:] = data[slot.nbytes :][: array.nbytes]
+        array.view(np.uint8).reshape(-1)[:] = data[: array.nbytes]
         data = data[array.nbytes :]
     talk.seed, talk.temperature, talk.tick = values["seed"], values["temperature"], values["tick"]
     talk.positions, talk.last_clip = values["positions"], values["last_clip"]
     talk.queue, talk.decoder = deque(values["queue"]), decoder
+    return body[:slot_bytes]
 
 
 def _damaged(why: str) -> SessionError:

@@ -24,7 +24,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from operator import index
 from time import perf_counter_ns
 
@@ -33,7 +33,8 @@ import numpy as np
 from tmlc.errors import InputError, KernelError
 from tmlc.package.manifest import TickLayout
 from tmlc.runtimes.core.model import Key, Model
-from tmlc.runtimes.core.text import TextDecoder
+from tmlc.runtimes.core.slots import Slot
+from tmlc.runtimes.core.text import TextDecoder, Tokenizer
 
 MAX_QUEUED_TOKENS = 1 << 16
 
@@ -94,6 +95,13 @@ class Conversation:
     last_clip: int | None = None
     queue: deque[int] = field(default_factory=deque)
 
+    def copy(self, tokenizer: Tokenizer | None) -> Conversation:
+        """The same memory again; `tokenizer` is the one that made the decoder."""
+        decoder = tokenizer.decoder(self.decoder.state()) if tokenizer and self.decoder else None
+        again = replace(self, heard=self.heard.copy(), hidden=self.hidden.copy(), decoder=decoder)
+        again.queue = self.queue.copy()
+        return again
+
 
 @dataclass(slots=True)
 class Staged:
@@ -110,7 +118,7 @@ class Staged:
 class Job:
     """One session's part of a batch, and what its tick gives so far."""
 
-    slot: np.ndarray
+    slot: Slot
     talk: Conversation
     staged: Staged
     tokens: list[int] = field(default_factory=list)

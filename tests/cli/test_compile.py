@@ -35,6 +35,15 @@ def test_the_report_names_passes_sizes_and_the_package(tmlc_cli, checkpoint, tmp
     assert (tmp_path / "a.tmlc").read_bytes() == (tmp_path / "b.tmlc").read_bytes()
 
 
+def test_a_dry_run_says_what_lowers_and_writes_nothing(tmlc_cli, checkpoint, tmp_path):
+    view = tmlc_cli("compile", checkpoint, "-o", tmp_path / "a.tmlc", "--dry-run", "--json").json
+    assert view["out"] is None and not list(tmp_path.iterdir())
+    assert all(row["kernel"] and (row["source"] or row["op"] == "advance") for row in view["coverage"])
+    refused = tmlc_cli("compile", checkpoint, "--dry-run", "--passes", "canonicalize.dead_code", code=1).stdout
+    assert all(word in refused for word in ("refused", "attention", "source", "reason", "what to do"))
+    tmlc_cli("compile", checkpoint, "--dry-run", "--stop-after", "state.insert", code=2)
+
+
 def test_bf16_halves_the_weights_and_is_checked_after_every_pass(tmlc_cli, checkpoint, package, tmp_path):
     view = tmlc_cli("compile", checkpoint, "-o", tmp_path / "b.tmlc", "--precision", "bf16", "--check", "--json").json
     assert view["precision"] == "bf16"

@@ -36,7 +36,7 @@ class Builder:
     def weight(self, name: str, *shape: int, dtype: str = "f32") -> fx.Node:
         if name not in self.source:
             value = torch.randn(shape, generator=self.random) / max(shape[-1], 1) ** 0.5
-            self.source[name] = value.to(torch.bfloat16 if dtype == "bf16" else torch.float32)
+            self.source[name] = value.to({"bf16": torch.bfloat16, "f16": torch.float16}.get(dtype, torch.float32))
             self.program.weights.source(name, dtype, shape)
         return self.program.add_weight_input(self.name, name)
 

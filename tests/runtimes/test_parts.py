@@ -9,15 +9,15 @@ import pytest
 from tmlc.errors import CapacityError, InputError, PackageError, UsageError
 from tmlc.runtimes.core.backend import MethodSpec, TensorSpec
 from tmlc.runtimes.core.clock import InputClock, ManualClock, WallClock, make_clock
-from tmlc.runtimes.core.slots import SlotPool
+from tmlc.runtimes.core.slots import HostSlots, SlotPool
 from tmlc.runtimes.core.text import ByteTokenizer, LibraryTokenizer, load_tokenizer
 
 
 @pytest.mark.parametrize("size", [0, 1, 64, 100, 4096])
 def test_slots_are_aligned_apart_and_zeroed_on_return(size):
-    pool = SlotPool(5, size)
+    pool = SlotPool(HostSlots(5, size))
     taken = [pool.take() for _ in range(5)]
-    views = [pool.view(index) for index in taken]
+    views = [pool.handle(index) for index in taken]
     assert all(view.ctypes.data % 64 == 0 and view.size == size for view in views)
     for value, view in enumerate(views):
         view[:] = value + 1
@@ -30,12 +30,12 @@ def test_slots_are_aligned_apart_and_zeroed_on_return(size):
 @pytest.mark.parametrize("count", [0, -1, 1 << 20])
 def test_an_absurd_number_of_slots_is_refused(count):
     with pytest.raises(UsageError):
-        SlotPool(count, 64)
+        HostSlots(count, 64)
 
 
 def test_slots_that_do_not_fit_in_memory_are_a_capacity_error():
     with pytest.raises(CapacityError, match="cannot reserve"):
-        SlotPool(4, 1 << 60)
+        HostSlots(4, 1 << 60)
 
 
 def test_ticks_stay_on_the_grid_however_late_one_was():

@@ -29,7 +29,7 @@ from tmlc.report.package_view import describe_package, method_ir, package_tables
 from tmlc.report.tables import plain_text
 from tmlc.report.verify import replay
 from tmlc.runtimes.core import engine as engines
-from tmlc.runtimes.core.slots import SlotPool
+from tmlc.runtimes.core.slots import HostSlots
 
 KINDS = ["damage", "container", "plan", "manifest", "header", "weights", "tokenizer", "golden", "snapshot"]
 SHARES = dict(damage=2, container=3, plan=7, manifest=5, header=2, weights=2, tokenizer=3, golden=2, snapshot=4)
@@ -56,16 +56,16 @@ def use_library(path: Path) -> None:
         package.weights = exact
         return package
 
-    make = SlotPool.__init__
+    make = HostSlots.__init__
 
-    def poisoned(self: SlotPool, count: int, slot_bytes: int) -> None:
+    def poisoned(self: HostSlots, count: int, slot_bytes: int) -> None:
         make(self, count, slot_bytes)
         for index in range(count):
             gap = self._pitch - slot_bytes if slot_bytes else 64
             poison(self._memory.ctypes.data + index * self._pitch + slot_bytes, gap)
 
     engines.open_package = open_exact
-    SlotPool.__init__ = poisoned
+    HostSlots.__init__ = poisoned
 
 
 class Outcome:

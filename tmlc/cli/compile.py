@@ -27,6 +27,8 @@ tmlc compile nano/ -o nano.tmlc --precision bf16 --check
 tmlc compile nano/ -o nano.tmlc --precision int8 --kv int8
 tmlc compile nano/ -o nano.tmlc --force --no-cache
 tmlc compile nano/ -o nano.tmlc --context 4096 --context-policy end
+tmlc compile nano/ -o nano.tmlc --target tensorrt:sm89
+tmlc compile nano/ --target tensorrt:sm89 --dry-run
 tmlc compile nano/ --stop-after state.insert --dump passes/
 tmlc compile nano/ --print-pipeline > mine.yaml
 tmlc compile nano/ -o nano.tmlc --pipeline mine.yaml
@@ -35,16 +37,19 @@ tmlc compile nano/ -o nano.tmlc --pipeline mine.yaml
 @click.argument("checkpoint", type=_PATH)
 @click.option("-o", "--out", type=_PATH, metavar="PATH", help="The package to write, e.g. model.tmlc.")
 @click.option("--target", default="cpu", show_default=True, metavar="NAME", help="What to compile for.")
-@click.option("--precision", metavar="NAME", help="fp32, bf16, int8 or int4.  [default: the pipeline's, else fp32]")
+@click.option(
+    "--precision", metavar="NAME", help="fp32, bf16, fp16, int8 or int4.  [default: the pipeline's, else fp32]"
+)
 @click.option("--preset", metavar="NAME", help="O0, O1, O2, or a target's name.  [default: the target's own = O2]")
 @click.option("--pipeline", type=_PATH, metavar="YAML", help="Pipeline file to use instead.")
 @click.option("--passes", metavar="A,B,…", help="Run just these passes, with their default settings.")
 @click.option("--disable", multiple=True, metavar="PASS", help="Leave a pass out (may be given again).")
 @click.option("--stop-after", metavar="PASS", help="End after this pass; writes no package. Useful with --dump.")
 @click.option("--dump", type=_PATH, metavar="DIR", help="Write the program's text form before and after every pass.")
+@click.option("--dry-run", is_flag=True, help="Say which ops the target would refuse, and why; writes no package.")
 @click.option("--print-pipeline", is_flag=True, help="Print the pipeline as YAML and end.")
 @click.option("--check", is_flag=True, help="Compare outputs on real inputs after every pass.")
-@click.option("--kv", metavar="NAME", help="Keys and values in fp32, bf16 or int8.  [default: as --precision]")
+@click.option("--kv", metavar="NAME", help="Keys and values in fp32, bf16, fp16 or int8.  [default: as --precision]")
 @click.option("--context", type=click.IntRange(1), metavar="N", help="Positions that a session keeps.")
 @click.option("--context-policy", metavar="NAME", help="At the bound: ring_with_sinks or end.")
 @click.option("--sinks", type=click.IntRange(0), metavar="N", help="First positions that a ring never forgets.")
@@ -62,6 +67,7 @@ def command(
     disable: tuple[str, ...],
     stop_after: str | None,
     dump: Path | None,
+    dry_run: bool,
     print_pipeline: bool,
     threads: int | None,
     no_cache: bool,
@@ -88,12 +94,15 @@ def command(
         else:
             click.echo(text, nl=False)
         return
-    if out is None and stop_after is None:
+    if dry_run and stop_after is not None:
+        raise UsageError("--dry-run and --stop-after exclude each other", where="tmlc compile", fix="give one of them")
+    unwritten = dry_run or stop_after is not None
+    if out is None and not unwritten:
         raise UsageError("no output was given", where="tmlc compile", fix="add -o model.tmlc")
-    if out is not None and stop_after is None:
+    if out is not None and not unwritten:
         check_output(out, force)
     chosen_passes: dict[str, Any] = {"preset": preset, "pipeline": pipeline, "passes": chosen, "disable": disable}
-    keeper = None if no_cache or out is None or stop_after is not None or dump is not None else _Keeper.of(
+    keeper = None if no_cache or out is None or unwritten or dump is not None else _Keeper.of(
         checkpoint, out, {**chosen_passes, **options}
     )  # fmt: skip
     view = keeper.found() if keeper is not None else None
@@ -111,19 +120,29 @@ def command(
                 **chosen_passes,
                 stop_after=stop_after,
                 dump=dump,
+                dry_run=dry_run,
                 on_progress=report,
                 **options,
             )
         view = done.to_json()
         if keeper is not None:
             view = keeper.keep(view, as_json)
+    refused = dry_run and any(row["kernel"] is None for row in view["coverage"])
     if as_json:
         print_json(view)
-        return
-    from tmlc.report.compile_view import compile_tables
+    else:
+        _show(view, dry_run, stop_after, dump)
+    if refused:
+        click.get_current_context().exit(1)
+
+
+def _show(view: dict[str, Any], dry_run: bool, stop_after: str | None, dump: Path | None) -> None:
+    from tmlc.report.compile_view import compile_tables, coverage_tables
 
     show(*compile_tables(view))
-    if view["out"] is None:
+    if dry_run:
+        show(*coverage_tables(view))
+    elif view["out"] is None:
         where = f"; the programs are in {dump}" if dump is not None else ""
         note(f"stopped after {stop_after}: no package was written{where}")
 
@@ -131,9 +150,7 @@ def command(
 class _Keeper:
     """The cache beside one compilation: looks it up before, keeps its package after."""
 
-    def __init__(
-        self, cache: CompileCache, make_key: Callable[[], CompileKey], checkpoint: Path, out: Path
-    ) -> None:
+    def __init__(self, cache: CompileCache, make_key: Callable[[], CompileKey], checkpoint: Path, out: Path) -> None:
         self.cache, self.make_key, self.checkpoint, self.out = cache, make_key, checkpoint, out
         self.key = make_key()
         self.lookup: Lookup | None = None
@@ -189,6 +206,6 @@ def _pipeline_text(
     """The pipeline that these options choose, as YAML that --pipeline reads back."""
     from tmlc.pipeline.pipeline import Pipeline, load_pipeline
 
-    steps = Pipeline.of(passes) if passes else load_pipeline(pipeline or preset or target, target)
+    steps = Pipeline.of(passes) if passes else load_pipeline(pipeline or preset or target.partition(":")[0], target)
     steps = steps.disable(disable)
     return (steps.stop_after(stop_after) if stop_after else steps).to_yaml()

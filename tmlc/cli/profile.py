@@ -91,8 +91,9 @@ def command(
     outputs = (
         Outputs(out.absolute().parent, [f"{out.name}.json", f"{out.name}.txt"], force) if out is not None else None
     )
-    placed = {"pin": pin, "huge_pages": huge_pages}
-    engine = tmlc.load(package, threads=threads, sessions=1, portable_bits=portable_bits, **placed)
+    engine = tmlc.load(
+        package, threads=threads, sessions=1, pin=pin, portable_bits=portable_bits, huge_pages=huge_pages
+    )
     try:
         shape = tick_shape(engine.manifest)
         allowed = Budget(total, shape.duration_ms)

@@ -92,8 +92,9 @@ def command(
 
     names = ["output.wav", "transcript.txt", "timeline.jsonl"]
     outputs = Outputs(out, names, force)
-    placed = {"pin": pin, "huge_pages": huge_pages}
-    engine = tmlc.load(package, threads=threads, sessions=1, portable_bits=portable_bits, **placed)
+    engine = tmlc.load(
+        package, threads=threads, sessions=1, pin=pin, portable_bits=portable_bits, huge_pages=huge_pages
+    )
     try:
         recording = open_recording(engine.manifest, audio, video, fps, text)
         length = recording.duration() if seconds is None else seconds

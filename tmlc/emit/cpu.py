@@ -79,15 +79,25 @@ class CpuEngine:
 def coverage(program: Program) -> list[Coverage]:
     """Which kernels a program would run on, and which of its ops have none, by method and op."""
     counts: dict[tuple[str, str], int] = {}
+    sources: dict[tuple[str, str], str] = {}
     for method in program.methods.values():
         for node in method.graph.nodes:
             spec = spec_of(node.target) if node.op == "call_function" else None
             if spec is not None:
                 key = (method.name, spec.name)
                 counts[key] = counts.get(key, 0) + 1
+                sources.setdefault(key, str(node.meta.get("source", "")))
     kernels = kernel_names()
     return [
-        Coverage(method, op, count, kernels.get(op), REFUSED.get(op, "" if op in kernels else "no kernel"))
+        Coverage(
+            method,
+            op,
+            count,
+            kernels.get(op),
+            REFUSED.get(op, "" if op in kernels else "no kernel"),
+            sources[method, op],
+            "" if op in kernels else "Use the pipeline of the target: --preset cpu.",
+        )
         for (method, op), count in counts.items()
     ]
 
@@ -190,9 +200,7 @@ class _MethodEmitter:
         inputs = tuple(Signature(name, v.dtype, v.rows, v.cols) for name, v in self.inputs)
         names = self.table.program.meta.get("outputs", {}).get(self.method.name, [])
         names = [*names, *(f"out{i}" for i in range(len(names), len(self.outputs)))]
-        outputs = tuple(
-            Signature(name, v.dtype, v.rows, v.cols) for name, v in zip(names, self.outputs, strict=False)
-        )
+        outputs = tuple(Signature(name, v.dtype, v.rows, v.cols) for name, v in zip(names, self.outputs, strict=False))
         return MethodInfo(self.method.name, inputs, outputs, self.method.max_n)
 
     # Places.
@@ -250,9 +258,7 @@ class _MethodEmitter:
             return
         if spec.name not in LOWERINGS:
             reason = REFUSED.get(spec.name, "the CPU library has no kernel for it")
-            raise self.fail(
-                node, f"op {spec.name} cannot be lowered: {reason}", "See `tmlc compile --print-pipeline`."
-            )
+            raise self.fail(node, f"op {spec.name} cannot be lowered: {reason}", "See `tmlc compile --print-pipeline`.")
         types = node.meta["type"]
         kinds = (types,) if isinstance(types, TensorType) else tuple(types)
         arena = list(_arena(node))
@@ -263,9 +269,7 @@ class _MethodEmitter:
             elif index < len(arena):
                 value = self._typed(node, index, kind, "arena", arena[index][0])
             else:
-                raise self.fail(
-                    node, "the value has no place in the arena", "Run memory.plan as the last pass."
-                )
+                raise self.fail(node, "the value has no place in the arena", "Run memory.plan as the last pass.")
             self.values[node, index] = value
             outputs.append(value)
         LOWERINGS[spec.name].lower(Call(self, node, args, outputs))

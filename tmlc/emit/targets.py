@@ -19,22 +19,31 @@ from tmlc.ir.weights import TensorSource
 from tmlc.package.manifest import MethodInfo, StateInfo
 from tmlc.package.safetensors_io import TensorEntry, WeightItem, layout
 
-FAMILIES = {"cpu": "tmlc.emit.cpu_target"}
+FAMILIES = {
+    "cpu": "tmlc.emit.cpu_target",
+    "onnx": "tmlc.emit.onnx.target",
+    "tensorrt": "tmlc.emit.tensorrt.target",
+}
 """Rooms with a `TARGET: type[Target]`, by family."""
-LATER_FAMILIES = ("triton", "tensorrt", "onnx")
+LATER_FAMILIES = ("triton",)
 
 Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
 class Coverage:
-    """How often a method calls an op, and the kernel that runs it (None: the target cannot, for the reason given)."""
+    """How often a method calls an op, and the kernel that runs it (None: the target cannot, for the reason given).
+
+    `source` says where in the model the first of these calls comes from, `fix` what to do about a refusal.
+    """
 
     method: str
     op: str
     count: int
     kernel: str | None
     reason: str = ""
+    source: str = ""
+    fix: str = ""
 
 
 class StoredWeight(Protocol):

@@ -15,6 +15,7 @@ __all__ = ["QUANTISED", "TORCH_DTYPES", "TensorType", "ValueType", "dtype_name",
 TORCH_DTYPES: dict[str, torch.dtype] = {
     "f32": torch.float32,
     "bf16": torch.bfloat16,
+    "f16": torch.float16,
     "i32": torch.int32,
     "i64": torch.int64,
     "u8": torch.uint8,

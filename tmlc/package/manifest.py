@@ -15,10 +15,20 @@ from tmlc.package.fields import AGAIN, Fields, check_member_name, is_text, parse
 
 FORMAT_MAJOR = 1
 FORMAT_MINOR = 0
-KNOWN_FEATURES = frozenset({"cpu.plan.v1", "weights.k16", "weights.k16.int8", "weights.k16.int4", "states.kv.int8"})
+KNOWN_FEATURES = frozenset(
+    {
+        "cpu.plan.v1",
+        "weights.k16",
+        "weights.k16.int8",
+        "weights.k16.int4",
+        "states.kv.int8",
+        "onnx.graphs.v1",
+        "tensorrt.plan.v1",
+    }
+)
 
 KINDS = ("interaction", "tokens")
-DTYPES = {"f32": 4, "bf16": 2, "i32": 4, "i64": 8, "u8": 1}
+DTYPES = {"f32": 4, "bf16": 2, "f16": 2, "i32": 4, "i64": 8, "u8": 1}
 POLICIES = ("ring_with_sinks", "end")
 STATE_KINDS = ("position", "kv_linear", "kv_ring", "conv_tail", "audio_window", "overlap")
 

@@ -34,8 +34,10 @@ class Package:
         tensors: where each tensor lies in `weights`.
     """
 
-    def __init__(self, path: Path, members: dict[str, memoryview], maps: list[mmap.mmap]) -> None:
-        self.path, self._members, self._maps = path, members, maps
+    def __init__(
+        self, path: Path, members: dict[str, memoryview], maps: list[mmap.mmap], starts: dict[str, int]
+    ) -> None:
+        self.path, self._members, self._maps, self._starts = path, members, maps, starts
         raw = self._raw(MANIFEST)
         self.manifest: Manifest = parse_manifest(bytes(raw), f"{path}: {MANIFEST}")
         self.digest: str = hashlib.sha256(raw).hexdigest()
@@ -68,6 +70,12 @@ class Package:
         if name not in self.tensors:
             raise PackageError(f"the package has no tensor {name!r}", where=str(self.path), fix=_AGAIN)
         return view(self.weights, self.tensors[name])
+
+    def place(self, name: str) -> tuple[Path, int]:
+        """The file that holds a member, and where in it the member starts: for libraries that map files themselves."""
+        self._raw(name)
+        path = self.path.resolve()
+        return (path, self._starts[name]) if self._starts else (path / name, 0)
 
     def close(self) -> None:
         """Lets go of the mapped files. Arrays that were handed out stay valid until they are gone."""
@@ -118,8 +126,9 @@ def open_package(path: str | Path, verify: bool = True) -> Package:
     path = Path(path)
     maps: list[mmap.mmap] = []
     try:
-        members, digests = _open_folder(path, maps, verify) if path.is_dir() else _open_file(path, maps, verify)
-        package = Package(path, members, maps)
+        opened = _open_folder(path, maps, verify) if path.is_dir() else _open_file(path, maps, verify)
+        members, digests, starts = opened
+        package = Package(path, members, maps, starts)
     except OSError as error:
         raise PackageError(
             f"cannot read the package: {error.strerror or error}", where=str(path), fix="Check the path."
@@ -141,7 +150,8 @@ def _map(path: Path, maps: list[mmap.mmap]) -> memoryview:
     return memoryview(maps[-1])
 
 
-Opened = tuple[dict[str, memoryview], dict[str, str]]  # the members, and the sha256 of each where they were read
+# The members, the sha256 of each where they were read, and where each starts in the single-file form.
+Opened = tuple[dict[str, memoryview], dict[str, str], dict[str, int]]
 
 
 def _open_file(path: Path, maps: list[mmap.mmap], verify: bool) -> Opened:
@@ -149,7 +159,8 @@ def _open_file(path: Path, maps: list[mmap.mmap], verify: bool) -> Opened:
     zipfile_io.check_ends(data, str(path))
     members = zipfile_io.read_members(data, str(path))
     digests = zipfile_io.check_digests(data, members, str(path)) if verify else {}
-    return {name: data[m.offset : m.offset + m.size] for name, m in members.items()}, digests
+    starts = {name: m.offset for name, m in members.items()}
+    return {name: data[m.offset : m.offset + m.size] for name, m in members.items()}, digests, starts
 
 
 def _open_folder(path: Path, maps: list[mmap.mmap], verify: bool) -> Opened:
@@ -171,4 +182,4 @@ def _open_folder(path: Path, maps: list[mmap.mmap], verify: bool) -> Opened:
     if (path / SEAL).read_bytes() != seal(bytes(members[MANIFEST])):
         raise PackageError("the manifest was altered or damaged", where=str(path), fix=_AGAIN)
     digests = {name: hashlib.sha256(data).hexdigest() for name, data in members.items()} if verify else {}
-    return members, digests
+    return members, digests, {}

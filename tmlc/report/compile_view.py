@@ -39,6 +39,26 @@ def compile_tables(view: dict[str, Any]) -> list[RenderableType]:
     return [passes, *layer_tables(view["passes"]), *rest, grid(lines)]
 
 
+def coverage_tables(view: dict[str, Any]) -> list[RenderableType]:
+    """Which ops the target runs and which it refuses, with the place in the model, the reason and what to do."""
+    rows, target = view["coverage"], view["target"]
+    refused = table("refused", "op", "target", "source", "reason", "what to do", "method", "calls")
+    for row in (row for row in rows if row["kernel"] is None):
+        place = row["source"] or "not noted"
+        refused.add_row(row["op"], target, place, row["reason"], row["fix"], row["method"], str(row["count"]))
+    lowered = table("lowered", "op", "runs as", "calls", "methods")
+    for op in dict.fromkeys(row["op"] for row in rows):
+        mine = [row for row in rows if row["op"] == op and row["kernel"] is not None]
+        if mine:
+            methods = ", ".join(dict.fromkeys(row["method"] for row in mine))
+            lowered.add_row(op, mine[0]["kernel"], str(sum(row["count"] for row in mine)), methods)
+    missed = sum(row["count"] for row in rows if row["kernel"] is None)
+    calls = sum(row["count"] for row in rows)
+    verdict = f"{missed} of {calls} calls are refused" if missed else f"all {calls} calls lower"
+    tables = [lowered, *([refused] if missed else [])]
+    return [*tables, grid([("dry run", f"{verdict}; no package was written")])]
+
+
 def lookup_tables(lookup: dict[str, Any]) -> list[RenderableType]:
     """What the cache said of a compilation; `lookup` is `tmlc.cache.Lookup.to_json()`."""
     head = grid(

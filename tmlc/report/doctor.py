@@ -23,12 +23,12 @@ EXTRAS = {
     "media": (("soundfile", "soxr", "av", "pillow"), "reading audio and video in `run` and `profile`"),
     "text": (("tokenizers",), "tokenizers other than byte-level ones"),
     "triton": (("torch", "triton"), "the target triton"),
-    "tensorrt": (("torch", "tensorrt-rtx"), "the target tensorrt"),
+    "tensorrt": (("torch", "tensorrt-rtx", "cuda-bindings"), "the target tensorrt"),
     "onnx": (("torch", "onnx", "onnxruntime"), "the target onnx"),
     "serve": (("websockets",), "serving"),
 }
 # Targets of the design whose emitter is not in this version; each names the extra it will need.
-PLANNED = {"triton": "triton", "tensorrt": "tensorrt", "onnx": "onnx"}
+PLANNED = {"triton": "triton"}
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,8 @@ def examine() -> dict[str, Any]:
         for name, (packages, purpose) in EXTRAS.items()
     }
     found = gpus()
-    targets = [_cpu(kernels), *(_planned(name, extra, extras, found) for name, extra in PLANNED.items())]
+    planned = (_planned(name, extra, extras, found) for name, extra in PLANNED.items())
+    targets = [_cpu(kernels), _onnx(), _tensorrt(found), *planned]
     return {
         "tmlc": __version__,
         "machine": machine(),
@@ -95,12 +96,38 @@ def _cpu(kernels: dict[str, Any]) -> TargetState:
     return TargetState("cpu", True, True, f"kernels {kernels['chosen']}")
 
 
+def _onnx() -> TargetState:
+    """The target onnx: graphs are made with onnx and PyTorch, and run by onnxruntime."""
+    missing = [name for name in ("torch", "onnx") if installed(name) is None]
+    runtime = installed("onnxruntime")
+    made = f"{', '.join(missing)} not installed" if missing else f"onnx {installed('onnx')}"
+    note = f"{made}; onnxruntime {runtime or 'not installed'}"
+    fix = "" if runtime and not missing else "pip install 'tmlc[onnx]'" if missing else "pip install onnxruntime"
+    return TargetState("onnx", not missing, runtime is not None, note, fix)
+
+
+def _tensorrt(gpus: list[str]) -> TargetState:
+    """The target tensorrt: networks are built with TensorRT and PyTorch on any machine, and run on a GPU."""
+    names = ("tensorrt", "tensorrt-rtx")
+    libraries = [f"{name} {version}" for name in names if (version := installed(name)) is not None]
+    driver = installed("cuda-bindings")
+    torch = installed("torch") is not None
+    parts = [", ".join(libraries) or "no TensorRT"]
+    parts += [] if driver else ["cuda-bindings not installed"]
+    parts += [] if torch else ["torch not installed"]
+    parts += [] if gpus else ["no NVIDIA device here"]
+    complete = bool(libraries) and driver is not None and torch
+    runs = bool(libraries) and driver is not None and bool(gpus)
+    fix = "" if complete else "pip install 'tmlc[tensorrt]'"
+    return TargetState("tensorrt", bool(libraries) and torch, runs, "; ".join(parts), fix)
+
+
 def _planned(name: str, extra: str, extras: dict[str, Any], found: list[str]) -> TargetState:
     parts = ["not in this version of tmlc"]
     if not extras[extra]["complete"]:
         missing = [d for d, version in extras[extra]["packages"].items() if version is None]
         parts.append(f"{', '.join(missing)} not installed")
-    if name != "onnx" and not found:
+    if not found:
         parts.append("no NVIDIA device here")
     return TargetState(name, False, False, "; ".join(parts))
 

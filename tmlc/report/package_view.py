@@ -38,11 +38,21 @@ def describe_package(package: Package) -> dict[str, Any]:
 
 
 def _count_ops(plan: Any, where: str) -> dict[str, dict[str, int]]:
-    """How often each method calls each op. PackageError for a plan that no backend would take either."""
+    """How often each method calls each op: a plan says it call by call, the signature of ONNX graphs in numbers, a plan
+    of TensorRT as layers of each kind. PackageError for a plan that no backend would take either."""
     try:
-        counts = {m["name"]: Counter(call["op"] for call in m["code"]) for m in plan["methods"]}
-        readable = all(is_text(name) and all(map(is_text, ops)) for name, ops in counts.items())
-    except (KeyError, TypeError):
+        if isinstance(plan["methods"], dict):
+            counts = {name: Counter(m["operators"]) for name, m in plan["methods"].items()}
+        else:
+            counts = {
+                m["name"]: Counter(m["layers"] if "layers" in m else (call["op"] for call in m["code"]))
+                for m in plan["methods"]
+            }
+        readable = all(
+            is_text(name) and all(is_text(op) and type(count) is int for op, count in ops.items())
+            for name, ops in counts.items()
+        )
+    except (KeyError, TypeError, ValueError):
         readable = False
     if not readable:
         raise PackageError("the plan cannot be read", where=where, fix="compile the checkpoint again")

@@ -46,7 +46,7 @@ def replay(engine: Engine, package: Path, report: Callable[[str, int, int], None
                     fix="compile the checkpoint again",
                 )
             with engine.device():
-                found = model.backend.call(call.method, [(call.n, slots.view(slot))], call.inputs)
+                found = model.backend.call(call.method, [(call.n, slots.handle(slot))], call.inputs)
                 _compare(rows, call, found, tolerance(engine.manifest.tolerances, call.method))
             report("replaying", number + 1, len(calls))
     finally:

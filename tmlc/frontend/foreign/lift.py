@@ -83,6 +83,7 @@ class Lifter:
     #: IR node → (source, heads, start, stop, rope arguments or None): columns of every head of another value.
     pieces: dict[fx.Node, tuple[Rows, int, int, tuple[Any, ...] | None]] = field(default_factory=dict)
     _inputs: dict[str, fx.Node] = field(default_factory=dict)
+    _at: fx.Node | None = None
 
     def __post_init__(self) -> None:
         self.positions = Positions(self.foreign, self.constants)
@@ -92,6 +93,7 @@ class Lifter:
         for node in self.foreign.nodes:
             if node in self.positions or node.op != "call_function":
                 continue
+            self._at = node
             for match in MATCHERS.get(name_of(node), []):
                 try:
                     value = match(self, node)
@@ -117,8 +119,11 @@ class Lifter:
         return value.items[index] if isinstance(value, Parts) else None
 
     def emit(self, op: str, *args: Any) -> fx.Node:
-        """A call of a canonical op at the end of the IR graph."""
-        return call(self.out, op, args)
+        """A call of a canonical op at the end of the IR graph; its place is that of the node that is being lifted."""
+        made = call(self.out, op, args)
+        if self._at is not None:
+            made.meta["source"] = " at ".join(part for part in (module_of(self._at), source_of(self._at)) if part)
+        return made
 
     def input(self, name: str, kind: TensorType) -> fx.Node:
         if name not in self._inputs:

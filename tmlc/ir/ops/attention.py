@@ -191,7 +191,7 @@ def _attention_state(
     result = _attention(q, k, v, rel, rel_table, *heads, sink_logits, softcap)
     need(position == TensorType("i64", (1, 1)), f"position must be i64[1, 1], not {position}")
     for t, name, new in ((k_cache, "k_cache", k), (v_cache, "v_cache", v)):
-        rows, cols = matrix(t, name, ("f32", "bf16", "u8"))
+        rows, cols = matrix(t, name, ("f32", "bf16", "f16", "u8"))
         like = t.dtype == k_cache.dtype and rows == k_cache.shape[0]
         wanted = new.shape[1]
         if t.dtype == "u8":
@@ -230,7 +230,7 @@ def attention_state(
     softcap: float = 0.0,
 ) -> Tensor:
     """attention of n new positions, whose keys and values are first written to the cache (linear or ring): float32,
-    bf16, or int8 codes (uint8, tmlc/ir/ops/kv.py)."""
+    bf16, f16, or int8 codes (uint8, tmlc/ir/ops/kv.py)."""
     n, capacity, start = q.shape[0], k_cache.shape[0], int(position)
     held = min(start + n, capacity) if window == 0 else min(window - 1 + n, start + n)
     if held > capacity - (sinks if window else 0) or (window == 0 and start + n > capacity):

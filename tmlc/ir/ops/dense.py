@@ -11,7 +11,7 @@ from torch import Tensor
 from tmlc.ir.ops.registry import exact, matrix, need, one_element, op, vector, wide
 from tmlc.ir.types import QUANTISED, TensorType
 
-TABLE = ("f32", "bf16")
+TABLE = ("f32", "bf16", "f16")
 MATRIX = (*TABLE, *QUANTISED)
 _MOST = torch.finfo(torch.float32).max
 

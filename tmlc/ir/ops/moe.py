@@ -11,7 +11,7 @@ from torch import Tensor
 from tmlc.ir.ops.registry import matrix, need, one_element, op, vector, wide
 from tmlc.ir.types import QUANTISED, TensorType
 
-EXPERT = ("f32", "bf16")
+EXPERT = ("f32", "bf16", "f16")
 STACKED = (*EXPERT, *QUANTISED)
 
 
