@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tmlc.errors import EmitError
+from tmlc.ir.replaced import REPLACED
 from tmlc.kernels.triton.bucket import Bucket
 from tmlc.kernels.triton.launch import ITEM_BYTES, Argument, Launch, Lowered, Operand, Pointer
 from tmlc.kernels.triton.mode import PARAMETERS
@@ -23,15 +24,7 @@ MODULES = (
 )  # fmt: skip
 
 #: Ops that never reach an engine, and what takes their place.
-REFUSED = {
-    "attention": "it is stateless, state.insert makes it attention_state",
-    "rope": "it is stateless, state.insert makes it rope_state",
-    "short_conv": "it is stateless, state.insert makes it short_conv_state",
-    "dynamic_conv": "it is stateless, state.insert makes it dynamic_conv_state",
-    "dmel": "it is stateless, state.insert makes it dmel_state",
-    "overlap_add": "it is stateless, state.insert makes it overlap_add_state",
-    "shared_experts": "route.stack_experts joins it with moe",
-}
+REFUSED = REPLACED
 
 #: Other readings of the same bytes: the emitter makes no launch of them.
 VIEWS = ("columns", "reshape")

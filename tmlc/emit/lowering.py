@@ -8,21 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 from torch import fx
 
+from tmlc.ir.replaced import REPLACED
+
 if TYPE_CHECKING:
     from tmlc.emit.cpu import Value, _MethodEmitter
 
 BLOCK = 16
 
 # Ops that never reach an engine, and what takes their place.
-REFUSED = {
-    "attention": "it is stateless, state.insert makes it attention_state",
-    "rope": "it is stateless, state.insert makes it rope_state",
-    "short_conv": "it is stateless, state.insert makes it short_conv_state",
-    "dynamic_conv": "it is stateless, state.insert makes it dynamic_conv_state",
-    "dmel": "it is stateless, state.insert makes it dmel_state",
-    "overlap_add": "it is stateless, state.insert makes it overlap_add_state",
-    "shared_experts": "route.stack_experts joins it with moe",
-}
+REFUSED = REPLACED
 
 
 @dataclass(frozen=True)

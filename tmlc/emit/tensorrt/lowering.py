@@ -2,6 +2,7 @@
 
 from tmlc.emit.tensorrt import lower_attention, lower_blocks, lower_dense, lower_media, lower_moe, lower_random
 from tmlc.emit.tensorrt.network import Lower
+from tmlc.ir.replaced import REPLACED
 
 LOWERINGS: dict[str, Lower] = {
     **lower_dense.LOWERINGS,
@@ -13,12 +14,4 @@ LOWERINGS: dict[str, Lower] = {
 }
 
 # Ops that never reach an engine, and what takes their place.
-REFUSED = {
-    "attention": "it is stateless, state.insert makes it attention_state",
-    "rope": "it is stateless, state.insert makes it rope_state",
-    "short_conv": "it is stateless, state.insert makes it short_conv_state",
-    "dynamic_conv": "it is stateless, state.insert makes it dynamic_conv_state",
-    "dmel": "it is stateless, state.insert makes it dmel_state",
-    "overlap_add": "it is stateless, state.insert makes it overlap_add_state",
-    "shared_experts": "route.stack_experts joins it with moe",
-}
+REFUSED = REPLACED
