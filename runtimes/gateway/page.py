@@ -1,4 +1,4 @@
-"""The page at `/`: microphone, camera, captions and a strip of ticks in a browser, as static files without a build step.
+"""The page at `/`: microphone, camera, captions and a strip of ticks in a browser, as static files without a build.
 
 A fixed table of files, read when the server starts: no path of a request ever names a file on disk.
 """

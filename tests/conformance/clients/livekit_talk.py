@@ -1,6 +1,6 @@
 """A LiveKit agent that talks to a Live server for some seconds and prints what happened as one JSON object.
 
-Runs in an environment of its own (`make clients`), with nothing of livekit changed: an `AgentSession` over `GPTLiveModel`,
+Runs in an environment of its own (`make clients`), nothing of livekit changed: an `AgentSession` over `GPTLiveModel`,
 a microphone that plays a tone in real time, and a loudspeaker that takes the time that its audio lasts.
 
     python livekit_talk.py BASE_URL MODEL SECONDS
