@@ -1,7 +1,7 @@
 """An engine without a model: it has the surface that the scheduler uses, and its steps take the time that was declared.
 
-On a `VirtualClock` a step moves the clock and nothing else, so that a server with a thousand sessions can be watched for
-hours in seconds. What a session says depends on its seed and on what it heard: when a voice ends, it answers with
+On a `VirtualClock` a step moves the clock and nothing else, so that a server with a thousand sessions can be watched
+for hours in seconds. What a session says depends on its seed and on what it heard: when a voice ends, it answers with
 `reply_ticks` ticks of a tone and of text. It says so in the name of its package; it is for tests and for measuring a
 server, and no model is loaded.
 """
@@ -12,7 +12,6 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import numpy as np
 
@@ -67,7 +66,7 @@ class SyntheticEngine:
         self, clock: VirtualClock, step: StepTime | None = None, sessions: int = 16, seed: int = 0, reply_ticks: int = 3
     ) -> None:
         if sessions < 1 or reply_ticks < 0:
-            raise UsageError("a synthetic engine needs at least one session, and replies that are not shorter than nothing")
+            raise UsageError("a synthetic engine needs a session, and replies of no less than 0 ticks")
         self.clock, self.step, self.reply_ticks = clock, step or StepTime(), reply_ticks
         self.layout, self.vocab = LAYOUT, VOCAB
         self.tokenizer = ByteTokenizer({byte: byte for byte in range(256)})

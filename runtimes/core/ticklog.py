@@ -162,7 +162,8 @@ def redo(engine: Engine, records: Iterable[dict[str, Any]], snapshot: bytes | No
                 continue
             if event != "tick":
                 raise InputError(f"unknown event {event[:40]!r} in the tick log")
-            given, missed = _given(record), [_given(late) for late in record.get("missed", ())]
+            missed = [_given(late) for late in _field(record, "missed", list)] if "missed" in record else []
+            given = _given(record)
             (output,) = engine.tick_batch([session], [given], [missed])
             if isinstance(output, Exception):
                 raise output

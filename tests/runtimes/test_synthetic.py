@@ -1,4 +1,5 @@
-"""Many sessions on a virtual clock: the grid under capacity, under overload, after a stall, and under whatever comes."""
+"""Many sessions on a virtual clock: the grid under capacity, under overload, after a stall, and under whatever
+comes."""
 
 import gc
 
