@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import tmlc_cli
 
 import tmlc
-from conftest import tmlc_cli
 
 PEERS = Path(__file__).parent / "peers"
 ROUNDS = 7

@@ -76,25 +76,23 @@ def test_a_tick_makes_the_calls_that_the_driver_makes(packages: dict[str, Path],
 
         engine.backend.call = recording  # type: ignore[method-assign]
         clip = np.zeros((layout.clip_frames, layout.frame_height, layout.frame_width, 3), np.uint8)
-        for tick in range(40):
+        for _ in range(40):
             made.clear()
             given = tmlc.TickInput(np.zeros(0, np.float32), clip if video else None, tokens=[65, 66])
             out = session.tick(given)
             # A tick in which the model says and writes all it can, as plans assume.
-            if not out.stats["silent"] and len(out.tokens) == layout.text_out and 260 not in out.tokens:
-                if not video or not out.stats["dropped_clips"]:
-                    break
+            in_full = len(out.tokens) == layout.text_out and layout.end_of_tick_token_id not in out.tokens
+            if in_full and not out.stats["silent"] and not out.stats["dropped_clips"]:
+                break
         else:
-            pytest.fail(f"in {tick + 1} ticks the model never spoke and wrote in full")
+            pytest.fail("in 40 ticks the model never spoke and wrote in full")
     assert sorted(made) == sorted((call.method, call.n) for call in tick_calls(program, video))
 
 
 def test_expected_experts_are_what_a_lottery_gives() -> None:
     op = OpWork("moe", experts=32, chosen=4)
     random = np.random.default_rng(0)
-    drawn = [
-        len({int(e) for _ in range(16) for e in random.choice(32, 4, replace=False)}) for _ in range(400)
-    ]
+    drawn = [len({int(e) for _ in range(16) for e in random.choice(32, 4, replace=False)}) for _ in range(400)]
     assert op.touched(16) == pytest.approx(np.mean(drawn), rel=0.02)
     assert op.touched(1) == pytest.approx(4)
     assert op.touched(1000, spread=0.25) == pytest.approx(8)

@@ -34,14 +34,18 @@ tmlc plan nano.tmlc --on rtx4090 --json
 """,
 )
 @click.argument("source")
-@click.option("--on", "hardware", required=True, metavar="NAME", help="Hardware of docs/cost-model.md, or here: measure.")
+@click.option(
+    "--on", "hardware", required=True, metavar="NAME", help="Hardware of docs/cost-model.md, or here: measure."
+)
 @click.option("--devices", default="1", show_default=True, metavar="N", help="How many: 4, 1,2,4 or 1-8.")
 @click.option(
     "--precision",
     type=click.Choice(["fp32", "bf16", "fp8", "int8", "int4"]),
     help="How weights are stored.  [default: the package's, else bf16]",
 )
-@click.option("--context", type=click.IntRange(1), metavar="N", help="Positions a session keeps.  [default: the model's]")
+@click.option(
+    "--context", type=click.IntRange(1), metavar="N", help="Positions a session keeps.  [default: the model's]"
+)
 @click.option(
     "--split",
     type=click.Choice(["tensors", "experts"]),

@@ -31,7 +31,8 @@ class Hardware:
 
     Attributes:
         name, title, source: what it is called, and where its figures are from.
-        memory: bytes. bandwidth: bytes a second. cache, cache_bandwidth: of the last cache. rates: operations a second by how weights are stored.
+        memory: bytes. bandwidth: bytes a second. cache, cache_bandwidth: of the last cache.
+        rates: operations a second by how weights are stored.
         link: bytes a second to another device, one way; link_seconds: of one sum over all devices, beside its bytes.
         launch_seconds: of one op, beside its bytes and operations.
         call_seconds: of one call of a method, beside its ops.

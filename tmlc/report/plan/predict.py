@@ -1,4 +1,4 @@
-"""Time and memory of a tick on given hardware, and how many sessions fit into the budget. Formulas: docs/cost-model.md."""
+"""Time and memory of a tick on given hardware, and how many sessions fit the budget (docs/cost-model.md: formulas)."""
 
 from __future__ import annotations
 
@@ -64,7 +64,9 @@ class Predictor:
         rate = "int8" if precision == "int4" and "int4" not in hardware.rates else precision
         if rate not in hardware.rates:
             has = ", ".join(hardware.rates)
-            raise UsageError(f"{hardware.title} has no products of {precision}", where="--precision", fix=f"it has {has}")
+            raise UsageError(
+                f"{hardware.title} has no products of {precision}", where="--precision", fix=f"it has {has}"
+            )
         self.program, self.precision, self.hardware = program, precision, hardware
         self.devices, self.context, self.split, self.spread = devices, context, split, spread
         self.work = method_work(program, precision)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from tmlc.errors import UsageError
 from tmlc.report.latency import Budget
 from tmlc.report.plan.hardware import HERE, Hardware, find
-from tmlc.report.plan.predict import JITTER, MEMORY_SHARE, Predictor
+from tmlc.report.plan.predict import JITTER, MEMORY_SHARE, PARTS, Predictor
 from tmlc.report.plan.source import load_planned
 from tmlc.report.tables import grid, megabytes, milliseconds, table
 
@@ -125,8 +125,7 @@ def plan_tables(plan: dict[str, Any]) -> list[RenderableType]:
         ("budget", f"{budget['turn_ms']:g} ms a turn leaves {budget['step_ms']:g} ms for a step"),
     ]
     rows = table(
-        "predicted", "devices", "memory of each", "step", "with a clip", "p99", "bytes", "products", "launches", "links",
-        "sessions",
+        "predicted", "devices", "memory of each", "step", "with a clip", "p99", *PARTS, "sessions",
     )  # fmt: skip
     for row in plan["devices"]:
         parts = row["parts_ms"]
@@ -134,7 +133,7 @@ def plan_tables(plan: dict[str, Any]) -> list[RenderableType]:
             str(row["devices"]),
             megabytes(row["memory_bytes"]),
             *(milliseconds(row[name]) for name in ("step_ms", "step_with_clip_ms", "p99_ms")),
-            *(milliseconds(parts[name]) for name in ("bytes", "products", "launches", "links")),
+            *(milliseconds(parts[name]) for name in PARTS),
             str(row["sessions"]),
         )
     refused = {row["why_none"]: row["devices"] for row in plan["devices"] if not row["sessions"]}

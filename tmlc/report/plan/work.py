@@ -198,9 +198,8 @@ def weight_bytes(work: dict[str, list[OpWork]], program: Program, precision: str
             given = dict(zip(spec.args, node.args, strict=True))
             for name in ("weight", "gate_up", "down"):
                 argument = given.get(name)
-                if isinstance(argument, fx.Node) and len(type_of(argument).shape) >= 2 and _has_product(given):
-                    if argument.op == "placeholder":
-                        products.add(role(argument)[1])
+                if isinstance(argument, fx.Node) and argument.op == "placeholder" and _has_product(given):
+                    products.update([role(argument)[1]] if len(type_of(argument).shape) >= 2 else [])
     total = 0.0
     for name in program.used_weights():
         kind = program.weights[name].type
