@@ -215,7 +215,7 @@ def session_bytes(program: Program) -> int:
 def key_heads(program: Program) -> int:
     """How many ways attention's keys can be split: the fewest key heads of any layer, 1 without attention."""
     heads = [
-        int(dict(zip(spec.args, node.args, strict=True))["num_kv_heads"])
+        int(dict(zip(spec.args, node.args, strict=True))["num_kv_heads"])  # type: ignore[arg-type]
         for method in program.methods.values()
         for node in method.calls()
         if (spec := spec_of(node.target)) is not None and "num_kv_heads" in spec.args
