@@ -365,9 +365,9 @@ class Scheduler:
         started = self.clock.now()
         running: list[tuple[Seat, Gathered]] = []
         for seat in batch:
-            missed = self._missed(seat, started)
-            if missed > MAX_LATE:
-                self._end(seat, EndReason.BEHIND, f"{missed} ticks late")
+            missed, late = self._missed(seat, started), (started - self.clock.due(seat.due)) / self.clock.period
+            if late > MAX_LATE + 1e-6:
+                self._end(seat, EndReason.BEHIND, f"{late:.1f} ticks late")
             elif missed and seat in shedding:
                 self._end(seat, EndReason.BEHIND, f"{COLLAPSES} collapses in {COLLAPSE_SECONDS:g} s")
             elif seat.idle():

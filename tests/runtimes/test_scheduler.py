@@ -154,7 +154,7 @@ def test_more_than_five_ticks_late_ends_alone_and_can_be_resumed(world):
     other = Guest(scheduler)
     clock.advance(1.4)
     scheduler.step()
-    assert guest.end.reason == "behind" and "6 ticks late" in guest.end.detail and other.end is None
+    assert guest.end.reason == "behind" and "6.0 ticks late" in guest.end.detail and other.end is None
     again = Guest(scheduler, snapshot=guest.end.snapshot)
     scheduler.step()
     clock.advance(0.2)
