@@ -1,10 +1,10 @@
 """Time and cues: rules that put a text into the conversation or give a task to the background model.
 
-    - {on: every 4 s, inject: "{time} have passed.", policy: silent}
-    - {on: at 10 s, inject: "Ten seconds.", spoken: true, policy: next_gap}
-    - {on: when silence_for 5 s, delegate: "Suggest what to talk about next."}
-    - {on: when user_stopped, inject: "The user has finished.", policy: silent}
-    - {on: when door_open, inject: "Somebody came in.", supersede: door, expire: 10 s}
+    - {every: 4 s, inject: "{time} have passed.", policy: silent}
+    - {at: 10 s, inject: "Ten seconds.", spoken: true, policy: next_gap}
+    - {when: silence_for 5 s, delegate: "Suggest what to talk about next."}
+    - {when: user_stopped, inject: "The user has finished.", policy: silent}
+    - {when: door_open, inject: "Somebody came in.", supersede: door, expire: 10 s}
 
 Times are those of the session: the index of the tick times its length, never a clock on the wall. What a rule does
 depends on the sequence of ticks alone, so the same ticks give the same injections at the same edges. A tick that is
@@ -34,7 +34,7 @@ MAX_TEXT = 500
 
 _UNITS = {"ms": 1, "s": 1000, "min": 60_000, "h": 3_600_000}
 _DURATION = re.compile(r"(\d{1,9}(?:\.\d{1,3})?)\s*(ms|s|min|h)")
-_TRIGGER = re.compile(r"(every|at)\s+(.+)|when\s+([a-z][a-z0-9_]{0,63})(?:\s+(.+))?")
+_DETECTOR = re.compile(r"([a-z][a-z0-9_]{0,63})(?:\s+(.+))?")
 _VARIABLES = re.compile(r"(\{time\}|\{seconds\})")
 
 
@@ -64,27 +64,17 @@ class Trigger:
     ms: int = 0
     detector: str = ""
 
-    @staticmethod
-    def parse(text: Any) -> Trigger:
-        """Reads `every 4 s`, `at 10 s`, `when NAME` and `when silence_for 5 s`; ValueError for anything else."""
-        if isinstance(text, Trigger):
-            return text
-        found = _TRIGGER.fullmatch(text.strip()) if isinstance(text, str) else None
-        if found is None:
-            raise ValueError(f"{text!r} is none of `every 4 s`, `at 10 s`, `when user_stopped`, `when silence_for 5 s`")
-        if found[1]:
-            ms = milliseconds(found[2])
-            if found[1] == "every" and ms < 200:
-                raise ValueError("a rule can fire every 200 ms at most")
-            return Trigger(found[1], ms)
-        detector, time = found[3], found[4]
-        if (detector == Cue.SILENCE_FOR) != (time is not None):
-            raise ValueError(f"`{text}`: silence_for needs a time, other detectors have none")
-        return Trigger("when", milliseconds(time) if time else 0, detector)
 
-    def __str__(self) -> str:
-        time = f" {self.ms} ms" if self.kind != "when" or self.detector == Cue.SILENCE_FOR else ""
-        return f"{self.kind}{' ' + self.detector if self.detector else ''}{time}"
+def _detector(text: Any) -> str:
+    """Reads `NAME` and `silence_for 5 s`; ValueError for anything else."""
+    found = _DETECTOR.fullmatch(text.strip()) if isinstance(text, str) else None
+    if found is None:
+        raise ValueError(f"{text!r} is no detector such as `user_stopped` or `silence_for 5 s`")
+    if (found[1] == Cue.SILENCE_FOR) != (found[2] is not None):
+        raise ValueError(f"`{text}`: silence_for needs a time, other detectors have none")
+    if found[2]:
+        milliseconds(found[2])
+    return text.strip()
 
 
 Milliseconds = Annotated[int, BeforeValidator(milliseconds), PlainSerializer(lambda ms: f"{ms} ms")]
@@ -94,7 +84,7 @@ class Rule(BaseModel):
     """One rule, as it is written in YAML or JSON.
 
     Attributes:
-        on: when it fires.
+        every, at, when: what it fires on, one of them: a time, again and again; a time, once; a detector.
         inject: the text that enters; {time} becomes minutes:seconds of the session, {seconds} its whole seconds.
         delegate: the task that is given away, in place of `inject`.
         spoken, policy, coalesce, supersede, expire: as `InjectionQueue.put` takes them; for a delegation, `spoken` and
@@ -102,9 +92,11 @@ class Rule(BaseModel):
         once: it fires the first time only.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
-    on: Annotated[Trigger, BeforeValidator(Trigger.parse), PlainSerializer(str)]
+    every: Milliseconds | None = None
+    at: Milliseconds | None = None
+    when: Annotated[str, BeforeValidator(_detector)] | None = None
     inject: str | None = Field(None, min_length=1, max_length=MAX_TEXT)
     delegate: str | None = Field(None, min_length=1, max_length=MAX_TEXT)
     spoken: Annotated[bool | None, Field(strict=True)] = None
@@ -116,6 +108,10 @@ class Rule(BaseModel):
 
     @model_validator(mode="after")
     def _whole(self) -> Rule:
+        if sum(field is not None for field in (self.every, self.at, self.when)) != 1:
+            raise ValueError("a rule has one of `every`, `at` and `when`")
+        if self.every is not None and self.every < 200:
+            raise ValueError("a rule can fire every 200 ms at most")
         if (self.inject is None) == (self.delegate is None):
             raise ValueError("a rule has either `inject` or `delegate`")
         if self.coalesce and self.supersede:
@@ -130,6 +126,16 @@ class Rule(BaseModel):
             raise ValueError("`inject` is an empty text")
         return self
 
+    @property
+    def on(self) -> Trigger:
+        """What it fires on."""
+        if self.every is not None:
+            return Trigger("every", self.every)
+        if self.at is not None:
+            return Trigger("at", self.at)
+        name, *time = (self.when or "").split(None, 1)
+        return Trigger("when", milliseconds(time[0]) if time else 0, name)
+
 
 @dataclass(frozen=True, slots=True)
 class Fired:
@@ -143,6 +149,7 @@ class Fired:
 @dataclass(slots=True)
 class _Watched:
     rule: Rule
+    on: Trigger
     parts: list[tuple[int, ...] | str] = field(default_factory=list)
     done: bool = False
 
@@ -156,7 +163,7 @@ class RuleClock:
 
     def __init__(self, rules: Sequence[Rule], tokenizer: Tokenizer, period_ms: int) -> None:
         self._period_ms = period_ms
-        self._watched = [_Watched(rule, _parts(rule.inject or "", tokenizer)) for rule in rules]
+        self._watched = [_Watched(rule, rule.on, _parts(rule.inject or "", tokenizer)) for rule in rules]
         self._figures = {c: tuple(tokenizer.encode(c)) for c in "0123456789:"} if rules else {}
         self._last: Moment | None = None
 
@@ -168,7 +175,7 @@ class RuleClock:
         """
         fired, seen, last = [], set(cues), self._last
         for one in self._watched:
-            if not one.done and self._fires(one.rule.on, moment, last, seen):
+            if not one.done and self._fires(one.on, moment, last, seen):
                 one.done = one.rule.once
                 fired.append(Fired(one.rule, moment.tick, self._text(one.parts, moment.tick)))
         self._last = moment
