@@ -25,8 +25,9 @@ def capped(client: type, **options: Any) -> Any:
     """A client of this class whose answers end with the library's `ReadError` when they are longer than any should
     be, or compressed, which was not asked for."""
     library = library_of(client)
+    stream_class: Any = library.AsyncByteStream
 
-    class Capped(library.AsyncByteStream):  # type: ignore[misc]  # its base is known at run time only
+    class Capped(stream_class):
         def __init__(self, stream: Any) -> None:
             self._stream = stream
 

@@ -181,8 +181,8 @@ class BackgroundSettings(_Strict):
     instructions: str = Field("", max_length=8_000)
     tools: list[ToolSettings] = Field(default_factory=list, max_length=16)
     rules: list[Rule] = Field(default_factory=list, max_length=MAX_RULES)
-    limits: LimitSettings = LimitSettings()
-    marks: MarkSettings = MarkSettings()
+    limits: LimitSettings = Field(default_factory=lambda: LimitSettings.model_validate({}))
+    marks: MarkSettings = Field(default_factory=lambda: MarkSettings.model_validate({}))
 
     @model_validator(mode="after")
     def _tools_have_a_model(self) -> BackgroundSettings:
