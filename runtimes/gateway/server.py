@@ -28,8 +28,13 @@ from tmlc.runtimes.gateway.page import page_routes
 from tmlc.runtimes.gateway.realtime import RealtimeConnection
 from tmlc.runtimes.gateway.wire import MAX_MESSAGE, Connection
 
+
+class Connections(set[Connection]):
+    """The sockets that are open."""
+
+
 HUB = web.AppKey("hub", Hub)
-CONNECTIONS = web.AppKey("connections", set[Connection])
+CONNECTIONS = web.AppKey("connections", Connections)
 HEARTBEAT = 20.0
 """Seconds between pings; who does not answer in half of that is gone."""
 RESUME = "tmlc_resume"
@@ -41,7 +46,7 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 def make_app(hub: Hub, middlewares: tuple[Any, ...] = ()) -> web.Application:
     """The application; the caller runs it and closes the hub after it."""
     app = web.Application(middlewares=list(middlewares), client_max_size=1 << 20)
-    app[HUB], app[CONNECTIONS] = hub, set()
+    app[HUB], app[CONNECTIONS] = hub, Connections()
     for base in ("/v1", ""):
         app.router.add_get(f"{base}/live/sessions", _socket(LiveConnection))
         app.router.add_get(f"{base}/realtime", _socket(RealtimeConnection))
