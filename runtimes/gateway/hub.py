@@ -89,7 +89,7 @@ class Hub:
             raise wire from None
 
     def playback(self, session: LiveSession, event: dict[str, Any]) -> None:
-        """The client says what it has played: `played_ms` of the session's output, or ticks `unplayed: [first, last]`."""
+        """The client says what it has played: `played_ms` of the output, or ticks `unplayed: [first, last]`."""
         played, unplayed = event.get("played_ms"), event.get("unplayed")
         if isinstance(played, int | float) and not isinstance(played, bool) and 0 <= played < 1e12:
             session.beside.played(ms=float(played))

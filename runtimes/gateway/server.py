@@ -123,9 +123,10 @@ async def _watch_loop(app: web.Application) -> Any:
 
 async def _close_sockets(app: web.Application) -> None:
     """What a session's end still has to say is sent first; sessions were ended before."""
-    for connection in list(app[CONNECTIONS]):
+    connections = app[CONNECTIONS]
+    for connection in tuple(connections):
         connection.close_when_sent()
-    if app[CONNECTIONS]:
+    if connections:
         await asyncio.sleep(0.2)
-    for connection in list(app[CONNECTIONS]):
+    for connection in tuple(connections):
         connection.close(1012)
