@@ -124,7 +124,7 @@ def start_client(client: str, script: str, *arguments: str) -> subprocess.Popen[
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def answer_of(process: subprocess.Popen[str], seconds: float = 60.0) -> dict[str, Any]:
+def answer_of(process: subprocess.Popen[str], seconds: float = 90.0) -> dict[str, Any]:
     """What a client printed: one JSON object."""
     try:
         out, err = process.communicate(timeout=seconds)

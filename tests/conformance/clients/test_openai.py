@@ -12,14 +12,13 @@ DELEGATES = (Rule(at="3 s", delegate=TASK),)
 
 @pytest.fixture(scope="module")
 def talks(nano):
-    """What each client heard of one conversation in each dialect; all at the same time, on one server."""
+    """What each client heard of one conversation in each dialect, both at the same time, on one server."""
+    heard = {}
     with serve(nano, sessions=4, rules=DELEGATES) as server:
-        started = {
-            (client, dialect): start_client(client, "openai_talk.py", dialect, server.url)
-            for client in CLIENTS
-            for dialect in ("live", "realtime")
-        }
-        return {key: answer_of(process) for key, process in started.items()}
+        for client in CLIENTS:
+            started = {d: start_client(client, "openai_talk.py", d, server.url) for d in ("live", "realtime")}
+            heard |= {(client, dialect): answer_of(process) for dialect, process in started.items()}
+    return heard
 
 
 @pytest.mark.parametrize("client", CLIENTS)
