@@ -18,6 +18,7 @@ import secrets
 import time
 from abc import ABC, abstractmethod
 from collections import deque
+from collections.abc import Coroutine
 from typing import Any
 
 from aiohttp import WSCloseCode, WSMsgType, web
@@ -38,6 +39,8 @@ START_SECONDS = 30.0
 """A connection that has not started a session by then is closed."""
 SEND_SECONDS = 20.0
 """A message that the client does not take for so long ends the connection (half-open TCP)."""
+MAX_ASIDE = 4
+"""Pictures of one connection that are decoded or wait for it; the next one is refused."""
 log = logging.getLogger(__name__)
 
 
@@ -88,6 +91,7 @@ class Connection(ABC):
         self._close_code: int | None = None
         self._closing_after_flush = False
         self._opened = time.monotonic()
+        self._asides: set[asyncio.Task[None]] = set()
 
     # Out.
 
@@ -184,6 +188,8 @@ class Connection(ABC):
         except (ConnectionError, asyncio.IncompleteReadError):
             pass
         finally:
+            for task in self._asides:
+                task.cancel()
             if self.session is not None:
                 self.session.detach(self)
             if not self._closing_after_flush and self._close_code is None:
@@ -207,10 +213,38 @@ class Connection(ABC):
                 own = event["event_id"][:512]
             self.observer.message(self.dialect, "in", event["type"] if event["type"] in self.accepted() else "other")
             await self.handle(event["type"], event, own)
-        except WireError as error:
+        except Exception as error:
+            self._refuse(error, own)
+
+    def _refuse(self, error: Exception, own: str | None) -> None:
+        """Tells the client what was wrong. Any other exception is our fault: it ends nothing, and is logged."""
+        if isinstance(error, WireError):
             self.fail(error, own)
-        except TmlcError as error:
+        elif isinstance(error, TmlcError):
             self.fail(as_wire(error), own)
+        else:
+            log.error("a message could not be handled", exc_info=error)
+            self.fail(WireError("internal error", "server_error", kind="server_error"), own)
+
+    def aside(self, work: Coroutine[Any, Any, None], own: str | None) -> None:
+        """Does what takes a while beside the messages that follow, which do not wait for it.
+
+        Raises WireError: too much of it is under way.
+        """
+        if len(self._asides) >= MAX_ASIDE:
+            work.close()
+            self.observer.dropped("input_video", 1)
+            what = f"{MAX_ASIDE} pictures of this connection wait to be decoded"
+            raise WireError(what, "rate_limit_exceeded", kind="rate_limit_error")
+        task = asyncio.create_task(self._aside(work, own))
+        self._asides.add(task)
+        task.add_done_callback(self._asides.discard)
+
+    async def _aside(self, work: Coroutine[Any, Any, None], own: str | None) -> None:
+        try:
+            await work
+        except Exception as error:
+            self._refuse(error, own)
 
     # What a dialect does.
 

@@ -25,13 +25,14 @@ from tmlc.runtimes.gateway.observer import Observer
 from tmlc.runtimes.gateway.server import make_app
 from tmlc.runtimes.gateway.sessions import LiveSession, Sessions
 
-MARKS = ("<injection>", "<end_of_injection>", "<delegation>", "<end_of_delegation>")
+MARKS = ("<injection>", "<end_of_injection>")
 PICTURE = "data:image/png;base64,iVBORw0KGgo="
 TEXT = {"type": "input_text", "text": "hello"}
 START = {
     "type": "session.start",
     "session": {
-        "model": "m", "instructions": "x", "audio": {"format": {"type": "audio/pcm", "rate": 16000}, "output": {"voice": "v"}},
+        "model": "m", "instructions": "x",
+        "audio": {"format": {"type": "audio/pcm", "rate": 16000}, "output": {"voice": "v"}},
         "delegation": {"type": "client"}, "store": False, "triggers": [], "tmlc": {"events": True, "playback": True},
         "input": [{"type": "message", "role": "user", "content": [{"type": "input_text", "text": "hi"}]}],
     },
@@ -60,7 +61,8 @@ SEEDS = {
     "realtime": [
         {"type": "session.update", "session": {
             "type": "realtime", "instructions": "i", "output_modalities": ["audio"], "tool_choice": "auto",
-            "audio": {"input": {"format": {"type": "audio/pcm", "rate": 24000}, "turn_detection": {"type": "server_vad"}},
+            "audio": {"input": {"format": {"type": "audio/pcm", "rate": 24000},
+                                "turn_detection": {"type": "server_vad"}},
                       "output": {"format": {"type": "audio/pcmu"}}},
             "tools": [{"type": "function", "name": "f", "parameters": {}}], "tmlc": {"events": True}}},
         {"type": "input_audio_buffer.append", "audio": "AAAAAAAA"},
@@ -127,7 +129,7 @@ async def bombard(dialect: str, count: int, seed: int) -> dict:
     escaped: list = []
     loop.set_exception_handler(lambda _, context: escaped.append(context))
     engine = SyntheticEngine(clock, sessions=2)
-    engine.tokenizer = ByteTokenizer({b: b for b in range(256)}, {name: 256 + 2 + n for n, name in enumerate(MARKS[:2])})
+    engine.tokenizer = ByteTokenizer({b: b for b in range(256)}, {name: 258 + n for n, name in enumerate(MARKS)})
     scheduler = Scheduler(engine, clock=clock, resume_window=1.0)
     hub = Hub(Sessions(scheduler, Background(), Observer()), Observer(), "m")
     path = "/v1/live/sessions" if dialect == "live" else "/v1/realtime?model=m"

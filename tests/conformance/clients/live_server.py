@@ -50,7 +50,7 @@ def _with_gaps(engine: Any) -> None:
     def next_token(asked: Any) -> Iterator[tuple[int, int]]:
         speaking = [one for one in asked if one[1][1] % 25 in SPEAKS]
         said = dict(choose(speaking)) if speaking else {}
-        for session, (_, tick, output), _ in asked:
+        for session, (_, _, output), _ in asked:
             quiet = layout.silence_token_id if output == 0 else layout.end_of_tick_token_id
             token = said.get(session, quiet)
             # Of what it likes, it says letters: a special token would end the tick or delegate.
@@ -114,8 +114,7 @@ def serve(
 
 
 def start_client(client: str, script: str, *arguments: str) -> subprocess.Popen[str]:
-    """Starts a script of this folder among the packages of `build/clients/<client>`; skips when `make clients` could not
-    install them."""
+    """Starts a script of this folder with the packages of `build/clients/<client>`; skips when they are not there."""
     packages = CLIENTS / client
     if not packages.is_dir():
         pytest.skip(f"needs {client} in build/clients: run `make clients`")

@@ -41,7 +41,8 @@ def png(width: int, height: int) -> str:
 def tone(count: int) -> str:
     """20 ms of a tone."""
     at = range(count * FRAME, (count + 1) * FRAME)
-    return base64.b64encode(array("h", [int(9000 * math.sin(math.tau * 220 * n / RATE)) for n in at]).tobytes()).decode()
+    wave = array("h", [int(9000 * math.sin(math.tau * 220 * n / RATE)) for n in at])
+    return base64.b64encode(wave.tobytes()).decode()
 
 
 SILENCE = base64.b64encode(bytes(2 * FRAME)).decode()
@@ -88,7 +89,8 @@ async def microphone(append: Any, seconds: float, voiced: float) -> None:
 async def live(client: openai.AsyncOpenAI) -> None:
     heard = Heard()
     async with client.live.connect() as connection:
-        session: Any = {"model": MODEL, "instructions": "Be brief.", "audio": {"format": {"type": "audio/pcm", "rate": RATE}}}
+        audio = {"format": {"type": "audio/pcm", "rate": RATE}}
+        session: Any = {"model": MODEL, "instructions": "Be brief.", "audio": audio}
         await connection.session.start(session=session, event_id="begin")
         started = await connection.recv()
         heard.take(started)
@@ -141,7 +143,7 @@ async def resume(client: openai.AsyncOpenAI, dialect: str) -> None:
             heard.take(event)
             if event.type in ("session.started", "session.created"):
                 tokens.append(heard.token)
-                sessions.append([event.session.id if dialect == "live" else event.session.to_dict()["id"], event.tmlc["resumed"]])
+                sessions.append([event.session.to_dict()["id"], event.tmlc["resumed"]])
                 if len(sessions) == 1:
                     await asyncio.sleep(0.5)
                     connection._connection.transport.abort()

@@ -30,7 +30,7 @@ def test_a_client_of_live_holds_a_conversation(talks, client):
     assert heard["acks"]["think"] == "session.thinking.appended"
     assert heard["acks"]["mute"] == "session.input_audio.muted"
     assert heard["closed"][:2] == ["close_requested", "end"]
-    # What is not offered is an error with a code that names the command, and the session goes on; nothing else was refused.
+    # What is not offered is an error that names the command, and the session goes on; nothing else was refused.
     assert [(e["code"], e["client_event_id"]) for e in heard["errors"]] == [("not_supported", "nope")]
 
 
