@@ -112,7 +112,7 @@ class LiveConnection(Connection):
             self.fail(self.hub.explain(error), None)
             self.close_when_sent()
             return
-        after = session.events.last
+        after = self.after(session)
         self._begin(session, session.opening.config)
         self._started(None, resumed=True, after=after)
 
@@ -339,7 +339,7 @@ class LiveConnection(Connection):
     def note(self, code: str, message: str) -> None:
         self._answer("info", None, code=code, message=message)
 
-    def push(self, number: int, happening: Happening) -> None:
+    def project(self, number: int, happening: Happening) -> None:
         match happening:
             case Tick():
                 self._tick(number, happening)

@@ -120,7 +120,7 @@ class RealtimeConnection(Connection):
             self.fail(self.hub.explain(error), None)
             self.close_when_sent()
             return
-        after = session.events.last if self._token is not None else 0
+        after = self.after(session) if self._token is not None else 0
         self._config = session.opening.config["session"]
         self.session = session
         self._streams()
@@ -395,7 +395,7 @@ class RealtimeConnection(Connection):
         while len(self._items) > MAX_ITEMS:
             del self._items[next(iter(self._items))]
 
-    def push(self, number: int, happening: Happening) -> None:
+    def project(self, number: int, happening: Happening) -> None:
         match happening:
             case Tick():
                 self._user_turns(happening)

@@ -3,7 +3,7 @@
 | stream out | bound | overflow |
 | --- | --- | --- |
 | audio | 25 messages (5 s) | the oldest is dropped; the client gets a note once it reads again |
-| everything else | 1,000 messages | the connection is closed with 4008; the session can be resumed |
+| everything else | 1,000 messages | the connection is closed with 1013; the session can be resumed |
 """
 
 from __future__ import annotations
@@ -33,8 +33,10 @@ MAX_MESSAGE = 4 << 20
 MAX_AUDIO = 1 << 20
 """Bytes of audio in one message: more than 20 s."""
 MAX_AUDIO_OUT, MAX_OUT = 25, 1000
-SLOW_READER, TAKEN_OVER, TOO_LATE = 4008, 4000, 4001
-"""Codes with which we close: the client does not read; another connection has the session; it did not start in time."""
+SLOW_READER, TAKEN_OVER, TOO_LATE = 1013, 4000, 4001
+"""Codes with which we close: the client does not read (openai's clients come back after this one by themselves);
+another connection has the session; it did not start in time."""
+AFTER = "tmlc_after"
 START_SECONDS = 30.0
 """A connection that has not started a session by then is closed."""
 SEND_SECONDS = 20.0
@@ -85,7 +87,9 @@ class Connection(ABC):
     def __init__(self, request: web.Request, socket: web.WebSocketResponse, observer: Observer) -> None:
         self.request, self.socket, self.observer = request, socket, observer
         self.session: LiveSession | None = None
-        self._out: deque[tuple[dict[str, Any], int]] = deque()  # a message, and the tick of its audio or -1
+        # A message, the tick of its audio or -1, the number of the event that it tells of or 0.
+        self._out: deque[tuple[dict[str, Any], int, int]] = deque()
+        self._number = 0
         self._audio_out = self._dropped = 0
         self._ready = asyncio.Event()
         self._close_code: int | None = None
@@ -106,11 +110,11 @@ class Connection(ABC):
         elif len(self._out) - self._audio_out >= MAX_OUT:
             self.close(SLOW_READER)
             return
-        self._out.append((message, tick))
+        self._out.append((message, tick, self._number))
         self._ready.set()
 
     def _drop_oldest_audio(self) -> None:
-        for index, (_, tick) in enumerate(self._out):
+        for index, (_, tick, _) in enumerate(self._out):
             if tick >= 0:
                 del self._out[index]
                 break
@@ -142,7 +146,7 @@ class Connection(ABC):
                     return
                 self._ready.clear()
                 continue
-            message, tick = self._out.popleft()
+            message, tick, number = self._out.popleft()
             try:
                 async with asyncio.timeout(SEND_SECONDS):
                     await self.socket.send_str(json.dumps(message))
@@ -150,6 +154,8 @@ class Connection(ABC):
                 await self._shut(WSCloseCode.GOING_AWAY)
                 return
             self.observer.message(self.dialect, "out", str(message.get("type")))
+            if number and self.session is not None and not (self._out and self._out[0][2] == number):
+                self.session.sent = max(self.session.sent, number)
             if tick >= 0:
                 self._audio_out -= 1
                 if self.session is not None:
@@ -260,9 +266,22 @@ class Connection(ABC):
     async def handle(self, kind: str, event: dict[str, Any], own: str | None) -> None:
         """One event of the client; `own` is the event_id that it gave. Raises WireError or TmlcError to refuse it."""
 
-    @abstractmethod
     def push(self, number: int, happening: Happening) -> None:
-        """An event of the session."""
+        """An event of the session: what the dialect makes of it is queued under its number."""
+        self._number = number
+        try:
+            self.project(number, happening)
+        finally:
+            self._number = 0
+
+    def after(self, session: LiveSession) -> int:
+        """The event after which one that comes back goes on: the last that it says it has, or that was written."""
+        given = self.request.query.get(AFTER, "")
+        return int(given) if given.isascii() and given.isdecimal() and len(given) < 16 else session.sent
+
+    @abstractmethod
+    def project(self, number: int, happening: Happening) -> None:
+        """Sends what the dialect makes of an event of the session."""
 
     @abstractmethod
     def fail(self, error: WireError, own: str | None) -> None:

@@ -96,8 +96,9 @@ async def live(client: openai.AsyncOpenAI) -> None:
         heard.take(started)
         heard.facts["started"] = [started.type, started.client_event_id, started.session.model, started.session.status]
         speaking = asyncio.create_task(microphone(connection.session.input_audio.append, 25.0, 1.0))
-        await connection.send({"type": "conversation.item.create", "item": {"type": "message", "role": "user", "content": [
-            {"type": "input_text", "text": "hello"}, {"type": "input_image", "image_url": png(96, 64)}]}})  # fmt: skip
+        content = [{"type": "input_text", "text": "hello"}, {"type": "input_image", "image_url": png(96, 64)}]
+        item = {"type": "message", "role": "user", "content": content}
+        await connection.send({"type": "conversation.item.create", "item": item})
         await connection.send({"type": "tmlc.input_video_frame.append", "image_url": png(64, 64)})
         append = {"type": "session.input_audio.append", "audio": SILENCE, "tmlc": {"video": {"image_url": png(32, 32)}}}
         await connection.send(append)
