@@ -9,11 +9,9 @@ from tmlc.runtimes.background.injections import (
     MAX_TOKENS,
     MAX_WAITING,
     MAX_WAITING_TOKENS,
-    Fate,
     InjectionQueue,
-    Marks,
-    Policy,
 )
+from tmlc.runtimes.background.policies import Fate, Marks, Policy
 from tmlc.runtimes.core.text import ByteTokenizer
 
 from .conftest import BEGIN, END, Edges

@@ -12,8 +12,8 @@ from click.testing import CliRunner
 from tmlc.cli.main import cli
 from tmlc.runtimes.background.callable import CallableModel
 from tmlc.runtimes.background.delegations import Limits, Stage
-from tmlc.runtimes.background.injections import Policy
 from tmlc.runtimes.background.model import Progress
+from tmlc.runtimes.background.policies import Policy
 from tmlc.runtimes.background.rules import Rule
 from tmlc.runtimes.background.session import Background
 from tmlc.runtimes.core import ticklog
