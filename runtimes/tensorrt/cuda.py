@@ -194,7 +194,7 @@ class CudaEngine(LoadedEngine):
         self.scratch_bytes = int(engine.device_memory_size_v2)
         self.code_bytes = size
         dtypes = {trt.float32: "f32", trt.float16: "f16", trt.bfloat16: "bf16", trt.int32: "i32", trt.int64: "i64",
-                  trt.uint8: "u8"}  # fmt: skip
+                  trt.uint8: "u8", trt.int8: "i8"}  # fmt: skip
         names = [engine.get_tensor_name(k) for k in range(engine.num_io_tensors)]
         self.bindings = {
             name: EngineBinding(

@@ -90,7 +90,8 @@ class StandInEngine(LoadedEngine):
     def __init__(self, device: StandIn, net: MethodNetwork) -> None:
         self.device, self.net, trt = device, net, net.graph.trt
         self.evaluation = Evaluation(trt, net.network, net.graph.constants)
-        dtypes = {trt.float32: "f32", trt.float16: "f16", trt.bfloat16: "bf16", trt.int32: "i32", trt.uint8: "u8"}
+        dtypes = {trt.float32: "f32", trt.float16: "f16", trt.bfloat16: "bf16", trt.int32: "i32", trt.uint8: "u8",
+                  trt.int8: "i8"}  # fmt: skip
         inputs = [net.network.get_input(k) for k in range(net.network.num_inputs)]
         outputs = [net.network.get_output(k) for k in range(net.network.num_outputs)]
         self.bindings = {
@@ -149,7 +150,8 @@ class _Sized:
         return tuple(a * n + b for a, b in self.shape)
 
 
-STORED = {"f32": np.float32, "f16": np.float16, "bf16": np.uint16, "i32": np.int32, "i64": np.int64, "u8": np.uint8}
+STORED = {"f32": np.float32, "f16": np.float16, "bf16": np.uint16, "i32": np.int32, "i64": np.int64, "u8": np.uint8,
+          "i8": np.int8}  # fmt: skip
 
 
 def _view(address: int, dtype: str, count: int) -> np.ndarray:
