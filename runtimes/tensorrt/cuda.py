@@ -63,7 +63,8 @@ class CudaDevice(Device):
         self._closed = True
         self._open(plan)
         self._closed = False
-        self._keep, self._cache = False, None
+        self._keep = False
+        self._cache: Any = None
         self._known: bytes | None = None
         self._logger = _logger(library)
         self._runtime = library.Runtime(self._logger)
