@@ -271,6 +271,7 @@ class LiveConnection(Connection):
             self._see(object_of(ours, "video", "tmlc.video").get("image_url"), "tmlc.video.image_url", own)
 
     def _see(self, url: Any, param: str, own: str | None) -> None:
+        self.may_see(param)
         self.aside(self._look(picture_of(url, self.hub.image_limits), param), own)
 
     async def _look(self, picture: bytes, param: str) -> None:

@@ -248,6 +248,7 @@ class RealtimeConnection(Connection):
         self._tell("session.updated", session=self._resource())
 
     def _see(self, url: Any, param: str, own: str | None) -> None:
+        self.may_see(param)
         self.aside(self._look(picture_of(url, self.hub.image_limits), param), own)
 
     async def _look(self, picture: bytes, param: str) -> None:

@@ -25,6 +25,7 @@ from aiohttp import WSCloseCode, WSMsgType, web
 
 from tmlc.errors import CapacityError, InputError, SessionError, TmlcError, UsageError
 from tmlc.runtimes.background.injections import Policy
+from tmlc.runtimes.gateway.caps import Meter
 from tmlc.runtimes.gateway.events import Happening
 from tmlc.runtimes.gateway.observer import Observer
 from tmlc.runtimes.gateway.sessions import LiveSession
@@ -43,6 +44,8 @@ SEND_SECONDS = 20.0
 """A message that the client does not take for so long ends the connection (half-open TCP)."""
 MAX_ASIDE = 4
 """Pictures of one connection that are decoded or wait for it; the next one is refused."""
+METER = web.RequestKey("meter", Meter)
+"""What the connection of a request may send; absent where nothing is bounded."""
 log = logging.getLogger(__name__)
 
 
@@ -87,6 +90,7 @@ class Connection(ABC):
     def __init__(self, request: web.Request, socket: web.WebSocketResponse, observer: Observer) -> None:
         self.request, self.socket, self.observer = request, socket, observer
         self.session: LiveSession | None = None
+        self.meter: Meter | None = request.get(METER)
         # A message, the tick of its audio or -1, the number of the event that it tells of or 0.
         self._out: deque[tuple[dict[str, Any], int, int]] = deque()
         self._number = 0
@@ -209,6 +213,9 @@ class Connection(ABC):
     async def _receive(self, text: str) -> None:
         own: str | None = None
         try:
+            if self.meter is not None and (why := self.meter.message(len(text))):
+                self.observer.refused("rate")
+                raise WireError(f"more {why} than this server takes", "rate_limit_exceeded", kind="rate_limit_error")
             try:
                 event = json.loads(text)
             except (ValueError, RecursionError):
@@ -251,6 +258,13 @@ class Connection(ABC):
             await work
         except Exception as error:
             self._refuse(error, own)
+
+    def may_see(self, param: str) -> None:
+        """Raises WireError when the client sends more pictures than it may."""
+        if self.meter is not None and not self.meter.frame():
+            self.observer.dropped("input_video", 1)
+            message = "more pictures a second than this server takes"
+            raise WireError(message, "rate_limit_exceeded", param, "rate_limit_error")
 
     # What a dialect does.
 
