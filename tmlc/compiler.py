@@ -126,6 +126,7 @@ def compile(
     sinks: int | None = None,
     max_append: int | None = None,
     kv: str | None = None,
+    tuning: str | Path | None = None,
     dry_run: bool = False,
     on_progress: Progress | None = None,
     on_record: Callable[[PassRecord], None] | None = None,
@@ -151,6 +152,7 @@ def compile(
             kept from the start, positions of one call. Default: the model's.
         kv: what keys and values are kept as: "fp32", "bf16", "fp16" or "int8", as far as the target has them. Default:
             as `precision` says, else the pipeline.
+        tuning: a table of block sizes that `tmlc tune` wrote, for triton. Default: the one that comes with tmlc.
         dry_run: end before the target's tools run: the report's `coverage` says which ops would not lower, and why.
         on_progress: gets (stage, done, total) as work proceeds.
         on_record: gets the record of each pass when it is done.
@@ -164,6 +166,8 @@ def compile(
     """
     chosen = find_target(target)
     check_choice(chosen, precision, kv, PRECISIONS)
+    if tuning is not None:
+        chosen.tune(Path(tuning))
     tell: Progress = on_progress or (lambda stage, done, total: None)
     steps = _pipeline(target, preset, pipeline, passes, disable, stop_after)
     seconds: dict[str, float] = {}

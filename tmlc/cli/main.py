@@ -29,6 +29,7 @@ VERBS = {
     "verify": "replay a package's recorded outputs on this machine",
     "run": "play a recorded conversation into a model",
     "profile": "latency against the budget, memory, start-up",
+    "tune": "block sizes of GPU kernels, measured into a table",
     "zoo": "reference models: list them, create a checkpoint",
     "doctor": "what this machine can compile for and run",
 }
