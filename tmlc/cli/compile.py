@@ -39,7 +39,7 @@ tmlc compile nano/ -o nano.tmlc --pipeline mine.yaml
 @click.option("-o", "--out", type=_PATH, metavar="PATH", help="The package to write, e.g. model.tmlc.")
 @click.option("--target", default="cpu", show_default=True, metavar="NAME", help="What to compile for.")
 @click.option(
-    "--precision", metavar="NAME", help="fp32, bf16, fp16, int8 or int4.  [default: the pipeline's, else fp32]"
+    "--precision", metavar="NAME", help="fp32, bf16, fp16, int8, fp8 or int4.  [default: the pipeline's, else fp32]"
 )
 @click.option("--preset", metavar="NAME", help="O0, O1, O2, or a target's name.  [default: the target's own = O2]")
 @click.option("--pipeline", type=_PATH, metavar="YAML", help="Pipeline file to use instead.")

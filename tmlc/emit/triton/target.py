@@ -72,7 +72,7 @@ class TritonTarget(Target):
     """Machine code for named architectures, which the cuda runtime runs with nothing but the driver."""
 
     family = "triton"
-    precisions = ("fp32", "bf16", "int8", "int4")
+    precisions = ("fp32", "bf16", "int8", "fp8", "int4")
     caches = ("fp32", "bf16", "int8")
 
     def __init__(self, name: str) -> None:
