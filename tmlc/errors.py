@@ -82,7 +82,12 @@ class SessionError(TmlcError):
 
 
 class CapacityError(TmlcError):
-    """No free slot: every session that the engine reserved memory for is in use."""
+    """No room: every session that the engine reserved memory for is in use, or one more would make the others late.
+
+    `retry_after`: seconds after which it is worth trying again (None: nobody knows).
+    """
+
+    retry_after: float | None = None
 
 
 class ContextFullError(SessionError):

@@ -78,6 +78,8 @@ class Engine:
             that calls, which may tie itself to it (`os.sched_setaffinity(0, {engine.cores[0]})`). Else None.
         digest: the package's digest; snapshots and tick logs are bound to it.
         tokenizer: of the package, or None when it has none.
+        layout: what a tick holds.
+        batched: can several sessions be ticked together?
         backend, model, driver, slots: the parts that sessions use.
     """
 
@@ -85,7 +87,7 @@ class Engine:
         self, backend: Backend, manifest: Manifest, digest: str, tokenizer: Tokenizer | None, sessions: int
     ) -> None:
         self.manifest, self.digest, self.tokenizer, self.backend = manifest, digest, tokenizer, backend
-        self.kind = manifest.model.kind
+        self.kind, self.layout, self.batched = manifest.model.kind, manifest.tick, not backend.unbatched
         self.target, self.isa, self.threads = backend.target, backend.isa, backend.threads
         self.cores = backend.cores
         if manifest.session_bytes != backend.slot_bytes:
@@ -106,6 +108,11 @@ class Engine:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
+
+    @property
+    def vocab(self) -> int:
+        """Token ids are below it."""
+        return self.model.vocab
 
     def capacity(self) -> Capacity:
         """What the engine holds and can still admit."""
@@ -152,7 +159,10 @@ class Engine:
         return self._admit(talk, log)
 
     def tick_batch(
-        self, sessions: Sequence[Session], inputs: Sequence[TickInput | None]
+        self,
+        sessions: Sequence[Session],
+        inputs: Sequence[TickInput | None],
+        missed: Sequence[Sequence[TickInput]] | None = None,
     ) -> list[TickOutput | Exception]:
         """One tick of several sessions in lock-step: weights, and each expert that any of them needs, are read once
         for all. Each session's output and state are bit for bit those of `Session.tick`, whatever the company.
@@ -160,6 +170,9 @@ class Engine:
         Args:
             sessions: of this engine, none twice; they may be at different ticks.
             inputs: what each of them gets (None: nothing but silence).
+            missed: for each of them the inputs of earlier ticks that are caught up without an answer, oldest first, at
+            most `MAX_MISSED`. The session becomes, bit for bit, what it would be if it had run these ticks one by one
+            and had been silent in each; only the newest tick is decoded. Its index is that many further on.
 
         Returns:
             In the order of `sessions`, each one's output, or the error that `Session.tick` would have raised:
@@ -172,7 +185,7 @@ class Engine:
             UsageError: the call makes no sense (a session twice, of another engine, without an input; a package
             whose methods take one session at a time); nothing was changed.
         """
-        return tick_batch(self, sessions, inputs)
+        return tick_batch(self, sessions, inputs, missed)
 
     def restore(self, blob: bytes, log: LogSink | None = None) -> Session:
         """The session that `Session.snapshot` described, in a slot of this engine.

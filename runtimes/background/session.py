@@ -1,0 +1,234 @@
+"""The background of a server and of each of its sessions, put together: what the gateway uses.
+
+    background = Background(model)                       # one a server
+    beside = background.open(engine.tokenizer, layout)   # one a session, on the event loop
+    seat = scheduler.open(sink, inbox=beside, ...)
+    beside.tick(published)                               # on the loop, once for each `Published`, in order
+    beside.delegate("…");  beside.inject("…", spoken=True);  beside.played(tick);  beside.close()
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from tmlc.errors import TmlcError, UsageError
+from tmlc.package.manifest import TickLayout
+from tmlc.runtimes.background.delegations import DelegationEvent, Delegations, Limits
+from tmlc.runtimes.background.injections import InjectionEvent, InjectionQueue, Marks, Policy
+from tmlc.runtimes.background.model import BackgroundModel, Delegation, Origin
+from tmlc.runtimes.background.tokens import DelegationReader
+from tmlc.runtimes.background.transcript import Transcript
+from tmlc.runtimes.background.worker import Worker
+from tmlc.runtimes.core.live import Delivery, Moment, Published
+from tmlc.runtimes.core.text import Tokenizer
+
+log = logging.getLogger(__name__)
+
+
+class Background:
+    """What all sessions of a server share. Thread-safe; `open` on the event loop that the sessions live on.
+
+    Args:
+        model: who thinks; None when nobody does: injections and rules work, delegations are refused.
+        limits, marks, instructions: see `Limits`, `Marks`, `Context`.
+    """
+
+    def __init__(
+        self,
+        model: BackgroundModel | None = None,
+        *,
+        limits: Limits | None = None,
+        marks: Marks | None = None,
+        instructions: str = "",
+    ) -> None:
+        self.model, self.limits, self.marks = model, limits or Limits(), marks or Marks()
+        self.instructions = instructions
+        self.worker = Worker()
+
+    def open(
+        self,
+        tokenizer: Tokenizer | None,
+        layout: TickLayout,
+        *,
+        playback: bool = False,
+        instructions: str | None = None,
+        on_injection: Callable[[InjectionEvent], None] | None = None,
+        on_delegation: Callable[[DelegationEvent], None] | None = None,
+    ) -> BackgroundSession:
+        """The background of one session.
+
+        Args:
+            tokenizer, layout: of the package.
+            playback: the client reports what it played; see `InjectionQueue`.
+            instructions: in place of the server's.
+            on_injection, on_delegation: called on this event loop.
+
+        Raises UsageError: the package has no tokens that mark an injection.
+        """
+        return BackgroundSession(self, tokenizer, layout, playback, instructions, on_injection, on_delegation)
+
+    async def close(self) -> None:
+        """Ends the models and their threads."""
+        if self.model is not None:
+            future = self.worker.submit(self.model.close())
+            try:
+                await asyncio.wait_for(asyncio.wrap_future(future), 5.0)
+            except Exception as error:
+                log.warning("the background model did not close: %s", type(error).__name__)
+        await asyncio.to_thread(self.worker.close)
+
+
+@dataclass(frozen=True, slots=True)
+class Noted:
+    """What the background saw in one tick's output.
+
+    Attributes:
+        text: what the model said to the user; tasks that it delegates are no part of it.
+        delegations: those that this tick started.
+    """
+
+    text: str
+    delegations: tuple[Delegation, ...] = ()
+
+
+class BackgroundSession:
+    """Made by `Background.open`. An `Inbox`: `take` and `published` for the device thread, the rest on the loop.
+
+    Attributes:
+        queue, delegations: the parts; `delegations` is None without a model.
+        refused: delegations of the model or of rules that found no room.
+    """
+
+    def __init__(
+        self,
+        shared: Background,
+        tokenizer: Tokenizer | None,
+        layout: TickLayout,
+        playback: bool,
+        instructions: str | None,
+        on_injection: Callable[[InjectionEvent], None] | None,
+        on_delegation: Callable[[DelegationEvent], None] | None,
+    ) -> None:
+        shared.marks.around_injections(tokenizer)
+        assert tokenizer is not None
+        self._loop = asyncio.get_running_loop()
+        self._period_ms = layout.duration_ms
+        self._on_injection = on_injection
+        self._instructions = shared.instructions if instructions is None else instructions
+        self.queue = InjectionQueue(
+            tokenizer, shared.marks, say_room=layout.text_out, playback=playback, listener=self._injected
+        )
+        self.delegations: Delegations | None = None
+        if shared.model is not None:
+            self.delegations = Delegations(
+                shared.model, self.queue, shared.worker,
+                limits=shared.limits, duration_ms=layout.duration_ms, listener=on_delegation,
+            )  # fmt: skip
+        self._reader = DelegationReader(tokenizer, shared.marks)
+        self._transcript = Transcript()
+        self._tick = 0
+        self.refused = 0
+
+    # Inbox, on the device thread.
+
+    def take(self, moment: Moment) -> Delivery:
+        """What enters at this edge."""
+        return self.queue.take(moment)
+
+    def published(self, out: Published) -> None:
+        """The tick was done."""
+        self.queue.published(out)
+
+    # The gateway, on the loop.
+
+    def tick(self, out: Published) -> Noted:
+        """Follows the conversation: once for each tick that was published, in order."""
+        self._tick = out.output.index + 1
+        at = out.output.index * self._period_ms
+        text, tasks = self._reader.push(out.output.tokens)
+        if text:
+            self._transcript.add("model", text, at, at + self._period_ms)
+        started = []
+        for task in tasks:
+            try:
+                started.append(self.delegate(task, Origin.TOKEN))
+            except TmlcError as error:
+                self.refused += 1
+                log.info("a delegation of the model was refused: %s", error.what)
+        return Noted(text, tuple(started))
+
+    def heard(self, text: str, start_ms: int | None = None, end_ms: int | None = None) -> None:
+        """What the user typed now, or said at a known time: part of what a background model is told."""
+        now = self._tick * self._period_ms
+        start = now if start_ms is None else start_ms
+        self._transcript.add("user", text, start, max(start, now if end_ms is None else end_ms))
+
+    def saw(self, frame: np.ndarray) -> None:
+        """A picture that the model was shown: uint8 [height, width, 3]."""
+        self._transcript.see(frame, self._tick * self._period_ms)
+
+    def delegate(
+        self,
+        task: str,
+        origin: Origin = Origin.CLIENT,
+        *,
+        key: str | None = None,
+        spoken: bool | None = None,
+        policy: Policy | None = None,
+    ) -> Delegation:
+        """Gives a task to the background model; see `Delegations.start`.
+
+        Raises UsageError also when the server has no background model.
+        """
+        if self.delegations is None:
+            raise UsageError("this server has no background model", fix="name one in the background's settings")
+        context = self._transcript.context(self._instructions)
+        return self.delegations.start(
+            task, context, tick=self._tick, origin=origin, key=key, spoken=spoken, policy=policy
+        )
+
+    def inject(
+        self,
+        text: str,
+        *,
+        spoken: bool = False,
+        policy: Policy = Policy.WHEN_IDLE,
+        coalesce: str | None = None,
+        supersede: str | None = None,
+        ttl: float | None = None,
+    ) -> str:
+        """Puts a text into the conversation; see `InjectionQueue.put`."""
+        return self.queue.put(text, spoken=spoken, policy=policy, coalesce=coalesce, supersede=supersede, ttl=ttl)
+
+    def played(self, tick: int | None = None, *, ms: float | None = None) -> None:
+        """The client has played all output up to and with `tick`, or the first `ms` of the session's output.
+
+        Raises UsageError: both or neither are given.
+        """
+        if (tick is None) == (ms is None):
+            raise UsageError("playback is reported by tick or by milliseconds")
+        self.queue.played(tick if tick is not None else int((ms or 0.0) // self._period_ms) - 1)
+
+    def unplayed(self, first: int, last: int) -> None:
+        """The client has thrown away the output of the ticks from `first` to `last`."""
+        self.queue.unplayed(first, last)
+
+    def close(self) -> list[str]:
+        """Cancels delegations; returns the ids of injections that were not delivered. Twice does nothing."""
+        if self.delegations is not None:
+            self.delegations.close()
+        return self.queue.close()
+
+    def _injected(self, event: InjectionEvent) -> None:
+        """On any thread: brings an event to the loop."""
+        if self._on_injection is None:
+            return
+        try:
+            self._loop.call_soon_threadsafe(self._on_injection, event)
+        except RuntimeError:  # the loop is closed, and nobody listens
+            log.debug("an injection outlived its loop")
