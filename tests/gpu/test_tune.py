@@ -17,7 +17,7 @@ from tmlc.cache import DigestMemo, compile_key
 from tmlc.cli.main import cli
 from tmlc.emit.targets import find_target
 from tmlc.emit.triton.host_device import HostDevice, Kernel
-from tmlc.errors import CapacityError, EmitError, TargetError, UsageError
+from tmlc.errors import CapacityError, EmitError, PackageError, TargetError, UsageError
 from tmlc.kernels.triton.bucket import Bucket
 from tmlc.kernels.triton.launch import Operand
 from tmlc.kernels.triton.registry import Call, lower
@@ -102,6 +102,12 @@ def test_a_packages_launches_are_those_that_a_table_has_a_say_in(samples):
     assert {sample.bucket for _, sample in samples} == {(1, 1), (1, 4), (1, 8)}
     for shape, sample in samples:
         assert tune.with_blocks(sample.launch, shape, table().blocks(shape)) == sample.launch, shape.name
+
+
+def test_a_package_of_other_kernels_is_refused(tiny, monkeypatch):
+    monkeypatch.setitem(tune_timer.PARAMETERS, "linear_kernel", ("another", "list"))
+    with open_package(tiny.gpu) as held, pytest.raises(PackageError, match="not those of this version of tmlc"):
+        tune.package_samples(held, 90)
 
 
 def linear_call(tiles, dtype="i8g32"):

@@ -15,7 +15,7 @@ from tmlc.emit.triton.build import build_variants, frozen
 from tmlc.emit.triton.plan import PLAN, code_name
 from tmlc.emit.triton.target import Lowerings
 from tmlc.emit.triton.tune_timer import Sample, Timer
-from tmlc.errors import CapacityError, EmitError, KernelError, TargetError
+from tmlc.errors import CapacityError, EmitError, KernelError, PackageError, TargetError
 from tmlc.kernels.triton.launch import TRITON_NAMES, Aligned, Argument, Launch, Pointer, Variant
 from tmlc.kernels.triton.layouts import FORMS
 from tmlc.kernels.triton.norms import power
@@ -92,6 +92,7 @@ def package_samples(package: Package, sm: int) -> list[tuple[Shape, Sample]]:
 
     Raises:
         TargetError: the package has no machine code for the architecture.
+        PackageError: its launches are not of the kernels that are installed here.
     """
     plan_file = package.json(PLAN) if PLAN in package.names() else {"architectures": []}
     if sm not in (held := architectures(plan_file) if PLAN in package.names() else []):
@@ -102,7 +103,13 @@ def package_samples(package: Package, sm: int) -> list[tuple[Shape, Sample]]:
     for name, method in plan.methods.items():
         for bucket in _measured([(b.batch, b.n) for b in method.buckets]):
             info = next(b for b in method.buckets if (b.batch, b.n) == bucket)
-            found += _samples(name, bucket, _unbound(plan, info), sm)
+            try:
+                found += _samples(name, bucket, _unbound(plan, info), sm)
+            except (KeyError, ValueError, TypeError) as error:
+                raise PackageError(
+                    "the package's kernels are not those of this version of tmlc", where=f"{package.path}, {name}",
+                    fix="compile the checkpoint again, or tune the checkpoint",
+                ) from error  # fmt: skip
     return _once(found)
 
 
@@ -153,7 +160,7 @@ def shape_of(launch: Launch, sm: int) -> Shape:
     elif op == "router":
         dtype = "f32"
     else:
-        dtype = next(f.dtype for f in FORMS.values() if (f.family, f.group) == (fixed["FORM"], fixed["GROUP"]))
+        dtype = {(form.family, form.group): form.dtype for form in FORMS.values()}[fixed["FORM"], fixed["GROUP"]]
     return Shape(op, dtype, sm, rows, int(values[k]))  # type: ignore[arg-type]
 
 
