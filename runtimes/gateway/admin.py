@@ -6,9 +6,9 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Callable
-from enum import StrEnum
 
 from aiohttp import web
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from tmlc.runtimes.core.surface import SchedulerStats
 from tmlc.runtimes.gateway.metrics import Metrics
@@ -16,15 +16,6 @@ from tmlc.runtimes.gateway.metrics import Metrics
 MAX_LATE = 2.0
 """Seconds without a tick, while sessions tick, after which the server is not ready: its device hangs."""
 WATCH_SECONDS = 0.5
-CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-
-
-class Phase(StrEnum):
-    """Where the server is in its life."""
-
-    STARTING = "starting"
-    SERVING = "serving"
-    DRAINING = "draining"
 
 
 class Health:
@@ -32,12 +23,15 @@ class Health:
 
     Args:
         stats: the scheduler's.
+        draining: does the server end?
         now: seconds, for tests.
     """
 
-    def __init__(self, stats: Callable[[], SchedulerStats], now: Callable[[], float] = time.monotonic) -> None:
-        self.phase = Phase.STARTING
-        self._stats, self._now = stats, now
+    def __init__(
+        self, stats: Callable[[], SchedulerStats], draining: Callable[[], bool],
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:  # fmt: skip
+        self._stats, self._draining, self._now = stats, draining, now
         self._ticks, self._moved = -1, now()
 
     def watch(self) -> None:
@@ -49,8 +43,8 @@ class Health:
 
     def not_ready(self) -> str | None:
         """Why the server is not ready; None when it is. A server that is full is ready: it refuses by itself."""
-        if self.phase is not Phase.SERVING:
-            return str(self.phase)
+        if self._draining():
+            return "draining"
         if not self._stats().running:
             return "the scheduler has stopped"
         self.watch()
@@ -58,7 +52,7 @@ class Health:
         return f"no tick for {quiet:.1f} s" if quiet > MAX_LATE else None
 
 
-def make_admin_app(health: Health, metrics: Metrics) -> web.Application:
+def make_admin(health: Health, metrics: Metrics) -> web.Application:
     """The application of the admin port."""
 
     async def livez(request: web.Request) -> web.Response:
@@ -69,7 +63,7 @@ def make_admin_app(health: Health, metrics: Metrics) -> web.Application:
         return web.Response(text="ok\n") if why is None else web.Response(text=f"{why}\n", status=503)
 
     async def numbers(request: web.Request) -> web.Response:
-        return web.Response(body=metrics.text(), headers={"Content-Type": CONTENT_TYPE})
+        return web.Response(body=generate_latest(metrics.registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     async def watching(app: web.Application) -> AsyncIterator[None]:
         async def watch() -> None:

@@ -250,6 +250,7 @@ class RealtimeConnection(Connection):
     async def _see(self, url: Any, param: str) -> None:
         session = self.session
         assert session is not None
+        self.may_see(param)
         frame = await self.hub.frame(picture_of(url, self.hub.image_limits), param)
         if self.session is session and session.ended is None:
             session.see(frame)

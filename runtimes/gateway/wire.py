@@ -24,6 +24,7 @@ from aiohttp import WSCloseCode, WSMsgType, web
 
 from tmlc.errors import CapacityError, InputError, SessionError, TmlcError, UsageError
 from tmlc.runtimes.background.injections import Policy
+from tmlc.runtimes.gateway.caps import Meter
 from tmlc.runtimes.gateway.events import Happening
 from tmlc.runtimes.gateway.observer import Observer
 from tmlc.runtimes.gateway.sessions import LiveSession
@@ -38,6 +39,8 @@ START_SECONDS = 30.0
 """A connection that has not started a session by then is closed."""
 SEND_SECONDS = 20.0
 """A message that the client does not take for so long ends the connection (half-open TCP)."""
+METER = web.RequestKey("meter", Meter)
+"""What the connection of a request may send; absent where nothing is bounded."""
 log = logging.getLogger(__name__)
 
 
@@ -82,6 +85,7 @@ class Connection(ABC):
     def __init__(self, request: web.Request, socket: web.WebSocketResponse, observer: Observer) -> None:
         self.request, self.socket, self.observer = request, socket, observer
         self.session: LiveSession | None = None
+        self.meter: Meter | None = request.get(METER)
         self._out: deque[tuple[dict[str, Any], int]] = deque()  # a message, and the tick of its audio or -1
         self._audio_out = self._dropped = 0
         self._ready = asyncio.Event()
@@ -197,6 +201,9 @@ class Connection(ABC):
     async def _receive(self, text: str) -> None:
         own: str | None = None
         try:
+            if self.meter is not None and (why := self.meter.message(len(text))):
+                self.observer.refused("rate")
+                raise WireError(f"more {why} than this server takes", "rate_limit_exceeded", kind="rate_limit_error")
             try:
                 event = json.loads(text)
             except (ValueError, RecursionError):
@@ -211,6 +218,13 @@ class Connection(ABC):
             self.fail(error, own)
         except TmlcError as error:
             self.fail(as_wire(error), own)
+
+    def may_see(self, param: str) -> None:
+        """Raises WireError when the client sends more pictures than it may."""
+        if self.meter is not None and not self.meter.frame():
+            self.observer.dropped("input_video", 1)
+            message = "more pictures a second than this server takes"
+            raise WireError(message, "rate_limit_exceeded", param, "rate_limit_error")
 
     # What a dialect does.
 

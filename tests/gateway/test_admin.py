@@ -2,13 +2,14 @@
 
 import asyncio
 from dataclasses import replace
+from types import SimpleNamespace
 
-import pytest
 from aiohttp.test_utils import TestClient, TestServer
 
 from tmlc.runtimes.core.admission import Level
+from tmlc.runtimes.core.clock import WallClock
 from tmlc.runtimes.core.surface import SchedulerStats
-from tmlc.runtimes.gateway.admin import MAX_LATE, Health, Phase, make_admin_app
+from tmlc.runtimes.gateway.admin import MAX_LATE, Health, make_admin
 from tmlc.runtimes.gateway.metrics import Metrics
 
 STATS = SchedulerStats(
@@ -19,20 +20,24 @@ STATS = SchedulerStats(
 )  # fmt: skip
 
 
+ENGINE = SimpleNamespace(
+    capacity=lambda: SimpleNamespace(session_bytes=1000, reserved_bytes=4000, weight_bytes=9000)
+)
+
+
 class Desk:
     """A health with numbers and a clock that a test sets."""
 
     def __init__(self) -> None:
         self.stats, self.now = STATS, 100.0
-        self.health = Health(lambda: self.stats, lambda: self.now)
-        self.health.phase = Phase.SERVING
+        self.draining = False
+        self.health = Health(lambda: self.stats, lambda: self.draining, lambda: self.now)
 
 
-@pytest.mark.parametrize("phase", [Phase.STARTING, Phase.DRAINING])
-def test_a_server_that_starts_or_drains_is_not_ready(phase):
+def test_a_server_that_drains_is_not_ready():
     desk = Desk()
-    desk.health.phase = phase
-    assert desk.health.not_ready() == str(phase)
+    desk.draining = True
+    assert desk.health.not_ready() == "draining"
 
 
 def test_a_server_without_sessions_stays_ready():
@@ -77,14 +82,14 @@ def test_a_scheduler_that_has_stopped_makes_it_not_ready():
 def test_the_three_paths():
     async def talk() -> None:
         desk = Desk()
-        metrics = Metrics(lambda: desk.stats, 0.2, 1000)
-        async with TestClient(TestServer(make_admin_app(desk.health, metrics))) as client:
+        metrics = Metrics(SimpleNamespace(stats=lambda: desk.stats, clock=WallClock(0.2), engine=ENGINE))
+        async with TestClient(TestServer(make_admin(desk.health, metrics))) as client:
             assert (await client.get("/livez")).status == 200
             assert (await client.get("/readyz")).status == 200
             numbers = await client.get("/metrics")
             assert numbers.content_type == "text/plain"
             assert "tmlc_turn_latency_seconds_bucket" in await numbers.text()
-            desk.health.phase = Phase.DRAINING
+            desk.draining = True
             ready = await client.get("/readyz")
             assert (ready.status, await ready.text()) == (503, "draining\n")
             assert (await client.get("/livez")).status == 200
