@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from tmlc.errors import ContextFullError, InputError, KernelError, PackageError, UsageError
+from tmlc.errors import ContextFullError, InputError, KernelError, PackageError
 from tmlc.package.reader import Package
 from tmlc.runtimes.core.backend import Backend, MethodSpec, check_inputs
-from tmlc.runtimes.core.placement import Placement
+from tmlc.runtimes.core.placement import Placement, refuse_cpu_options
 from tmlc.runtimes.core.slots import Slot, SlotMemory
 from tmlc.runtimes.tensorrt.device import Device, LoadedEngine, open_device
 from tmlc.runtimes.tensorrt.kernel_cache import KernelFile
@@ -337,8 +337,5 @@ def open_backend(
         PackageError: the plan or an engine is refused.
         CapacityError: too little device memory.
     """
-    placed = placement or Placement()
-    asked = {"isa": isa is not None, "portable_bits": portable_bits} | asdict(placed)
-    for what in (name for name, given in asked.items() if given):
-        raise UsageError(f"{what} is for the target cpu, not for {target}", fix=f"leave {what} out")
+    refuse_cpu_options(target, isa, portable_bits, placement)
     return TensorRTBackend(package, target, kernel_cache=kernel_cache)

@@ -31,6 +31,7 @@ VERBS = {
     "serve": "a package as a live server",
     "replay": "do a logged session again, and check that it gives the same",
     "profile": "latency against the budget, memory, start-up",
+    "tune": "block sizes of GPU kernels, measured into a table",
     "plan": "memory, step time and sessions on hardware that is not here",
     "zoo": "reference models: list them, create a checkpoint",
     "doctor": "what this machine can compile for and run",
