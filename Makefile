@@ -6,6 +6,7 @@
 #   make peers     tmlc beside llama.cpp, transformers, ONNX Runtime and OpenVINO; builds and installs them (docs/performance.md)
 #   make onnx-node what examples/onnx_node needs, by npm; `make test` does it where npm is
 #   make browser   Chromium for the test of the page, by apt; `make test` does it where that works
+#   make clients   clients of the server that its tests talk to, by pip; `make test` does it where there is a network
 #   make perf      measure; prints figures beside their targets and writes perf/results/<machine>.json
 
 PYTHON ?= python3
