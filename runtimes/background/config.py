@@ -25,7 +25,6 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from tmlc.errors import UsageError
-from tmlc.runtimes.background.client import ClientModel
 from tmlc.runtimes.background.delegations import Limits
 from tmlc.runtimes.background.detectors import Detector
 from tmlc.runtimes.background.endpoint import Api, EndpointModel
@@ -106,12 +105,6 @@ class EngineSettings(_Strict):
     niceness: int = Field(NICENESS, ge=0, le=19)
 
 
-class ClientSettings(_Strict):
-    """The client of each session answers its delegations; see `ClientModel`."""
-
-    kind: Literal["client"]
-
-
 class ToolSettings(_Keyed):
     """An MCP server: a command of this machine, or a URL."""
 
@@ -177,7 +170,7 @@ class MarkSettings(_Strict):
 class BackgroundSettings(_Strict):
     """The whole file."""
 
-    model: Annotated[EndpointSettings | EngineSettings | ClientSettings, Field(discriminator="kind")] | None = None
+    model: Annotated[EndpointSettings | EngineSettings, Field(discriminator="kind")] | None = None
     instructions: str = Field("", max_length=8_000)
     tools: list[ToolSettings] = Field(default_factory=list, max_length=16)
     rules: list[Rule] = Field(default_factory=list, max_length=MAX_RULES)
@@ -218,8 +211,6 @@ class BackgroundSettings(_Strict):
         chosen = self.model
         if chosen is None:
             return None
-        if isinstance(chosen, ClientSettings):
-            return ClientModel()
         if isinstance(chosen, EndpointSettings):
             tools = ToolBox([tool.make(environ) for tool in self.tools]) if self.tools else None
             return EndpointModel(

@@ -3,7 +3,6 @@
 import pytest
 
 from tmlc.errors import UsageError
-from tmlc.runtimes.background.client import ClientModel
 from tmlc.runtimes.background.config import check_settings, read_settings
 from tmlc.runtimes.background.endpoint import EndpointModel
 from tmlc.runtimes.background.policies import Policy
@@ -43,16 +42,12 @@ def test_an_empty_file_is_a_background_without_a_model(tmp_path):
     assert read_settings(tmp_path / "background.yaml").make(first_target="cpu").model is None
 
 
-def test_the_client_can_be_named_as_the_model():
-    made = check_settings({"model": {"kind": "client"}}, "here").make(first_target="cpu")
-    assert isinstance(made.model, ClientModel)
-
-
 @pytest.mark.parametrize(
     ("wrong", "place"),
     [
         ({"modle": {}}, "modle"),
         ({"model": {"kind": "oracle"}}, "model"),
+        ({"model": {"kind": "client"}}, "model"),
         ({"model": MODEL | {"api_key": "sk-secret"}}, "model.endpoint.api_key"),
         ({"model": MODEL | {"url": "ftp://x"}}, "url"),
         ({"model": MODEL | {"url": "https://me:sk-secret@x/v1"}}, "url"),

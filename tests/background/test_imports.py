@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 HEAVY = ("torch", "triton", "onnx", "openai", "mcp", "PIL", "httpx", "httpx2", "tmlc.ir", "tmlc.passes", "tmlc.emit")
-ROOMS = ("session", "config", "endpoint", "mcp_tools", "engine_model", "callable", "client", "rules", "detectors")
+ROOMS = ("session", "config", "endpoint", "mcp_tools", "engine_model", "callable", "rules", "detectors")
 
 
 def test_the_room_brings_in_neither_the_compiler_nor_its_extra():
