@@ -116,6 +116,12 @@ class FrameDecoder:
         if self._waiting >= MAX_WAITING:
             raise InputError(f"{MAX_WAITING} pictures wait to be decoded", fix="send fewer pictures a second")
         self._waiting += 1
+        # Who leaves meanwhile does not end the work: the worker is at it, and the next picture would wait behind it.
+        work = asyncio.create_task(self._in_turn(data))
+        work.add_done_callback(lambda done: done.cancelled() or done.exception())
+        return await asyncio.shield(work)
+
+    async def _in_turn(self, data: bytes) -> np.ndarray:
         try:
             async with self._turn:
                 return await self._decode(data)

@@ -12,6 +12,7 @@ from typing import Any
 
 from aiohttp import web
 
+from tmlc.errors import CapacityError
 from tmlc.runtimes.background.delegations import Stage
 from tmlc.runtimes.background.injections import MAX_CHARACTERS, Fate
 from tmlc.runtimes.core.admission import Level
@@ -27,6 +28,7 @@ from tmlc.runtimes.gateway.wire import (
     Connection,
     WireError,
     base64_of,
+    check_config,
     event_id,
     known_only,
     object_of,
@@ -37,8 +39,8 @@ from tmlc.runtimes.gateway.wire import (
 USAGE_TICKS = 50
 MAX_HISTORY, MAX_HISTORY_CHARACTERS = 128, 16_384
 """Messages before the start, and characters of them and of the instructions together."""
-PIECE = 2000
-"""Characters of instructions or history in one injection."""
+PIECE = 500
+"""Characters of instructions or history in one injection: in any script fewer tokens than one may have."""
 
 ACCEPTED = frozenset(
     {
@@ -96,7 +98,8 @@ class LiveConnection(Connection):
         self._config: dict[str, Any] = {}
         self._format = AudioFormat()
         self._muted = self._events = False
-        self._held = ""
+        # Transcript that waits for the end of the pressure, its first tick and the one after its last.
+        self._held, self._held_from, self._held_to = "", 0, 0
         self._closing: str | None = None
 
     def accepted(self) -> frozenset[str]:
@@ -113,8 +116,13 @@ class LiveConnection(Connection):
             self.close_when_sent()
             return
         after = self.after(session)
-        self._begin(session, session.opening.config)
-        self._started(None, resumed=True, after=after)
+        try:
+            self._begin(session, session.opening.config)
+            self._started(None, resumed=True, after=after)
+        except Exception as error:  # what was kept of it is damaged
+            self.abandon(session)
+            self._refuse(error, None)
+            self.close_when_sent()
 
     # In.
 
@@ -156,23 +164,31 @@ class LiveConnection(Connection):
         if self.session is not None:
             if self._token is None:
                 raise WireError("the session has started already", "session_already_started", "type")
-            self._started(own, resumed=True, after=self.session.events.last)
+            self._tell_started(own, resumed=True)
             return
         config = object_of(event, "session")
         known_only(config, _START, "session")
         model = text_of(config, "model", 256, "session.model")
         self.hub.check_model(model, "session.model")
         options, resolved = self._options(config), self._resolved(config, model)
+        check_config(resolved, "session")
         history = _history(config)
         opening = Opening(
             self.dialect, {"resolved": resolved, "options": options["kept"]}, options["seed"], options["temperature"],
             Pace(options["kept"]["pace"]), options["kept"]["playback"], options["kept"]["client_tasks"],
         )  # fmt: skip
         session = self.hub.open(opening)
-        for text in history:
-            session.think(text, "history")
-        self._begin(session, opening.config)
-        self._started(own, resumed=False, after=0)
+        try:
+            for text in history:
+                session.think(text, "history")
+            self._begin(session, opening.config)
+            self._started(own, resumed=False, after=0)
+        except Exception as error:
+            self.abandon(session)
+            if isinstance(error, CapacityError):
+                what = f"instructions and input do not fit: {error.what}"
+                raise WireError(what, "string_above_max_length", "session.input") from None
+            raise
 
     def _options(self, config: dict[str, Any]) -> dict[str, Any]:
         own = object_of(config, "tmlc", "session.tmlc")
@@ -249,11 +265,15 @@ class LiveConnection(Connection):
     def _started(self, own: str | None, resumed: bool, after: int) -> None:
         session = self.session
         assert session is not None
-        facts = {"resume_token": session.token, "resumed": resumed, "tick_ms": self.hub.sessions.tick_ms}
-        self._answer("session.started", own, session=self._resource(), tmlc=facts)
+        self._tell_started(own, resumed)
         session.attach(self)
         for number, happening in session.events.after(after):
             self.push(number, happening)
+
+    def _tell_started(self, own: str | None, resumed: bool) -> None:
+        assert self.session is not None
+        facts = {"resume_token": self.session.token, "resumed": resumed, "tick_ms": self.hub.sessions.tick_ms}
+        self._answer("session.started", own, session=self._resource(), tmlc=facts)
 
     def _resource(self) -> dict[str, Any]:
         assert self.session is not None
@@ -287,14 +307,17 @@ class LiveConnection(Connection):
         content = item.get("content")
         if item.get("type") != "message" or not isinstance(content, list) or not 1 <= len(content) <= 16:
             raise WireError("item must be a message with 1 to 16 parts", "invalid_value", "item")
-        for index, part in enumerate(content):
+        for index, part in enumerate(content):  # all of it is checked before any of it is taken
             where = f"item.content[{index}]"
             if not isinstance(part, dict) or part.get("type") not in ("input_text", "input_image"):
                 raise WireError(f"{where}.type must be input_text or input_image", "invalid_value", f"{where}.type")
             if part["type"] == "input_text":
-                self.session.read(text_of(part, "text", MAX_CHARACTERS, f"{where}.text"))
+                text_of(part, "text", MAX_CHARACTERS, f"{where}.text")
+        for index, part in enumerate(content):
+            if part["type"] == "input_text":
+                self.session.read(part["text"])
             else:
-                self._see(part.get("image_url"), f"{where}.image_url", own)
+                self._see(part.get("image_url"), f"item.content[{index}].image_url", own)
 
     def _append(self, kind: str, event: dict[str, Any], own: str | None) -> None:
         session = self.session
@@ -310,6 +333,7 @@ class LiveConnection(Connection):
         self._answer(kind + "ed", own, start_ms=at, end_ms=at)
 
     def _update(self, event: dict[str, Any], own: str | None) -> None:
+        assert self.session is not None
         config = object_of(event, "session")
         known_only(config, frozenset({"delegation", "triggers"}), "session")
         if config.get("triggers"):
@@ -318,7 +342,9 @@ class LiveConnection(Connection):
         if given is not None:
             if self._delegation(given) != self._config["delegation"]["type"]:
                 raise WireError("who does delegated work cannot change", "invalid_value", "session.delegation.type")
-            self._config = {**self._config, "delegation": given}
+            made = {**self._config, "delegation": given}
+            check_config(made, "session")
+            self._config = self.session.opening.config["resolved"] = made
         self._answer("session.updated", own, session=self._resource())
 
     # Out.
@@ -366,19 +392,17 @@ class LiveConnection(Connection):
 
     def _tick(self, number: int, tick: Tick) -> None:
         assert self.session is not None
-        period = self.hub.sessions.tick_ms
-        start = tick.index * period
         if tick.audio.size:
             data = encode(self._out_stream.push(tick.audio), self._format)
             message = {"type": "session.output_audio.delta", "delta": base64.b64encode(data).decode()}
             if self._events:
                 message["tmlc"] = {"sequence": number, "tick": tick.index}  # type: ignore[assignment]
             self.send(message, tick.index)
-        text, self._held = self._held + tick.text, ""
-        if text and self.session.seat.level >= Level.NO_TRANSCRIPTS:
-            self._held = text[-MAX_CHARACTERS:]
-        elif text:
-            self._answer("session.output_transcript.delta", None, delta=text, start_ms=start, end_ms=start + period)
+        if tick.text:
+            self._held_from = self._held_from if self._held else tick.index
+            self._held, self._held_to = (self._held + tick.text)[-MAX_CHARACTERS:], tick.index + 1
+        if self.session.seat.level < Level.NO_TRANSCRIPTS:
+            self._transcribe()
         if self._events:
             self.send(
                 {
@@ -391,11 +415,19 @@ class LiveConnection(Connection):
         if (tick.index + 1) % USAGE_TICKS == 0:
             self._answer("session.usage.updated", None, usage=self._usage())
 
+    def _transcribe(self) -> None:
+        """Sends the transcript that waits."""
+        if self._held:
+            period, text, self._held = self.hub.sessions.tick_ms, self._held, ""
+            start, end = self._held_from * period, self._held_to * period
+            self._answer("session.output_transcript.delta", None, delta=text, start_ms=start, end_ms=end)
+
     def _usage(self) -> dict[str, Any]:
         assert self.session is not None
         return {"seconds": int(self.session.offset_ms / 1000)}
 
     def _end(self, closed: Closed) -> None:
+        self._transcribe()
         reason = REASONS.get(EndReason(closed.reason), "connection_lost")
         own = self._closing or None
         facts = {"reason": closed.reason, "detail": closed.detail}

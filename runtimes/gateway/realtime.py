@@ -24,12 +24,13 @@ from tmlc.runtimes.gateway.audio import AudioFormat, Resampler, decode, encode
 from tmlc.runtimes.gateway.events import ClientTask, Closed, Delegated, Happening, Injected, Tick
 from tmlc.runtimes.gateway.frames import picture_of
 from tmlc.runtimes.gateway.hub import Hub
-from tmlc.runtimes.gateway.sessions import Opening
+from tmlc.runtimes.gateway.sessions import LiveSession, Opening
 from tmlc.runtimes.gateway.wire import (
     MAX_AUDIO,
     Connection,
     WireError,
     base64_of,
+    check_config,
     event_id,
     known_only,
     object_of,
@@ -43,8 +44,12 @@ ASKED_TICKS = 10
 """A response that was asked for and has brought nothing by then is done, empty."""
 MAX_RESPONSE_TICKS = 150
 """A response of a model that never stops is cut into such pieces of 30 s."""
-MAX_ITEMS = 256
-"""Items that can still be asked for; the oldest are forgotten."""
+MAX_ITEMS, MAX_ITEM_CHARACTERS = 256, 1 << 20
+"""Items that can still be asked for, and characters in them; the oldest are forgotten."""
+MAX_OUTPUTS = 16
+"""Outputs of function calls that wait for response.create."""
+MAX_METADATA = 4096
+"""Characters of a response's metadata."""
 MAX_TOOLS = 128
 
 ACCEPTED = frozenset(
@@ -85,7 +90,42 @@ class _Response:
     quiet: int = 0
     ticks: int = 0
     last: int = -1
+    metadata: dict[str, Any] | None = None
     transcript: list[str] = field(default_factory=list)
+
+
+class _Items:
+    """What the client may still ask for, bounded."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, tuple[dict[str, Any], int]] = {}
+        self._size = 0
+        self.last: str | None = None
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._kept
+
+    def get(self, name: str) -> dict[str, Any] | None:
+        return self._kept[name][0] if name in self._kept else None
+
+    def keep(self, item: dict[str, Any]) -> None:
+        """Keeps an item, or its newer state."""
+        if item["id"] in self._kept:
+            self._size -= self._kept.pop(item["id"])[1]
+        size = len(json.dumps(item))
+        self._kept[item["id"]], self.last = (item, size), item["id"]
+        self._size += size
+        while len(self._kept) > MAX_ITEMS or (self._size > MAX_ITEM_CHARACTERS and len(self._kept) > 1):
+            self._size -= self._kept.pop(next(iter(self._kept)))[1]
+
+
+class _Talk:
+    """What outlives a connection: the items, outputs that were not said yet, and whether the model is hushed."""
+
+    def __init__(self) -> None:
+        self.items = _Items()
+        self.outputs: list[str] = []
+        self.hushed = False  # a cancelled response: the model speaks on, and nobody is to hear it
 
 
 class RealtimeConnection(Connection):
@@ -97,11 +137,8 @@ class RealtimeConnection(Connection):
         super().__init__(request, socket, hub.observer)
         self.hub, self._token = hub, token
         self._config: dict[str, Any] = {}
-        self._items: dict[str, dict[str, Any]] = {}
-        self._last_item: str | None = None
+        self._talk = _Talk()
         self._response: _Response | None = None
-        self._hushed = False  # a cancelled response: the model speaks on, and nobody is to hear it
-        self._outputs: list[str] = []
         self._user_item: str | None = None
         self._held = ""
 
@@ -120,11 +157,19 @@ class RealtimeConnection(Connection):
             self.fail(self.hub.explain(error), None)
             self.close_when_sent()
             return
-        after = self.after(session) if self._token is not None else 0
-        self._config = session.opening.config["session"]
-        self.session = session
-        self._streams()
+        try:
+            self._begin(session)
+        except Exception as error:  # what was kept of it is damaged
+            self.abandon(session)
+            self._refuse(error, None)
+            self.close_when_sent()
+
+    def _begin(self, session: LiveSession) -> None:
         resumed = self._token is not None
+        after = self.after(session) if resumed else 0
+        self._config, self.session = session.opening.config["session"], session
+        self._streams()
+        self._talk = session.talk = session.talk or self._talk
         facts = {"resume_token": session.token, "resumed": resumed, "tick_ms": self.hub.sessions.tick_ms}
         self._tell("session.created", session=self._resource(), tmlc=facts)
         session.attach(self)
@@ -229,6 +274,7 @@ class RealtimeConnection(Connection):
         for name in own:
             if not isinstance(own[name], bool):
                 raise WireError(f"session.tmlc.{name} must be true or false", "invalid_type", f"session.tmlc.{name}")
+        check_config(made, "session")
         told = given.get("instructions")
         if told is not None and (not isinstance(told, str) or len(told) > MAX_CHARACTERS):
             what = f"session.instructions must be a string of up to {MAX_CHARACTERS} characters"
@@ -260,26 +306,27 @@ class RealtimeConnection(Connection):
     def _commit(self) -> None:
         item = self._user_item or _id("item")
         self._user_item = None
-        self._tell("input_audio_buffer.committed", item_id=item, previous_item_id=self._last_item)
+        self._tell("input_audio_buffer.committed", item_id=item, previous_item_id=self._talk.items.last)
         self._add_item({"id": item, "type": "message", "role": "user", "content": [{"type": "input_audio"}]})
 
     def _create(self, event: dict[str, Any], own: str | None) -> None:
         session = self.session
         assert session is not None
-        item = dict(object_of(event, "item"))
+        item = object_of(event, "item")
         given = item.get("id")
-        if given is not None and (not isinstance(given, str) or not 1 <= len(given) <= 64 or given in self._items):
+        known = isinstance(given, str) and given in self._talk.items
+        if given is not None and (not isinstance(given, str) or not 1 <= len(given) <= 64 or known):
             raise WireError("item.id must be a new name of up to 64 characters", "invalid_value", "item.id")
         if item.get("type") == "function_call_output":
-            self._take_output(item)
+            taken = self._take_output(item)
         elif item.get("type") == "message":
-            self._take_message(item, own)
+            taken = self._take_message(item, own)
         else:
             raise WireError("item.type must be message or function_call_output", "not_supported", "item.type")
-        item["id"] = given or _id("item")
-        self._add_item(item)
+        self._add_item({"id": given or _id("item"), "type": item["type"], **taken})
 
-    def _take_output(self, item: dict[str, Any]) -> None:
+    def _take_output(self, item: dict[str, Any]) -> dict[str, Any]:
+        """What is kept of the item."""
         assert self.session is not None
         call, output = (
             text_of(item, "call_id", 64, "item.call_id"),
@@ -287,44 +334,61 @@ class RealtimeConnection(Connection):
         )
         if call not in self.session.tasks:
             raise WireError("no call of this session has that id", "delegation_not_found", "item.call_id")
-        if len(self._outputs) >= 16:
-            raise WireError("16 outputs wait for response.create", "rate_limit_exceeded", "item")
-        self._outputs.append(output)
+        if len(self._talk.outputs) >= MAX_OUTPUTS:
+            raise WireError(f"{MAX_OUTPUTS} outputs wait for response.create", "rate_limit_exceeded", "item")
+        self._talk.outputs.append(output)
+        return {"call_id": call, "output": output}
 
-    def _take_message(self, item: dict[str, Any], own: str | None) -> None:
+    def _take_message(self, item: dict[str, Any], own: str | None) -> dict[str, Any]:
+        """All parts are checked before any of them is taken. What is kept: what was sent as bytes is not."""
         session, role, content = self.session, item.get("role"), item.get("content")
         assert session is not None
         if role not in ("user", "system", "assistant"):
             raise WireError("item.role must be user, system or assistant", "invalid_value", "item.role")
         if not isinstance(content, list) or not 1 <= len(content) <= 16:
             raise WireError("item.content must have 1 to 16 parts", "invalid_value", "item.content")
+        found: list[tuple[str, Any]] = []
         for index, part in enumerate(content):
             where = f"item.content[{index}]"
             kind = part.get("type") if isinstance(part, dict) else None
             if kind in ("input_text", "output_text", "text"):
-                text = text_of(part, "text", MAX_CHARACTERS, f"{where}.text")
-                session.read(text) if role == "user" else session.think(f"{role}: {text}")
+                found.append((kind, text_of(part, "text", MAX_CHARACTERS, f"{where}.text")))
             elif kind == "input_audio" and role == "user":
                 data = base64_of(part.get("audio"), f"{where}.audio", MAX_AUDIO)
-                session.hear(self._in.push(decode(data, self._in_format)))
+                found.append((kind, decode(data, self._in_format)))
             elif kind == "input_image" and role == "user":
-                self._see(part.get("image_url"), f"{where}.image_url", own)
+                found.append((kind, part.get("image_url")))
             else:
                 raise WireError(f"{where}.type cannot be taken from this role", "invalid_value", f"{where}.type")
-        # What was sent as bytes is not kept.
-        item["content"] = [{k: v for k, v in p.items() if k not in ("audio", "image_url")} for p in content]
+        for index, (kind, value) in enumerate(found):
+            if kind == "input_audio":
+                session.hear(self._in.push(value))
+            elif kind == "input_image":
+                self._see(value, f"item.content[{index}].image_url", own)
+            elif role == "user":
+                session.read(value)
+            else:
+                session.think(f"{role}: {value}")
+        parts = [{"type": k, "text": v} if k.endswith("text") else {"type": k} for k, v in found]
+        return {"role": role, "content": parts}
 
     def _known(self, event: dict[str, Any]) -> dict[str, Any]:
-        name = text_of(event, "item_id", 64)
-        if name not in self._items:
+        """Also the item that the model is at: who speaks over it truncates that one."""
+        name, response = text_of(event, "item_id", 64), self._response
+        if response is not None and response.shown and response.item == name:
+            return self._item("in_progress")
+        if (item := self._talk.items.get(name)) is None:
             raise WireError("no item has that id", "item_not_found", "item_id")
-        return self._items[name]
+        return item
 
     def _truncate(self, event: dict[str, Any]) -> None:
         """The client has played so much of an item: what the model said after that was not heard."""
         item, heard = self._known(event), event.get("audio_end_ms")
         if type(heard) is not int or heard < 0:
             raise WireError("audio_end_ms must be a whole number of milliseconds", "invalid_value", "audio_end_ms")
+        part = event.get("content_index", 0)
+        if type(part) is not int or part != 0:
+            raise WireError("the audio of an item is its part 0", "invalid_value", "content_index")
         ticks = item.get("tmlc", {}).get("ticks")
         if not ticks:
             raise WireError("only audio of the model can be truncated", "invalid_value", "item_id")
@@ -332,12 +396,11 @@ class RealtimeConnection(Connection):
         first, last = ticks
         from_tick = first + heard // self.hub.sessions.tick_ms
         if first < from_tick:
-            self.session.beside.played(from_tick - 1)
+            self.session.beside.played(min(from_tick - 1, last))
         if from_tick <= last:
             self.session.beside.unplayed(from_tick, last)
         self._tell(
-            "conversation.item.truncated", item_id=item["id"], content_index=int(event.get("content_index") or 0),
-            audio_end_ms=heard,
+            "conversation.item.truncated", item_id=item["id"], content_index=part, audio_end_ms=heard,
         )  # fmt: skip
 
     def _ask(self, given: dict[str, Any]) -> None:
@@ -346,22 +409,25 @@ class RealtimeConnection(Connection):
         if self._response is not None and self._response.asked:
             message = "a response that was asked for is under way"
             raise WireError(message, "conversation_already_has_active_response")
-        told = given.get("instructions")
+        told, policy = given.get("instructions"), policy_of(given)
+        metadata = object_of(given, "metadata", "response.metadata")
+        if len(json.dumps(metadata)) > MAX_METADATA:
+            what = f"response.metadata has more than {MAX_METADATA} characters"
+            raise WireError(what, "string_above_max_length", "response.metadata")
         if told is not None and told != "":
             session.think(text_of(given, "instructions", MAX_CHARACTERS, "response.instructions"))
-        outputs, self._outputs = self._outputs, []
-        for output in outputs:
-            session.say(output, policy_of(given))
-        if self._response is None:
-            self._open(session.tick, asked=True)
-        else:
-            self._response.asked = True
+        outputs = self._talk.outputs
+        while outputs:  # one for which there is no room waits for the next time
+            session.say(outputs[0], policy)
+            del outputs[0]
+        self._finish()  # what the model was saying by itself; what follows is the response that was asked for
+        self._open(session.tick, asked=True, metadata=metadata or None)
 
     def _cancel(self) -> None:
         response = self._response
         if response is None:
             raise WireError("there is no response to cancel", "response_cancel_not_active")
-        self._hushed = True
+        self._talk.hushed = response.shown
         response.cancelled = True
         self._finish()
 
@@ -387,14 +453,8 @@ class RealtimeConnection(Connection):
         item.setdefault("object", "realtime.item")
         item.setdefault("status", "completed")
         for kind in ("conversation.item.added", "conversation.item.done"):
-            self._tell(kind, previous_item_id=self._last_item, item=item)
-        self._keep_item(item)
-
-    def _keep_item(self, item: dict[str, Any]) -> None:
-        self._items[item["id"]] = item
-        self._last_item = item["id"]
-        while len(self._items) > MAX_ITEMS:
-            del self._items[next(iter(self._items))]
+            self._tell(kind, previous_item_id=self._talk.items.last, item=item)
+        self._talk.items.keep(item)
 
     def project(self, number: int, happening: Happening) -> None:
         match happening:
@@ -443,8 +503,11 @@ class RealtimeConnection(Connection):
 
     def _model_turns(self, tick: Tick) -> None:
         speaks = tick.model_speaking or bool(tick.text)
-        if self._hushed:
-            self._hushed = speaks
+        if self._talk.hushed:
+            self._talk.hushed = speaks
+            self._out_stream.push(tick.audio)
+            if speaks and self.session is not None:  # a result that is being said is not heard: it waits again
+                self.session.beside.unplayed(tick.index, tick.index)
             return
         if self._response is None:
             if not speaks:
@@ -466,8 +529,8 @@ class RealtimeConnection(Connection):
     def _written(self) -> bool:
         return bool(self._config["output_modalities"] == ["text"])
 
-    def _open(self, tick: int, asked: bool = False) -> None:
-        self._response = _Response(_id("resp"), _id("item"), tick, asked)
+    def _open(self, tick: int, asked: bool = False, metadata: dict[str, Any] | None = None) -> None:
+        self._response = _Response(_id("resp"), _id("item"), tick, asked, metadata=metadata)
         self._tell("response.created", response=self._summary("in_progress", []))
 
     def _summary(self, status: str, output: list[dict[str, Any]]) -> dict[str, Any]:
@@ -475,7 +538,8 @@ class RealtimeConnection(Connection):
         details = {"type": "cancelled", "reason": "client_cancelled"} if status == "cancelled" else None
         return {
             "id": self._response.id, "object": "realtime.response", "status": status, "status_details": details,
-            "output": output, "output_modalities": self._config["output_modalities"], "metadata": None,
+            "output": output, "output_modalities": self._config["output_modalities"],
+            "metadata": self._response.metadata,
             "conversation_id": self.session.id if self.session is not None else None, "max_output_tokens": "inf",
             "audio": {"output": self._config["audio"]["output"]}, "usage": None,
         }  # fmt: skip
@@ -502,7 +566,7 @@ class RealtimeConnection(Connection):
         response.shown, response.first = True, tick
         item = self._item("in_progress")
         self._tell("response.output_item.added", response_id=response.id, output_index=0, item=item)
-        self._tell("conversation.item.added", previous_item_id=self._last_item, item=item)
+        self._tell("conversation.item.added", previous_item_id=self._talk.items.last, item=item)
         part = {"type": "text", "text": ""} if self._written else {"type": "audio", "transcript": ""}
         self._tell("response.content_part.added", **self._place(), part=part)
 
@@ -535,6 +599,9 @@ class RealtimeConnection(Connection):
         if response.shown:
             item = self._item("incomplete" if response.cancelled else "completed")
             text, place = "".join(response.transcript), self._place()
+            if self._held:
+                self._tell("response.output_audio_transcript.delta", **place, delta=self._held)
+                self._held = ""
             if self._written:
                 self._tell("response.output_text.done", **place, text=text)
             else:
@@ -543,16 +610,18 @@ class RealtimeConnection(Connection):
             part = {"type": "text", "text": text} if self._written else {"type": "audio", "transcript": text}
             self._tell("response.content_part.done", **place, part=part)
             self._tell("response.output_item.done", response_id=response.id, output_index=0, item=item)
-            self._tell("conversation.item.done", previous_item_id=self._last_item, item=item)
-            self._keep_item(item)
+            self._tell("conversation.item.done", previous_item_id=self._talk.items.last, item=item)
+            self._talk.items.keep(item)
             output.append(item)
         self._tell("response.done", response=self._summary(status, output))
         self._response = None
 
     def _call(self, id: str, task: str) -> None:
         """Work that the model gives away, as a call of the client's function."""
-        before, self._response = self._response, None
-        self._open(0)
+        if self._response is not None and self._response.shown:  # clients know one response at a time
+            self._finish()
+        if self._response is None:
+            self._open(0)
         response = self._response
         assert response is not None
         names = [tool["name"] for tool in self._config["tools"]]
@@ -562,15 +631,15 @@ class RealtimeConnection(Connection):
                 "call_id": id, "name": name, "arguments": ""}  # fmt: skip
         place = {"response_id": response.id, "item_id": response.item, "output_index": 0, "call_id": id}
         self._tell("response.output_item.added", response_id=response.id, output_index=0, item=item)
-        self._tell("conversation.item.added", previous_item_id=self._last_item, item=item)
+        self._tell("conversation.item.added", previous_item_id=self._talk.items.last, item=item)
         self._tell("response.function_call_arguments.delta", **place, delta=arguments)
         self._tell("response.function_call_arguments.done", **place, name=name, arguments=arguments)
         done = {**item, "status": "completed", "arguments": arguments}
         self._tell("response.output_item.done", response_id=response.id, output_index=0, item=done)
-        self._tell("conversation.item.done", previous_item_id=self._last_item, item=done)
-        self._keep_item(done)
+        self._tell("conversation.item.done", previous_item_id=self._talk.items.last, item=done)
+        self._talk.items.keep(done)
         self._tell("response.done", response=self._summary("completed", [done]))
-        self._response = before
+        self._response = None
 
 
 def _kept(playback: bool, client_tasks: bool) -> dict[str, Any]:

@@ -102,6 +102,8 @@ class LiveSession:
         self.began = time.time()
         self.tasks: dict[str, None] = {}  # of the client, by id; the oldest is forgotten
         self.ended: Closed | None = None
+        self.talk: Any = None  # what the dialect keeps between two connections
+        self.disk = asyncio.Lock()  # one writes it to disk at a time, so that the last one stays
         self._voiced = False
         self._over: int | None = None  # tick at which the user's voice came over the model's
         self._keeping = False
@@ -204,6 +206,8 @@ class LiveSession:
             self._add(Delegated(event))
 
     def _client_task(self, task: str) -> None:
+        if self.ended is not None:  # of a rule that fired at the last edge
+            return
         name = "dlg_" + secrets.token_urlsafe(12)
         self.tasks[name] = None
         while len(self.tasks) > MAX_CLIENT_TASKS:
@@ -243,7 +247,7 @@ class LiveSession:
     def attach(self, connection: Attached) -> None:
         """A connection takes the session over; the one that had it is told."""
         before, self.connection = self.connection, connection
-        if before is not None:
+        if before is not None and before is not connection:
             before.replaced()
 
     def detach(self, connection: Attached) -> None:
@@ -317,7 +321,7 @@ class Sessions:
                 log=self._logs() if self._logs is not None else None,
                 snapshot=blob,
             )
-        except TmlcError as error:
+        except Exception as error:
             session.beside.close()
             if isinstance(error, CapacityError):
                 self.observer.refused("capacity")
@@ -336,20 +340,29 @@ class Sessions:
         if session is not None:
             if session.opening.dialect != dialect:
                 raise SessionError(f"this session was opened in the dialect {session.opening.dialect}")
+            # No await from here until the new connection has it: the old one may be lost meanwhile, and must not
+            # detach it.
             session.seat.attach(session.sink)
-            await self._rotate(session)
+            self._rotate(session)
         else:
             session = await self._restored(token, dialect)
         self.observer.session_resumed(session.id)
         return session
 
-    async def _rotate(self, session: LiveSession) -> None:
+    def _rotate(self, session: LiveSession) -> None:
         old, session.token = session.token, new_token()
         del self._by_token[_hash(old)]
         self._by_token[_hash(session.token)] = session
         if self.store is not None:
-            await asyncio.to_thread(self.store.drop, old)
+            self._spawn(self._drop(old))
             self.keep(session)
+
+    async def _drop(self, token: str) -> None:
+        assert self.store is not None
+        try:
+            await asyncio.to_thread(self.store.drop, token)
+        except OSError as error:
+            log.warning("a kept session could not be removed: %s", error)
 
     async def _restored(self, token: str, dialect: str) -> LiveSession:
         if (wait := self.scheduler.admit()) is not None:  # before the token is used up
@@ -359,10 +372,21 @@ class Sessions:
         kept = self._ended.take(token)
         if kept is None and self.store is not None:
             kept = await asyncio.to_thread(self.store.take, token)
-        if kept is None or kept.dialect != dialect:
+        if kept is None:
             raise SessionError("no session can be resumed with this token", fix="start a new session")
-        opening = Opening(dialect, kept.config, **_options(kept.config))
-        return self.open(opening, kept.blob, kept.last_event)
+        try:
+            if kept.dialect != dialect:
+                raise SessionError(f"this session was opened in the dialect {kept.dialect}")
+            opening = Opening(dialect, kept.config, **_options(kept.config))
+            session = self.open(opening, kept.blob, kept.last_event)
+        except TmlcError:  # the token was used up for nothing
+            if self.store is None:
+                self._ended.write(token, kept)
+            else:
+                await asyncio.to_thread(self.store.write, token, kept)
+            raise
+        session.tasks = dict.fromkeys(_tasks(kept.config))
+        return session
 
     def keep(self, session: LiveSession) -> None:
         """Writes the session to disk, after the tick that runs now. Skipped while the last one is still written."""
@@ -378,23 +402,32 @@ class Sessions:
     async def _write(self, session: LiveSession, future: Future[bytes]) -> None:
         try:
             blob = await asyncio.wrap_future(future)
-            await self._store(session, blob)
-        except (TmlcError, OSError) as error:
+            async with session.disk:
+                if session.ended is None:  # else there is a newer one
+                    await self._store(session, blob)
+        except Exception as error:
             log.warning("a session could not be kept: %s", error)
         finally:
             session._keeping = False
 
     async def _store(self, session: LiveSession, blob: bytes) -> None:
+        """The caller holds `session.disk`. A session that gets another token meanwhile is written under that one."""
         assert self.store is not None
-        token = session.token
-        await asyncio.to_thread(self.store.write, token, self._kept(session, blob))
-        if token != session.token or (session.ended is not None and session.ended.reason == EndReason.CLOSED):
-            await asyncio.to_thread(self.store.drop, token)
+        while True:
+            token = session.token
+            await asyncio.to_thread(self.store.write, token, self._kept(session, blob))
+            closed = session.ended is not None and session.ended.reason == EndReason.CLOSED
+            if token == session.token and not closed:
+                return
+            await self._drop(token)
+            if closed:
+                return
 
     @staticmethod
     def _kept(session: LiveSession, blob: bytes) -> Kept:
         opening, expires = session.opening, time.time() + TOKEN_SECONDS
-        return Kept(opening.dialect, opening.config, session.events.last, expires, blob)
+        config = {**opening.config, "tasks": list(session.tasks)}
+        return Kept(opening.dialect, config, session.events.last, expires, blob)
 
     def forget(self, session: LiveSession, ended: Ended) -> None:
         """A session has ended. What can be gone on with is kept: on disk, or in memory where there is no folder."""
@@ -408,12 +441,13 @@ class Sessions:
         if ended.snapshot is not None and resumable:
             self._spawn(self._last(session, ended.snapshot))
         else:
-            self._spawn(asyncio.to_thread(self.store.drop, session.token))
+            self._spawn(self._drop(session.token))
 
     async def _last(self, session: LiveSession, blob: bytes) -> None:
         try:
-            await self._store(session, blob)
-        except OSError as error:
+            async with session.disk:
+                await self._store(session, blob)
+        except Exception as error:
             log.warning("a session could not be kept: %s", error)
 
     def _spawn(self, work: Any) -> None:
@@ -441,3 +475,10 @@ def _options(config: dict[str, Any]) -> dict[str, Any]:
         }
     except (KeyError, ValueError):
         raise InputError("a kept session is damaged", fix="start a new session") from None
+
+
+def _tasks(config: dict[str, Any]) -> list[str]:
+    """The tasks that the client of a kept session still has."""
+    found = config.get("tasks")
+    names = [name for name in found if isinstance(name, str)] if isinstance(found, list) else []
+    return names[-MAX_CLIENT_TASKS:]

@@ -3,7 +3,7 @@
 | stream out | bound | overflow |
 | --- | --- | --- |
 | audio | 25 messages (5 s) | the oldest is dropped; the client gets a note once it reads again |
-| everything else | 1,000 messages | the connection is closed with 1013; the session can be resumed |
+| everything else | 1,000 messages, 8 MiB | the connection is closed with 1013; the session can be resumed |
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ from tmlc.runtimes.gateway.sessions import LiveSession
 MAX_MESSAGE = 4 << 20
 MAX_AUDIO = 1 << 20
 """Bytes of audio in one message: more than 20 s."""
-MAX_AUDIO_OUT, MAX_OUT = 25, 1000
+MAX_AUDIO_OUT, MAX_OUT, MAX_OUT_BYTES = 25, 1000, 8 << 20
+MAX_CONFIG = 1 << 17
+"""Characters of a session's settings as JSON: they are kept with its snapshots."""
 SLOW_READER, TAKEN_OVER, TOO_LATE = 1013, 4000, 4001
 """Codes with which we close: the client does not read (openai's clients come back after this one by themselves);
 another connection has the session; it did not start in time."""
@@ -91,10 +93,10 @@ class Connection(ABC):
         self.request, self.socket, self.observer = request, socket, observer
         self.session: LiveSession | None = None
         self.meter: Meter | None = request.get(METER)
-        # A message, the tick of its audio or -1, the number of the event that it tells of or 0.
-        self._out: deque[tuple[dict[str, Any], int, int]] = deque()
+        # Type and text of a message, the tick of its audio or -1, the number of the event that it tells of or 0.
+        self._out: deque[tuple[str, str, int, int]] = deque()
         self._number = 0
-        self._audio_out = self._dropped = 0
+        self._audio_out = self._dropped = self._bytes_out = 0
         self._ready = asyncio.Event()
         self._close_code: int | None = None
         self._closing_after_flush = False
@@ -105,21 +107,24 @@ class Connection(ABC):
 
     def send(self, message: dict[str, Any], tick: int = -1) -> None:
         """Queues a message; `tick` of its audio. Never blocks."""
-        if self._close_code is not None:
+        if self._close_code is not None or self._closing_after_flush:
             return
+        text = json.dumps(message)
         if tick >= 0:
             self._audio_out += 1
             if self._audio_out > MAX_AUDIO_OUT:
                 self._drop_oldest_audio()
-        elif len(self._out) - self._audio_out >= MAX_OUT:
-            self.close(SLOW_READER)
-            return
-        self._out.append((message, tick, self._number))
+        else:
+            self._bytes_out += len(text)
+            if len(self._out) - self._audio_out >= MAX_OUT or self._bytes_out > MAX_OUT_BYTES:
+                self.close(SLOW_READER)
+                return
+        self._out.append((str(message["type"]), text, tick, self._number))
         self._ready.set()
 
     def _drop_oldest_audio(self) -> None:
-        for index, (_, tick, _) in enumerate(self._out):
-            if tick >= 0:
+        for index, waiting in enumerate(self._out):
+            if waiting[2] >= 0:
                 del self._out[index]
                 break
         self._audio_out -= 1
@@ -139,6 +144,14 @@ class Connection(ABC):
         self._ready.set()
 
     async def _write(self) -> None:
+        """Whatever ends it, the socket is closed then: nobody reads on for a client that gets no answers."""
+        try:
+            await self._write_all()
+        except Exception:
+            log.exception("a connection could not be written to")
+            await self._shut(WSCloseCode.INTERNAL_ERROR)
+
+    async def _write_all(self) -> None:
         while True:
             await self._ready.wait()
             if self._close_code is not None:
@@ -150,17 +163,19 @@ class Connection(ABC):
                     return
                 self._ready.clear()
                 continue
-            message, tick, number = self._out.popleft()
+            kind, text, tick, number = self._out.popleft()
             try:
                 async with asyncio.timeout(SEND_SECONDS):
-                    await self.socket.send_str(json.dumps(message))
+                    await self.socket.send_str(text)
             except (TimeoutError, ConnectionError, RuntimeError):
                 await self._shut(WSCloseCode.GOING_AWAY)
                 return
-            self.observer.message(self.dialect, "out", str(message.get("type")))
-            if number and self.session is not None and not (self._out and self._out[0][2] == number):
+            self.observer.message(self.dialect, "out", kind)
+            if number and self.session is not None and not (self._out and self._out[0][3] == number):
                 self.session.sent = max(self.session.sent, number)
-            if tick >= 0:
+            if tick < 0:
+                self._bytes_out -= len(text)
+            else:
                 self._audio_out -= 1
                 if self.session is not None:
                     self.observer.handed_out(self.session.id, tick, time.monotonic())
@@ -183,8 +198,10 @@ class Connection(ABC):
         try:
             await self.begin()
             while not self.socket.closed and self._close_code is None:
+                timeout = None if self.session is not None else self._left()
                 try:
-                    timeout = None if self.session is not None else self._left()
+                    if timeout is not None and timeout <= 0:
+                        raise TimeoutError
                     message = await self.socket.receive(timeout)
                 except TimeoutError:
                     self.close(TOO_LATE)
@@ -208,7 +225,7 @@ class Connection(ABC):
                 await writer
 
     def _left(self) -> float:
-        return max(0.01, START_SECONDS - (time.monotonic() - self._opened))
+        return START_SECONDS - (time.monotonic() - self._opened)
 
     async def _receive(self, text: str) -> None:
         own: str | None = None
@@ -305,6 +322,12 @@ class Connection(ABC):
     def note(self, code: str, message: str) -> None:
         """Tells the client something that needs no answer."""
 
+    def abandon(self, session: LiveSession) -> None:
+        """A start failed half way: the session that was opened for it ends."""
+        session.detach(self)
+        session.close()
+        self.session = None
+
     def replaced(self) -> None:
         """Another connection has the session now."""
         self.session = None
@@ -336,6 +359,16 @@ def object_of(event: dict[str, Any], name: str, param: str | None = None) -> dic
     if not isinstance(value, dict):
         raise WireError(f"{param or name} must be an object", "invalid_type", param or name)
     return value
+
+
+def check_config(config: dict[str, Any], param: str) -> None:
+    """Refuses settings of a session that are too long to be kept."""
+    try:
+        size = len(json.dumps(config))
+    except RecursionError:
+        raise WireError(f"{param} is nested too deeply", "invalid_value", param) from None
+    if size > MAX_CONFIG:
+        raise WireError(f"{param} has more than {MAX_CONFIG} characters", "string_above_max_length", param)
 
 
 def policy_of(event: dict[str, Any]) -> Policy | None:
