@@ -433,7 +433,8 @@ class RealtimeConnection(Connection):
 
     # Out.
 
-    def _tell(self, kind: str, tick: int = -1, **fields: Any) -> None:
+    def _tell(self, kind: str, tick: int = -1, /, **fields: Any) -> None:
+        """`tick`: of the audio in it."""
         self.send({"type": kind, "event_id": event_id(), **fields}, tick)
 
     def fail(self, error: WireError, own: str | None) -> None:
@@ -629,7 +630,9 @@ class RealtimeConnection(Connection):
         arguments = json.dumps({"task": task})
         item = {"id": response.item, "object": "realtime.item", "type": "function_call", "status": "in_progress",
                 "call_id": id, "name": name, "arguments": ""}  # fmt: skip
-        place = {"response_id": response.id, "item_id": response.item, "output_index": 0, "call_id": id}
+        place: dict[str, Any] = {
+            "response_id": response.id, "item_id": response.item, "output_index": 0, "call_id": id,
+        }  # fmt: skip
         self._tell("response.output_item.added", response_id=response.id, output_index=0, item=item)
         self._tell("conversation.item.added", previous_item_id=self._talk.items.last, item=item)
         self._tell("response.function_call_arguments.delta", **place, delta=arguments)
