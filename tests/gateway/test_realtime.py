@@ -8,7 +8,7 @@ import pytest
 from aiohttp import WSServerHandshakeError
 
 from tmlc.runtimes.core.admission import Level
-from tmlc.runtimes.gateway import realtime
+from tmlc.runtimes.gateway import responses
 from tmlc.runtimes.gateway import wire as wires
 from tmlc.runtimes.gateway.audio import AudioFormat, decode, encode
 
@@ -142,7 +142,7 @@ def test_items_are_answered_read_and_kept(desk):
         assert added["previous_item_id"] == "one"
         await desk.edges(3)
         assert bytes(desk.model.typed).decode() == "hello" and desk.model.thoughts == "system: It is night."
-        for number in range(realtime.MAX_ITEMS):
+        for number in range(responses.MAX_ITEMS):
             await wire.send("conversation.item.create", item=message("user", text("x"), id=f"more {number}"))
         await wire.sync()
         assert (await wire.error("conversation.item.retrieve", item_id="one"))["code"] == "item_not_found"
@@ -257,7 +257,7 @@ def test_a_response_that_is_asked_for_has_the_metadata_and_ends_empty_where_the_
         (created,) = await wire.ask("response.create", response={"metadata": {"mine": "1"}, "instructions": "Greet."})
         assert created["response"]["metadata"] == {"mine": "1"} and created["response"]["status"] == "in_progress"
         assert (await wire.error("response.create"))["code"] == "conversation_already_has_active_response"
-        await desk.edges(realtime.ASKED_TICKS)
+        await desk.edges(responses.ASKED_TICKS)
         (done,) = wire.of("response.done")
         assert done["response"]["output"] == [] and done["response"]["metadata"] == {"mine": "1"}
         assert desk.model.thoughts == "Greet."
