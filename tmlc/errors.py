@@ -82,7 +82,12 @@ class SessionError(TmlcError):
 
 
 class CapacityError(TmlcError):
-    """No free slot: every session that the engine reserved memory for is in use."""
+    """No room: every session that the engine reserved memory for is in use, or one more would make the others late.
+
+    `retry_after`: seconds after which it is worth trying again (None: nobody knows).
+    """
+
+    retry_after: float | None = None
 
 
 class ContextFullError(SessionError):
@@ -107,6 +112,12 @@ class KernelError(TmlcError):
 
 class DeviceError(KernelError):
     """The device failed or is gone, and with it everything that was on it: all sessions of the engine are lost."""
+
+
+class BackgroundError(TmlcError):
+    """A background model, its endpoint or its tools failed; the delegation fails with it, the session goes on."""
+
+    exit_code = 1
 
 
 class CheckError(TmlcError):

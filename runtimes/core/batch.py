@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from tmlc.errors import ContextFullError, SessionError, UsageError
 from tmlc.runtimes.core import ticklog
 from tmlc.runtimes.core.session import Session, SessionState
-from tmlc.runtimes.core.tick import Job, TickInput, TickOutput
+from tmlc.runtimes.core.tick import Job, TickInput, TickOutput, Tokens
 
 if TYPE_CHECKING:
     from tmlc.runtimes.core.engine import Engine
@@ -22,12 +22,19 @@ if TYPE_CHECKING:
 Result = TickOutput | Exception
 
 
-def tick_batch(engine: Engine, sessions: Sequence[Session], inputs: Sequence[TickInput | None]) -> list[Result]:
+def tick_batch(
+    engine: Engine,
+    sessions: Sequence[Session],
+    inputs: Sequence[TickInput | None],
+    missed: Sequence[Sequence[TickInput]] | None = None,
+) -> list[Result]:
     """See `Engine.tick_batch`."""
-    _check_call(engine, sessions, inputs)
-    given = [tick if tick is not None else TickInput() for tick in inputs]
+    earlier = missed if missed is not None else [()] * len(sessions)
+    _check_call(engine, sessions, inputs, earlier)
+    # Of each session, the missed ticks and then the newest one.
+    given = [[*late, tick or TickInput()] for late, tick in zip(earlier, inputs, strict=True)]
     results: dict[int, Result] = {}
-    tokens: dict[int, list[int]] = {}
+    tokens: dict[int, list[Tokens]] = {}
     for k, session in enumerate(sessions):
         try:
             tokens[k] = session._check(given[k])
@@ -48,9 +55,14 @@ def tick_batch(engine: Engine, sessions: Sequence[Session], inputs: Sequence[Tic
     return [results[k] for k in range(len(sessions))]
 
 
-def _check_call(engine: Engine, sessions: Sequence[Session], inputs: Sequence[TickInput | None]) -> None:
+def _check_call(
+    engine: Engine,
+    sessions: Sequence[Session],
+    inputs: Sequence[TickInput | None],
+    missed: Sequence[Sequence[TickInput]],
+) -> None:
     """Raises UsageError for a call that makes no sense whatever the sessions are."""
-    if len(sessions) != len(inputs):
+    if not len(sessions) == len(inputs) == len(missed):
         raise UsageError(f"{len(sessions)} sessions and {len(inputs)} inputs", fix="give each session its own input")
     if any(session.engine is not engine for session in sessions):
         raise UsageError("a session of another engine", fix="tick sessions on the engine that opened them")
@@ -63,14 +75,16 @@ def _check_call(engine: Engine, sessions: Sequence[Session], inputs: Sequence[Ti
         )
 
 
-def _run(engine: Engine, sessions: list[Session], given: list[TickInput], tokens: list[list[int]]) -> list[Result]:
+def _run(
+    engine: Engine, sessions: list[Session], given: list[list[TickInput]], tokens: list[list[Tokens]]
+) -> list[Result]:
     """The tick of sessions that are all taken; gives them back in the state where it left them."""
     waited = 0
     try:
-        jobs = [
-            Job(session._slot, session._talk, session._fill(tick, ids))
-            for session, tick, ids in zip(sessions, given, tokens, strict=True)
-        ]
+        jobs = []
+        for session, ticks, ids in zip(sessions, given, tokens, strict=True):
+            *missed, newest = session._fill(ticks, ids)
+            jobs.append(Job(session._slot, session._talk, newest, missed))
         begun = perf_counter_ns()
         with engine.device():
             waited = perf_counter_ns() - begun
@@ -82,7 +96,7 @@ def _run(engine: Engine, sessions: list[Session], given: list[TickInput], tokens
         if not isinstance(error, Exception):
             raise
         return [error] * len(sessions)
-    for k, (session, tick, result) in enumerate(zip(sessions, given, results, strict=True)):
+    for k, (session, ticks, result) in enumerate(zip(sessions, given, results, strict=True)):
         if not isinstance(result, TickOutput):
             full = isinstance(result, ContextFullError)
             session._end(SessionState.CLOSED if full else SessionState.POISONED)
@@ -91,7 +105,7 @@ def _run(engine: Engine, sessions: list[Session], given: list[TickInput], tokens
         session._end(SessionState.OPEN)
         if session._log is not None:
             try:
-                session._log(ticklog.ticked(tick, result))
+                session._log(ticklog.ticked(ticks[-1], result, ticks[:-1]))
             except Exception as error:
                 results[k] = error
     return results

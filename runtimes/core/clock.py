@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from abc import ABC, abstractmethod
+from math import floor
 
 from tmlc.errors import UsageError
 
@@ -37,6 +38,11 @@ class Clock(ABC):
     def due(self, tick: int) -> float:
         """The moment of `tick` on this clock, computed from t0: a late tick does not shift later ones."""
         return self.t0 + tick * self.period
+
+    def edge(self, now: float) -> int:
+        """The last tick that is due at `now`. Sums of tenths are not exact: a tick counts as due when the clock is
+        within a nanosecond of it."""
+        return floor((now - self.t0 + 1e-9) / self.period)
 
     @abstractmethod
     def wait(self, tick: int) -> float:
@@ -69,6 +75,30 @@ class InputClock(Clock):
     def wait(self, tick: int) -> float:
         self._now = max(self._now, self.due(tick))
         return 0.0
+
+
+class VirtualClock(Clock):
+    """Time that passes by work: `advance` says how long something took, `wait` jumps over the time in which nothing is
+    done. For one thread; hours of serving take the seconds that the bookkeeping takes."""
+
+    def __init__(self, period: float = 0.2) -> None:
+        super().__init__(period)
+        self._now = 0.0
+
+    def now(self) -> float:
+        return self._now
+
+    def advance(self, seconds: float) -> None:
+        """Something took so long."""
+        if seconds < 0:
+            raise UsageError(f"a clock cannot go back by {-seconds} s")
+        self._now += seconds
+
+    def wait(self, tick: int) -> float:
+        due = self.due(tick)
+        late = self._now - due
+        self._now = max(self._now, due)
+        return max(0.0, late)
 
 
 class ManualClock(Clock):

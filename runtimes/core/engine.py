@@ -35,7 +35,8 @@ BACKENDS = {
     "triton": "tmlc.runtimes.cuda.backend",
 }
 """Modules with `open_backend(package, target, threads, isa, placement, portable_bits) -> Backend`, by family:
-the part of the name before a colon."""
+the part of the name before a colon. Those of COMPILES_AT_LOAD take `kernel_cache` too."""
+COMPILES_AT_LOAD = ("tensorrt",)
 MAX_THREADS = 256
 
 
@@ -78,6 +79,8 @@ class Engine:
             that calls, which may tie itself to it (`os.sched_setaffinity(0, {engine.cores[0]})`). Else None.
         digest: the package's digest; snapshots and tick logs are bound to it.
         tokenizer: of the package, or None when it has none.
+        layout: what a tick holds.
+        batched: can several sessions be ticked together?
         backend, model, driver, slots: the parts that sessions use.
     """
 
@@ -85,7 +88,7 @@ class Engine:
         self, backend: Backend, manifest: Manifest, digest: str, tokenizer: Tokenizer | None, sessions: int
     ) -> None:
         self.manifest, self.digest, self.tokenizer, self.backend = manifest, digest, tokenizer, backend
-        self.kind = manifest.model.kind
+        self.kind, self.layout, self.batched = manifest.model.kind, manifest.tick, not backend.unbatched
         self.target, self.isa, self.threads = backend.target, backend.isa, backend.threads
         self.cores = backend.cores
         if manifest.session_bytes != backend.slot_bytes:
@@ -106,6 +109,11 @@ class Engine:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
+
+    @property
+    def vocab(self) -> int:
+        """Token ids are below it."""
+        return self.model.vocab
 
     def capacity(self) -> Capacity:
         """What the engine holds and can still admit."""
@@ -152,7 +160,10 @@ class Engine:
         return self._admit(talk, log)
 
     def tick_batch(
-        self, sessions: Sequence[Session], inputs: Sequence[TickInput | None]
+        self,
+        sessions: Sequence[Session],
+        inputs: Sequence[TickInput | None],
+        missed: Sequence[Sequence[TickInput]] | None = None,
     ) -> list[TickOutput | Exception]:
         """One tick of several sessions in lock-step: weights, and each expert that any of them needs, are read once
         for all. Each session's output and state are bit for bit those of `Session.tick`, whatever the company.
@@ -160,6 +171,9 @@ class Engine:
         Args:
             sessions: of this engine, none twice; they may be at different ticks.
             inputs: what each of them gets (None: nothing but silence).
+            missed: for each of them the inputs of earlier ticks that are caught up without an answer, oldest first, at
+            most `MAX_MISSED`. The session becomes, bit for bit, what it would be if it had run these ticks one by one
+            and had been silent in each; only the newest tick is decoded. Its index is that many further on.
 
         Returns:
             In the order of `sessions`, each one's output, or the error that `Session.tick` would have raised:
@@ -172,7 +186,7 @@ class Engine:
             UsageError: the call makes no sense (a session twice, of another engine, without an input; a package
             whose methods take one session at a time); nothing was changed.
         """
-        return tick_batch(self, sessions, inputs)
+        return tick_batch(self, sessions, inputs, missed)
 
     def restore(self, blob: bytes, log: LogSink | None = None) -> Session:
         """The session that `Session.snapshot` described, in a slot of this engine.
@@ -240,6 +254,7 @@ def load(
     lock_memory: bool = False,
     portable_bits: bool = False,
     huge_pages: bool = False,
+    kernel_cache: str | Path | None = None,
 ) -> Engine:
     """Loads a package and reserves everything its sessions will need.
 
@@ -256,6 +271,8 @@ def load(
         (docs/plan-format.md, "Determinism"); otherwise only the last bits of floats depend on the machine.
         huge_pages: copy the weights into large pages of this process, instead of reading them where the package's
         file is mapped. Loading takes longer and memory for the copy; ticks are faster (docs/latency.md).
+        kernel_cache: a folder of yours in which kernels that a TensorRT package compiles while it is loaded are kept
+        for the next load (docs/tensorrt.md). Packages of other targets compile none, and refuse it.
 
     Raises:
         PackageError, PlanError: the package is damaged, altered, foreign, newer, or its plan is refused.
@@ -271,7 +288,7 @@ def load(
     placement = Placement(pin, lock_memory, huge_pages)
     package = open_package(path)
     try:
-        backend = _open_target(package, target, count, isa, placement, portable_bits)
+        backend = _open_target(package, target, count, isa, placement, portable_bits, kernel_cache)
         try:
             named = package.manifest.tokenizer
             tokenizer = load_tokenizer(package.read(named)) if named else None
@@ -294,7 +311,13 @@ def load(
 
 
 def _open_target(
-    package: Package, target: str | None, threads: int, isa: str | None, placement: Placement, portable_bits: bool
+    package: Package,
+    target: str | None,
+    threads: int,
+    isa: str | None,
+    placement: Placement,
+    portable_bits: bool,
+    kernel_cache: str | Path | None,
 ) -> Backend:
     held = list(package.manifest.targets)
     runnable = [name for name in held if _family(name) in BACKENDS]
@@ -308,7 +331,11 @@ def _open_target(
     if wanted[0] not in runnable:
         raise TargetError(f"this tmlc cannot run target {wanted[0]}", fix=f"it runs: {', '.join(BACKENDS)}")
     module = import_module(BACKENDS[_family(wanted[0])])
-    backend: Backend = module.open_backend(package, wanted[0], threads, isa, placement, portable_bits)
+    kept = {} if kernel_cache is None else {"kernel_cache": Path(kernel_cache)}
+    if kept and _family(wanted[0]) not in COMPILES_AT_LOAD:
+        what = f"target {wanted[0]} compiles no kernels when it is loaded, so there are none to keep"
+        raise UsageError(what, where="kernel_cache", fix="load without kernel_cache")
+    backend: Backend = module.open_backend(package, wanted[0], threads, isa, placement, portable_bits, **kept)
     return backend
 
 

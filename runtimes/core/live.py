@@ -1,8 +1,8 @@
 """What passes between the scheduler and whoever serves its sessions. Plain data and protocols; nothing here acts.
 
-One thread owns the device (`scheduler.py`). At each edge of the grid it asks the inbox of every session that is due what
-should enter the conversation there, runs the ticks, and hands each session's sink one `Published`. A session that ends
-gets one `Ended`, and nothing after it.
+One thread owns the device (`scheduler.py`). At each edge of the grid it asks the inbox of every session that is due
+what should enter the conversation there, runs the ticks, and hands each session's sink one `Published`. A session that
+ends gets one `Ended`, and nothing after it.
 """
 
 from __future__ import annotations
@@ -12,10 +12,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
 
-from tmlc.runtimes.core.tick import TickOutput
-
-MAX_INJECTED = 64
-"""Positions that may be injected into one session at one edge; the rest waits for the next edge."""
+from tmlc.runtimes.core.tick import MAX_INJECTED, TickOutput
 
 
 @dataclass(frozen=True, slots=True)

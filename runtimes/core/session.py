@@ -21,11 +21,14 @@ from tmlc.errors import ContextFullError, InputError, SessionError
 from tmlc.runtimes.core import ticklog
 from tmlc.runtimes.core.snapshot import write_snapshot
 from tmlc.runtimes.core.tick import (
+    MAX_INJECTED,
+    MAX_MISSED,
     MAX_QUEUED_TOKENS,
     Conversation,
     Staged,
     TickInput,
     TickOutput,
+    Tokens,
     check_audio,
     check_tokens,
     check_video,
@@ -74,7 +77,7 @@ class Session:
         clip = (layout.clip_frames, layout.frame_height, layout.frame_width * 3)
         self._clip = np.zeros(clip if layout.video_positions else (0, 0, 0), np.uint8)
         if log is not None:
-            log(ticklog.opened(engine.digest, talk))
+            log(ticklog.opened(engine.digest, talk.seed, talk.temperature, talk.tick, talk.positions))
 
     @property
     def state(self) -> SessionState:
@@ -186,8 +189,26 @@ class Session:
             raise result
         return result
 
-    def _check(self, given: TickInput) -> list[int]:
-        """Checks one tick's input; returns its tokens, text first."""
+    def _check(self, ticks: Sequence[TickInput]) -> list[Tokens]:
+        """Checks the inputs of missed ticks and, the last one, of the tick to run; returns their tokens."""
+        layout, kind = self.engine.model.layout, self.engine.kind
+        if len(ticks) - 1 > MAX_MISSED:
+            raise InputError(f"at most {MAX_MISSED} missed ticks are caught up at once, not {len(ticks) - 1}")
+        if len(ticks) > 1 and kind == "interaction" and layout.silence_token_id < 0:
+            raise InputError("this model has no <silence>: a tick of it cannot be missed")
+        out = [self._check_one(given, missed=n < len(ticks) - 1) for n, given in enumerate(ticks)]
+        typed = sum(len(tokens.typed) for tokens in out)
+        if kind == "interaction" and typed and len(self._talk.queue) + typed > MAX_QUEUED_TOKENS:
+            raise InputError(f"more than {MAX_QUEUED_TOKENS} typed tokens are waiting")
+        brings = any(
+            tokens.typed or tokens.inject or tokens.say or given.video is not None or _samples(given)
+            for given, tokens in zip(ticks, out, strict=True)
+        )
+        if not brings and kind == "tokens" and not self._talk.positions:
+            raise InputError("the first tick of a token model needs at least one token")
+        return out
+
+    def _check_one(self, given: TickInput, missed: bool) -> Tokens:
         engine, layout = self.engine, self.engine.model.layout
         if given.audio is not None and check_audio(given.audio, layout).size > layout.audio_in * layout.hop:
             raise InputError(
@@ -202,31 +223,44 @@ class Session:
             if engine.tokenizer is None:
                 raise InputError("this package has no tokenizer: it takes tokens, not text")
             tokens = check_tokens(engine.tokenizer.encode(given.text), engine.model.vocab) + tokens
-        if tokens and engine.kind == "interaction":
-            if not layout.text_in:
-                raise InputError("this model does not read: it takes no text")
-            if len(self._talk.queue) + len(tokens) > MAX_QUEUED_TOKENS:
-                raise InputError(f"more than {MAX_QUEUED_TOKENS} typed tokens are waiting")
-        nothing = not tokens and given.video is None and (given.audio is None or not given.audio.size)
-        if nothing and engine.kind == "tokens" and not self._talk.positions:
-            raise InputError("the first tick of a token model needs at least one token")
-        return tokens
+        if tokens and engine.kind == "interaction" and not layout.text_in:
+            raise InputError("this model does not read: it takes no text")
+        inject = check_tokens(given.inject, engine.model.vocab)
+        if len(inject) > MAX_INJECTED:
+            raise InputError(f"a tick takes at most {MAX_INJECTED} injected tokens, not {len(inject)}")
+        say = check_tokens(given.say, engine.model.vocab)
+        if len(say) > layout.text_out:
+            raise InputError(f"a tick says at most {layout.text_out} tokens, not {len(say)}")
+        if say and missed:
+            raise InputError("a missed tick is silent: it says nothing", fix="let the newest tick say it")
+        if engine.kind == "interaction" and {layout.silence_token_id, layout.end_of_tick_token_id} & set(say):
+            raise InputError("what a tick says holds neither <silence> nor <end_of_tick>")
+        return Tokens(tokens, inject, say)
 
-    def _fill(self, given: TickInput, tokens: list[int]) -> Staged:
-        """Copies a checked input into the session's own buffers, padded to a whole clip and a whole tick (for a token
-        model, which hears no silence of its own: to whole positions)."""
+    def _fill(self, ticks: Sequence[TickInput], tokens: Sequence[Tokens]) -> list[Staged]:
+        """Copies checked inputs into buffers: the last one into the session's own, those of missed ticks into new
+        ones."""
+        out = []
+        for given, ids in zip(ticks[:-1], tokens[:-1], strict=True):
+            clip = self._clip if given.video is None else np.empty_like(self._clip)
+            out.append(self._fill_one(given, ids, np.empty_like(self._pcm), clip))
+        return [*out, self._fill_one(ticks[-1], tokens[-1], self._pcm, self._clip)]
+
+    def _fill_one(self, given: TickInput, tokens: Tokens, pcm: np.ndarray, clip: np.ndarray) -> Staged:
+        """An input padded to a whole clip and a whole tick (for a token model, which hears no silence of its own: to
+        whole positions)."""
         samples = 0
         if given.audio is not None:
             samples = given.audio.size
-            self._pcm.reshape(-1)[:samples] = given.audio
-        self._pcm.reshape(-1)[samples:] = 0.0
+            pcm.reshape(-1)[:samples] = given.audio
+        pcm.reshape(-1)[samples:] = 0.0
         whole = self.engine.kind == "interaction" or not samples
-        heard = self._pcm if whole else self._pcm[: -(-samples // self.engine.model.hop)]
-        staged = Staged(heard, tokens=tokens, samples=samples)
+        heard = pcm if whole else pcm[: -(-samples // self.engine.model.hop)]
+        staged = Staged(heard, samples=samples, tokens=tokens.typed, inject=tokens.inject, say=tokens.say)
         staged.padded = heard.size - samples if samples or self.engine.kind == "interaction" else 0
         if given.video is not None:
-            self._clip[:] = given.video.reshape(given.video.shape[0], *self._clip.shape[1:])
-            staged.clip = self._clip.reshape(-1, self._clip.shape[2])
+            clip[:] = given.video.reshape(given.video.shape[0], *clip.shape[1:])
+            staged.clip = clip.reshape(-1, clip.shape[2])
         return staged
 
     @contextmanager
@@ -303,6 +337,10 @@ class Session:
             elif self._state is not SessionState.CLOSED:
                 self._state = SessionState.CLOSED
                 self._release()
+
+
+def _samples(given: TickInput) -> int:
+    return 0 if given.audio is None else given.audio.size
 
 
 _LOGITS: dict[str, Callable[[int], int]] = {"all": lambda count: count, "last": lambda _: 1, "none": lambda _: 0}

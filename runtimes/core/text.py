@@ -33,6 +33,10 @@ class Tokenizer(ABC):
     def decoder(self, state: Sequence[int] = ()) -> TextDecoder:
         """An incremental decoder, at its start or where `TextDecoder.state` was taken."""
 
+    @abstractmethod
+    def special(self, name: str) -> int | None:
+        """The special token that is written `name`, such as "<injection>"; None when there is none."""
+
 
 class TextDecoder(ABC):
     """Turns tokens into text as they come; a character split over tokens appears when it is whole."""
@@ -55,10 +59,10 @@ def _byte_alphabet() -> dict[str, int]:
 
 
 class ByteTokenizer(Tokenizer):
-    """One token a byte of UTF-8; `byte_of` maps token ids to bytes, other ids are special."""
+    """One token a byte of UTF-8; `byte_of` maps token ids to bytes, other ids are special; `special` names some."""
 
-    def __init__(self, byte_of: dict[int, int]) -> None:
-        self._byte_of = byte_of
+    def __init__(self, byte_of: dict[int, int], special: dict[str, int] | None = None) -> None:
+        self._byte_of, self._special = byte_of, special or {}
         self._token_of = [0] * 256
         for token, byte in byte_of.items():
             self._token_of[byte] = token
@@ -72,6 +76,9 @@ class ByteTokenizer(Tokenizer):
 
     def decoder(self, state: Sequence[int] = ()) -> TextDecoder:
         return _ByteDecoder(self._byte_of, self._token_of, state)
+
+    def special(self, name: str) -> int | None:
+        return self._special.get(name)
 
 
 class _ByteDecoder(TextDecoder):
@@ -137,6 +144,8 @@ class LibraryTokenizer(Tokenizer):
             self._tokenizer.post_processor = None
             self._tokenizer.no_truncation()
             self._tokenizer.no_padding()
+            added = self._tokenizer.get_added_tokens_decoder().items()
+            self._special = {token.content: number for number, token in added if token.special}
 
     def encode(self, text: str) -> list[int]:
         try:
@@ -153,6 +162,9 @@ class LibraryTokenizer(Tokenizer):
 
     def decoder(self, state: Sequence[int] = ()) -> TextDecoder:
         return _LibraryDecoder(self, state)
+
+    def special(self, name: str) -> int | None:
+        return self._special.get(name)
 
 
 class _LibraryDecoder(TextDecoder):
@@ -188,11 +200,13 @@ def load_tokenizer(data: bytes) -> Tokenizer:
         spec = json.loads(text)
         model = spec["model"]
         kind, vocab, merges = model["type"], dict(model["vocab"]), model.get("merges", [])
-        special = {t["content"] for t in spec.get("added_tokens") or []}
+        added = spec.get("added_tokens") or []
+        special = {t["content"] for t in added}
         split = spec.get("pre_tokenizer") or {}
         plain = not split.get("add_prefix_space") and not spec.get("normalizer")
         ids = model["vocab"].values() if isinstance(model["vocab"], dict) else ()
-        sane = all(type(i) is int and 0 <= i < MAX_ID for i in ids) and not model.get("dropout")
+        named = {t["content"]: t["id"] for t in added if t.get("special")}
+        sane = all(type(i) is int and 0 <= i < MAX_ID for i in [*ids, *named.values()]) and not model.get("dropout")
         sane = sane and all(_growth(spec.get(p)) <= MAX_GROWTH for p in ("normalizer", "pre_tokenizer", "decoder"))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise PackageError(f"the package's tokenizer cannot be read: {error!r}", where=where) from None
@@ -205,4 +219,4 @@ def load_tokenizer(data: bytes) -> Tokenizer:
     others = [c for c in vocab if c not in alphabet and c not in special]
     if others or len(byte_of) != 256:
         return LibraryTokenizer(text)
-    return ByteTokenizer(byte_of)
+    return ByteTokenizer(byte_of, {name: i for name, i in named.items() if i not in byte_of})

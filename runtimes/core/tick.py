@@ -15,6 +15,13 @@ appended just the same, so the context cannot tell how silence was made. What th
 what was handed out, held to [-1, 1]. Random numbers are keyed by (seed, tick, output): outputs
 0..text_out-1 are the tokens, output text_out + j is audio position j.
 
+Before all of that stand the `inject`ed tokens of the tick, which nobody hears. A tick with `say` does not choose: it
+says these tokens.
+
+A tick that was **missed** is taken in without an answer: its input, then <silence>, <end_of_tick> and the model's own
+silence, which are the positions of a tick in which <silence> was chosen. Nothing is decoded for it, so that all missed
+ticks and the input of the newest one go through the model in calls as wide as `max_append` allows.
+
 A driver runs the tick of a batch of sessions in lock-step: each step above is one call for all sessions that take it.
 A session that has chosen its last token, or has nothing to say, sits out the calls that are not its own.
 """
@@ -37,6 +44,10 @@ from tmlc.runtimes.core.slots import Slot
 from tmlc.runtimes.core.text import TextDecoder, Tokenizer
 
 MAX_QUEUED_TOKENS = 1 << 16
+MAX_INJECTED = 64
+"""Positions that may be injected into one session at one edge; the rest waits for the next edge."""
+MAX_MISSED = 64
+"""Ticks that can be caught up at once."""
 
 
 @dataclass(slots=True)
@@ -49,12 +60,17 @@ class TickInput:
         video: uint8 [frames, height, width, 3], one frame or a whole clip; None for no video.
         text: typed text, appended after what is still queued.
         tokens: token ids, appended after the text.
+        inject: token ids, at most `MAX_INJECTED`, appended before everything else of this tick.
+        say: token ids, at most `text_out`, that this tick says in place of those that the model would choose; without
+        <silence>, and without <end_of_tick>, which follows by itself.
     """
 
     audio: np.ndarray | None = None
     video: np.ndarray | None = None
     text: str | None = None
     tokens: Sequence[int] = ()
+    inject: Sequence[int] = ()
+    say: Sequence[int] = ()
 
 
 @dataclass(slots=True)
@@ -70,7 +86,9 @@ class TickOutput:
             the first output samples), "total" (the step), "wait" (for the device, not part of the step). All but
             "first_audio" are those of the whole batch: its calls are shared.
         stats: "appended" positions of this tick, "positions" in all, "silent", "queued_tokens" left over,
-            "padded_samples", "dropped_clips", "batch" (sessions that were ticked together).
+            "padded_samples", "dropped_clips", "batch" (sessions that were ticked together), "collapsed" (missed ticks
+            before this one that were taken in with it; "appended", "padded_samples" and "dropped_clips" count theirs
+            too).
     """
 
     index: int
@@ -103,6 +121,15 @@ class Conversation:
         return again
 
 
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """The checked tokens of a TickInput: typed ones (of its text, then its own), to inject, to say."""
+
+    typed: list[int]
+    inject: list[int]
+    say: list[int]
+
+
 @dataclass(slots=True)
 class Staged:
     """A checked TickInput in the session's own buffers."""
@@ -112,6 +139,8 @@ class Staged:
     clip: np.ndarray | None = None
     tokens: list[int] = field(default_factory=list)
     padded: int = 0
+    inject: list[int] = field(default_factory=list)
+    say: list[int] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -121,6 +150,7 @@ class Job:
     slot: Slot
     talk: Conversation
     staged: Staged
+    missed: list[Staged] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     audio: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.float32))
     first: int = 0
@@ -181,8 +211,9 @@ class Driver(ABC):
         talk.positions += model.appended[s]
         stats = {
             "silent": int(self._silent(tokens)),
-            "padded_samples": job.staged.padded,
+            "padded_samples": job.staged.padded + sum(staged.padded for staged in job.missed),
             "dropped_clips": job.dropped,
+            "collapsed": len(job.missed),
             "appended": model.appended[s],
             "positions": talk.positions,
             "queued_tokens": len(talk.queue),
@@ -211,17 +242,13 @@ class InteractionDriver(Driver):
 
     def _run(self, jobs: Sequence[Job]) -> None:
         model, layout = self.model, self.layout
-        model.put_audio([(s, job.staged.pcm) for s, job in enumerate(jobs)])
-        model.put_video([(s, clip) for s, job in enumerate(jobs) if (clip := self._clip(job)) is not None])
-        typed = []
-        for s, job in enumerate(jobs):
-            queue = job.talk.queue
-            queue.extend(job.staged.tokens)
-            typed.append((s, [queue.popleft() for _ in range(min(layout.text_in, len(queue)))]))
-        model.put_text(typed)
+        self._catch_up(jobs)
+        self._take_in(jobs, [(s, job.staged) for s, job in enumerate(jobs)])
         model.flush()
-        choosing = model.present
-        for output in range(layout.text_out):
+        for job in jobs:
+            job.tokens = list(job.staged.say)
+        choosing = [s for s in model.present if not jobs[s].tokens]
+        for output in range(layout.text_out if choosing else 0):
             if output:
                 model.put_text([(s, jobs[s].tokens[-1:]) for s in choosing])
                 model.flush()
@@ -230,26 +257,62 @@ class InteractionDriver(Driver):
             choosing = [s for s in choosing if jobs[s].tokens[-1] not in self._stops]
             if not choosing:
                 break
-        model.put_text([(s, self._tail(jobs[s].tokens)) for s in model.present])
+        model.put_text([(s, self._tail(jobs[s])) for s in model.present])
         if layout.audio_out:
             self._speak(jobs)
         else:
             model.flush()
 
-    def _clip(self, job: Job) -> np.ndarray | None:
+    def _catch_up(self, jobs: Sequence[Job]) -> None:
+        """Stages the missed ticks, oldest first, each as a tick in which <silence> was chosen; decodes only what is
+        more than one call takes."""
+        model, layout = self.model, self.layout
+        late = [s for s, job in enumerate(jobs) if job.missed]
+        spoken = {s: np.empty((len(jobs[s].missed) * layout.audio_out, model.hop), np.float32) for s in late}
+        if layout.audio_out:
+            model.vocode([(s, np.tile(self._quiet, (len(jobs[s].missed), 1)), spoken[s]) for s in late])
+        for n in range(max((len(jobs[s].missed) for s in late), default=0)):
+            late = [s for s in late if n < len(jobs[s].missed)]
+            self._take_in(jobs, [(s, jobs[s].missed[n]) for s in late])
+            model.put_text([(s, [layout.silence_token_id, layout.end_of_tick_token_id]) for s in late])
+            if layout.audio_out:
+                own = {s: spoken[s][n * layout.audio_out : (n + 1) * layout.audio_out] for s in late}
+                model.put_speech([(s, np.concatenate([jobs[s].talk.heard, own[s][:-1]])) for s in late])
+                for s in late:
+                    jobs[s].talk.heard[:] = own[s][-1:]
+            for s in late:
+                jobs[s].talk.tick += 1
+
+    def _take_in(self, jobs: Sequence[Job], arrived: Sequence[tuple[int, Staged]]) -> None:
+        """Stages one tick's input of some sessions."""
+        model = self.model
+        model.put_text([(s, staged.inject) for s, staged in arrived if staged.inject])
+        model.put_audio([(s, staged.pcm) for s, staged in arrived])
+        model.put_video([(s, clip) for s, staged in arrived if (clip := self._clip(jobs[s], staged)) is not None])
+        typed = []
+        for s, staged in arrived:
+            queue = jobs[s].talk.queue
+            queue.extend(staged.tokens)
+            typed.append((s, [queue.popleft() for _ in range(min(self.layout.text_in, len(queue)))]))
+        model.put_text(typed)
+
+    def _clip(self, job: Job, staged: Staged) -> np.ndarray | None:
         """The clip of this tick, unless it comes too soon after the last one."""
         talk = job.talk
-        if job.staged.clip is None:
+        if staged.clip is None:
             return None
         if talk.last_clip is not None and talk.tick - talk.last_clip < self.layout.video_every:
-            job.dropped = 1
+            job.dropped += 1
             return None
         talk.last_clip = talk.tick
-        return job.staged.clip
+        return staged.clip
 
-    def _tail(self, tokens: list[int]) -> list[int]:
-        """What ends the tick's text: the last token, when it is not yet appended, and <end_of_tick>."""
-        end = self.layout.end_of_tick_token_id
+    def _tail(self, job: Job) -> list[int]:
+        """What ends the tick's text: what of it is not yet appended (all that the tick was given to say; else the last
+        token, unless it is <end_of_tick>), and <end_of_tick>."""
+        end, tokens = self.layout.end_of_tick_token_id, job.tokens
+        if job.staged.say:
+            return [*tokens, end]
         return [end] if not tokens or tokens[-1] == end else [tokens[-1], end]
 
     def _silent(self, tokens: list[int]) -> bool:
@@ -288,8 +351,9 @@ class InteractionDriver(Driver):
 
 
 class TokenDriver(Driver):
-    """A plain token model: a tick appends what came (audio, a clip, tokens, in this order), then decodes
-    up to `text_out` more tokens and appends each.
+    """A plain token model: a tick appends what came (injected tokens, audio, a clip, tokens, in this order), then
+    decodes up to `text_out` more tokens and appends each, or those that it was given to say. What came to missed ticks
+    is appended before, and nothing is decoded for it.
 
     Stops early after an end-of-sequence token; that token is part of the context and of the output.
     """
@@ -298,11 +362,15 @@ class TokenDriver(Driver):
         model = self.model
         for s, job in enumerate(jobs):
             model.hidden[s] = job.talk.hidden[0]
-        model.put_audio([(s, job.staged.pcm) for s, job in enumerate(jobs) if job.staged.samples])
-        model.put_video([(s, job.staged.clip) for s, job in enumerate(jobs) if job.staged.clip is not None])
-        model.put_text([(s, job.staged.tokens) for s, job in enumerate(jobs)])
+            job.tokens = list(job.staged.say)
+        for n in range(max(len(job.missed) for job in jobs)):
+            self._take_in([(s, job.missed[n]) for s, job in enumerate(jobs) if n < len(job.missed)])
+        self._take_in([(s, job.staged) for s, job in enumerate(jobs)])
+        model.put_text([(s, job.tokens) for s, job in enumerate(jobs) if job.tokens])
         model.flush()
-        choosing = model.present
+        for job in jobs:
+            job.talk.tick += len(job.missed)
+        choosing = [s for s in model.present if not jobs[s].tokens]
         ended = self.layout.eos_token_ids
         for output in range(self.layout.text_out if choosing else 0):
             self._choose(jobs, choosing, output)
@@ -311,6 +379,14 @@ class TokenDriver(Driver):
             choosing = [s for s in choosing if s not in model.failed and jobs[s].tokens[-1] not in ended]
         for s in model.present:
             jobs[s].talk.hidden[0] = model.hidden[s]
+
+    def _take_in(self, arrived: Sequence[tuple[int, Staged]]) -> None:
+        """Stages one tick's input of some sessions."""
+        model = self.model
+        model.put_text([(s, staged.inject) for s, staged in arrived if staged.inject])
+        model.put_audio([(s, staged.pcm) for s, staged in arrived if staged.samples])
+        model.put_video([(s, staged.clip) for s, staged in arrived if staged.clip is not None])
+        model.put_text([(s, staged.tokens) for s, staged in arrived])
 
     def _silent(self, tokens: list[int]) -> bool:
         return not tokens

@@ -1,25 +1,29 @@
 """The tick log: one JSON record for each thing that happened to a session, enough to do it all again.
 
 A session's output depends on the package, the seed and this log only; `replay` proves it on another
-engine.
+engine. A live session's log also holds what the scheduler decided about it (`DECISIONS`); what a decision changed is in
+the record of the tick (the missed inputs, the samples that were left), so replaying passes over it.
 """
 
 from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from tmlc.errors import CheckError, InputError
-from tmlc.runtimes.core.tick import Conversation, TickInput, TickOutput
+from tmlc.runtimes.core.tick import TickInput, TickOutput
 
 if TYPE_CHECKING:
     from tmlc.runtimes.core.engine import Engine
 
-VERSION = 1
+VERSION = 2
+_READABLE = (1, 2)  # 1 knew neither injected, said nor missed input, nor decisions
+DECISIONS = ("join", "late", "collapse", "missing", "dropped", "ladder", "detach", "attach", "end")
 _DTYPES = ("float32", "uint8")
 
 
@@ -52,16 +56,16 @@ def _digest(audio: np.ndarray) -> str:
     return hashlib.sha256(np.ascontiguousarray(audio).data).hexdigest()
 
 
-def opened(package: str, talk: Conversation) -> dict[str, Any]:
+def opened(package: str, seed: int, temperature: float, tick: int, positions: int) -> dict[str, Any]:
     """The first record of a log."""
     return {
         "event": "open",
         "version": VERSION,
         "package": package,
-        "seed": talk.seed,
-        "temperature": talk.temperature,
-        "tick": talk.tick,
-        "positions": talk.positions,
+        "seed": seed,
+        "temperature": temperature,
+        "tick": tick,
+        "positions": positions,
     }
 
 
@@ -70,54 +74,123 @@ def appended(tokens: list[int], audio: np.ndarray | None, video: np.ndarray | No
     return {"event": "append", "tokens": tokens, "audio": _packed(audio), "video": _packed(video)}
 
 
-def ticked(given: TickInput, out: TickOutput) -> dict[str, Any]:
-    """The record of one tick: all that went in, and what came out (the audio by its sha256)."""
+def _input(given: TickInput) -> dict[str, Any]:
+    """All that went into one tick."""
     return {
-        "event": "tick",
-        "tick": out.index,
         "audio": _packed(given.audio),
         "video": _packed(given.video),
         "text": given.text,
         "tokens": [int(t) for t in given.tokens],
+        "inject": [int(t) for t in given.inject],
+        "say": [int(t) for t in given.say],
+    }
+
+
+def ticked(given: TickInput, out: TickOutput, missed: Sequence[TickInput]) -> dict[str, Any]:
+    """The record of one tick: all that went into it and into the missed ticks before it, and what came out (the audio
+    by its sha256)."""
+    return {
+        "event": "tick",
+        "tick": out.index,
+        **_input(given),
+        "missed": [_input(late) for late in missed],
         "out_tokens": out.tokens,
         "out_text": out.text,
         "out_audio": _digest(out.audio),
     }
 
 
-def replay(engine: Engine, records: Iterable[dict[str, Any]]) -> int:
-    """Does a whole log again on `engine` and compares every tick's output. Returns the number of ticks.
+def decided(event: str, tick: int, **facts: Any) -> dict[str, Any]:
+    """The record of a decision of the scheduler, one of `DECISIONS`, before the session's tick `tick`."""
+    assert event in DECISIONS
+    return {"event": event, "tick": tick, **facts}
+
+
+@dataclass(frozen=True, slots=True)
+class Redone:
+    """One tick that was done again.
+
+    Attributes:
+        record: what the log says of it.
+        given, missed: what went into it, and into the missed ticks before it.
+        output: what it gave now.
+    """
+
+    record: dict[str, Any]
+    given: TickInput
+    missed: list[TickInput]
+    output: TickOutput
+
+    def check(self) -> None:
+        """Raises CheckError when the output is not the one that the log holds."""
+        out = self.output
+        got = {"tick": out.index, "out_tokens": out.tokens, "out_text": out.text, "out_audio": _digest(out.audio)}
+        for key, value in got.items():
+            if self.record.get(key) != value:
+                raise CheckError(f"tick {out.index} gave another {key} than the log holds")
+
+
+def redo(engine: Engine, records: Iterable[dict[str, Any]], snapshot: bytes | None = None) -> Iterator[Redone]:
+    """Does a whole log again on `engine`, tick by tick; `snapshot` is where the log goes on from, if it does.
 
     Raises:
-        InputError: the records are not a log that starts a session, or are of another package.
-        CheckError: a tick gave something else; it is named.
+        InputError: the records are not a log, are of another package, or go on from a snapshot that is not this one.
     """
     iterator = iter(records)
     first = next(iterator, {})
-    if (
-        not isinstance(first, dict)
-        or first.get("event") != "open"
-        or first.get("version") != VERSION
-        or first.get("positions")
-    ):
-        raise InputError("not a tick log from the start of a session")
+    if not isinstance(first, dict) or first.get("event") != "open" or first.get("version") not in _READABLE:
+        raise InputError("not a tick log: it does not begin with the opening of a session")
     if first.get("package") != engine.digest:
         raise InputError("the tick log is of another package", fix="load the package that the log names")
-    ticks = 0
-    seed, temperature = _field(first, "seed", int), _field(first, "temperature", float)
-    with engine.session(seed, temperature) as session:
+    begins = (_field(first, "seed", int), _field(first, "tick", int), _field(first, "positions", int))
+    if snapshot is None and begins[1:] != (0, 0):
+        raise InputError(f"the tick log goes on from a snapshot at tick {begins[1]}", fix="give that snapshot, too")
+    if snapshot is None:
+        session = engine.session(begins[0], _field(first, "temperature", float))
+    else:
+        session = engine.restore(snapshot)
+    with session:
+        if begins != (session.seed, session.ticks, session.positions):
+            raise InputError(f"the tick log does not go on from this snapshot, which is at tick {session.ticks}")
         for record in iterator:
-            event, tokens = _field(record, "event", str), _field(record, "tokens", list)
-            audio, video = _unpacked(record.get("audio")), _unpacked(record.get("video"))
+            event = _field(record, "event", str)
+            if event in DECISIONS:
+                continue
             if event == "append":
-                session.append(tokens, audio, video)
+                given = _given(record)
+                session.append(given.tokens, given.audio, given.video, logits="none")
                 continue
             if event != "tick":
                 raise InputError(f"unknown event {event[:40]!r} in the tick log")
-            out = session.tick(TickInput(audio, video, _field(record, "text", str | None), tokens))
-            got = {"out_tokens": out.tokens, "out_text": out.text, "out_audio": _digest(out.audio)}
-            for key, value in got.items():
-                if record.get(key) != value:
-                    raise CheckError(f"tick {out.index} gave another {key} than the log holds")
-            ticks += 1
+            missed = [_given(late) for late in _field(record, "missed", list)] if "missed" in record else []
+            given = _given(record)
+            (output,) = engine.tick_batch([session], [given], [missed])
+            if isinstance(output, Exception):
+                raise output
+            yield Redone(record, given, missed, output)
+
+
+def _given(record: Any) -> TickInput:
+    """What `_input` wrote, or the record of an append."""
+    tokens = _field(record, "tokens", list)
+    audio, video = _unpacked(record.get("audio")), _unpacked(record.get("video"))
+    text = record.get("text")
+    if text is not None and not isinstance(text, str):
+        raise InputError("a record of the tick log has no usable 'text'")
+    later = {key: _field(record, key, list) for key in ("inject", "say") if key in record}
+    return TickInput(audio, video, text, tokens, **later)
+
+
+def replay(engine: Engine, records: Iterable[dict[str, Any]], snapshot: bytes | None = None) -> int:
+    """Does a whole log again on `engine` and compares every tick's output. Returns the number of ticks, missed ones
+    included.
+
+    Raises:
+        InputError: see `redo`.
+        CheckError: a tick gave something else; it is named.
+    """
+    ticks = 0
+    for redone in redo(engine, records, snapshot):
+        redone.check()
+        ticks += 1 + len(redone.missed)
     return ticks

@@ -178,19 +178,29 @@ def backend() -> FakeBackend:
     return FakeBackend()
 
 
+def fake_engine(backend=None, kind="interaction", sessions=3, max_append=8, **layout) -> Engine:
+    """An engine over a fake backend; `layout` changes the tick layout."""
+    plain = LAYOUT if kind == "interaction" else TickLayout(duration_ms=200, text_out=2, eos_token_ids=(256,))
+    manifest = make_manifest(kind, replace(plain, **layout), max_append)
+    tokenizer = ByteTokenizer({b: b for b in range(256)})
+    digest = hashlib.sha256(repr(manifest).encode()).hexdigest()
+    return Engine(backend or FakeBackend(), manifest, digest, tokenizer, sessions)
+
+
+@pytest.fixture(scope="session")
+def make_fake():
+    """`fake_engine`, for tests that make many engines of their own (hypothesis); nobody closes them."""
+    return fake_engine
+
+
 @pytest.fixture
 def make_engine():
     """Engines over fake backends: make(backend=…, kind=…, sessions=…, max_append=…, **changes of the layout)."""
     engines = []
 
-    def make(backend=None, kind="interaction", sessions=3, max_append=8, **layout) -> Engine:
-        plain = LAYOUT if kind == "interaction" else TickLayout(duration_ms=200, text_out=2, eos_token_ids=(256,))
-        manifest = make_manifest(kind, replace(plain, **layout), max_append)
-        tokenizer = ByteTokenizer({b: b for b in range(256)})
-        digest = hashlib.sha256(repr(manifest).encode()).hexdigest()
-        engine = Engine(backend or FakeBackend(), manifest, digest, tokenizer, sessions)
-        engines.append(engine)
-        return engine
+    def make(*args, **kwargs) -> Engine:
+        engines.append(fake_engine(*args, **kwargs))
+        return engines[-1]
 
     yield make
     for engine in engines:

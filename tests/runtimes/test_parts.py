@@ -142,6 +142,23 @@ def test_bytes_that_are_no_text_become_replacement_characters():
     assert decoder.push([0xFF, 0x41]) == "�A"
 
 
+@pytest.mark.parametrize("make", [lambda s: load(s), lambda s: LibraryTokenizer(json.dumps(s))])
+def test_special_tokens_are_found_by_name_and_nothing_else_is(make):
+    pytest.importorskip("tokenizers")
+    spec = byte_level()
+    spec["added_tokens"].append(spec["added_tokens"][0] | {"id": 258, "content": "plain", "special": False})
+    tokenizer = make(spec)
+    assert tokenizer.special("<silence>") == 256 and tokenizer.special("<end_of_tick>") == 257
+    assert [tokenizer.special(name) for name in ("<injection>", "plain", "a", "")] == [None] * 4
+
+
+def test_a_special_token_with_an_absurd_id_is_refused():
+    spec = byte_level()
+    spec["added_tokens"][0]["id"] = 1 << 60
+    with pytest.raises(PackageError, match="absurd"):
+        load(spec)
+
+
 def test_another_vocabulary_goes_to_the_library():
     pytest.importorskip("tokenizers")
     spec = byte_level()

@@ -28,7 +28,11 @@ VERBS = {
     "inspect": "what is in a package or a checkpoint",
     "verify": "replay a package's recorded outputs on this machine",
     "run": "play a recorded conversation into a model",
+    "serve": "a package as a live server",
+    "replay": "do a logged session again, and check that it gives the same",
     "profile": "latency against the budget, memory, start-up",
+    "tune": "block sizes of GPU kernels, measured into a table",
+    "plan": "memory, step time and sessions on hardware that is not here",
     "zoo": "reference models: list them, create a checkpoint",
     "doctor": "what this machine can compile for and run",
 }

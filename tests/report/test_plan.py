@@ -1,0 +1,148 @@
+"""`tmlc plan`: what is counted is what an engine has and does, and more hardware is never predicted to be worse."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+import tmlc
+from tmlc.cli.main import cli
+from tmlc.errors import UsageError
+from tmlc.model_zoo.interaction.checkpoint import create_checkpoint
+from tmlc.model_zoo.interaction.config import InteractionConfig
+from tmlc.model_zoo.interaction.modeling import count_parameters
+from tmlc.report.plan.hardware import table
+from tmlc.report.plan.predict import Predictor
+from tmlc.report.plan.source import load_planned
+from tmlc.report.plan.work import OpWork, method_work, session_bytes, tick_calls, weight_bytes
+
+
+@pytest.fixture(scope="module")
+def packages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """nano in two precisions."""
+    folder = tmp_path_factory.mktemp("plan")
+    create_checkpoint("nano", 0, folder / "nano")
+    made = {}
+    for precision in ("bf16", "int8"):
+        made[precision] = folder / f"{precision}.tmlc"
+        tmlc.compile(folder / "nano", made[precision], precision=precision)
+    return made
+
+
+@pytest.fixture(scope="module")
+def program() -> Any:
+    return load_planned("nano", "bf16", None)[0]
+
+
+@pytest.mark.parametrize("precision", ["bf16", "int8"])
+def test_counts_the_bytes_that_a_package_has(packages: dict[str, Path], precision: str) -> None:
+    planned, stored = load_planned(str(packages[precision]), None, None)
+    with tmlc.load(packages[precision], threads=1, sessions=1) as engine:
+        capacity = engine.capacity()
+    assert stored == precision
+    counted = weight_bytes(method_work(planned, precision), planned, precision)
+    # The engine pads rows to blocks of 16 and each tensor to 64 bytes, and keeps a few vectors more.
+    assert counted == pytest.approx(capacity.weight_bytes, rel=0.06)
+    assert session_bytes(planned) == pytest.approx(capacity.session_bytes, rel=0.01)
+
+
+def test_counts_each_multiply_add_of_a_position_once(program: Any) -> None:
+    config = InteractionConfig.from_preset("nano")
+    work = method_work(program, "bf16")
+    macs = sum(op.macs for name in ("decode", "unembed") for op in work[name])
+    text = config.text_config
+    _, active = count_parameters(config)
+    outside = sum(op.macs for name in ("speak", "vocode", "embed_audio", "embed_video") for op in work[name])
+    # A position's multiply-adds are its active parameters, but for tables that are looked up and stems and heads that
+    # other positions use.
+    assert macs < active < macs + outside + 3 * text.vocab_size * text.hidden_size + 80 * 16 * text.hidden_size
+
+
+@pytest.mark.parametrize("video", [False, True])
+def test_a_tick_makes_the_calls_that_the_driver_makes(packages: dict[str, Path], program: Any, video: bool) -> None:
+    made: list[tuple[str, int]] = []
+    with tmlc.load(packages["bf16"], threads=1, sessions=1) as engine:
+        session, layout, inner = engine.session(seed=1), engine.manifest.tick, engine.backend.call
+
+        def recording(method: str, parts: Sequence[Any], inputs: Sequence[np.ndarray]) -> Any:
+            made.append((method, sum(n for n, _ in parts)))
+            return inner(method, parts, inputs)
+
+        engine.backend.call = recording  # type: ignore[method-assign]
+        clip = np.zeros((layout.clip_frames, layout.frame_height, layout.frame_width, 3), np.uint8)
+        for _ in range(40):
+            made.clear()
+            given = tmlc.TickInput(np.zeros(0, np.float32), clip if video else None, tokens=[65, 66])
+            out = session.tick(given)
+            # A tick in which the model says and writes all it can, as plans assume.
+            in_full = len(out.tokens) == layout.text_out and layout.end_of_tick_token_id not in out.tokens
+            if in_full and not out.stats["silent"] and not out.stats["dropped_clips"]:
+                break
+        else:
+            pytest.fail("in 40 ticks the model never spoke and wrote in full")
+    assert sorted(made) == sorted((call.method, call.n) for call in tick_calls(program, video))
+
+
+def test_expected_experts_are_what_a_lottery_gives() -> None:
+    op = OpWork("moe", experts=32, chosen=4)
+    random = np.random.default_rng(0)
+    drawn = [len({int(e) for _ in range(16) for e in random.choice(32, 4, replace=False)}) for _ in range(400)]
+    assert op.touched(16) == pytest.approx(np.mean(drawn), rel=0.02)
+    assert op.touched(1) == pytest.approx(4)
+    assert op.touched(1000, spread=0.25) == pytest.approx(8)
+    assert op.touched(1, spread=0.01) == pytest.approx(4)
+
+
+@pytest.mark.parametrize("split", ["tensors", "experts"])
+def test_more_devices_and_fewer_bits_never_take_longer_but_for_links(program: Any, split: str) -> None:
+    device = table()["h200"]
+    alone = Predictor(program, "bf16", device, 1, 1024).step(4, True)
+    shared = Predictor(program, "bf16", device, 4, 1024, split).step(4, True)
+    fewer = Predictor(program, "int8", device, 1, 1024).step(4, True)
+    assert alone.parts["links"] == 0 < shared.parts["links"]
+    assert shared.parts["bytes"] < alone.parts["bytes"]
+    assert fewer.bytes < alone.bytes and fewer.operations == alone.operations
+    assert alone.seconds == pytest.approx(sum(alone.parts.values())) == pytest.approx(sum(alone.methods.values()))
+
+
+def test_the_most_sessions_are_the_last_that_fit(program: Any) -> None:
+    predictor = Predictor(program, "bf16", table()["rtx4090"], 1, 1024)
+    most = predictor.most_sessions(0.160)
+    assert most > 1
+    assert predictor.p99(most) <= 0.160 < predictor.p99(most + 1) or not predictor.fits(most + 1)
+    assert predictor.most_sessions(1e-6) == 0
+
+
+def test_every_machine_has_a_source_and_plausible_figures() -> None:
+    for device in table().values():
+        assert device.source and 0 < device.reach["bytes"] <= 1 and 0 < device.reach["products"] <= 1
+        assert 1e10 < device.memory < 1e12 and 1e11 < device.bandwidth < 1e14
+        assert device.rates["fp32"] < device.rates["bf16"]
+
+
+def test_refuses_what_makes_no_sense(packages: dict[str, Path]) -> None:
+    with pytest.raises(UsageError, match="neither a preset"):
+        load_planned("no-such-model", None, None)
+    with pytest.raises(UsageError, match="fixed"):
+        load_planned(str(packages["bf16"]), None, 77)
+    with pytest.raises(UsageError, match="no products of fp8"):
+        Predictor(load_planned(str(packages["bf16"]), None, None)[0], "fp8", table()["a100"], 1, 1024)
+
+
+def test_the_verb_prints_a_plan_and_fails_when_nothing_fits(packages: dict[str, Path]) -> None:
+    run = CliRunner()
+    done = run.invoke(cli, ["plan", str(packages["int8"]), "--on", "h200", "--devices", "1,2", "--json"])
+    assert done.exit_code == 0, done.output
+    plan = json.loads(done.stdout)
+    assert [row["devices"] for row in plan["devices"]] == [1, 2]
+    assert plan["precision"] == "int8" and plan["devices"][0]["sessions"] > 0
+    tight = run.invoke(cli, ["plan", str(packages["int8"]), "--on", "h200", "--budget", "240.5ms"])
+    assert tight.exit_code == 1 and "over the budget" in tight.output
+    assert run.invoke(cli, ["plan", "nano", "--on", "abacus"]).exit_code == 2
+    assert run.invoke(cli, ["plan", "nano", "--on", "h200", "--devices", "0"]).exit_code == 2
