@@ -30,6 +30,7 @@ VERBS = {
     "run": "play a recorded conversation into a model",
     "profile": "latency against the budget, memory, start-up",
     "plan": "memory, step time and sessions on hardware that is not here",
+    "bench": "an open-loop load on a live server, measured at the client",
     "zoo": "reference models: list them, create a checkpoint",
     "doctor": "what this machine can compile for and run",
 }
