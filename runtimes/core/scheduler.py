@@ -127,7 +127,7 @@ class Scheduler:
         if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
             raise InputError(f"seed must be a whole number from 0 to 2^63 - 1, not {seed!r}")
         heat = finite_temperature(temperature)
-        seat = Seat(self, self.engine, self.clock.period, sink, inbox, Pace(pace), log)
+        seat = Seat(self, self.engine, self.clock.period, sink, inbox, Pace(pace), log, self._totals)
         with self._woken:
             why, wait = self._refusal()
             if wait is not None:
@@ -318,7 +318,7 @@ class Scheduler:
             most = self.table.largest(self.step_budget, len(due)) if self.table is not None else len(due)
             most = most if self.engine.batched else 1
             batch, due = due[:most], due[most:]
-            self._run([seat for seat in batch if seat.state is SeatState.TICKING], shedding)
+            self._run([s for s in batch if s.state is SeatState.TICKING and s.due <= edge], shedding)
             if due:
                 self._serve()
         if self._totals["collapses"] == collapsed:
@@ -365,9 +365,9 @@ class Scheduler:
         started = self.clock.now()
         running: list[tuple[Seat, Gathered]] = []
         for seat in batch:
-            missed = self._missed(seat, started)
-            if missed > MAX_LATE:
-                self._end(seat, EndReason.BEHIND, f"{missed} ticks late")
+            missed, late = self._missed(seat, started), (started - self.clock.due(seat.due)) / self.clock.period
+            if late > MAX_LATE + 1e-6:
+                self._end(seat, EndReason.BEHIND, f"{late:.1f} ticks late")
             elif missed and seat in shedding:
                 self._end(seat, EndReason.BEHIND, f"{COLLAPSES} collapses in {COLLAPSE_SECONDS:g} s")
             elif seat.idle():
@@ -399,7 +399,6 @@ class Scheduler:
         """Puts a session into the batch, with what it takes in; notes that it is late."""
         late = now - self.clock.due(seat.due)
         if late > LATE_PART * self.clock.period:
-            self._totals["late"] += 1
             seat.count(late=1)
             seat.note("late", ms=round(1000 * late, 3))
         assert seat.session is not None
@@ -411,11 +410,7 @@ class Scheduler:
         if missed:
             seat.collapses.append(now)
             seat.note("collapse", missed=missed)
-        before = seat.counters()
         running.append((seat, seat.gather(missed, now)))
-        after = seat.counters()
-        for name in ("missing", "dropped_late", "dropped_overflow", "skipped", "dropped_frames"):
-            self._totals[name] += getattr(after, name) - getattr(before, name)
 
     def _hand_out(
         self, seat: Seat, gathered: Gathered, result: TickOutput | Exception, started: float, done: float
@@ -429,11 +424,8 @@ class Scheduler:
         due = self.clock.due(seat.due - 1)
         self._worst = max(self._worst, started - self.clock.due(seat.due - 1 - collapsed))
         self._last = (seat.due - 1, started - due, done - started, result.stats["batch"])
-        over = int(done - due > self.step_budget)
         seat.done(gathered, result)
-        seat.count(over_budget=over)
-        self._totals.update(ticks=collapsed + 1, over_budget=over, collapses=int(collapsed > 0), collapsed=collapsed)
-        self._totals["dropped_frames"] += result.stats["dropped_clips"]
+        seat.count(over_budget=int(done - due > self.step_budget))
         out = Published(
             seat.id, due, started, done, result, collapsed, gathered.delivery, gathered.taken.missing,
             seat.user_speaking, seat.model_speaking,

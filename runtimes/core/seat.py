@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from threading import Lock
 from typing import Any, Protocol
@@ -71,10 +71,6 @@ class SeatCounters:
     injected: int = 0
     said: int = 0
 
-    def add(self, **counts: int) -> None:
-        for name, count in counts.items():
-            setattr(self, name, getattr(self, name) + count)
-
 
 class Host(Protocol):
     """What a seat needs of its scheduler."""
@@ -124,14 +120,14 @@ class Seat:
 
     def __init__(
         self, host: Host, engine: LiveEngine, period: float, sink: Sink, inbox: Inbox | None, pace: Pace,
-        log: LogSink | None,
+        log: LogSink | None, totals: Counter[str],
     ) -> None:  # fmt: skip
         self.id = "sess_" + secrets.token_urlsafe(18)
         self.pace = pace
         self._host, self._engine, self._period = host, engine, period
         self.layout: TickLayout = engine.layout
         self.state = SeatState.JOINING
-        self._counters, self._requests = SeatCounters(), Requests()
+        self._counters, self._totals, self._requests = SeatCounters(), totals, Requests()
         samples = self.layout.audio_in * self.layout.hop
         self._audio = SampleStream(self.layout.sample_rate, samples, pace) if samples else None
         self._frames, self._typed = FrameSlot(), TokenStream()
@@ -241,9 +237,7 @@ class Seat:
 
     def counters(self) -> SeatCounters:
         """What happened to the session so far."""
-        out = SeatCounters()
-        out.add(**{name: getattr(self._counters, name) for name in SeatCounters.__slots__})
-        return out
+        return replace(self._counters)
 
     # What the device thread does.
 
@@ -258,7 +252,11 @@ class Seat:
             self.log(ticklog.decided(event, self.engine_session_tick, **facts))
 
     def count(self, **counts: int) -> None:
-        self._counters.add(**counts)
+        """Adds to the session's counters and to those of the scheduler."""
+        for name, count in counts.items():
+            if count:
+                setattr(self._counters, name, getattr(self._counters, name) + count)
+                self._totals[name] += count
 
     def restart(self, due: int) -> None:
         """The session joins the grid, for the first time or again: its next tick is due at edge `due`. What was said in

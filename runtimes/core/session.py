@@ -77,7 +77,7 @@ class Session:
         clip = (layout.clip_frames, layout.frame_height, layout.frame_width * 3)
         self._clip = np.zeros(clip if layout.video_positions else (0, 0, 0), np.uint8)
         if log is not None:
-            log(ticklog.opened(engine.digest, talk))
+            log(ticklog.opened(engine.digest, talk.seed, talk.temperature, talk.tick, talk.positions))
 
     @property
     def state(self) -> SessionState:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tmlc.errors import CheckError, InputError
-from tmlc.runtimes.core.tick import Conversation, TickInput, TickOutput
+from tmlc.runtimes.core.tick import TickInput, TickOutput
 
 if TYPE_CHECKING:
     from tmlc.runtimes.core.engine import Engine
@@ -56,16 +56,16 @@ def _digest(audio: np.ndarray) -> str:
     return hashlib.sha256(np.ascontiguousarray(audio).data).hexdigest()
 
 
-def opened(package: str, talk: Conversation) -> dict[str, Any]:
+def opened(package: str, seed: int, temperature: float, tick: int, positions: int) -> dict[str, Any]:
     """The first record of a log."""
     return {
         "event": "open",
         "version": VERSION,
         "package": package,
-        "seed": talk.seed,
-        "temperature": talk.temperature,
-        "tick": talk.tick,
-        "positions": talk.positions,
+        "seed": seed,
+        "temperature": temperature,
+        "tick": tick,
+        "positions": positions,
     }
 
 
@@ -162,7 +162,8 @@ def redo(engine: Engine, records: Iterable[dict[str, Any]], snapshot: bytes | No
                 continue
             if event != "tick":
                 raise InputError(f"unknown event {event[:40]!r} in the tick log")
-            given, missed = _given(record), [_given(late) for late in record.get("missed", ())]
+            missed = [_given(late) for late in _field(record, "missed", list)] if "missed" in record else []
+            given = _given(record)
             (output,) = engine.tick_batch([session], [given], [missed])
             if isinstance(output, Exception):
                 raise output

@@ -42,7 +42,7 @@ def test_version(tmlc_cli):
 
 
 def test_verbs_that_are_not_built_are_not_there(tmlc_cli):
-    for verb in ("serve", "replay", "eval", "plan", "nonsense"):
+    for verb in ("serve", "eval", "nonsense"):
         assert two_lines(tmlc_cli(verb, code=2).stderr)
 
 

@@ -126,6 +126,18 @@ def test_a_log_that_goes_on_from_a_snapshot_replays_from_it_only(make_engine):
         replay(make_engine(), log, first.snapshot())
 
 
+@pytest.mark.parametrize(
+    "change",
+    [{"missed": 3}, {"missed": [{}]}, {"inject": "a"}, {"event": "jump"}, {"event": 7}, {"text": 3}, {"audio": 1}],
+)
+def test_a_log_that_was_damaged_is_refused(make_engine, change):
+    log = []
+    make_engine().session(log=log.append).tick(TickInput(audio(1)))
+    log[1] |= change
+    with pytest.raises(InputError, match="tick log"):
+        replay(make_engine(), log)
+
+
 def test_a_context_that_ends_in_a_missed_tick_closes_that_session_only(make_engine, backend):
     backend.limit = 10
     engine = make_engine(backend)

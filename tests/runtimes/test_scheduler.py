@@ -154,12 +154,30 @@ def test_more_than_five_ticks_late_ends_alone_and_can_be_resumed(world):
     other = Guest(scheduler)
     clock.advance(1.4)
     scheduler.step()
-    assert guest.end.reason == "behind" and "6 ticks late" in guest.end.detail and other.end is None
+    assert guest.end.reason == "behind" and "6.0 ticks late" in guest.end.detail and other.end is None
     again = Guest(scheduler, snapshot=guest.end.snapshot)
     scheduler.step()
     clock.advance(0.2)
     scheduler.step()
     assert again.outs[0].output.index == 1
+
+
+def test_a_stall_inside_a_step_is_caught_up_with_and_nothing_heard_is_lost(world):
+    engine, clock, scheduler = world(max_append=64)
+    guests = [Guest(scheduler, seed=k) for k in range(3)]
+    edges(clock, scheduler, 2)
+    stall = iter([1.0])
+    engine.backend.on_call = lambda method: clock.advance(next(stall, 0.0))
+    for number in range(8):
+        for guest in guests:
+            for _ in range(6 if number == 1 else 1):
+                guest.seat.hear(audio(0.1))
+        edges(clock, scheduler)
+    for guest in guests:
+        assert [out.collapsed for out in guest.outs] == [0, 0, 5, 0, 0, 0, 0, 0, 0] and guest.end is None
+        counters = guest.seat.counters()
+        assert (counters.dropped_late, counters.dropped_overflow, counters.over_budget) == (0, 0, 1)
+    assert len({guest.outs[-1].due for guest in guests}) == 1
 
 
 def test_the_third_collapse_in_ten_seconds_ends_the_session(world):
@@ -197,6 +215,26 @@ def test_when_all_collapse_too_often_they_end_one_by_one_the_newest_first(world)
     clock.advance(0.6)
     scheduler.step()
     assert [guest.end is not None for guest in guests] == [False, False, True, True]
+
+
+def test_who_comes_back_between_two_batches_waits_for_the_next_edge(world):
+    _, clock, scheduler = world(sessions=3)
+    first, second = Guest(scheduler), Guest(scheduler)
+    edges(clock, scheduler, 2)
+    scheduler.table = StepTable({1: 0.1, 2: 0.3})  # one at a time
+
+    def sink(event):
+        first.events.append(event)
+        second.seat.detach()
+        scheduler._serve()
+        second.seat.attach(second.events.append)
+
+    first.seat.sink = sink
+    edges(clock, scheduler)
+    assert [len(guest.outs) for guest in (first, second)] == [2, 1]
+    first.seat.sink = first.events.append
+    edges(clock, scheduler)
+    assert [len(guest.outs) for guest in (first, second)] == [3, 2] and second.outs[-1].due == first.outs[-1].due
 
 
 def test_a_batch_that_would_break_the_budget_is_split(world):

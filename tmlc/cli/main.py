@@ -28,6 +28,7 @@ VERBS = {
     "inspect": "what is in a package or a checkpoint",
     "verify": "replay a package's recorded outputs on this machine",
     "run": "play a recorded conversation into a model",
+    "replay": "do a logged session again, and check that it gives the same",
     "profile": "latency against the budget, memory, start-up",
     "plan": "memory, step time and sessions on hardware that is not here",
     "bench": "an open-loop load on a live server, measured at the client",
