@@ -114,6 +114,12 @@ class DeviceError(KernelError):
     """The device failed or is gone, and with it everything that was on it: all sessions of the engine are lost."""
 
 
+class BackgroundError(TmlcError):
+    """A background model, its endpoint or its tools failed; the delegation fails with it, the session goes on."""
+
+    exit_code = 1
+
+
 class CheckError(TmlcError):
     """A comparison failed: a pass changed the outputs, `verify` found other numbers, a budget was missed."""
 

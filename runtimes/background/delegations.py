@@ -47,7 +47,8 @@ class Limits:
     Attributes:
         live: delegations at a time.
         timeout: seconds until one is given up.
-        progress_after: seconds without anything from a delegation, after which its progress is injected.
+        progress_after: seconds in which the conversation has heard nothing of a delegation, after which its progress is
+            injected, if there is news.
         spoken, policy: of results that say nothing else. A silent result goes in as data, for the model to speak of;
             a spoken one is said as it is.
         progress_spoken: is progress said, or silent?
@@ -99,7 +100,8 @@ class _Live:
     future: concurrent.futures.Future[None] | None = None
     deadline: asyncio.TimerHandle | None = None
     silence: asyncio.TimerHandle | None = None
-    progress: str = ""
+    progress: str = ""  # the newest that the model has told
+    told: str = ""  # what the conversation was told last
 
 
 class Delegations:
@@ -210,10 +212,8 @@ class Delegations:
             self._fail(one, Stage.FAILED, event)
         elif isinstance(event, Progress):
             one.progress = event.text or one.progress
-            self._listen_for_silence(one)
             self._tell(Stage.PROGRESS, one, event.text)
         elif isinstance(event, ToolCall):
-            self._listen_for_silence(one)
             self._tell(Stage.TOOL, one, event.name)
         else:
             self._deliver(one, event)
@@ -241,15 +241,15 @@ class Delegations:
         self._fail(one, Stage.TIMEOUT, f"no result after {self.limits.timeout:g} s")
 
     def _listen_for_silence(self, one: _Live) -> None:
-        if one.silence is not None:
-            one.silence.cancel()
         one.silence = self._loop.call_later(self.limits.progress_after, self._silent, one)
 
     def _silent(self, one: _Live) -> None:
-        """Nothing came for a while: the conversation is told how far it is."""
+        """The conversation has heard nothing for a while: it is told how far it is, unless there is nothing new."""
         text, spoken = one.progress or self.limits.progress_text, self.limits.progress_spoken
-        injection = self._inject_note(one, text, spoken, Policy.WHEN_IDLE if spoken else Policy.SILENT)
-        self._tell(Stage.PROGRESS, one, text, injection)
+        if text != one.told:
+            one.told = text
+            injection = self._inject_note(one, text, spoken, Policy.WHEN_IDLE if spoken else Policy.SILENT)
+            self._tell(Stage.PROGRESS, one, text, injection)
         self._listen_for_silence(one)
 
     def _inject_note(self, one: _Live, text: str, spoken: bool, policy: Policy) -> str:

@@ -24,8 +24,9 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from tmlc.errors import CapacityError, SessionError, UsageError
-from tmlc.runtimes.core.live import MAX_INJECTED, NOTHING, Delivery, Moment, Published
+from tmlc.runtimes.core.live import NOTHING, Delivery, Moment, Published
 from tmlc.runtimes.core.text import Tokenizer
+from tmlc.runtimes.core.tick import MAX_INJECTED
 
 MAX_WAITING = 64
 """Injections of one session that are not delivered yet. When it is reached, the newest is refused."""
@@ -202,8 +203,24 @@ class InjectionQueue:
                 that is not positive.
             CapacityError: the queue is full; SessionError: it is closed.
         """
-        self._check(text, spoken, policy, coalesce, supersede, ttl)
-        tokens = self._encode(text)
+        if not isinstance(text, str) or not text:
+            raise UsageError("an injection must be a text with something in it")
+        return self.put_tokens(
+            self._encode(text), spoken=spoken, policy=policy, coalesce=coalesce, supersede=supersede, ttl=ttl
+        )
+
+    def put_tokens(
+        self,
+        tokens: tuple[int, ...],
+        *,
+        spoken: bool,
+        policy: Policy,
+        coalesce: str | None = None,
+        supersede: str | None = None,
+        ttl: float | None = None,
+    ) -> str:
+        """As `put`, of a text that is tokens of this tokenizer already: 1 to `MAX_TOKENS`."""
+        self._check(spoken, policy, coalesce, supersede, ttl)
         try:
             with self._lock:
                 return self._put(tokens, spoken, policy, coalesce, supersede, ttl)
@@ -211,10 +228,8 @@ class InjectionQueue:
             self._tell()
 
     def _check(
-        self, text: str, spoken: bool, policy: Policy, coalesce: str | None, supersede: str | None, ttl: float | None
+        self, spoken: bool, policy: Policy, coalesce: str | None, supersede: str | None, ttl: float | None
     ) -> None:
-        if not isinstance(text, str) or not text:
-            raise UsageError("an injection must be a text with something in it")
         if coalesce is not None and supersede is not None:
             raise UsageError("an injection cannot both join and replace those before it")
         if spoken and policy is Policy.SILENT:

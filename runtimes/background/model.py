@@ -6,7 +6,7 @@ Everything that it yields is data for the conversation, never an instruction to 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -109,7 +109,14 @@ Event = Progress | ToolCall | Result
 
 class BackgroundModel(ABC):
     """A slow reasoner. Shared by all sessions; `run` is called once a delegation, many at a time, in a thread of its
-    own (`worker.py`): what it does there cannot hold up a tick or the gateway."""
+    own (`worker.py`): what it does there cannot hold up a tick or the gateway.
+
+    Attributes:
+        preempted: says whether this machine is needed for ticks now; `Background` sets it. Who computes on this machine
+            pauses meanwhile.
+    """
+
+    preempted: Callable[[], bool] = staticmethod(lambda: False)
 
     @abstractmethod
     def run(self, delegation: Delegation, context: Context) -> AsyncIterator[Event]:

@@ -11,16 +11,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from tmlc.errors import TmlcError, UsageError
 from tmlc.package.manifest import TickLayout
 from tmlc.runtimes.background.delegations import DelegationEvent, Delegations, Limits
+from tmlc.runtimes.background.detectors import Detector, Sight, Watch
 from tmlc.runtimes.background.injections import InjectionEvent, InjectionQueue, Marks, Policy
 from tmlc.runtimes.background.model import BackgroundModel, Delegation, Origin
+from tmlc.runtimes.background.rules import Fired, Rule, RuleClock, check_detectors
 from tmlc.runtimes.background.tokens import DelegationReader
 from tmlc.runtimes.background.transcript import Transcript
 from tmlc.runtimes.background.worker import Worker
@@ -35,7 +38,11 @@ class Background:
 
     Args:
         model: who thinks; None when nobody does: injections and rules work, delegations are refused.
-        limits, marks, instructions: see `Limits`, `Marks`, `Context`.
+        limits, marks, instructions, rules: see `Limits`, `Marks`, `Context`, `Rule`.
+        detectors: what the rules may wait for, beside the built-in ones, by name.
+        preempted: does this machine need all it has for ticks? (The scheduler's ladder knows.)
+
+    Raises UsageError: a rule that cannot work here.
     """
 
     def __init__(
@@ -45,9 +52,17 @@ class Background:
         limits: Limits | None = None,
         marks: Marks | None = None,
         instructions: str = "",
+        rules: Sequence[Rule] = (),
+        detectors: Mapping[str, Detector] | None = None,
+        preempted: Callable[[], bool] | None = None,
     ) -> None:
         self.model, self.limits, self.marks = model, limits or Limits(), marks or Marks()
-        self.instructions = instructions
+        self.instructions, self.rules, self.detectors = instructions, tuple(rules), dict(detectors or {})
+        check_detectors(self.rules, self.detectors)
+        if model is None and any(rule.delegate is not None for rule in self.rules):
+            raise UsageError("a rule delegates, and there is no background model", fix="name one, or drop the rule")
+        if model is not None and preempted is not None:
+            model.preempted = preempted
         self.worker = Worker()
 
     def open(
@@ -100,8 +115,8 @@ class BackgroundSession:
     """Made by `Background.open`. An `Inbox`: `take` and `published` for the device thread, the rest on the loop.
 
     Attributes:
-        queue, delegations: the parts; `delegations` is None without a model.
-        refused: delegations of the model or of rules that found no room.
+        queue, delegations, watch: the parts; `delegations` is None without a model.
+        refused: delegations of the model, and what rules would have done, that found no room.
     """
 
     def __init__(
@@ -129,6 +144,8 @@ class BackgroundSession:
                 shared.model, self.queue, shared.worker,
                 limits=shared.limits, duration_ms=layout.duration_ms, listener=on_delegation,
             )  # fmt: skip
+        self._rules = RuleClock(shared.rules, tokenizer, layout.duration_ms) if shared.rules else None
+        self.watch = Watch(shared.detectors, shared.worker)
         self._reader = DelegationReader(tokenizer, shared.marks)
         self._transcript = Transcript()
         self._tick = 0
@@ -137,8 +154,34 @@ class BackgroundSession:
     # Inbox, on the device thread.
 
     def take(self, moment: Moment) -> Delivery:
-        """What enters at this edge."""
+        """What enters at this edge; rules that are due come first."""
+        if self._rules is not None:
+            for fired in self._rules.due(moment, self.watch.seen()):
+                self._fire(fired)
         return self.queue.take(moment)
+
+    def _fire(self, fired: Fired) -> None:
+        rule = fired.rule
+        if rule.delegate is not None:
+            self._on_loop(self._delegate_by_rule, rule)
+            return
+        spoken = bool(rule.spoken)
+        policy = rule.policy or (Policy.WHEN_IDLE if spoken else Policy.SILENT)
+        ttl = None if rule.expire is None else rule.expire / 1000
+        try:
+            self.queue.put_tokens(
+                fired.tokens, spoken=spoken, policy=policy, coalesce=rule.coalesce, supersede=rule.supersede, ttl=ttl
+            )
+        except TmlcError:  # a full queue or a closed one: nothing that a tick should fail for
+            self.refused += 1
+
+    def _delegate_by_rule(self, rule: Rule) -> None:
+        assert rule.delegate is not None
+        try:
+            self.delegate(rule.delegate, Origin.RULE, key=rule.supersede, spoken=rule.spoken, policy=rule.policy)
+        except TmlcError as error:
+            self.refused += 1
+            log.info("a delegation by rule was refused: %s", error.what)
 
     def published(self, out: Published) -> None:
         """The tick was done."""
@@ -160,6 +203,9 @@ class BackgroundSession:
             except TmlcError as error:
                 self.refused += 1
                 log.info("a delegation of the model was refused: %s", error.what)
+        if self.watch:
+            context = self._transcript.context(self._instructions)
+            self.watch.look(Sight(out.output.index, out.user_speaking, out.model_speaking, context))
         return Noted(text, tuple(started))
 
     def heard(self, text: str, start_ms: int | None = None, end_ms: int | None = None) -> None:
@@ -225,10 +271,13 @@ class BackgroundSession:
         return self.queue.close()
 
     def _injected(self, event: InjectionEvent) -> None:
-        """On any thread: brings an event to the loop."""
-        if self._on_injection is None:
-            return
+        """On any thread."""
+        if self._on_injection is not None:
+            self._on_loop(self._on_injection, event)
+
+    def _on_loop(self, call: Callable[[Any], None], value: Any) -> None:
+        """Calls `call(value)` on the loop, from any thread."""
         try:
-            self._loop.call_soon_threadsafe(self._on_injection, event)
+            self._loop.call_soon_threadsafe(call, value)
         except RuntimeError:  # the loop is closed, and nobody listens
-            log.debug("an injection outlived its loop")
+            log.debug("a session's background outlived its loop")

@@ -9,7 +9,7 @@ edge all sessions that are due run together, in as few batches as the step budge
 | more | collapse: the input of the missed ticks is taken in with the newest one; they are silent, only it is decoded |
 | > 5 ticks, or collapses for the third time in 10 s | it ends (BEHIND) with a snapshot, alone |
 
-When several would end in one pass because of collapses, only as many do as the length of the last pass says are too
+When several would end in one pass because of collapses, only as many do as the length of the last passes says are too
 many, at least one: those that joined last. The others collapse once more, and may recover in the room that is left.
 
 Whatever is wrong with one session (an inbox, a sink or a log that raises) ends that session and no other.
@@ -19,10 +19,11 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Sequence
 from concurrent.futures import Future
 from math import ceil
+from statistics import median
 
 from tmlc.errors import CapacityError, ContextFullError, DeviceError, InputError, TmlcError, UsageError
 from tmlc.runtimes.core.admission import HEADROOM, Ladder, Level, StepTable
@@ -79,7 +80,8 @@ class Scheduler:
         self._live: dict[Seat, None] = {}  # with a session
         self._totals, self._ended = Counter[str](), Counter[str]()
         self._order = 0
-        self._busy = self._worst = self._pass_seconds = 0.0
+        self._busy = self._worst = 0.0
+        self._passes: deque[float] = deque(maxlen=8)  # seconds of the last ones without a collapse
         self._last = (0, 0.0, 0.0, 0)  # edge, lateness, step, batch
         self._events: list[Published | Ended] | None = None
         self.clock.start()
@@ -321,8 +323,10 @@ class Scheduler:
             self._run([s for s in batch if s.state is SeatState.TICKING and s.due <= edge], shedding)
             if due:
                 self._serve()
+        took = self.clock.now() - now
+        self._busy += took
         if self._totals["collapses"] == collapsed:
-            self._pass_seconds = self.clock.now() - now
+            self._passes.append(took)
         return True
 
     def _close_edges(self, edge: int, now: float) -> None:
@@ -351,8 +355,8 @@ class Scheduler:
     def _shed(self, due: Sequence[Seat], now: float) -> set[Seat]:
         """Of the sessions that collapse too often, those that end in this pass."""
         often = [s for s in due if self._missed(s, now) and self._often(s, now)]
-        fits = min(1.0, self.clock.period / self._pass_seconds) if self._pass_seconds else 1.0
-        most = max(1, ceil(len(due) * (1.0 - fits)))
+        usual = median(self._passes) if self._passes else 0.0
+        most = max(1, ceil(len(due) * (1.0 - self.clock.period / usual))) if usual else 1
         return set(sorted(often, key=lambda seat: -seat.order)[:most])
 
     def _often(self, seat: Seat, now: float) -> bool:
@@ -386,7 +390,6 @@ class Scheduler:
         )
         done = self.clock.now()
         self._totals["batches"] += 1
-        self._busy += done - started
         if self.table is not None and not any(gathered.missed for _, gathered in running):
             self.table.observe(len(running), done - started)
         for (seat, gathered), result in zip(running, results, strict=True):
@@ -472,7 +475,7 @@ class Scheduler:
     def _end_all(self, reason: EndReason, detail: str) -> None:
         with self.request_lock:
             self._closed = self._closed or self._stopping or reason is EndReason.FAILED
-            opening, self._opening = self._opening, {}
+            opening, self._opening, self._asking = self._opening, {}, {}
         for seat in [*opening, *self._live]:
             self._end(seat, reason, detail)
 

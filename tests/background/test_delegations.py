@@ -10,6 +10,7 @@ import pytest
 from tmlc.errors import CapacityError, SessionError, UsageError
 from tmlc.runtimes.background import delegations as room
 from tmlc.runtimes.background.callable import CallableModel
+from tmlc.runtimes.background.client import ClientModel
 from tmlc.runtimes.background.delegations import Limits, Stage
 from tmlc.runtimes.background.injections import CUT_MARK, MAX_TOKENS, Policy
 from tmlc.runtimes.background.model import BackgroundModel, Origin, Progress, Result, ToolCall
@@ -198,16 +199,33 @@ def test_one_that_hangs_is_given_up_and_the_conversation_is_told_meanwhile(token
 
     async def scene(beside):
         beside.session.delegate("hard one")
-        await until(lambda: beside.stages().count(Stage.PROGRESS) >= 2)
+        await until(lambda: beside.stages().count(Stage.PROGRESS))
         beside.edges.edges(1)
-        assert beside.edges.thought == [Limits().progress_text]  # of several that wait, the newest
+        assert beside.edges.thought == [Limits().progress_text]
         await beside.ended()
+        assert beside.stages().count(Stage.PROGRESS) == 1  # there was no other news
         assert beside.stages()[-1] is Stage.TIMEOUT and not beside.session.delegations.live
         beside.edges.edges(4)
         assert beside.edges.thought[-1].startswith("The background model gave no answer to: hard one")
         await until(lambda: model.cancelled == 1)
 
     run(scene, tokenizer, model, FAST)
+
+
+def test_the_client_can_be_the_background_model(tokenizer):
+    model = ClientModel()
+
+    async def scene(beside):
+        delegation = beside.session.delegate("what is on my screen?")
+        await until(lambda: model.answer(delegation.id, Progress("looking")))
+        await until(lambda: Stage.PROGRESS in beside.stages())
+        assert model.answer(delegation.id, Result("a cat", policy=Policy.NEXT_GAP))
+        await beside.ended()
+        await until(lambda: not model.answer(delegation.id, Result("late")))
+        beside.edges.edges(8)
+        assert beside.edges.said == "a cat" and beside.stages()[-1] is Stage.DONE
+
+    run(scene, tokenizer, model)
 
 
 def test_progress_of_its_own_is_what_is_told_after_silence(tokenizer):

@@ -560,3 +560,46 @@ def test_the_device_thread_keeps_the_grid_and_serves_every_thread(make_engine):
     assert scheduler.stats().ticking == 0
     scheduler.close()
     assert callers == {"tmlc-device"}
+
+
+def test_clients_on_many_threads_come_and_go_and_no_slot_leaks(make_engine):
+    engine = make_engine(sessions=6)
+    scheduler = Scheduler(engine, clock=WallClock(0.2))
+    scheduler.start()
+    ends, problems, lock = [], [], threading.Lock()
+
+    def sink(event):
+        if isinstance(event, Ended):
+            with lock:
+                ends.append(event.seat)
+
+    def client(number):
+        chance, opened = np.random.default_rng(number), 0
+        try:
+            while opened < 8:
+                try:
+                    seat = scheduler.open(sink, seed=number)
+                except CapacityError as refused:
+                    assert refused.retry_after
+                    continue
+                opened += 1
+                for _ in range(int(chance.integers(0, 6))):
+                    seat.hear(audio(0.1, int(chance.integers(1, 60))))
+                    seat.read("x")
+                if chance.random() < 0.5:
+                    seat.detach()
+                    seat.attach(sink)
+                if chance.random() < 0.5:
+                    assert seat.snapshot().result(30)
+                seat.close()
+        except Exception as error:
+            problems.append(error)
+
+    threads = [threading.Thread(target=client, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    scheduler.close()
+    assert not problems and len(ends) == len(set(ends)) == 32
+    assert engine.capacity().free == 6 and scheduler.stats().ended == {"closed": 32}

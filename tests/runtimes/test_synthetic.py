@@ -130,6 +130,16 @@ def test_a_stall_of_a_second_is_recovered_from_within_two_at_086_of_the_time():
     assert heard == {3200 * seat.engine_session_tick for seat in world.seats[:1]}, "all that was said was taken in"
 
 
+def test_stalls_of_a_device_that_is_fast_enough_end_one_session_at_a_time():
+    world = World(20, StepTime(0.01, 0.002, 0.0004))
+    world.open(20)
+    for _ in range(3):
+        world.run(2.0)
+        world.engine.stall(1.0)
+    world.run(2.0)
+    assert list(world.ends) == [world.seats[-1].id]
+
+
 def test_jitter_of_steps_costs_nobody_a_session():
     world = World(50, StepTime(0.02, 0.0016, 0.0004, jitter=0.25))
     world.open(50)
