@@ -59,8 +59,6 @@ class Background:
         self.model, self.limits, self.marks = model, limits or Limits(), marks or Marks()
         self.instructions, self.rules, self.detectors = instructions, tuple(rules), dict(detectors or {})
         check_detectors(self.rules, self.detectors)
-        if model is None and any(rule.delegate is not None for rule in self.rules):
-            raise UsageError("a rule delegates, and there is no background model", fix="name one, or drop the rule")
         if model is not None and preempted is not None:
             model.preempted = preempted
         self.worker = Worker()
@@ -116,6 +114,8 @@ class BackgroundSession:
 
     Attributes:
         queue, delegations, watch: the parts; `delegations` is None without a model.
+        on_task: gets the tasks of the model and of rules, on the loop, where the client does them; None: the
+            background model does.
         refused: delegations of the model, and what rules would have done, that found no room.
     """
 
@@ -134,6 +134,7 @@ class BackgroundSession:
         self._loop = asyncio.get_running_loop()
         self._period_ms = layout.duration_ms
         self._on_injection = on_injection
+        self.on_task: Callable[[str], None] | None = None
         self._instructions = shared.instructions if instructions is None else instructions
         self.queue = InjectionQueue(
             tokenizer, shared.marks, say_room=layout.text_out, playback=playback, listener=self._injected
@@ -177,6 +178,9 @@ class BackgroundSession:
 
     def _delegate_by_rule(self, rule: Rule) -> None:
         assert rule.delegate is not None
+        if self.on_task is not None:
+            self.on_task(rule.delegate)
+            return
         try:
             self.delegate(rule.delegate, Origin.RULE, key=rule.supersede, spoken=rule.spoken, policy=rule.policy)
         except TmlcError as error:
@@ -198,6 +202,9 @@ class BackgroundSession:
             self._transcript.add("model", text, at, at + self._period_ms)
         started = []
         for task in tasks:
+            if self.on_task is not None:
+                self.on_task(task)
+                continue
             try:
                 started.append(self.delegate(task, Origin.TOKEN))
             except TmlcError as error:

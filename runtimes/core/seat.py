@@ -193,6 +193,11 @@ class Seat:
             raise InputError("this package has no tokenizer: it takes no text")
         self._typed.put(check_tokens(self._engine.tokenizer.encode(text), self._engine.vocab))
 
+    def forget_input(self) -> None:
+        """Drops the samples that wait; what was heard stays heard."""
+        if self._audio is not None:
+            self._audio.clear()
+
     # What the client asks for.
 
     def detach(self) -> None:

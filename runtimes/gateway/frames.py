@@ -1,0 +1,145 @@
+"""Pictures of clients to frames of the model: decoded in a process of its own, so that a hostile file costs a worker.
+
+A picture's size is read from its header before anything is decoded. The worker has limits on memory and processor time
+(where the system has rlimits); one that hangs or dies is replaced.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import io
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+
+import numpy as np
+
+from tmlc.errors import InputError
+
+FORMATS = ("JPEG", "PNG", "WEBP")
+MAX_WAITING = 8
+"""Pictures of all sessions that wait for the worker; the next one is refused."""
+TIMEOUT = 2.0
+_PREFIXES = tuple(f"data:image/{kind};base64," for kind in ("jpeg", "jpg", "png", "webp"))
+
+
+@dataclass(frozen=True, slots=True)
+class ImageLimits:
+    """Attributes: bytes of a file, pixels of a picture; of the worker, bytes of memory and seconds of processor time."""
+
+    bytes: int = 2 << 20
+    pixels: int = 4 << 20
+    memory: int = 1 << 30
+    seconds: int = 30
+
+
+def picture_of(url: object, limits: ImageLimits) -> bytes:
+    """The bytes of a data URL. Raises InputError for any other URL: nothing is ever fetched."""
+    if not isinstance(url, str) or not url.startswith(_PREFIXES):
+        raise InputError(
+            "a picture must be a data URL of a JPEG, PNG or WebP file in base64", fix="send data:image/jpeg;…"
+        )
+    text = url[url.index(",") + 1 :]
+    if len(text) > limits.bytes * 4 // 3 + 4:
+        raise InputError(f"the picture has more than {limits.bytes} bytes", fix="send a smaller one")
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError):
+        raise InputError("the picture is not valid base64") from None
+
+
+def decode_frame(data: bytes, height: int, width: int, limits: ImageLimits | None = None) -> np.ndarray:
+    """uint8 [height, width, 3]: the middle of the picture in the model's proportions, as recordings are fitted.
+
+    Raises InputError: not a picture of `FORMATS`, too large, damaged.
+    """
+    from PIL import Image, ImageOps
+
+    allowed = limits or ImageLimits()
+    if len(data) > allowed.bytes:
+        raise InputError(f"the picture has more than {allowed.bytes} bytes", fix="send a smaller one")
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
+            if picture.width * picture.height > allowed.pixels:
+                size = f"{picture.width} × {picture.height}"
+                raise InputError(f"the picture has {size} pixels, more than {allowed.pixels}", fix="send a smaller one")
+            picture.draft("RGB", (width, height))
+            fitted = ImageOps.fit(picture.convert("RGB"), (width, height), method=Image.Resampling.BILINEAR)
+    except InputError:
+        raise
+    except Exception as error:  # the library raises many kinds for damaged files
+        raise InputError(f"the picture cannot be decoded: {type(error).__name__}") from None
+    return np.ascontiguousarray(np.asarray(fitted, np.uint8))
+
+
+def _limit(memory: int, seconds: int) -> None:
+    """In a new worker: what it may use."""
+    try:
+        import resource
+    except ImportError:  # a system without rlimits
+        return
+    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
+
+
+class FrameDecoder:
+    """One worker for all sessions of a server.
+
+    Args:
+        height, width: of the model's frames.
+    """
+
+    def __init__(self, height: int, width: int, limits: ImageLimits | None = None) -> None:
+        self.height, self.width, self.limits = height, width, limits or ImageLimits()
+        self._waiting = 0
+        self._turn = asyncio.Lock()
+        self._pool: ProcessPoolExecutor | None = None
+        self._done = 0
+
+    async def decode(self, data: bytes) -> np.ndarray:
+        """A frame for the model. Raises InputError: as `decode_frame`, or too many wait, or it took too long."""
+        if self._waiting >= MAX_WAITING:
+            raise InputError(f"{MAX_WAITING} pictures wait to be decoded", fix="send fewer pictures a second")
+        self._waiting += 1
+        try:
+            async with self._turn:
+                return await self._decode(data)
+        finally:
+            self._waiting -= 1
+
+    async def _decode(self, data: bytes) -> np.ndarray:
+        loop = asyncio.get_running_loop()
+        work = loop.run_in_executor(self._worker(), decode_frame, data, self.height, self.width, self.limits)
+        try:
+            return await asyncio.wait_for(work, TIMEOUT)
+        except TimeoutError:
+            self._replace()
+            raise InputError(f"the picture took more than {TIMEOUT:g} s to decode") from None
+        except (BrokenProcessPool, MemoryError):
+            self._replace()
+            raise InputError("the picture took more memory or time to decode than a picture may") from None
+
+    def _worker(self) -> ProcessPoolExecutor:
+        if self._done >= 200:  # its limit on processor time counts from its start
+            self._replace()
+        self._done += 1
+        if self._pool is None:
+            context = multiprocessing.get_context("spawn")
+            limits = (self.limits.memory, self.limits.seconds)
+            self._pool = ProcessPoolExecutor(1, mp_context=context, initializer=_limit, initargs=limits)
+        return self._pool
+
+    def _replace(self) -> None:
+        pool, self._pool, self._done = self._pool, None, 0
+        if pool is None:
+            return
+        for process in list((pool._processes or {}).values()):
+            process.kill()
+        pool.shutdown(wait=False, cancel_futures=True)
+
+    def close(self) -> None:
+        """Ends the worker."""
+        self._replace()

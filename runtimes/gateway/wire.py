@@ -1,0 +1,290 @@
+"""One WebSocket connection, whatever its dialect: messages in and out, both bounded, and errors in OpenAI's form.
+
+| stream out | bound | overflow |
+| --- | --- | --- |
+| audio | 25 messages (5 s) | the oldest is dropped; the client gets a note once it reads again |
+| everything else | 1,000 messages | the connection is closed with 4008; the session can be resumed |
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import contextlib
+import json
+import logging
+import secrets
+import time
+from abc import ABC, abstractmethod
+from collections import deque
+from typing import Any
+
+from aiohttp import WSCloseCode, WSMsgType, web
+
+from tmlc.errors import CapacityError, InputError, SessionError, TmlcError, UsageError
+from tmlc.runtimes.gateway.events import Happening
+from tmlc.runtimes.gateway.observer import Observer
+from tmlc.runtimes.gateway.sessions import LiveSession
+
+MAX_MESSAGE = 4 << 20
+MAX_AUDIO = 1 << 20
+"""Bytes of audio in one message: more than 20 s."""
+MAX_AUDIO_OUT, MAX_OUT = 25, 1000
+SLOW_READER, TAKEN_OVER, TOO_LATE = 4008, 4000, 4001
+"""Codes with which we close: the client does not read; another connection has the session; it did not start in time."""
+START_SECONDS = 30.0
+"""A connection that has not started a session by then is closed."""
+SEND_SECONDS = 20.0
+"""A message that the client does not take for so long ends the connection (half-open TCP)."""
+log = logging.getLogger(__name__)
+
+
+class WireError(Exception):
+    """Something that a client sent is refused; the connection and the session go on.
+
+    Args:
+        code: OpenAI's, as far as it has one. param: the field that is wrong.
+    """
+
+    def __init__(self, message: str, code: str = "invalid_value", param: str | None = None, kind: str = "") -> None:
+        super().__init__(message)
+        self.message, self.code, self.param = message, code, param
+        self.kind = kind or "invalid_request_error"
+
+
+def as_wire(error: TmlcError) -> WireError:
+    """An error of tmlc in the words of the wire."""
+    message = f"{error.what}. {error.fix}" if error.fix else error.what
+    if isinstance(error, CapacityError):
+        return WireError(message, "rate_limit_exceeded", kind="rate_limit_error")
+    if isinstance(error, InputError | UsageError):
+        return WireError(message, "invalid_value")
+    if isinstance(error, SessionError):
+        return WireError(message, "session_not_found")
+    return WireError(message, "server_error", kind="server_error")
+
+
+def event_id() -> str:
+    return "event_" + secrets.token_urlsafe(12)
+
+
+class Connection(ABC):
+    """Reads and writes one socket. A dialect implements `handle` and `project`.
+
+    Attributes:
+        session: what it is connected to, once it is.
+    """
+
+    dialect: str
+
+    def __init__(self, request: web.Request, socket: web.WebSocketResponse, observer: Observer) -> None:
+        self.request, self.socket, self.observer = request, socket, observer
+        self.session: LiveSession | None = None
+        self._out: deque[tuple[dict[str, Any], int]] = deque()  # a message, and the tick of its audio or -1
+        self._audio_out = self._dropped = 0
+        self._ready = asyncio.Event()
+        self._close_code: int | None = None
+        self._closing_after_flush = False
+        self._opened = time.monotonic()
+
+    # Out.
+
+    def send(self, message: dict[str, Any], tick: int = -1) -> None:
+        """Queues a message; `tick` of its audio. Never blocks."""
+        if self._close_code is not None:
+            return
+        if tick >= 0:
+            self._audio_out += 1
+            if self._audio_out > MAX_AUDIO_OUT:
+                self._drop_oldest_audio()
+        elif len(self._out) - self._audio_out >= MAX_OUT:
+            self.close(SLOW_READER)
+            return
+        self._out.append((message, tick))
+        self._ready.set()
+
+    def _drop_oldest_audio(self) -> None:
+        for index, (_, tick) in enumerate(self._out):
+            if tick >= 0:
+                del self._out[index]
+                break
+        self._audio_out -= 1
+        self._dropped += 1
+        self.observer.dropped("output", 1)
+
+    def close(self, code: int) -> None:
+        """Closes at once; what waits is not sent."""
+        if self._close_code is None:
+            self._close_code = code
+            self._out.clear()
+            self._ready.set()
+
+    def close_when_sent(self) -> None:
+        """Closes once everything that waits is sent."""
+        self._closing_after_flush = True
+        self._ready.set()
+
+    async def _write(self) -> None:
+        while True:
+            await self._ready.wait()
+            if self._close_code is not None:
+                await self._shut(self._close_code)
+                return
+            if not self._out:
+                if self._closing_after_flush:
+                    await self._shut(WSCloseCode.OK)
+                    return
+                self._ready.clear()
+                continue
+            message, tick = self._out.popleft()
+            try:
+                async with asyncio.timeout(SEND_SECONDS):
+                    await self.socket.send_str(json.dumps(message))
+            except (TimeoutError, ConnectionError, RuntimeError):
+                await self._shut(WSCloseCode.GOING_AWAY)
+                return
+            self.observer.message(self.dialect, "out", str(message.get("type")))
+            if tick >= 0:
+                self._audio_out -= 1
+                if self.session is not None:
+                    self.observer.handed_out(self.session.id, tick, time.monotonic())
+            if self._dropped and self._audio_out < MAX_AUDIO_OUT // 2:
+                dropped, self._dropped = self._dropped, 0
+                self.note("output_dropped", f"{dropped} pieces of audio were dropped: the connection is too slow")
+
+    async def _shut(self, code: int) -> None:
+        with contextlib.suppress(Exception):
+            async with asyncio.timeout(2.0):
+                await self.socket.close(code=code)
+        if self.request.transport is not None:  # whoever does not read does not take the close either
+            self.request.transport.abort()
+
+    # In.
+
+    async def run(self) -> None:
+        """Serves the socket until it is closed; then the session, if any, is detached."""
+        writer = asyncio.create_task(self._write())
+        try:
+            await self.begin()
+            while not self.socket.closed and self._close_code is None:
+                try:
+                    timeout = None if self.session is not None else self._left()
+                    message = await self.socket.receive(timeout)
+                except TimeoutError:
+                    self.close(TOO_LATE)
+                    break
+                if message.type is not WSMsgType.TEXT:
+                    if message.type is WSMsgType.BINARY:
+                        self.fail(WireError("messages are JSON text, not binary", "invalid_event"), None)
+                        continue
+                    break
+                await self._receive(message.data)
+        except (ConnectionError, asyncio.IncompleteReadError):
+            pass
+        finally:
+            if self.session is not None:
+                self.session.detach(self)
+            if not self._closing_after_flush and self._close_code is None:
+                self.close(WSCloseCode.OK)
+            with contextlib.suppress(asyncio.CancelledError):
+                await writer
+
+    def _left(self) -> float:
+        return max(0.01, START_SECONDS - (time.monotonic() - self._opened))
+
+    async def _receive(self, text: str) -> None:
+        own: str | None = None
+        try:
+            try:
+                event = json.loads(text)
+            except (ValueError, RecursionError):
+                raise WireError("the message is not JSON", "invalid_json") from None
+            if not isinstance(event, dict) or not isinstance(event.get("type"), str):
+                raise WireError("an event is an object with a type", "invalid_event", "type")
+            if isinstance(event.get("event_id"), str):
+                own = event["event_id"][:512]
+            self.observer.message(self.dialect, "in", event["type"] if event["type"] in self.accepted() else "other")
+            await self.handle(event["type"], event, own)
+        except WireError as error:
+            self.fail(error, own)
+        except TmlcError as error:
+            self.fail(as_wire(error), own)
+
+    # What a dialect does.
+
+    async def begin(self) -> None:
+        """The socket is open; the server may speak first."""
+
+    @abstractmethod
+    def accepted(self) -> frozenset[str]:
+        """The types of events that the dialect knows."""
+
+    @abstractmethod
+    async def handle(self, kind: str, event: dict[str, Any], own: str | None) -> None:
+        """One event of the client; `own` is the event_id that it gave. Raises WireError or TmlcError to refuse it."""
+
+    @abstractmethod
+    def push(self, number: int, happening: Happening) -> None:
+        """An event of the session."""
+
+    @abstractmethod
+    def fail(self, error: WireError, own: str | None) -> None:
+        """Tells the client what was refused."""
+
+    @abstractmethod
+    def note(self, code: str, message: str) -> None:
+        """Tells the client something that needs no answer."""
+
+    def replaced(self) -> None:
+        """Another connection has the session now."""
+        self.session = None
+        self.close(TAKEN_OVER)
+
+
+# What dialects read events with: each raises WireError that names the field.
+
+
+def text_of(event: dict[str, Any], name: str, most: int, param: str | None = None) -> str:
+    """A string of 1 to `most` characters."""
+    value, where = event.get(name), param or name
+    if not isinstance(value, str):
+        raise WireError(
+            f"{where} must be a string", "missing_required_parameter" if value is None else "invalid_type", where
+        )
+    if not value:
+        raise WireError(f"{where} is empty", "invalid_value", where)
+    if len(value) > most:
+        raise WireError(f"{where} has {len(value)} characters, more than {most}", "string_above_max_length", where)
+    return value
+
+
+def object_of(event: dict[str, Any], name: str, param: str | None = None) -> dict[str, Any]:
+    """An object; an empty one where there is none."""
+    value = event.get(name)
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise WireError(f"{param or name} must be an object", "invalid_type", param or name)
+    return value
+
+
+def known_only(event: dict[str, Any], names: frozenset[str], param: str) -> None:
+    """Refuses fields that nobody here knows."""
+    for name in event:
+        if name not in names:
+            raise WireError(
+                f"unknown parameter: {param}.{str(name)[:64]}", "unknown_parameter", f"{param}.{str(name)[:64]}"
+            )
+
+
+def base64_of(value: Any, name: str, most: int) -> bytes:
+    """Bytes from base64."""
+    if not isinstance(value, str):
+        raise WireError(f"{name} must be base64 in a string", "invalid_type", name)
+    if len(value) > most * 4 // 3 + 4:
+        raise WireError(f"{name} has more than {most} bytes", "string_above_max_length", name)
+    try:
+        return base64.b64decode(value, validate=True)
+    except (binascii.Error, ValueError):
+        raise WireError(f"{name} is not valid base64", "invalid_value", name) from None
