@@ -1,4 +1,4 @@
-"""A server under load: a thousand synthetic sessions on a virtual clock, and `nano` behind `tmlc serve`, by `tmlc bench`.
+"""A server under load: a thousand synthetic sessions on a virtual clock, and `nano` behind `tmlc serve`.
 
 `pytest perf/test_serve.py --minutes 30` is the length that the targets are meant for; `make perf` runs two minutes.
 """
@@ -6,10 +6,7 @@
 from __future__ import annotations
 
 import json
-import os
 import resource
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -54,8 +51,8 @@ class Times:
 
 
 class Crowd:
-    """Clients of a virtual server. Each sends 200 ms of audio in every period, the end of its speech falls on one of ten
-    places in a tick, and every tick that it gets is dated by the virtual clock."""
+    """Clients of a virtual server. Each sends 200 ms of audio in every period, the end of its speech falls on one of
+    ten places in a tick, and every tick that it gets is dated by the virtual clock."""
 
     def __init__(self, scheduler: Scheduler) -> None:
         self.scheduler = scheduler
@@ -150,8 +147,28 @@ def test_a_thousand_sessions(figure: Callable[..., None], request: pytest.Fixtur
     figure(f"{what}: sessions that ended", crowd.ended, "", 0)
     third = len(spent) // 3
     figure(f"{what}: real time of an edge", 1000 * float(np.median(spent)), "ms")
-    figure(f"{what}: last third of edges / first", float(np.median(spent[-third:]) / np.median(spent[:third])), "×", 1.1)
+    ratio = float(np.median(spent[-third:]) / np.median(spent[:third]))
+    figure(f"{what}: the same, last third / first", ratio, "×", 1.1)
     figure(f"{what}: memory, last / first", memory[-1] / memory[0], "×", 1.05)
     assert crowd.answers.count and crowd.voices.count and ticks >= 1000 * 300 * minutes - 2000
     scheduler.close()
     assert crowd.ended == THOUSAND and engine.capacity().free == THOUSAND
+
+
+def test_nano_by_bench(checkpoint: Path, tmp_path: Path, figure: Callable[..., None], request: Any) -> None:
+    """Two cores for all of it, the clients included."""
+    minutes = request.config.getoption("--minutes")
+    package = tmp_path / "nano.tmlc"
+    tmlc_cli("compile", checkpoint, "-o", package, "--precision", "int8")
+    options = ["--sessions", SESSIONS, "--seconds", 60 * minutes, "--ramp", 4, "-o", tmp_path / "report"]
+    tmlc_cli("bench", package, *options)
+    view = json.loads((tmp_path / "report.json").read_text())
+    what = f"nano int8 behind tmlc serve, {SESSIONS} sessions, {minutes:g} min"
+    attempts = view["attempts"]
+    figure(f"{what}: attempts that were not held", attempts["all"] - attempts["held"], "", 0)
+    figure(f"{what}: turn latency p50", view["turn_latency_ms"]["p50"], "ms")
+    figure(f"{what}: turn latency p99", view["turn_latency_ms"]["p99"], "ms", 400.0)
+    figure(f"{what}: misses", 100 * view["misses"], "%", 0.1)
+    figure(f"{what}: growth", view["growth"]["ratio"], "×", 1.05)
+    figure(f"{what}: load generator late, p99", view["generator"]["send_late_ms"]["p99"], "ms", 10.0)
+    assert not view["generator"]["bottleneck"], "the load generator was late: nothing was measured"

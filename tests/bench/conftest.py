@@ -46,7 +46,7 @@ class ScriptedServer:
         await runner.setup()
         site = web.TCPSite(runner, "127.0.0.1", 0)
         await site.start()
-        self.url = "http://127.0.0.1:%d/v1" % runner.addresses[0][1]
+        self.url = f"http://127.0.0.1:{runner.addresses[0][1]}/v1"
         self._stop = asyncio.Event()
         self._ready.set()
         await self._stop.wait()
@@ -102,7 +102,7 @@ class ScriptedServer:
         begin, number = time.monotonic(), 0
         while self.cut_after is None or number < self.cut_after:
             await asyncio.sleep(begin + (number + 1) * TICK - time.monotonic())
-            ours = {"tick": number, "heard": state["heard"]}
+            ours = {"tick": number, "heard_ms": state["heard"] / 16}
             loud, state["loud"] = state["loud"], False
             number += 1
             if self.skip and number % self.skip == 0:
@@ -112,8 +112,11 @@ class ScriptedServer:
 
     def _send(self, socket, ours, loud):
         if not socket.closed:
-            event = {"type": "session.output_audio.delta", "delta": HUSH if loud else TONE, "tmlc": ours}
-            asyncio.ensure_future(socket.send_json(event))
+            self._saying = asyncio.ensure_future(self._say(socket, {"delta": HUSH if loud else TONE}, ours))
+
+    async def _say(self, socket, audio, ours):
+        await socket.send_json({"type": "session.output_audio.delta", **audio})
+        await socket.send_json({"type": "tmlc.tick", "event_id": "e", **ours})
 
 
 @pytest.fixture

@@ -72,7 +72,8 @@ def test_a_recording_without_labels_and_a_folder_without_recordings_are_refused(
 
 
 def load(**changes):
-    return Load(**{**dict(sessions=4, seconds=60.0, ramp=2.0, hold=None, arrivals="fixed", piece=20, seed=0), **changes})
+    usual = dict(sessions=4, seconds=60.0, ramp=2.0, hold=None, arrivals="fixed", piece=20, seed=0)
+    return Load(**{**usual, **changes})
 
 
 def test_sessions_begin_over_the_ramp_and_stay():

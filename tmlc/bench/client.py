@@ -18,6 +18,7 @@ import numpy as np
 from tmlc.bench.dialects import Dialect
 from tmlc.bench.dialogues import Dialogue
 from tmlc.bench.plan import Visit
+from tmlc.errors import CheckError
 from tmlc.runtimes.core.voice import GOES_ON, HOP_SECONDS
 
 CONNECT_SECONDS, CLOSE_SECONDS = 10.0, 5.0
@@ -156,14 +157,22 @@ class Client:
 
     async def _listen(self, connection: Any) -> None:
         seen, rate = self.seen, self.dialogue.rate
-        ended = self.dialect.ended
+        came: float | None = None  # when the audio of the tick that follows came
+        sound = False
         async for event in connection:
             arrival = self.now()
-            if event.type == "error":
+            if event.type == self.dialect.output:
+                pcm = np.frombuffer(base64.b64decode(event.delta), "<i2")
+                came, sound = arrival if came is None else came, sound or voiced(pcm.astype(np.float32) / 32768, rate)
+            elif event.type == "tmlc.tick":
+                if not hasattr(event, "heard_ms"):
+                    raise CheckError("the server does not say what its ticks heard", fix="bench a newer server")
+                heard = round(event.heard_ms * rate / 1000)
+                seen.ticks.append((event.tick, arrival if came is None else came, heard, sound))
+                came, sound = None, False
+            elif event.type == "error":
                 seen.errors[str(event.error.code or event.error.type)] += 1
-            elif (heard := self.dialect.heard(event)) is not None:
-                seen.ticks.append((heard.tick, arrival, heard.samples, voiced(heard.audio, rate)))
-            elif event.type == ended:
+            elif event.type == self.dialect.ended:
                 if not self._closing:
                     seen.detail = str(getattr(event, "reason", ""))
                 return

@@ -1,35 +1,16 @@
 """How the bench speaks to a server: the official `openai` client, in one of its two dialects.
 
-A tmlc server says with each piece of output audio, under the key `tmlc` of the known event, which tick it belongs to
-and how much of the client's audio had been taken in; nothing else of a dialect is changed.
+A tmlc server that is asked to (`session.tmlc.events`) says after the audio of each tick, in an event `tmlc.tick`, which
+tick that was and how much of the client's audio is behind it; nothing else of a dialect is changed.
 """
 
 from __future__ import annotations
 
-import base64
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any, ClassVar
 
-import numpy as np
-
 from tmlc.errors import CheckError, UsageError
-
-
-@dataclass(frozen=True)
-class Heard:
-    """One tick's output as it came.
-
-    Attributes:
-        tick: its index.
-        samples: of the client's audio that this tick and those before it took in, at the rate that the client sends.
-        audio: float32, full scale 1.
-    """
-
-    tick: int
-    samples: int
-    audio: np.ndarray
 
 
 class Dialect(ABC):
@@ -39,9 +20,15 @@ class Dialect(ABC):
         url: of the server, with `/v1` or whatever it has before the dialect's own path.
         key: bearer key.
         model: as `/v1/models` names it.
+
+    Attributes:
+        rate: of the audio that goes both ways, in Hz.
+        output, ended: the types of the events with the model's audio, and at the end of a session ("": the connection
+            closes).
     """
 
     rate: ClassVar[int]
+    output: ClassVar[str]
     ended: ClassVar[str]
 
     def __init__(self, url: str, key: str, model: str) -> None:
@@ -64,10 +51,6 @@ class Dialect(ABC):
     async def close(self, connection: Any) -> None:
         """Asks the server to end the session; `ended` follows, or the connection closes."""
 
-    @abstractmethod
-    def heard(self, event: Any) -> Heard | None:
-        """The tick that an event of the server brings; None for other events."""
-
     def explain(self, error: Exception) -> tuple[str, str]:
         """What an attempt that raised `error` counts as (`refused` or `failed`), and one line about it."""
         response = getattr(error, "response", None)
@@ -82,13 +65,14 @@ class Dialect(ABC):
 class Live(Dialect):
     """`/v1/live/sessions`: the client begins, audio goes both ways at 16 kHz all the time."""
 
-    rate, ended = 16000, "session.closed"
+    rate, output, ended = 16000, "session.output_audio.delta", "session.closed"
 
     async def open(self) -> Any:
         connection = await self.client.live.connect().enter()
         try:
             format_ = {"type": "audio/pcm", "rate": self.rate}
-            await connection.session.start(session={"model": self.model, "audio": {"format": format_}})
+            asked = {"model": self.model, "audio": {"format": format_}, "tmlc": {"events": True}}
+            await connection.session.start(session=asked)
             await _wait_for(connection, "session.started")
         except BaseException:
             await connection.close()
@@ -101,14 +85,11 @@ class Live(Dialect):
     async def close(self, connection: Any) -> None:
         await connection.session.close()
 
-    def heard(self, event: Any) -> Heard | None:
-        return _heard(event) if event.type == "session.output_audio.delta" else None
-
 
 class Realtime(Dialect):
     """`/v1/realtime`: the server begins; audio goes both ways at 24 kHz."""
 
-    rate, ended = 24000, ""
+    rate, output, ended = 24000, "response.output_audio.delta", ""
 
     async def open(self) -> Any:
         connection = await self.client.realtime.connect(model=self.model).enter()
@@ -116,7 +97,7 @@ class Realtime(Dialect):
             await _wait_for(connection, "session.created")
             format_ = {"type": "audio/pcm", "rate": self.rate}
             audio = {"input": {"format": format_}, "output": {"format": format_}}
-            await connection.session.update(session={"type": "realtime", "audio": audio})
+            await connection.session.update(session={"type": "realtime", "audio": audio, "tmlc": {"events": True}})
             await _wait_for(connection, "session.updated")
         except BaseException:
             await connection.close()
@@ -128,9 +109,6 @@ class Realtime(Dialect):
 
     async def close(self, connection: Any) -> None:
         await connection.close()
-
-    def heard(self, event: Any) -> Heard | None:
-        return _heard(event) if event.type == "response.output_audio.delta" else None
 
 
 DIALECTS: dict[str, type[Dialect]] = {"live": Live, "realtime": Realtime}
@@ -144,12 +122,3 @@ async def _wait_for(connection: Any, kind: str) -> None:
             return
         if event.type == "error":
             raise CheckError(f"{event.error.code}: {event.error.message}")
-
-
-def _heard(event: Any) -> Heard:
-    """The tick of a piece of output audio. CheckError: the server does not say which."""
-    ours = getattr(event, "tmlc", None)
-    if not isinstance(ours, dict) or not {"tick", "heard"} <= set(ours):
-        raise CheckError("the server does not say which tick its audio belongs to", fix="bench a server of tmlc")
-    audio = np.frombuffer(base64.b64decode(event.delta), "<i2").astype(np.float32) / 32768
-    return Heard(int(ours["tick"]), int(ours["heard"]), audio)
