@@ -1,7 +1,7 @@
 """Audio of the wire to float32 samples of the model and back: PCM16 and G.711, resampled as one stream.
 
-G.711 is ITU-T recommendation G.711 (A-law and µ-law of 8 bits at 8 kHz); its two tables are made from the formulas of the
-recommendation.
+G.711 is the ITU-T recommendation of that name (A-law and µ-law of 8 bits at 8 kHz); its two tables are made from the
+formulas there.
 """
 
 from __future__ import annotations

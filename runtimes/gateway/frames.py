@@ -28,7 +28,8 @@ _PREFIXES = tuple(f"data:image/{kind};base64," for kind in ("jpeg", "jpg", "png"
 
 @dataclass(frozen=True, slots=True)
 class ImageLimits:
-    """Attributes: bytes of a file, pixels of a picture; of the worker, bytes of memory and seconds of processor time."""
+    """What a picture may be, `bytes` of file and `pixels`, and what its worker may use: `memory` in bytes, `seconds` of
+    processor time."""
 
     bytes: int = 2 << 20
     pixels: int = 4 << 20

@@ -1,4 +1,4 @@
-"""What the connections of a server share: its sessions, its model's names, pictures, and errors in the words of the wire."""
+"""What the connections of a server share: its sessions, the names of its model, pictures, errors for the wire."""
 
 from __future__ import annotations
 
@@ -89,15 +89,11 @@ class Hub:
             raise wire from None
 
     def playback(self, session: LiveSession, event: dict[str, Any]) -> None:
-        """The client says what it has played: `played_ms` of the session's output, or `unplayed: [first, last]` ticks."""
+        """The client says what it has played: `played_ms` of the output, or ticks `unplayed: [first, last]`."""
         played, unplayed = event.get("played_ms"), event.get("unplayed")
         if isinstance(played, int | float) and not isinstance(played, bool) and 0 <= played < 1e12:
             session.beside.played(ms=float(played))
-        elif (
-            isinstance(unplayed, list)
-            and len(unplayed) == 2
-            and all(type(t) is int and 0 <= t < 2**53 for t in unplayed)
-        ):
+        elif isinstance(unplayed, list) and len(unplayed) == 2 and all(map(_is_tick, unplayed)):
             session.beside.unplayed(unplayed[0], unplayed[1])
         else:
             raise WireError("playback is played_ms or unplayed: [first tick, last tick]", "invalid_value", "played_ms")
@@ -108,3 +104,7 @@ class Hub:
         if self._frames is not None:
             await asyncio.to_thread(self._frames.close)
         await self.sessions.background.close()
+
+
+def _is_tick(value: object) -> bool:
+    return type(value) is int and 0 <= value < 2**53

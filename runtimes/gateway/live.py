@@ -1,8 +1,8 @@
 """OpenAI's Live dialect: `/v1/live/sessions`, a primary WebSocket. The client speaks first (docs/wire.md).
 
-A session is one timeline: audio in and out all the time, no turns. What the model says comes as audio and transcript of each
-tick. What it delegates goes to the client (`session.delegation.created`, answered by thinking and commentary) or to the
-server's background model.
+A session is one timeline: audio in and out all the time, no turns. What the model says comes as audio and transcript
+of each tick. What it delegates goes to the client (`session.delegation.created`, answered by thinking and commentary)
+or to the server's background model.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 from aiohttp import web
 
 from tmlc.runtimes.background.delegations import Stage
-from tmlc.runtimes.background.injections import MAX_CHARACTERS, Fate, Policy
+from tmlc.runtimes.background.injections import MAX_CHARACTERS, Fate
 from tmlc.runtimes.core.admission import Level
 from tmlc.runtimes.core.live import EndReason
 from tmlc.runtimes.core.streams import Pace
@@ -30,6 +30,7 @@ from tmlc.runtimes.gateway.wire import (
     event_id,
     known_only,
     object_of,
+    policy_of,
     text_of,
 )
 
@@ -299,7 +300,7 @@ class LiveConnection(Connection):
         if task is not None and (not isinstance(task, str) or task not in session.tasks):
             raise WireError("no delegation of this session has that id", "delegation_not_found", "delegation_id")
         if kind == "session.commentary.append":
-            session.say(content, Policy.WHEN_IDLE)
+            session.say(content, policy_of(event))
         else:
             session.think(content)
         at = session.offset_ms

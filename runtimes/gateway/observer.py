@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from tmlc.runtimes.core.live import Published
 
@@ -55,7 +55,7 @@ class Observers(Observer):
             setattr(self, name, _each([getattr(one, name) for one in all_of_them]))
 
 
-def _each(methods: list):  # type: ignore[no-untyped-def, type-arg]
+def _each(methods: Sequence[Callable[..., None]]) -> Callable[..., None]:
     def call(*args: object) -> None:
         for method in methods:
             method(*args)

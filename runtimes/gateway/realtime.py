@@ -1,9 +1,9 @@
 """OpenAI's Realtime dialect (GA): `/v1/realtime?model=M`, a WebSocket on which the server speaks first (docs/wire.md).
 
-Realtime knows turns and responses, a full-duplex model knows neither. So: a **response** is a stretch in which the model
-speaks, made visible when it begins and done when it has been silent for `QUIET_TICKS`; the **turns** of the user are those
-of the voice detector. `response.create` asks for nothing that the model would not decide itself, except that it lets
-the results of function calls be said.
+Realtime knows turns and responses, a full-duplex model knows neither. So: a **response** is a stretch in which the
+model speaks, made visible when it begins and done when it has been silent for `QUIET_TICKS`; the **turns** of the user
+are those of the voice detector. `response.create` asks for nothing that the model would not decide itself, except that
+it lets the results of function calls be said.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 from aiohttp import web
 
-from tmlc.runtimes.background.injections import MAX_CHARACTERS, Fate, Policy
+from tmlc.runtimes.background.injections import MAX_CHARACTERS, Fate
 from tmlc.runtimes.core.admission import Level
 from tmlc.runtimes.core.live import EndReason
 from tmlc.runtimes.core.streams import Pace
@@ -33,6 +33,7 @@ from tmlc.runtimes.gateway.wire import (
     event_id,
     known_only,
     object_of,
+    policy_of,
     text_of,
 )
 
@@ -347,7 +348,7 @@ class RealtimeConnection(Connection):
             session.think(text_of(given, "instructions", MAX_CHARACTERS, "response.instructions"))
         outputs, self._outputs = self._outputs, []
         for output in outputs:
-            session.say(output, Policy.NEXT_GAP)
+            session.say(output, policy_of(given))
         if self._response is None:
             self._open(session.tick, asked=True)
         else:
@@ -399,7 +400,7 @@ class RealtimeConnection(Connection):
                 self._model_turns(happening)
                 if self._events:
                     self._tick_event(number, happening)
-            case ClientTask(id, tick, task):
+            case ClientTask(id, _, task):
                 self._call(id, task)
             case Delegated(event):
                 if self._events:
@@ -487,7 +488,7 @@ class RealtimeConnection(Connection):
         text = "".join(response.transcript)
         part = {"type": "output_text", "text": text} if self._written else {"type": "output_audio", "transcript": text}
         content = [part] if status != "in_progress" else []
-        item = {"id": response.item, "object": "realtime.item", "type": "message", "status": status,
+        item: dict[str, Any] = {"id": response.item, "object": "realtime.item", "type": "message", "status": status,
                 "role": "assistant", "content": content}  # fmt: skip
         if response.last >= 0:
             item["tmlc"] = {"ticks": [response.first, response.last]}

@@ -28,8 +28,13 @@ from tmlc.runtimes.gateway.page import page_routes
 from tmlc.runtimes.gateway.realtime import RealtimeConnection
 from tmlc.runtimes.gateway.wire import MAX_MESSAGE, Connection
 
+
+class Connections(set[Connection]):
+    """The sockets that are open."""
+
+
 HUB = web.AppKey("hub", Hub)
-CONNECTIONS = web.AppKey("connections", set[Connection])
+CONNECTIONS = web.AppKey("connections", Connections)
 HEARTBEAT = 20.0
 """Seconds between pings; who does not answer in half of that is gone."""
 RESUME = "tmlc_resume"
@@ -41,7 +46,7 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 def make_app(hub: Hub, middlewares: tuple[Any, ...] = ()) -> web.Application:
     """The application; the caller runs it and closes the hub after it."""
     app = web.Application(middlewares=list(middlewares), client_max_size=1 << 20)
-    app[HUB], app[CONNECTIONS] = hub, set()
+    app[HUB], app[CONNECTIONS] = hub, Connections()
     for base in ("/v1", ""):
         app.router.add_get(f"{base}/live/sessions", _socket(LiveConnection))
         app.router.add_get(f"{base}/realtime", _socket(RealtimeConnection))
@@ -118,9 +123,10 @@ async def _watch_loop(app: web.Application) -> Any:
 
 async def _close_sockets(app: web.Application) -> None:
     """What a session's end still has to say is sent first; sessions were ended before."""
-    for connection in list(app[CONNECTIONS]):
+    connections = app[CONNECTIONS]
+    for connection in tuple(connections):
         connection.close_when_sent()
-    if app[CONNECTIONS]:
+    if connections:
         await asyncio.sleep(0.2)
-    for connection in list(app[CONNECTIONS]):
+    for connection in tuple(connections):
         connection.close(1012)

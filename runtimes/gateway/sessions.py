@@ -1,6 +1,6 @@
 """The sessions of a server: each one's seat, background and event log; who is connected to it; how one is resumed.
 
-Everything here runs on the event loop, except `LiveSession.sink`, which the device thread calls and which only hands over.
+Everything here runs on the event loop, except `LiveSession.sink`, which the device thread calls and which hands over.
 """
 
 from __future__ import annotations
@@ -235,9 +235,10 @@ class LiveSession:
         id. Raises CapacityError, UsageError."""
         return self.beside.inject(text, policy=Policy.SILENT, coalesce=coalesce)
 
-    def say(self, text: str, policy: Policy = Policy.WHEN_IDLE) -> str:
-        """Lets the model say a text when `policy` allows; its id. Raises CapacityError, UsageError."""
-        return self.beside.inject(text, spoken=True, policy=policy)
+    def say(self, text: str, policy: Policy | None = None) -> str:
+        """Lets the model say a text when `policy` (None: the server's for results) allows; its id. Raises
+        CapacityError, UsageError."""
+        return self.beside.inject(text, spoken=True, policy=policy or self._home.background.limits.policy)
 
     def attach(self, connection: Attached) -> None:
         """A connection takes the session over; the one that had it is told."""

@@ -1,7 +1,7 @@
 """Sessions on disk, so that one can go on in another process: one file a session, named after the hash of its token.
 
-A file holds what a stranger said; it is written with mode 0600 into a folder that the operator named, to a temporary name
-first. Whoever has the token has the session: the file's name does not tell the token.
+A file holds what a stranger said; it is written with mode 0600 into a folder that the operator named, to a temporary
+name first. Whoever has the token has the session: the file's name does not tell the token.
 """
 
 from __future__ import annotations

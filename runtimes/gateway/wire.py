@@ -23,6 +23,7 @@ from typing import Any
 from aiohttp import WSCloseCode, WSMsgType, web
 
 from tmlc.errors import CapacityError, InputError, SessionError, TmlcError, UsageError
+from tmlc.runtimes.background.injections import Policy
 from tmlc.runtimes.gateway.events import Happening
 from tmlc.runtimes.gateway.observer import Observer
 from tmlc.runtimes.gateway.sessions import LiveSession
@@ -213,6 +214,7 @@ class Connection(ABC):
 
     # What a dialect does.
 
+    @abstractmethod
     async def begin(self) -> None:
         """The socket is open; the server may speak first."""
 
@@ -267,6 +269,16 @@ def object_of(event: dict[str, Any], name: str, param: str | None = None) -> dic
     if not isinstance(value, dict):
         raise WireError(f"{param or name} must be an object", "invalid_type", param or name)
     return value
+
+
+def policy_of(event: dict[str, Any]) -> Policy | None:
+    """When what the event brings may be said: `tmlc: {policy}`; None where the client leaves it to the server."""
+    given = object_of(event, "tmlc").get("policy")
+    if given is None:
+        return None
+    if given not in (Policy.WHEN_IDLE, Policy.NEXT_GAP, Policy.INTERRUPT):
+        raise WireError("tmlc.policy must be when_idle, next_gap or interrupt", "invalid_value", "tmlc.policy")
+    return Policy(given)
 
 
 def known_only(event: dict[str, Any], names: frozenset[str], param: str) -> None:

@@ -25,7 +25,7 @@ ANSWER = "the answer is 42"
 
 
 class Microphone(io.AudioInput):
-    """Half a second of a tone, half a second of silence, on a grid of 20 ms."""
+    """Two seconds of a tone, then silence, on a grid of 20 ms."""
 
     def __init__(self) -> None:
         super().__init__(label="microphone")
@@ -34,7 +34,7 @@ class Microphone(io.AudioInput):
     async def __anext__(self) -> rtc.AudioFrame:
         await asyncio.sleep(max(0.0, self.begun + self.count * FRAME / RATE - time.monotonic()))
         at = np.arange(FRAME) + self.count * FRAME
-        loud = 0.3 * ((at // (RATE // 2)) % 2 == 0)
+        loud = 0.3 * (at < 2 * RATE)
         pcm = (loud * np.sin(2 * np.pi * 220 * at / RATE) * 32767).astype(np.int16)
         self.count += 1
         return rtc.AudioFrame(pcm.tobytes(), RATE, 1, FRAME)

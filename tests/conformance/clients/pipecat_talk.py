@@ -58,12 +58,12 @@ class Ear(FrameProcessor):
 
 
 async def microphone(worker: PipelineWorker, seconds: float) -> None:
-    """Half a second of a tone, half a second of silence, on a grid of 20 ms."""
+    """Two seconds of a tone, then silence, on a grid of 20 ms."""
     begun = time.monotonic()
     for count in range(int(seconds * RATE / FRAME)):
         await asyncio.sleep(max(0.0, begun + count * FRAME / RATE - time.monotonic()))
         at = np.arange(FRAME) + count * FRAME
-        loud = 0.3 * ((at // (RATE // 2)) % 2 == 0)
+        loud = 0.3 * (at < 2 * RATE)
         pcm = (loud * np.sin(2 * np.pi * 220 * at / RATE) * 32767).astype(np.int16)
         await worker.queue_frame(InputAudioRawFrame(pcm.tobytes(), RATE, 1))
 
