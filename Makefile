@@ -5,6 +5,7 @@
 #   make test-transformers VERSION=5.18.0   what depends on transformers, under another version of it
 #   make peers     tmlc beside llama.cpp, transformers, ONNX Runtime and OpenVINO; builds and installs them (docs/performance.md)
 #   make onnx-node what examples/onnx_node needs, by npm; `make test` does it where npm is
+#   make browser   Chromium for the test of the page, by apt; `make test` does it where that works
 #   make perf      measure; prints figures beside their targets and writes perf/results/<machine>.json
 
 PYTHON ?= python3
@@ -19,7 +20,7 @@ RECORDING := --audio examples/demo/speech.wav --video examples/demo/camera.mp4 -
 export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: onnx-node demo test test-all test-transformers perf peers lint types clean
+.PHONY: onnx-node browser demo test test-all test-transformers perf peers lint types clean
 .DEFAULT_GOAL := test
 .DELETE_ON_ERROR:
 
@@ -64,10 +65,17 @@ $(ONNX_NODE)/node_modules/.stamp: $(ONNX_NODE)/package.json
 		--prefix $(ONNX_NODE) && touch $@ || echo "npm could not install onnxruntime-node"; \
 		else echo "npm is not installed: examples/onnx_node is not tested"; fi
 
-test: lint types onnx-node
+# The browser of the page's test. Where it is neither installed nor to be had, the test is skipped and says so.
+browser:
+	@command -v chromium > /dev/null || command -v google-chrome > /dev/null || { \
+		test "$$(id -u)" = 0 && command -v apt-get > /dev/null \
+		&& { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core; } > /dev/null 2>&1 \
+		|| echo "Chromium is not installed: the page is not tested"; }
+
+test: lint types onnx-node browser
 	$(BIN)/python -m pytest -q -m "not slow"
 
-test-all: lint types onnx-node
+test-all: lint types onnx-node browser
 	$(BIN)/python -m pytest -q
 
 # The version and what it needs are installed beside .venv and come first on the path.

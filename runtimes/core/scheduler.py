@@ -186,6 +186,7 @@ class Scheduler:
             self._stopping = True
             self._woken.notify_all()
         if self._thread is None:
+            self._serve()
             self._end_all(EndReason.SHUTDOWN, "the server is shutting down")
         elif threading.current_thread() is not self._thread:
             self._thread.join()
@@ -233,6 +234,7 @@ class Scheduler:
                     left = self.clock.due(self.next_edge) - self.clock.now()
                     if not (self._asking or self._opening or self._stopping) and left > 0:
                         self._woken.wait(left)
+            self._serve()  # who asked for something before the end gets it
         except BaseException as error:
             _say.exception("the device thread stopped")
             self._end_all(EndReason.FAILED, f"the scheduler stopped: {error!r}")

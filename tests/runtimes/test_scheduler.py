@@ -474,10 +474,13 @@ def test_closing_the_scheduler_ends_all_also_those_that_never_joined(world):
     engine, clock, scheduler = world()
     guests = [Guest(scheduler)]
     edges(clock, scheduler, 2)
-    guests.append(Guest(scheduler))
+    guests += [Guest(scheduler), Guest(scheduler)]
+    guests[2].seat.close()
+    last = guests[0].seat.snapshot()
     scheduler.close()
     scheduler.close()
-    assert [guest.end.reason for guest in guests] == ["shutdown"] * 2 and engine.capacity().free == 3
+    assert [guest.end.reason for guest in guests] == ["shutdown", "shutdown", "closed"] and engine.capacity().free == 3
+    assert engine.restore(last.result(0)).ticks == 1
     assert not scheduler.stats().running
 
 
