@@ -5,6 +5,7 @@ import base64
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -195,9 +196,15 @@ class Raw:
         self.writer.transport.abort()
 
 
-async def knock(server, first=None, token=None):
-    """A raw connection after its upgrade, or the head of the HTTP answer that refused it."""
-    reader, writer = await asyncio.open_connection("127.0.0.1", server.port, limit=1 << 22)
+async def knock(server, token=None, window=None):
+    """A raw connection after its upgrade, or the head of the HTTP answer that refused it; `window` bytes are received
+    ahead of what is read."""
+    line = socket.socket()
+    line.setblocking(False)
+    if window is not None:
+        line.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, window)
+    await asyncio.get_running_loop().sock_connect(line, ("127.0.0.1", server.port))
+    reader, writer = await asyncio.open_connection(sock=line, limit=window or 1 << 22)
     query = "" if token is None else f"?tmlc_resume={token}"
     writer.write(
         f"GET /v1/live/sessions{query} HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
@@ -207,14 +214,11 @@ async def knock(server, first=None, token=None):
     if " 101 " not in head.split("\r\n")[0]:
         writer.close()
         return head
-    client = Raw(reader, writer)
-    if first is not None:
-        client.send(first)
-    return client
+    return Raw(reader, writer)
 
 
-async def raw(server, token=None):
-    client = await knock(server, token=token)
+async def raw(server, token=None, window=None):
+    client = await knock(server, token, window)
     assert isinstance(client, Raw), client
     return client
 
@@ -296,6 +300,8 @@ def scene(server, witness):
 
     def run(fault, on=None):
         async def play():
+            # The ladder admits nobody for some seconds after this machine was slow.
+            await until(lambda: (on or server).stats()["scheduler"]["admits"])
             async with aiohttp.ClientSession() as http, Talker(http, on or server) as control:
                 await until(lambda: len(control.ticks) >= 3)
                 bystander = Bystander(on or server, control, witness)
