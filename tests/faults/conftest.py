@@ -26,8 +26,8 @@ APPEND = json.dumps({"type": "session.input_audio.append", "audio": PIECE})
 
 
 class Witness:
-    """Counts how often this machine did not let a thread run for more than half a tick: such a pause is nobody's fault,
-    and may make as many ticks late."""
+    """Counts how often this machine did not let a thread run for more than a quarter of a tick: such a pause is
+    nobody's fault, and may make as many ticks late."""
 
     def __init__(self):
         self.pauses, self._stop = 0, threading.Event()
@@ -38,7 +38,7 @@ class Witness:
         while not self._stop.is_set():
             due = time.monotonic() + 0.02
             time.sleep(0.02)
-            self.pauses += int((time.monotonic() - due) / (TICK / 2))
+            self.pauses += int((time.monotonic() - due) / (TICK / 4))
 
     def close(self):
         self._stop.set()
@@ -245,8 +245,9 @@ class Bystander:
         """No tick of the control session was collapsed, or ready too late, beyond what this machine itself did."""
         now = self.server.stats()["seats"][self.talker.session]
         pauses = self.witness.pauses - self.pauses
-        for name in ("collapses", "over_budget"):
-            assert now[name] - self.before[name] <= pauses, f"{name}: {now[name] - self.before[name]}, {pauses} pauses"
+        for name, unseen in (("collapses", 0), ("over_budget", 1)):  # of the server's own pauses, one may go unseen
+            more = now[name] - self.before[name]
+            assert more <= pauses + unseen, f"{name}: {more}, while this machine paused {pauses} times"
         ticks = [tick["tick"] for tick in self.talker.ticks if tick["tick"] > self.began]
         assert len(ticks) >= (ticks[-1] - self.began) - now["collapsed"] + self.before["collapsed"]
         assert now["ticks"] > self.before["ticks"]
