@@ -6,6 +6,7 @@
 #   make peers     tmlc beside llama.cpp, transformers, ONNX Runtime and OpenVINO; builds and installs them (docs/performance.md)
 #   make onnx-node what examples/onnx_node needs, by npm; `make test` does it where npm is
 #   make browser   Chromium for the test of the page, by apt; `make test` does it where that works
+#   make clients   clients of the server that its tests talk to, by pip; `make test` does it where there is a network
 #   make perf      measure; prints figures beside their targets and writes perf/results/<machine>.json
 
 PYTHON ?= python3
@@ -20,7 +21,7 @@ RECORDING := --audio examples/demo/speech.wav --video examples/demo/camera.mp4 -
 export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: onnx-node browser demo test test-all test-transformers perf peers lint types clean
+.PHONY: clients onnx-node browser demo test test-all test-transformers perf peers lint types clean
 .DEFAULT_GOAL := test
 .DELETE_ON_ERROR:
 
@@ -72,10 +73,21 @@ browser:
 		&& { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core; } > /dev/null 2>&1 \
 		|| echo "Chromium is not installed: the page is not tested"; }
 
-test: lint types onnx-node browser
+# Clients of the server, each with what it needs in a folder of its own, unchanged. Without a network the tests of them are
+# skipped and say so.
+CLIENTS := $(patsubst tests/conformance/clients/%.txt,build/clients/%,$(wildcard tests/conformance/clients/*.txt))
+clients: $(CLIENTS)
+
+build/clients/%: tests/conformance/clients/%.txt | $(VENV)/dev.stamp
+	@rm -rf $@ $@.new
+	@mkdir -p build/clients
+	@$(BIN)/python -m pip install --quiet --no-warn-conflicts --target $@.new -r $< && mv $@.new $@ && touch $@ \
+		|| { rm -rf $@.new; echo "$* could not be installed: it is not tested"; }
+
+test: lint types onnx-node browser clients
 	$(BIN)/python -m pytest -q -m "not slow"
 
-test-all: lint types onnx-node browser
+test-all: lint types onnx-node browser clients
 	$(BIN)/python -m pytest -q
 
 # The version and what it needs are installed beside .venv and come first on the path.

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from tmlc.package.manifest import TickLayout
-from tmlc.runtimes.background.injections import MAX_TOKENS, MAX_WAITING, Policy
+from tmlc.runtimes.background.injections import MAX_TOKENS, MAX_WAITING
+from tmlc.runtimes.background.policies import Policy
 from tmlc.runtimes.background.rules import Rule
 from tmlc.runtimes.background.session import Background
 from tmlc.runtimes.core.live import Moment

@@ -1,5 +1,5 @@
 """The ONNX target on ONNX Runtime's CPU provider: ticks of nano beside the CPU engine, what a state that is copied
-costs, and the ways in which experts can run (docs/onnx.md). One thread each; the figures are best times.
+costs, and the ways in which experts and attention can run (docs/onnx.md). One thread each; the figures are best times.
 """
 
 from __future__ import annotations
@@ -170,3 +170,96 @@ def test_a_cache_that_is_copied_and_one_that_is_not(tmp_path: Path, figure: Call
                 binding.bind_output(name, "cpu")
             name = f"attention, 16 rows after {held} in a cache of 8192, {way}"
             figure(name, best(lambda b=binding: session.run_with_iobinding(b)), "ms")
+
+
+CACHES = {
+    "6 heads of 32, 2 kv, cache of 1024": (6, 2, 32, 1024),
+    "32 heads of 128, 4 kv, cache of 8192": (32, 4, 128, 8192),
+}
+
+
+def fused_attention(heads: int, kv_heads: int, width: int, capacity: int, rotary: bool) -> Any:
+    """ONNX Runtime's own operator for attention over a linear cache; with `rotary` it turns queries and keys itself."""
+    from onnx import TensorProto, helper
+
+    def value(name: str, *shape: int | str, kind: int = TensorProto.FLOAT) -> Any:
+        return helper.make_tensor_value_info(name, kind, list(shape))
+
+    cache = (1, kv_heads, capacity, width)
+    inputs = [value("q", 1, "n", heads * width), *(value(name, 1, "n", kv_heads * width) for name in "kv")]
+    inputs += [value("kc", *cache), value("vc", *cache)]
+    inputs += [value("last", 1, kind=TensorProto.INT32), value("total", kind=TensorProto.INT32)]
+    inputs += [value(name, capacity, width // 2) for name in ("cos", "sin") if rotary]
+    outputs = [value("out0", 1, "n", heads * width), value("kc.next", *cache), value("vc.next", *cache)]
+    node = helper.make_node(
+        "GroupQueryAttention", [v.name for v in inputs], [v.name for v in outputs], domain="com.microsoft",
+        num_heads=heads, kv_num_heads=kv_heads, scale=width**-0.5, do_rotary=int(rotary),
+    )  # fmt: skip
+    domains = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
+    model = helper.make_model(helper.make_graph([node], "m", inputs, outputs), opset_imports=domains, ir_version=10)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = 1, 3
+    return onnxruntime.InferenceSession(model.SerializeToString(), options)
+
+
+@pytest.mark.parametrize("rotary", [False, True], ids=["plain", "rotary"])
+@pytest.mark.parametrize("sizes", CACHES.values(), ids=["small", "large"])
+def test_ways_of_attention(tmp_path: Path, sizes: tuple[int, ...], rotary: bool, figure: Callable[..., None]) -> None:
+    """A linear cache that is written in place: standard operators beside GroupQueryAttention, run in turn."""
+    from tmlc.ir.program import StateSpec
+
+    heads, kv_heads, width, capacity = sizes
+    named = next(name for name, value in CACHES.items() if value == sizes)
+    g = Graph(tmp_path, "onnx")
+    q, k, v = g.input("q", heads * width), g.input("k", kv_heads * width), g.input("v", kv_heads * width)
+    position = g.program.add_state_input("m", StateSpec("position", "position", (1, 1), "i64", "m"))
+    shape = (capacity, kv_heads * width)
+    caches = [g.program.add_state_input("m", StateSpec(n, "kv_linear", shape, "f32", "m")) for n in ("kc", "vc")]
+    angles = 1e4 ** (-np.arange(width // 2) / (width // 2))
+    if rotary:
+        turns = g.weight("turns", width // 2)
+        g.source["turns"] = torch.from_numpy(angles).float()
+        pair = ((q, heads), (k, kv_heads))
+        q, k = (call(g.graph, "rope_state", (x, position, turns, h, 0, False, 1.0)) for x, h in pair)
+    scale = width**-0.5
+    args = (q, k, v, position, *caches, None, None, heads, kv_heads, scale, 0, 0, 0.0, 0.0, None, 0.0)
+    out = call(g.graph, "attention_state", args)
+    call(g.graph, "advance", (position, q, 0))
+    sessions = {"standard": g.session(out), "operator": fused_attention(*sizes, rotary)}
+    turned = np.arange(capacity)[:, None] * angles
+    random = np.random.default_rng(0)
+    for rows in (1, 16):
+        for held in (0, 500, min(4000, capacity - 16)):
+            given = {n: random.standard_normal((rows, h * width)).astype(np.float32)
+                     for n, h in (("q", heads), ("k", kv_heads), ("v", kv_heads))}  # fmt: skip
+            past = [random.standard_normal((kv_heads, capacity, width)).astype(np.float32) for _ in range(2)]
+            ends = {"last": np.array([held + rows - 1], np.int32), "total": np.array(held + rows, np.int32)}
+            tables = {"cos": np.cos(turned).astype(np.float32), "sin": np.sin(turned).astype(np.float32)}
+            extra = {"standard": {"position": np.array([[held]])}, "operator": ends | (tables if rotary else {})}
+            bound, kept = {}, []
+            for way, session in sessions.items():
+                states = {"kc": past[0].copy(), "vc": past[1].copy()}
+                places = {**given, **extra[way], **states}
+                if way == "operator":  # it has a dimension more
+                    places |= {name: places[name][None] for name in (*given, *states)}
+                binding = bound[way] = session.io_binding()
+                for name, array in places.items():
+                    binding.bind_input(name, "cpu", 0, array.dtype, list(array.shape), array.ctypes.data)
+                    if name in states:
+                        shape_of = list(array.shape)
+                        binding.bind_output(f"{name}.next", "cpu", 0, array.dtype, shape_of, array.ctypes.data)
+                kept.append(places)
+                binding.bind_output("out0", "cpu")
+                if way == "standard":
+                    binding.bind_output("position.next", "cpu")
+            times: dict[str, list[float]] = {way: [] for way in sessions}
+            for _ in range(13):
+                for way, session in sessions.items():
+                    started = time.perf_counter()
+                    session.run_with_iobinding(bound[way])
+                    times[way].append((time.perf_counter() - started) * 1000)
+            outputs = [binding.copy_outputs_to_cpu()[2] for binding in bound.values()]  # behind the two caches
+            for way, found in times.items():
+                turn = ", rotary" if rotary else ""
+                figure(f"attention, {named}{turn}, {rows} rows after {held}, {way}", min(found[1:]), "ms")
+            assert np.abs(outputs[0] - outputs[1][0]).max() < 1e-5

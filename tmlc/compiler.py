@@ -45,7 +45,7 @@ KV = {
     "fp16": "f16",
     "int8": "int8",
 }  # what keys and values are kept as: the setting of state.insert
-QUANTISERS = {"quantize.int8": "int8", "quantize.int4": "int4"}
+QUANTISERS = {f"quantize.{kind}": kind for kind in ("int8", "int4", "fp8")}
 
 PROGRAM = "program.ir"
 TOKENIZER = "tokenizer.json"
@@ -126,6 +126,7 @@ def compile(
     sinks: int | None = None,
     max_append: int | None = None,
     kv: str | None = None,
+    tuning: str | Path | None = None,
     dry_run: bool = False,
     on_progress: Progress | None = None,
     on_record: Callable[[PassRecord], None] | None = None,
@@ -136,9 +137,9 @@ def compile(
         checkpoint: a folder in the Hugging Face form.
         out: the package to write; a package that is there is replaced when the new one is whole.
         target: "cpu", "onnx", or "tensorrt:" or "triton:" and an architecture (`tmlc.emit.targets`).
-        precision: "fp32", "bf16" or "fp16" (linears, experts, embeddings, keys and values), "int8" or "int4" (codes for
-            linears and experts, bf16 for embeddings, keys and values), as far as the target has them. Default: what the
-            pipeline says, else fp32.
+        precision: "fp32", "bf16" or "fp16" (linears, experts, embeddings, keys and values), "int8", "fp8" or "int4"
+            (codes for linears and experts, bf16 for embeddings, keys and values), as far as the target has them.
+            Default: what the pipeline says, else fp32.
         preset: name of a pipeline that comes with tmlc, or a level of the target's own: "O0" what the engine cannot do
             without, "O1", "O2" everything. Default: the target's.
         pipeline: a pipeline file instead.
@@ -151,6 +152,7 @@ def compile(
             kept from the start, positions of one call. Default: the model's.
         kv: what keys and values are kept as: "fp32", "bf16", "fp16" or "int8", as far as the target has them. Default:
             as `precision` says, else the pipeline.
+        tuning: a table of block sizes that `tmlc tune` wrote, for triton. Default: the one that comes with tmlc.
         dry_run: end before the target's tools run: the report's `coverage` says which ops would not lower, and why.
         on_progress: gets (stage, done, total) as work proceeds.
         on_record: gets the record of each pass when it is done.
@@ -164,6 +166,8 @@ def compile(
     """
     chosen = find_target(target)
     check_choice(chosen, precision, kv, PRECISIONS)
+    if tuning is not None:
+        chosen.tune(Path(tuning))
     tell: Progress = on_progress or (lambda stage, done, total: None)
     steps = _pipeline(target, preset, pipeline, passes, disable, stop_after)
     seconds: dict[str, float] = {}
@@ -178,6 +182,8 @@ def compile(
         tell("reading the checkpoint", 1, 1)
     with _timed(seconds, "passes"):
         steps = _configured(steps, precision, bounds, kv)
+        for step in steps.steps:  # a pipeline can choose a precision too
+            check_choice(chosen, QUANTISERS.get(step.name), None, PRECISIONS)
         checker = Checker(traced, source) if check else None
         ready = _run_passes(traced, steps, source, checker, dump, tell, on_record)
     precision = _precision_of(ready)

@@ -338,18 +338,18 @@ def lower_attention(call: Call) -> Lowered:
         "log_alpha": float(call.attrs["log_alpha"]) if floor > 0 else None, "cap": cap if cap > 0 else None,
     }  # fmt: skip
     block_d, block_v = power(d, 16), power(dv, 16)
+    blocks = call.blocks("attention", dtype, dv, d)
+    call.need(blocks.block_k <= 128, f"blocks of {blocks.block_k} keys", "splits hold whole blocks of up to 128")
     fixed = {
         "RING": ring, "INT8": int8, "EXACT": dtype == "f32", "RANKS": 0 if rel is None else rel.cols // heads,
         "PARALLEL": parallel, "SPLIT": split_size(capacity, window),
-        "BLOCK_J": 16 if dtype == "f32" else 32 if dtype == "u8" or max(block_d, block_v) > 128 else 64,
+        "BLOCK_J": blocks.block_k,
         "BLOCK_D": block_d, "BLOCK_V": block_v, "ITEM": _CACHES[dtype],
     }  # fmt: skip
     nothing = dict.fromkeys(last if parallel else scratch)
     values = inside | nothing | (scratch if parallel else last)
     programs_by = (call.bucket.batch * tiles, groups, splits if parallel else 1)
-    # Blackwell keeps sums outside the registers and moves them: with 4 warps wide heads do not fit.
-    warps = 8 if call.sm == 100 and max(block_d, block_v) > 64 else 4
-    launches.append(launch("attention_kernel", programs_by, values, fixed, warps, 2))
+    launches.append(launch("attention_kernel", programs_by, values, fixed, blocks.warps, blocks.stages))
     if not parallel:
         return Lowered(tuple(launches))
     values = scratch | last | {

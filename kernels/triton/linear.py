@@ -13,7 +13,6 @@ from tmlc.kernels.triton.launch import Aligned, Launch, Lowered, Operand, Pointe
 from tmlc.kernels.triton.layouts import FORMS, weight_pointers
 from tmlc.kernels.triton.mode import device
 from tmlc.kernels.triton.registry import Call, launch, lowering
-from tmlc.kernels.triton.tuning import tile
 
 ROWS = 16
 
@@ -160,7 +159,7 @@ def linear_launch(
     call.need(len(weight.shape) == 2 and x.cols == k, f"{weight.name} {weight.shape} does not take {x.cols} columns")
     rows = call.rows(x)
     values, fixed = product_values(call, weight)
-    block_m, block_k, warps, stages = tile("linear", weight.dtype, m, k, call.sm)
+    blocks = call.blocks("linear", weight.dtype, m, k)
     values |= {
         "out": call.pointer(out) if isinstance(out, Operand) else out,
         "out_stride": out.stride if isinstance(out, Operand) else out_stride,
@@ -172,8 +171,9 @@ def linear_launch(
         "alpha": None if alpha == 1.0 else float(alpha),
         "cap": None if cap == 0.0 else float(cap),
     }  # fmt: skip
-    grid = (-(-rows // ROWS), -(-m // block_m))
-    return launch("linear_kernel", grid, values, fixed | {"BLOCK_M": block_m, "BLOCK_K": block_k}, warps, stages)
+    grid = (-(-rows // ROWS), -(-m // blocks.block_m))
+    fixed |= {"BLOCK_M": blocks.block_m, "BLOCK_K": blocks.block_k}
+    return launch("linear_kernel", grid, values, fixed, blocks.warps, blocks.stages)
 
 
 @lowering("linear", "linear_add")

@@ -17,7 +17,6 @@ from tmlc.kernels.triton.linear import product_values, tanh, weight_product
 from tmlc.kernels.triton.mode import device
 from tmlc.kernels.triton.norms import power
 from tmlc.kernels.triton.registry import Call, launch, lowering
-from tmlc.kernels.triton.tuning import tile
 
 #: Rows from which on pairs are grouped where the program does not say (grouped_from 0).
 GROUPED_FROM = 16
@@ -247,7 +246,7 @@ def moe_launches(
         values = common | lists | {"experts": chosen, "pairs": pairs, "count_e": count_e}
         launches.append(launch("moe_sort_kernel", (count_e,), values, {"BLOCK": 1024}, 4))
     product, fixed = product_values(call, gate_up)
-    block_m, block_k, warps, stages = tile("moe_gate_up", gate_up.dtype, f, d, call.sm)
+    blocks = call.blocks("moe_gate_up", gate_up.dtype, f, d)
     values = product | common | lists | {
         "hidden": hidden, "x": call.pointer(x), "x_stride": Aligned(x.stride), "count_e": count_e,
         "experts": None if grouped else chosen, "f": Aligned(f),
@@ -257,12 +256,13 @@ def moe_launches(
     }  # fmt: skip
     if grouped:
         values |= {"counts": None, "n": None, "per": None, "count_e": None}
-    fixed |= {"GROUPED": grouped, "ACT": act, "BLOCK_M": block_m, "BLOCK_K": block_k}
-    launches.append(launch("moe_gate_up_kernel", (tiles, -(-f // block_m)), values, fixed, warps, stages))
+    fixed |= {"GROUPED": grouped, "ACT": act, "BLOCK_M": blocks.block_m, "BLOCK_K": blocks.block_k}
+    grid = (tiles, -(-f // blocks.block_m))
+    launches.append(launch("moe_gate_up_kernel", grid, values, fixed, blocks.warps, blocks.stages))
 
     product, fixed = product_values(call, down)
-    block_m, block_k, warps, stages = tile("moe_down", down.dtype, d, f, call.sm)
-    fixed |= {"BLOCK_M": block_m, "BLOCK_K": block_k}
+    blocks = call.blocks("moe_down", down.dtype, d, f)
+    fixed |= {"BLOCK_M": blocks.block_m, "BLOCK_K": blocks.block_k}
     product |= {"bias": None if biases[1] is None else call.pointer(biases[1]), "d": Aligned(d)}
     last: dict[str, Any] = {
         "out": call.pointer(out) if isinstance(out, Operand) else out,
@@ -272,11 +272,13 @@ def moe_launches(
     }  # fmt: skip
     if not grouped:
         values = product | common | last | {"hidden": hidden, "experts": chosen, "count_e": count_e}
-        launches.append(launch("moe_down_kernel", (rows, -(-d // block_m)), values, fixed, warps, stages))
+        grid = (rows, -(-d // blocks.block_m))
+        launches.append(launch("moe_down_kernel", grid, values, fixed, blocks.warps, blocks.stages))
         return launches
     parts = scratch.piece("f32", pairs * d)
     values = product | lists | {"parts": parts, "hidden": hidden}
-    launches.append(launch("moe_down_pairs_kernel", (tiles, -(-d // block_m)), values, fixed, warps, stages))
+    grid = (tiles, -(-d // blocks.block_m))
+    launches.append(launch("moe_down_pairs_kernel", grid, values, fixed, blocks.warps, blocks.stages))
     block = min(1024, power(d, 32))
     values = common | last | {"parts": parts, "d": Aligned(d)}
     launches.append(launch("moe_combine_kernel", (rows, -(-d // block)), values, {"BLOCK": block}, 4))

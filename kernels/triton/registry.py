@@ -12,7 +12,9 @@ from tmlc.errors import EmitError
 from tmlc.ir.replaced import REPLACED
 from tmlc.kernels.triton.bucket import Bucket
 from tmlc.kernels.triton.launch import ITEM_BYTES, Argument, Launch, Lowered, Operand, Pointer
+from tmlc.kernels.triton.layouts import FORMS
 from tmlc.kernels.triton.mode import PARAMETERS
+from tmlc.kernels.triton.tuning import Blocks, Shape, Tiles, table
 
 #: Compute capabilities that kernels are compiled for.
 ARCHITECTURES = (80, 89, 90, 100, 120)
@@ -40,6 +42,7 @@ class Call:
         attrs: its other arguments by name.
         outputs: where its results go, in order.
         bucket, sm: what for.
+        tiles: the table of block sizes.
     """
 
     op: str
@@ -48,7 +51,7 @@ class Call:
     outputs: tuple[Operand, ...]
     bucket: Bucket
     sm: int
-    kernels: list[Launch] = field(default_factory=list, compare=False)
+    tiles: Tiles = field(default_factory=table, compare=False)
 
     def fail(self, why: str, fix: str = "") -> EmitError:
         return EmitError(f"op {self.op}: {why}", where=f"sm{self.sm}, {self.bucket.name}", fix=fix)
@@ -65,6 +68,13 @@ class Call:
 
     def optional(self, name: str) -> Operand | None:
         return self.args.get(name)
+
+    def blocks(self, op: str, dtype: str, m: int, k: int) -> Blocks:
+        """Block sizes of a product with a weight [m, k], or of attention (tuning.py)."""
+        found, form = self.tiles.blocks(Shape(op, dtype, self.sm, m, k)), FORMS.get(dtype)
+        whole = form is None or not form.group or found.block_k % form.group == 0
+        self.need(whole, f"blocks of {found.block_k} inputs are not whole groups of {dtype}", "correct the table")
+        return found
 
     def rows(self, operand: Operand) -> int:
         """Rows in this bucket; of a weight or a state, its own."""

@@ -11,7 +11,6 @@ from tmlc.kernels.triton.linear import ROWS, linear_launch, product_values, weig
 from tmlc.kernels.triton.mode import device
 from tmlc.kernels.triton.norms import power
 from tmlc.kernels.triton.registry import Call, launch, lowering
-from tmlc.kernels.triton.tuning import tile
 
 #: Experts, shared ones too, up to which the logits are computed in the router's own kernel.
 FUSED_EXPERTS, MOST_EXPERTS = 64, 1024
@@ -194,11 +193,12 @@ def lower_sink_router(call: Call) -> Lowered:
     weight, x = call.operand("weight"), call.operand("x")
     call.need(weight.dtype == "f32", f"a router with weights of {weight.dtype}", "keep routers in f32")
     if total <= FUSED_EXPERTS:
-        _, block_k, _, stages = tile("router", "f32", total, weight.shape[-1], call.sm)
+        blocks = call.blocks("router", "f32", total, weight.shape[-1])
         product, _ = product_values(call, weight)
         values |= {name: product[name] for name in ("w", "k", "w_stride")}
         values |= {"x": call.pointer(x), "x_stride": x.stride}
-        return Lowered((launch("router_kernel", _grid(call), values, fixed | {"BLOCK_K": block_k}, warps, stages),))
+        fixed["BLOCK_K"] = blocks.block_k
+        return Lowered((launch("router_kernel", _grid(call), values, fixed, warps, blocks.stages),))
     logits = Pointer("scratch", "", 0, "f32", rows * total * 4)
     values |= {"logits": logits, "logits_stride": total}
     first = linear_launch(call, logits, x, weight, out_stride=total)

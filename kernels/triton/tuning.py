@@ -1,11 +1,15 @@
 """Block sizes: a checked-in table by (op, dtype, shape class, architecture), and the rule for what it does not list.
 
-What is chosen here changes the order of sums, so it depends on the weight and the architecture only, never on the
-number of rows.
+`tmlc tune` measures entries and writes a table; `tmlc compile --tuning` reads another one than the checked-in. What is
+chosen depends on the weight and the architecture only, never on the number of rows, for `block_k` can decide the order
+of sums.
 """
 
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
 from functools import cache
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -13,47 +17,141 @@ import yaml
 from tmlc.errors import EmitError
 
 TABLE = "tuning.yaml"
-KEYS = {"op", "dtype", "sm", "min_m", "max_m", "min_k", "max_k", "block_m", "block_k", "warps", "stages"}
+OPS = ("attention", "linear", "moe_down", "moe_gate_up", "router")
+BOUNDS = ("min_m", "max_m", "min_k", "max_k")
+SIZES = ("block_m", "block_k", "warps", "stages")
+KEYS = {"op", "dtype", "sm", *BOUNDS, *SIZES}
+HEADER = """\
+# Block sizes that differ from the rule of tuning.py. The first entry that fits an (op, dtype, shape, sm) is taken.
+# {op, dtype: [..], sm: [..], min_m, max_m, min_k, max_k, block_m, block_k, warps, stages}; what is left out fits all.
+# Entries for one dtype, sm and shape were measured by `tmlc tune`; they come first, sorted.
+"""
+
+
+@dataclass(frozen=True, order=True)
+class Blocks:
+    """What a table chooses: weight rows a program computes (of attention nothing: always 16 queries), inputs it reads
+    at a time (of attention: keys), warps, stages."""
+
+    block_m: int
+    block_k: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True, order=True)
+class Shape:
+    """What a table is asked for: an op with a weight [m, k] (attention: values of m and keys of k columns a head, in
+    caches of `dtype`) on an architecture."""
+
+    op: str
+    dtype: str
+    sm: int
+    m: int
+    k: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.op} {self.dtype} [{self.m}, {self.k}] sm{self.sm}"
+
+
+class Tiles:
+    """The entries of a table, checked; the first that fits is taken.
+
+    Raises (when made):
+        EmitError: an entry with unknown keys, or numbers that are none, or sizes that are no powers of two.
+    """
+
+    def __init__(self, entries: Any, where: str) -> None:
+        if not isinstance(entries, list):
+            raise EmitError("a table of block sizes is a list of entries", where=where)
+        for number, entry in enumerate(entries):
+            if not _sound(entry):
+                raise EmitError(f"entry {number} of the block sizes is not one: {str(entry)[:300]}", where=where)
+        self.entries: tuple[dict[str, Any], ...] = tuple(entries)
+
+    @staticmethod
+    def read(path: Path) -> "Tiles":
+        """The table of a YAML file. Raises EmitError where it is none."""
+        try:
+            return Tiles(yaml.safe_load(path.read_text("utf-8")), str(path))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise EmitError(
+                f"the table of block sizes cannot be read: {error}", where=str(path), fix="write one with `tmlc tune`"
+            ) from error
+
+    def blocks(self, shape: Shape) -> Blocks:
+        for entry in self.entries:
+            if (
+                entry["op"] == shape.op
+                and shape.dtype in entry.get("dtype", [shape.dtype])
+                and shape.sm in entry.get("sm", [shape.sm])
+                and entry.get("min_m", 0) <= shape.m <= entry.get("max_m", shape.m)
+                and entry.get("min_k", 0) <= shape.k <= entry.get("max_k", shape.k)
+            ):
+                return Blocks(*(entry[key] for key in SIZES))
+        return rule(shape)
+
+    def with_measured(self, found: Iterable[tuple[Shape, Blocks]]) -> "Tiles":
+        """A table with these entries too: those for one shape first, sorted, then the others in their order."""
+        exact, others = {}, []
+        for entry in self.entries:
+            if (shape := _exact(entry)) is None:
+                others.append(entry)
+            else:
+                exact[shape] = entry
+        for shape, blocks in found:
+            bounds = dict(zip(BOUNDS, (shape.m, shape.m, shape.k, shape.k), strict=True))
+            exact[shape] = {"op": shape.op, "dtype": [shape.dtype], "sm": [shape.sm], **bounds, **asdict(blocks)}
+        return Tiles([*(exact[shape] for shape in sorted(exact)), *others], TABLE)
+
+    def to_yaml(self) -> str:
+        """The text of the table: the same entries give the same bytes."""
+        rows = (yaml.safe_dump(entry, default_flow_style=True, sort_keys=False, width=10**6) for entry in self.entries)
+        return HEADER + ("".join(f"- {row}" for row in rows) or "[]\n")
+
+
+def _sound(entry: Any) -> bool:
+    if not isinstance(entry, dict) or {"op", *SIZES} - set(entry) or set(entry) - KEYS or entry["op"] not in OPS:
+        return False
+    if any(not isinstance(entry.get(key, []), list) for key in ("dtype", "sm")):
+        return False
+    if any(type(entry.get(key, 0)) is not int or entry.get(key, 0) < 0 for key in BOUNDS):
+        return False
+    if any(type(entry[key]) is not int or not 1 <= entry[key] <= 4096 for key in SIZES):
+        return False
+    powers = all(entry[key] & (entry[key] - 1) == 0 for key in ("block_m", "block_k", "warps"))
+    return powers and min(entry["block_m"], entry["block_k"]) >= 16 and entry["warps"] <= 32 and entry["stages"] <= 16
+
+
+def _exact(entry: dict[str, Any]) -> Shape | None:
+    """The shape of an entry that is for one only."""
+    dtypes, sms = entry.get("dtype", []), entry.get("sm", [])
+    low_m, high_m, low_k, high_k = (entry.get(key, -1) for key in BOUNDS)
+    if len(dtypes) == len(sms) == 1 and low_m == high_m >= 0 and low_k == high_k >= 0:
+        return Shape(entry["op"], dtypes[0], sms[0], low_m, low_k)
+    return None
 
 
 @cache
-def table() -> tuple[dict[str, Any], ...]:
-    """The entries of the table, checked; the first that fits is taken.
-
-    Raises:
-        EmitError: an entry with unknown keys or sizes that are no powers of two.
-    """
-    entries = yaml.safe_load(resources.files(__package__).joinpath(TABLE).read_text("utf-8"))
-    for number, entry in enumerate(entries):
-        missing = {"op", "block_m", "block_k", "warps", "stages"} - set(entry)
-        sizes = [entry.get(key, 1) for key in ("block_m", "block_k", "warps")]
-        if missing or set(entry) - KEYS or any(size & (size - 1) or size < 1 for size in sizes):
-            raise EmitError(f"entry {number} of the block sizes is not one: {entry}", where=TABLE)
-    return tuple(entries)
+def table() -> Tiles:
+    """The checked-in table."""
+    return Tiles(yaml.safe_load(resources.files(__package__).joinpath(TABLE).read_text("utf-8")), TABLE)
 
 
-def tile(op: str, dtype: str, m: int, k: int, sm: int) -> tuple[int, int, int, int]:
-    """(weight rows a program computes, inputs it reads at a time, warps, stages) for a weight [m, k]."""
-    for entry in table():
-        if (
-            entry["op"] == op
-            and dtype in entry.get("dtype", [dtype])
-            and sm in entry.get("sm", [sm])
-            and entry.get("min_m", 0) <= m <= entry.get("max_m", m)
-            and entry.get("min_k", 0) <= k <= entry.get("max_k", k)
-        ):
-            return entry["block_m"], entry["block_k"], entry["warps"], entry["stages"]
-    return rule(dtype, m, k)
-
-
-def rule(dtype: str, m: int, k: int) -> tuple[int, int, int, int]:
-    """What the table does not list: narrow tiles, so that a tick has programs for every multiprocessor, and reads of
+def rule(shape: Shape) -> Blocks:
+    """What a table does not list: narrow tiles, so that a tick has programs for every multiprocessor, and reads of
     at least 128 bytes a row."""
+    dtype, m, k = shape.dtype, shape.m, shape.k
+    if shape.op == "attention":
+        keys = 16 if dtype == "f32" else 32 if dtype == "u8" or max(m, k) > 128 else 64
+        # Blackwell keeps sums outside the registers and moves them: with 4 warps wide heads do not fit.
+        return Blocks(16, keys, 8 if shape.sm == 100 and max(m, k) > 64 else 4, 2)
     block_m = 16 if m <= 1024 else 32 if m <= 8192 else 64
     if dtype == "f32":
-        return min(block_m, 32), 32 if k > 32 else 16, 4, 3
+        return Blocks(min(block_m, 32), 32 if k > 32 else 16, 4, 3)
     if dtype == "bf16":
-        return block_m, 128 if k > 64 else 64 if k > 32 else 32, 4, 4
+        return Blocks(block_m, 128 if k > 64 else 64 if k > 32 else 32, 4, 4)
     if dtype == "f8g128":
-        return block_m, 128, 4, 3
-    return block_m, 64 if dtype == "i4g64" else 128, 4, 3
+        return Blocks(block_m, 128, 4, 3)
+    return Blocks(block_m, 64 if dtype == "i4g64" else 128, 4, 3)

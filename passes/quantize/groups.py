@@ -1,4 +1,4 @@
-"""What quantize.int8 and quantize.int4 share: which weights get codes, what that costs, and which are spared."""
+"""What quantize.int8, .int4 and .fp8 share: which weights get codes, what that costs, and which are spared."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _FLOATS = ("f32", "bf16")
 
 
 class GroupConfig(PassConfig):
-    """Settings of both passes.
+    """Settings of these passes.
 
     Attributes:
         exclude: patterns (`*.head.*`) of weights to leave alone.
@@ -179,7 +179,7 @@ def _spend(program: Program, layers: list[Layer], budget: float) -> set[str]:
     gain = {x.name: x.gain / max(price[x.name], 1) for x in layers}
     spared = set()
     for layer in sorted(layers, key=lambda x: -gain[x.name]):
-        able = layer.spare is not None or layer.scheme == "i8g32"
+        able = layer.spare is not None or SCHEMES[layer.scheme].bits == 8
         if able and layer.gain > 0 and price[layer.name] <= left:
             spared.add(layer.name)
             left -= price[layer.name]

@@ -109,7 +109,7 @@ def peers(checkpoint: Path, times: int) -> dict[str, Any]:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python perf/gpu/run.py", description=__doc__.splitlines()[0])
     parser.add_argument("--preset", action="append", help="of the zoo; may be given again. Default: nano and small")
-    parser.add_argument("--precision", action="append", help="may be given again. Default: bf16, int8 and int4")
+    parser.add_argument("--precision", action="append", help="may be given again. Default: bf16, fp8, int8, int4")
     parser.add_argument("--times", type=int, default=200, help="runs of each kernel")
     parser.add_argument("--ticks", type=int, default=1000, help="whole ticks")
     parser.add_argument("--out", type=Path, required=True, help="the JSON to write")
@@ -130,7 +130,7 @@ def main() -> int:
             folder = Path(scratch) / preset
             create_checkpoint(preset, 0, folder)
             reference = None
-            for precision in chosen.precision or ["bf16", "int8", "int4"]:
+            for precision in chosen.precision or ["bf16", "fp8", "int8", "int4"]:
                 package = Path(scratch) / f"{preset}-{precision}.tmlc"
                 tmlc.compile(folder, package, target=f"triton:sm{sm}", precision=precision)
                 with tmlc.load(package, sessions=8) as engine:

@@ -30,9 +30,9 @@ from tmlc.runtimes.background.delegations import Limits
 from tmlc.runtimes.background.detectors import Detector
 from tmlc.runtimes.background.endpoint import Api, EndpointModel
 from tmlc.runtimes.background.engine_model import NICENESS, EngineModel
-from tmlc.runtimes.background.injections import Marks, Policy
 from tmlc.runtimes.background.mcp_tools import ToolBox, ToolServer
 from tmlc.runtimes.background.model import BackgroundModel
+from tmlc.runtimes.background.policies import Marks, Policy
 from tmlc.runtimes.background.rules import MAX_RULES, Milliseconds, Rule
 from tmlc.runtimes.background.session import Background
 from tmlc.runtimes.core.engine import load

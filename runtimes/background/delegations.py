@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from tmlc.errors import CapacityError, SessionError, TmlcError, UsageError
-from tmlc.runtimes.background.injections import MAX_CHARACTERS, InjectionQueue, Policy
+from tmlc.runtimes.background.injections import MAX_CHARACTERS, InjectionQueue
 from tmlc.runtimes.background.model import (
     BackgroundModel,
     Context,
@@ -28,6 +28,7 @@ from tmlc.runtimes.background.model import (
     Result,
     ToolCall,
 )
+from tmlc.runtimes.background.policies import Policy
 from tmlc.runtimes.background.worker import Worker
 
 MAX_TASK = 8_000

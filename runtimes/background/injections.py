@@ -21,9 +21,9 @@ import threading
 from bisect import insort
 from collections.abc import Callable
 from dataclasses import dataclass
-from enum import StrEnum
 
-from tmlc.errors import CapacityError, SessionError, UsageError
+from tmlc.errors import CapacityError, InputError, SessionError, UsageError
+from tmlc.runtimes.background.policies import Fate, InjectionEvent, Marks, Policy
 from tmlc.runtimes.core.live import NOTHING, Delivery, Moment, Published
 from tmlc.runtimes.core.text import Tokenizer
 from tmlc.runtimes.core.tick import MAX_INJECTED
@@ -41,6 +41,8 @@ IDLE_SECONDS = 1.0
 """Nobody was heard for so long: idle."""
 IDLE_PATIENCE = 5.0
 """After waiting so long for idleness, the next gap will do."""
+GAP_PATIENCE = 5.0
+"""After waiting so long for a gap, the model's own voice no longer counts: a model that never pauses is interrupted."""
 BARGE_TICKS = 2
 """Ticks in a row with the user's voice over a spoken injection that cut it off."""
 MAX_REPEATS = 2
@@ -49,60 +51,6 @@ PLAYBACK_SECONDS = 30.0
 """With playback reports: a said injection of which nothing is heard for so long counts as not played."""
 
 log = logging.getLogger(__name__)
-
-
-class Policy(StrEnum):
-    """When an injection may enter."""
-
-    SILENT = "silent"  # at the next edge; for silent ones only
-    WHEN_IDLE = "when_idle"  # when nobody was heard for a second; after 5 s of waiting, as `next_gap`
-    NEXT_GAP = "next_gap"  # when neither side was heard in the last tick
-    INTERRUPT = "interrupt"  # at the next edge, before the others, over whoever speaks
-
-
-class Fate(StrEnum):
-    """What became of an injection."""
-
-    ENTERED = "entered"  # its first token is in the session (again after each cut)
-    DELIVERED = "delivered"  # appended, or said and played
-    CUT = "cut"  # said in part or not played; it waits again
-    EXPIRED = "expired"  # its ttl ran out while it waited
-    SUPERSEDED = "superseded"  # a newer one with its key took its place
-    DROPPED = "dropped"  # the session closed before
-
-
-@dataclass(frozen=True, slots=True)
-class InjectionEvent:
-    """One change of one injection; `tick` is -1 where no tick has to do with it."""
-
-    id: str
-    fate: Fate
-    policy: Policy
-    spoken: bool
-    tick: int = -1
-
-
-@dataclass(frozen=True, slots=True)
-class Marks:
-    """The special tokens around what is injected, by name; a package of another family names its own.
-
-    `delegation` and `end_of_delegation` stand around a task that the model gives away.
-    """
-
-    injection: str = "<injection>"
-    end_of_injection: str = "<end_of_injection>"
-    delegation: str = "<delegation>"
-    end_of_delegation: str = "<end_of_delegation>"
-
-    def around_injections(self, tokenizer: Tokenizer | None) -> tuple[int, int]:
-        """The two tokens. Raises UsageError when the package has no tokenizer, or not these tokens."""
-        found = [tokenizer.special(n) if tokenizer else None for n in (self.injection, self.end_of_injection)]
-        if found[0] is None or found[1] is None:
-            raise UsageError(
-                f"this package's tokenizer has no special tokens {self.injection} and {self.end_of_injection}",
-                fix="name the special tokens that mark what is injected under `marks`, or serve without a background",
-            )
-        return found[0], found[1]
 
 
 @dataclass(slots=True, eq=False)
@@ -139,6 +87,7 @@ class InjectionQueue:
         tokenizer: of the package.
         marks: its special tokens.
         say_room: tokens that one tick can say (`text_out`); 0 for a model that cannot be made to speak.
+        vocab: tokens that the engine knows; a text with another one is refused before it could end a session.
         playback: the client reports what it has played (`played`, `unplayed`). Otherwise a spoken injection is
             delivered when the last of it was handed out.
         listener: called with each event, by the thread that caused it; it must return at once.
@@ -154,14 +103,16 @@ class InjectionQueue:
         marks: Marks | None = None,
         *,
         say_room: int,
+        vocab: int | None = None,
         playback: bool = False,
         listener: Callable[[InjectionEvent], None] | None = None,
     ) -> None:
         self._begin, self._end = (marks or Marks()).around_injections(tokenizer)
         assert tokenizer is not None
-        self._tokenizer, self._say_room = tokenizer, say_room
+        self._tokenizer, self._say_room, self._vocab = tokenizer, say_room, vocab
         self._cut_mark = tokenizer.encode(CUT_MARK)
         self._join = tuple(tokenizer.encode("\n"))
+        self._known([self._begin, self._end, *self._cut_mark, *self._join])
         self.playback = playback
         self._listener = listener
         self._lock = threading.Lock()
@@ -201,7 +152,7 @@ class InjectionQueue:
         Raises:
             UsageError: an empty text, both keys, a spoken one that is to be silent, a model that cannot speak, a ttl
                 that is not positive.
-            CapacityError: the queue is full; SessionError: it is closed.
+            CapacityError: the queue is full; SessionError: it is closed; InputError: see `vocab`.
         """
         if not isinstance(text, str) or not text:
             raise UsageError("an injection must be a text with something in it")
@@ -250,7 +201,13 @@ class InjectionQueue:
         if cut:
             with self._lock:
                 self.cut_texts += 1
+        self._known(tokens)
         return tuple(tokens + self._cut_mark if cut else tokens)
+
+    def _known(self, tokens: list[int]) -> None:
+        """Raises InputError when the engine does not know one of these tokens."""
+        if self._vocab is not None and max(tokens, default=0) >= self._vocab:
+            raise InputError(f"the tokenizer gives token {max(tokens)}, the engine knows those below {self._vocab}")
 
     def _put(
         self,
@@ -475,11 +432,12 @@ class InjectionQueue:
     def _may_enter(item: _Item, moment: Moment) -> bool:
         if item.policy in (Policy.SILENT, Policy.INTERRUPT):
             return True
-        gap = not moment.user_speaking and not moment.model_speaking
-        waited = moment.now - (item.since if item.since is not None else moment.now)
-        if item.policy is Policy.WHEN_IDLE and waited < IDLE_PATIENCE - 1e-9:
-            return gap and moment.quiet >= IDLE_SECONDS - 1e-9
-        return gap
+        waited = moment.now - (item.since if item.since is not None else moment.now) + 1e-9
+        if item.policy is Policy.WHEN_IDLE:
+            if waited < IDLE_PATIENCE:
+                return moment.quiet >= IDLE_SECONDS - 1e-9
+            waited -= IDLE_PATIENCE
+        return not moment.user_speaking and (not moment.model_speaking or waited >= GAP_PATIENCE)
 
     def _enter(self, item: _Item, moment: Moment) -> None:
         self._waiting.remove(item)

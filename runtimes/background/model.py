@@ -12,7 +12,7 @@ from enum import StrEnum
 
 import numpy as np
 
-from tmlc.runtimes.background.injections import Policy
+from tmlc.runtimes.background.policies import Policy
 
 
 class Origin(StrEnum):

@@ -24,7 +24,8 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
 
 from tmlc.errors import UsageError
-from tmlc.runtimes.background.injections import MAX_TOKENS, Policy
+from tmlc.runtimes.background.injections import MAX_TOKENS
+from tmlc.runtimes.background.policies import Policy
 from tmlc.runtimes.core.live import Moment
 from tmlc.runtimes.core.text import Tokenizer
 

@@ -21,8 +21,9 @@ from tmlc.errors import TmlcError, UsageError
 from tmlc.package.manifest import TickLayout
 from tmlc.runtimes.background.delegations import DelegationEvent, Delegations, Limits
 from tmlc.runtimes.background.detectors import Detector, Sight, Watch
-from tmlc.runtimes.background.injections import InjectionEvent, InjectionQueue, Marks, Policy
+from tmlc.runtimes.background.injections import InjectionQueue
 from tmlc.runtimes.background.model import BackgroundModel, Delegation, Origin
+from tmlc.runtimes.background.policies import InjectionEvent, Marks, Policy
 from tmlc.runtimes.background.rules import Fired, Rule, RuleClock, check_detectors
 from tmlc.runtimes.background.tokens import DelegationReader
 from tmlc.runtimes.background.transcript import Transcript
@@ -68,6 +69,7 @@ class Background:
         tokenizer: Tokenizer | None,
         layout: TickLayout,
         *,
+        vocab: int | None = None,
         playback: bool = False,
         instructions: str | None = None,
         on_injection: Callable[[InjectionEvent], None] | None = None,
@@ -76,14 +78,16 @@ class Background:
         """The background of one session.
 
         Args:
-            tokenizer, layout: of the package.
+            tokenizer, layout, vocab: of the engine.
             playback: the client reports what it played; see `InjectionQueue`.
             instructions: in place of the server's.
             on_injection, on_delegation: called on this event loop.
 
         Raises UsageError: the package has no tokens that mark an injection.
         """
-        return BackgroundSession(self, tokenizer, layout, playback, instructions, on_injection, on_delegation)
+        return BackgroundSession(
+            self, tokenizer, layout, vocab, playback, instructions, on_injection, on_delegation
+        )
 
     async def close(self) -> None:
         """Ends the models and their threads."""
@@ -124,6 +128,7 @@ class BackgroundSession:
         shared: Background,
         tokenizer: Tokenizer | None,
         layout: TickLayout,
+        vocab: int | None,
         playback: bool,
         instructions: str | None,
         on_injection: Callable[[InjectionEvent], None] | None,
@@ -137,7 +142,7 @@ class BackgroundSession:
         self.on_task: Callable[[str], None] | None = None
         self._instructions = shared.instructions if instructions is None else instructions
         self.queue = InjectionQueue(
-            tokenizer, shared.marks, say_room=layout.text_out, playback=playback, listener=self._injected
+            tokenizer, shared.marks, say_room=layout.text_out, vocab=vocab, playback=playback, listener=self._injected
         )
         self.delegations: Delegations | None = None
         if shared.model is not None:
@@ -164,7 +169,7 @@ class BackgroundSession:
     def _fire(self, fired: Fired) -> None:
         rule = fired.rule
         if rule.delegate is not None:
-            self._on_loop(self._delegate_by_rule, rule)
+            self._on_loop(self._delegate_by_rule, fired)
             return
         spoken = bool(rule.spoken)
         policy = rule.policy or (Policy.WHEN_IDLE if spoken else Policy.SILENT)
@@ -176,13 +181,16 @@ class BackgroundSession:
         except TmlcError:  # a full queue or a closed one: nothing that a tick should fail for
             self.refused += 1
 
-    def _delegate_by_rule(self, rule: Rule) -> None:
+    def _delegate_by_rule(self, fired: Fired) -> None:
+        rule = fired.rule
         assert rule.delegate is not None
         if self.on_task is not None:
             self.on_task(rule.delegate)
             return
         try:
-            self.delegate(rule.delegate, Origin.RULE, key=rule.supersede, spoken=rule.spoken, policy=rule.policy)
+            self.delegate(
+                rule.delegate, Origin.RULE, tick=fired.tick, key=rule.supersede, spoken=rule.spoken, policy=rule.policy
+            )
         except TmlcError as error:
             self.refused += 1
             log.info("a delegation by rule was refused: %s", error.what)
@@ -230,19 +238,21 @@ class BackgroundSession:
         task: str,
         origin: Origin = Origin.CLIENT,
         *,
+        tick: int | None = None,
         key: str | None = None,
         spoken: bool | None = None,
         policy: Policy | None = None,
     ) -> Delegation:
-        """Gives a task to the background model; see `Delegations.start`.
+        """Gives a task to the background model; see `Delegations.start`. `tick` None: now.
 
         Raises UsageError also when the server has no background model.
         """
         if self.delegations is None:
             raise UsageError("this server has no background model", fix="name one in the background's settings")
         context = self._transcript.context(self._instructions)
+        at = self._tick if tick is None else tick
         return self.delegations.start(
-            task, context, tick=self._tick, origin=origin, key=key, spoken=spoken, policy=policy
+            task, context, tick=at, origin=origin, key=key, spoken=spoken, policy=policy
         )
 
     def inject(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tmlc.runtimes.background.injections import Marks
+from tmlc.runtimes.background.policies import Marks
 from tmlc.runtimes.core.text import Tokenizer
 
 MAX_TASK_TOKENS = 2_048

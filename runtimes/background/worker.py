@@ -16,6 +16,8 @@ STUCK_SECONDS = 5.0
 """A thread whose heart has not beaten for so long is blocked by a model that does not await; new work gets another."""
 MAX_ABANDONED = 4
 """Threads that models have blocked; with more, no delegation starts any more."""
+CLOSE_SECONDS = 1.0
+"""What runs when the worker closes has so long to end after its cancellation."""
 MAX_RUNNING = 1_024
 """Coroutines that are not at their end, those included that nobody waits for and that swallow their cancellation."""
 
@@ -49,7 +51,7 @@ class Worker:
                 work.close()
                 raise
             self.running += 1
-        return asyncio.run_coroutine_threadsafe(self._counted(work), loop)
+            return asyncio.run_coroutine_threadsafe(self._counted(work), loop)
 
     async def _counted(self, work: Coroutine[Any, Any, None]) -> None:
         try:
@@ -85,9 +87,12 @@ class Worker:
     def _serve(loop: asyncio.AbstractEventLoop) -> None:
         asyncio.set_event_loop(loop)
         loop.run_forever()
-        for task in asyncio.all_tasks(loop):
+        loop.run_until_complete(asyncio.sleep(0))  # what was submitted last begins, so that it can end
+        left = asyncio.all_tasks(loop)
+        for task in left:
             task.cancel()
-        loop.run_until_complete(asyncio.sleep(0))
+        if left:
+            loop.run_until_complete(asyncio.wait(left, timeout=CLOSE_SECONDS))
         loop.run_until_complete(loop.shutdown_asyncgens())
         loop.close()
 
@@ -98,4 +103,4 @@ class Worker:
             self._loop = self._thread = None
         if loop is not None and thread is not None:
             loop.call_soon_threadsafe(loop.stop)
-            thread.join(1.0)
+            thread.join(2 * CLOSE_SECONDS)

@@ -35,7 +35,8 @@ BACKENDS = {
     "triton": "tmlc.runtimes.cuda.backend",
 }
 """Modules with `open_backend(package, target, threads, isa, placement, portable_bits) -> Backend`, by family:
-the part of the name before a colon."""
+the part of the name before a colon. Those of COMPILES_AT_LOAD take `kernel_cache` too."""
+COMPILES_AT_LOAD = ("tensorrt",)
 MAX_THREADS = 256
 
 
@@ -253,6 +254,7 @@ def load(
     lock_memory: bool = False,
     portable_bits: bool = False,
     huge_pages: bool = False,
+    kernel_cache: str | Path | None = None,
 ) -> Engine:
     """Loads a package and reserves everything its sessions will need.
 
@@ -269,6 +271,8 @@ def load(
         (docs/plan-format.md, "Determinism"); otherwise only the last bits of floats depend on the machine.
         huge_pages: copy the weights into large pages of this process, instead of reading them where the package's
         file is mapped. Loading takes longer and memory for the copy; ticks are faster (docs/latency.md).
+        kernel_cache: a folder of yours in which kernels that a TensorRT package compiles while it is loaded are kept
+        for the next load (docs/tensorrt.md). Packages of other targets compile none, and refuse it.
 
     Raises:
         PackageError, PlanError: the package is damaged, altered, foreign, newer, or its plan is refused.
@@ -284,7 +288,7 @@ def load(
     placement = Placement(pin, lock_memory, huge_pages)
     package = open_package(path)
     try:
-        backend = _open_target(package, target, count, isa, placement, portable_bits)
+        backend = _open_target(package, target, count, isa, placement, portable_bits, kernel_cache)
         try:
             named = package.manifest.tokenizer
             tokenizer = load_tokenizer(package.read(named)) if named else None
@@ -307,7 +311,13 @@ def load(
 
 
 def _open_target(
-    package: Package, target: str | None, threads: int, isa: str | None, placement: Placement, portable_bits: bool
+    package: Package,
+    target: str | None,
+    threads: int,
+    isa: str | None,
+    placement: Placement,
+    portable_bits: bool,
+    kernel_cache: str | Path | None,
 ) -> Backend:
     held = list(package.manifest.targets)
     runnable = [name for name in held if _family(name) in BACKENDS]
@@ -321,7 +331,11 @@ def _open_target(
     if wanted[0] not in runnable:
         raise TargetError(f"this tmlc cannot run target {wanted[0]}", fix=f"it runs: {', '.join(BACKENDS)}")
     module = import_module(BACKENDS[_family(wanted[0])])
-    backend: Backend = module.open_backend(package, wanted[0], threads, isa, placement, portable_bits)
+    kept = {} if kernel_cache is None else {"kernel_cache": Path(kernel_cache)}
+    if kept and _family(wanted[0]) not in COMPILES_AT_LOAD:
+        what = f"target {wanted[0]} compiles no kernels when it is loaded, so there are none to keep"
+        raise UsageError(what, where="kernel_cache", fix="load without kernel_cache")
+    backend: Backend = module.open_backend(package, wanted[0], threads, isa, placement, portable_bits, **kept)
     return backend
 
 

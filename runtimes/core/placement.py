@@ -6,7 +6,7 @@ import ctypes
 import errno
 import mmap
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -64,6 +64,19 @@ class Placement:
         """
         if self.lock_memory and nbytes:
             lock_pages(address, nbytes, what)
+
+
+def refuse_cpu_options(target: str, isa: str | None, portable_bits: bool, placement: Placement | None) -> None:
+    """For runtimes that drive a device: there is nothing on the host for these options of a load to act on.
+
+    Raises:
+        UsageError: `isa`, `portable_bits`, or anything of a placement is asked for; names the first.
+    """
+    asked = {"isa": isa is not None, "portable_bits": portable_bits} | asdict(placement or Placement())
+    for what in (name for name, given in asked.items() if given):
+        raise UsageError(
+            f"{what} is for the target cpu, not for {target}", where=what, fix=f"leave {what} out, or load target cpu"
+        )
 
 
 HUGE_PAGE = 2 << 20

@@ -20,11 +20,10 @@ from tmlc.errors import (
     KernelError,
     PackageError,
     TargetError,
-    UsageError,
 )
 from tmlc.package.reader import Package
 from tmlc.runtimes.core.backend import DTYPES, Backend, MethodSpec, check_inputs
-from tmlc.runtimes.core.placement import Placement
+from tmlc.runtimes.core.placement import Placement, refuse_cpu_options
 from tmlc.runtimes.core.slots import Slot, SlotMemory
 from tmlc.runtimes.cuda.driver import Address, Driver, KernelLaunch
 from tmlc.runtimes.cuda.plan import BucketInfo, MethodPlan, Plan, PointerArg, architectures, read_plan, up
@@ -319,14 +318,12 @@ def open_backend(
     portable_bits: bool = False,
 ) -> CudaBackend:
     """The Triton engine of `package` on the first device that the driver shows (CUDA_VISIBLE_DEVICES chooses).
-    `threads` and `placement` have nothing to place: one thread, the caller's, drives the device.
+    `threads` counts nothing: one thread, the caller's, drives the device.
 
-    Raises TargetError where `cuda-bindings`, the driver or a fitting device is missing, UsageError for settings of
-    other targets, and what `CudaBackend` raises.
+    Raises TargetError where `cuda-bindings`, the driver or a fitting device is missing, UsageError for `isa`,
+    `portable_bits` or a placement, which are the CPU's affair, and what `CudaBackend` raises.
     """
-    for value, name in ((isa, "isa"), (portable_bits, "portable_bits")):
-        if value:
-            raise UsageError(f"target triton has no setting {name}", where=name, fix="leave it out, or load target cpu")
+    refuse_cpu_options(target, isa, portable_bits, placement)
     from tmlc.runtimes.cuda.nvidia import NvidiaDriver
 
     return CudaBackend(package, target, NvidiaDriver())

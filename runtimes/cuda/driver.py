@@ -118,6 +118,10 @@ class Driver(ABC):
         """Runs a graph."""
 
     @abstractmethod
+    def forget(self, graph: Any) -> None:
+        """Frees a graph that is not running."""
+
+    @abstractmethod
     def synchronize(self) -> None:
         """Waits until all that was asked for is done."""
 

@@ -198,6 +198,9 @@ class NvidiaDriver(Driver):
     def replay(self, graph: Any) -> None:
         self._must(self._c.cuGraphLaunch(graph, self._stream), "start a graph")
 
+    def forget(self, graph: Any) -> None:
+        self._must(self._c.cuGraphExecDestroy(graph), "free a graph")
+
     def synchronize(self) -> None:
         self._must(self._c.cuStreamSynchronize(self._stream), "finish a call")
 

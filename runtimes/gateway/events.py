@@ -16,6 +16,8 @@ from tmlc.runtimes.background.injections import InjectionEvent
 
 WINDOW = 512
 """Events that are kept: about half a minute of a session that speaks."""
+FRESH = 25
+"""Ticks whose output is still handed out to one who comes back: 5 s."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,5 +95,8 @@ class EventLog:
         return self.last
 
     def after(self, number: int) -> Iterator[tuple[int, Happening]]:
-        """What came after event `number`, as far as it is kept."""
-        return ((n, happening) for n, happening in list(self._kept) if n > number)
+        """What came after event `number`, as far as it is kept; of ticks, the newest `FRESH`: older speech is stale."""
+        newest = max((h.index for _, h in self._kept if isinstance(h, Tick)), default=0)
+        for n, happening in list(self._kept):
+            if n > number and not (isinstance(happening, Tick) and happening.index <= newest - FRESH):
+                yield n, happening

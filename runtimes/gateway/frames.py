@@ -23,6 +23,10 @@ FORMATS = ("JPEG", "PNG", "WEBP")
 MAX_WAITING = 8
 """Pictures of all sessions that wait for the worker; the next one is refused."""
 TIMEOUT = 2.0
+START_TIMEOUT = 30.0
+"""Seconds for a worker to start, on a busy machine."""
+PICTURES = 200
+"""A worker decodes so many: its limit on processor time counts from its start."""
 _PREFIXES = tuple(f"data:image/{kind};base64," for kind in ("jpeg", "jpg", "png", "webp"))
 
 
@@ -86,6 +90,13 @@ def _limit(memory: int, seconds: int) -> None:
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
 
 
+def _begin() -> None:
+    """In a new worker: imports what decoding needs, so that no picture waits for it."""
+    from PIL import Image, ImageOps  # noqa: F401
+
+    Image.preinit()
+
+
 class FrameDecoder:
     """One worker for all sessions of a server.
 
@@ -112,9 +123,10 @@ class FrameDecoder:
             self._waiting -= 1
 
     async def _decode(self, data: bytes) -> np.ndarray:
-        loop = asyncio.get_running_loop()
-        work = loop.run_in_executor(self._worker(), decode_frame, data, self.height, self.width, self.limits)
+        pool = await self._started()
+        self._done += 1
         try:
+            work = asyncio.wrap_future(pool.submit(decode_frame, data, self.height, self.width, self.limits))
             return await asyncio.wait_for(work, TIMEOUT)
         except TimeoutError:
             self._replace()
@@ -123,14 +135,27 @@ class FrameDecoder:
             self._replace()
             raise InputError("the picture took more memory or time to decode than a picture may") from None
 
-    def _worker(self) -> ProcessPoolExecutor:
-        if self._done >= 200:  # its limit on processor time counts from its start
+    async def start(self) -> None:
+        """Starts the worker before the first picture comes. Raises InputError when it cannot be started."""
+        async with self._turn:
+            await self._started()
+
+    async def _started(self) -> ProcessPoolExecutor:
+        if self._done >= PICTURES:
             self._replace()
-        self._done += 1
         if self._pool is None:
             context = multiprocessing.get_context("spawn")
             limits = (self.limits.memory, self.limits.seconds)
-            self._pool = ProcessPoolExecutor(1, mp_context=context, initializer=_limit, initargs=limits)
+            pool = self._pool = ProcessPoolExecutor(1, mp_context=context, initializer=_limit, initargs=limits)
+            try:
+                begun = await asyncio.to_thread(pool.submit, _begin)  # starts the process, which takes a while
+                await asyncio.wait_for(asyncio.wrap_future(begun), START_TIMEOUT)
+            except asyncio.CancelledError:
+                self._replace()
+                raise
+            except (TimeoutError, BrokenProcessPool, OSError):
+                self._replace()
+                raise InputError("pictures cannot be decoded now: the worker did not start") from None
         return self._pool
 
     def _replace(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from typing import Any
 
@@ -16,6 +17,7 @@ from tmlc.runtimes.gateway.sessions import LiveSession, Opening, Sessions
 from tmlc.runtimes.gateway.wire import WireError, as_wire
 
 SESSION_SECONDS = 24 * 3600
+log = logging.getLogger(__name__)
 
 
 class Hub:
@@ -75,6 +77,14 @@ class Hub:
             if isinstance(error, TmlcError)
             else WireError("internal error", "server_error", kind="server_error")
         )
+
+    async def warm(self) -> None:
+        """Starts what the first client would wait for."""
+        if self._frames is not None:
+            try:
+                await self._frames.start()
+            except InputError as error:  # the first picture tries again, and tells its client
+                log.warning("%s", error.what)
 
     async def frame(self, data: bytes, param: str) -> np.ndarray:
         """A picture as the model sees it. Raises WireError."""

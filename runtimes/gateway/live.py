@@ -112,7 +112,7 @@ class LiveConnection(Connection):
             self.fail(self.hub.explain(error), None)
             self.close_when_sent()
             return
-        after = session.events.last
+        after = self.after(session)
         self._begin(session, session.opening.config)
         self._started(None, resumed=True, after=after)
 
@@ -130,7 +130,7 @@ class LiveConnection(Connection):
             raise WireError("send session.start first", "session_not_started", "type")
         match kind:
             case "session.input_audio.append":
-                await self._hear(event)
+                self._hear(event, own)
             case "session.input_audio.mute" | "session.input_audio.unmute":
                 self._muted = kind.endswith(".mute")
                 self._answer(kind + "d", own)
@@ -142,9 +142,9 @@ class LiveConnection(Connection):
                 self._closing = own or ""
                 self.session.close()
             case "tmlc.input_video_frame.append":
-                await self._see(event.get("image_url"), "image_url")
+                self._see(event.get("image_url"), "image_url", own)
             case "conversation.item.create":
-                await self._item(event)
+                self._item(event, own)
             case "tmlc.input_text.append":
                 self.session.read(text_of(event, "text", MAX_CHARACTERS))
             case "tmlc.playback":
@@ -260,24 +260,27 @@ class LiveConnection(Connection):
         expires = int(self.session.began + self.hub.session_seconds)
         return {"id": self.session.id, "expires_at": expires, "status": "active", **self._config}
 
-    async def _hear(self, event: dict[str, Any]) -> None:
+    def _hear(self, event: dict[str, Any], own: str | None) -> None:
         assert self.session is not None
         data = base64_of(event.get("audio"), "audio", MAX_AUDIO)
-        own = object_of(event, "tmlc")
+        ours = object_of(event, "tmlc")
         if data:
             samples = self._in.push(decode(data, self._format))
             self.session.hear(samples * 0 if self._muted else samples)
-        if own.get("video") is not None:
-            await self._see(object_of(own, "video", "tmlc.video").get("image_url"), "tmlc.video.image_url")
+        if ours.get("video") is not None:
+            self._see(object_of(ours, "video", "tmlc.video").get("image_url"), "tmlc.video.image_url", own)
 
-    async def _see(self, url: Any, param: str) -> None:
+    def _see(self, url: Any, param: str, own: str | None) -> None:
+        self.may_see(param)
+        self.aside(self._look(picture_of(url, self.hub.image_limits), param), own)
+
+    async def _look(self, picture: bytes, param: str) -> None:
         session = self.session
-        assert session is not None
-        frame = await self.hub.frame(picture_of(url, self.hub.image_limits), param)
-        if self.session is session and session.ended is None:
+        frame = await self.hub.frame(picture, param)
+        if session is not None and self.session is session and session.ended is None:
             session.see(frame)
 
-    async def _item(self, event: dict[str, Any]) -> None:
+    def _item(self, event: dict[str, Any], own: str | None) -> None:
         """`conversation.item.create` of the other dialect, for pictures and text."""
         assert self.session is not None
         item = object_of(event, "item")
@@ -291,7 +294,7 @@ class LiveConnection(Connection):
             if part["type"] == "input_text":
                 self.session.read(text_of(part, "text", MAX_CHARACTERS, f"{where}.text"))
             else:
-                await self._see(part.get("image_url"), f"{where}.image_url")
+                self._see(part.get("image_url"), f"{where}.image_url", own)
 
     def _append(self, kind: str, event: dict[str, Any], own: str | None) -> None:
         session = self.session
@@ -337,7 +340,7 @@ class LiveConnection(Connection):
     def note(self, code: str, message: str) -> None:
         self._answer("info", None, code=code, message=message)
 
-    def push(self, number: int, happening: Happening) -> None:
+    def project(self, number: int, happening: Happening) -> None:
         match happening:
             case Tick():
                 self._tick(number, happening)

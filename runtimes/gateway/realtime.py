@@ -120,7 +120,7 @@ class RealtimeConnection(Connection):
             self.fail(self.hub.explain(error), None)
             self.close_when_sent()
             return
-        after = session.events.last if self._token is not None else 0
+        after = self.after(session) if self._token is not None else 0
         self._config = session.opening.config["session"]
         self.session = session
         self._streams()
@@ -183,14 +183,14 @@ class RealtimeConnection(Connection):
                 if data:
                     session.hear(self._in.push(decode(data, self._in_format)))
                 if (video := object_of(event, "tmlc").get("video")) is not None:
-                    await self._see(object_of({"video": video}, "video").get("image_url"), "tmlc.video.image_url")
+                    self._see(object_of({"video": video}, "video").get("image_url"), "tmlc.video.image_url", own)
             case "input_audio_buffer.commit":
                 self._commit()
             case "input_audio_buffer.clear":
                 session.seat.forget_input()
                 self._tell("input_audio_buffer.cleared")
             case "conversation.item.create":
-                await self._create(event)
+                self._create(event, own)
             case "conversation.item.truncate":
                 self._truncate(event)
             case "conversation.item.retrieve":
@@ -200,7 +200,7 @@ class RealtimeConnection(Connection):
             case "response.cancel":
                 self._cancel()
             case "tmlc.input_video_frame.append":
-                await self._see(event.get("image_url"), "image_url")
+                self._see(event.get("image_url"), "image_url", own)
             case "tmlc.playback":
                 self.hub.playback(session, event)
             case "tmlc.delegate":
@@ -247,11 +247,14 @@ class RealtimeConnection(Connection):
         session.beside.queue.playback = options["playback"]
         self._tell("session.updated", session=self._resource())
 
-    async def _see(self, url: Any, param: str) -> None:
+    def _see(self, url: Any, param: str, own: str | None) -> None:
+        self.may_see(param)
+        self.aside(self._look(picture_of(url, self.hub.image_limits), param), own)
+
+    async def _look(self, picture: bytes, param: str) -> None:
         session = self.session
-        assert session is not None
-        frame = await self.hub.frame(picture_of(url, self.hub.image_limits), param)
-        if self.session is session and session.ended is None:
+        frame = await self.hub.frame(picture, param)
+        if session is not None and self.session is session and session.ended is None:
             session.see(frame)
 
     def _commit(self) -> None:
@@ -260,7 +263,7 @@ class RealtimeConnection(Connection):
         self._tell("input_audio_buffer.committed", item_id=item, previous_item_id=self._last_item)
         self._add_item({"id": item, "type": "message", "role": "user", "content": [{"type": "input_audio"}]})
 
-    async def _create(self, event: dict[str, Any]) -> None:
+    def _create(self, event: dict[str, Any], own: str | None) -> None:
         session = self.session
         assert session is not None
         item = dict(object_of(event, "item"))
@@ -270,7 +273,7 @@ class RealtimeConnection(Connection):
         if item.get("type") == "function_call_output":
             self._take_output(item)
         elif item.get("type") == "message":
-            await self._take_message(item)
+            self._take_message(item, own)
         else:
             raise WireError("item.type must be message or function_call_output", "not_supported", "item.type")
         item["id"] = given or _id("item")
@@ -288,7 +291,7 @@ class RealtimeConnection(Connection):
             raise WireError("16 outputs wait for response.create", "rate_limit_exceeded", "item")
         self._outputs.append(output)
 
-    async def _take_message(self, item: dict[str, Any]) -> None:
+    def _take_message(self, item: dict[str, Any], own: str | None) -> None:
         session, role, content = self.session, item.get("role"), item.get("content")
         assert session is not None
         if role not in ("user", "system", "assistant"):
@@ -305,7 +308,7 @@ class RealtimeConnection(Connection):
                 data = base64_of(part.get("audio"), f"{where}.audio", MAX_AUDIO)
                 session.hear(self._in.push(decode(data, self._in_format)))
             elif kind == "input_image" and role == "user":
-                await self._see(part.get("image_url"), f"{where}.image_url")
+                self._see(part.get("image_url"), f"{where}.image_url", own)
             else:
                 raise WireError(f"{where}.type cannot be taken from this role", "invalid_value", f"{where}.type")
         # What was sent as bytes is not kept.
@@ -393,7 +396,7 @@ class RealtimeConnection(Connection):
         while len(self._items) > MAX_ITEMS:
             del self._items[next(iter(self._items))]
 
-    def push(self, number: int, happening: Happening) -> None:
+    def project(self, number: int, happening: Happening) -> None:
         match happening:
             case Tick():
                 self._user_turns(happening)

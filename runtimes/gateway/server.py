@@ -106,7 +106,7 @@ async def _model(request: web.Request) -> web.Response:
 
 
 async def _watch_loop(app: web.Application) -> Any:
-    """Measures how late the event loop comes."""
+    """Starts the worker of pictures; measures how late the event loop comes."""
 
     async def watch() -> None:
         while True:
@@ -114,11 +114,12 @@ async def _watch_loop(app: web.Application) -> Any:
             await asyncio.sleep(LAG_SECONDS)
             app[HUB].observer.loop_lag(max(0.0, time.monotonic() - due))
 
-    task = asyncio.create_task(watch())
+    tasks = [asyncio.create_task(watch()), asyncio.create_task(app[HUB].warm())]
     yield
-    task.cancel()
-    with contextlib.suppress(asyncio.CancelledError):
-        await task
+    for task in tasks:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
 
 
 async def _close_sockets(app: web.Application) -> None:

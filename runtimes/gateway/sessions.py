@@ -28,7 +28,7 @@ from tmlc.runtimes.core.streams import Pace
 from tmlc.runtimes.core.surface import LogSink
 from tmlc.runtimes.gateway.events import ClientTask, Closed, Delegated, EventLog, Happening, Injected, Tick
 from tmlc.runtimes.gateway.observer import Observer
-from tmlc.runtimes.gateway.snapshots import Kept, SnapshotStore
+from tmlc.runtimes.gateway.snapshots import EndedSessions, Kept, SnapshotStore
 
 SNAPSHOT_TICKS = 25
 """With a folder of snapshots, a session is kept on disk every so many ticks."""
@@ -97,6 +97,7 @@ class LiveSession:
         self.client_tasks = opening.client_tasks
         self.seat: Seat = None  # type: ignore[assignment]  # set before anything can arrive
         self.connection: Attached | None = None
+        self.sent = last_event  # number of the last event that was written to a client
         self.tick = 0
         self.began = time.time()
         self.tasks: dict[str, None] = {}  # of the client, by id; the oldest is forgotten
@@ -296,6 +297,7 @@ class Sessions:
         self.tick_ms = int(scheduler.engine.layout.duration_ms)
         self._by_token: dict[bytes, LiveSession] = {}
         self._writing: set[asyncio.Future[Any]] = set()
+        self._ended = EndedSessions()
 
     def __len__(self) -> int:
         return len(self._by_token)
@@ -355,7 +357,9 @@ class Sessions:
             error = CapacityError("the server is full", fix=f"try again in {wait:.0f} s")
             error.retry_after = wait
             raise error
-        kept = await asyncio.to_thread(self.store.take, token) if self.store is not None else None
+        kept = self._ended.take(token)
+        if kept is None and self.store is not None:
+            kept = await asyncio.to_thread(self.store.take, token)
         if kept is None or kept.dialect != dialect:
             raise SessionError("no session can be resumed with this token", fix="start a new session")
         opening = Opening(dialect, kept.config, **_options(kept.config))
@@ -384,19 +388,25 @@ class Sessions:
     async def _store(self, session: LiveSession, blob: bytes) -> None:
         assert self.store is not None
         token = session.token
-        kept = Kept(
-            session.opening.dialect, session.opening.config, session.events.last, time.time() + TOKEN_SECONDS, blob
-        )
-        await asyncio.to_thread(self.store.write, token, kept)
+        await asyncio.to_thread(self.store.write, token, self._kept(session, blob))
         if token != session.token or (session.ended is not None and session.ended.reason == EndReason.CLOSED):
             await asyncio.to_thread(self.store.drop, token)
 
+    @staticmethod
+    def _kept(session: LiveSession, blob: bytes) -> Kept:
+        opening, expires = session.opening, time.time() + TOKEN_SECONDS
+        return Kept(opening.dialect, opening.config, session.events.last, expires, blob)
+
     def forget(self, session: LiveSession, ended: Ended) -> None:
-        """A session has ended. What can be gone on with is kept on disk, where there is a folder for it."""
+        """A session has ended. What can be gone on with is kept: on disk, or in memory where there is no folder."""
         self._by_token.pop(_hash(session.token), None)
+        resumable = ended.snapshot is not None and ended.reason is not EndReason.CLOSED
         if self.store is None:
+            if resumable:
+                assert ended.snapshot is not None
+                self._ended.write(session.token, self._kept(session, ended.snapshot))
             return
-        if ended.snapshot is not None and ended.reason is not EndReason.CLOSED:
+        if ended.snapshot is not None and resumable:
             self._spawn(self._last(session, ended.snapshot))
         else:
             self._spawn(asyncio.to_thread(self.store.drop, session.token))

@@ -21,6 +21,8 @@ from tmlc.errors import SessionError
 
 MAGIC = b"TMLCLIVE"
 MAX_HEADER = 1 << 20
+MAX_ENDED_BYTES = 256 << 20
+"""Snapshots of ended sessions that are kept in memory, all together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +39,27 @@ class Kept:
     last_event: int
     expires: float
     blob: bytes
+
+
+class EndedSessions:
+    """Sessions that ended and can be gone on with, in memory, for a server without a folder. The oldest make room."""
+
+    def __init__(self, most: int = MAX_ENDED_BYTES) -> None:
+        self._most, self._kept = most, dict[str, Kept]()
+
+    def write(self, token: str, kept: Kept) -> None:
+        """Keeps a session for its token; one that is larger than all that may be kept is not."""
+        self._kept[name_of(token)] = kept
+        now = time.time()
+        for name in [name for name, kept in self._kept.items() if kept.expires <= now]:
+            del self._kept[name]
+        while sum(len(kept.blob) for kept in self._kept.values()) > self._most:
+            del self._kept[next(iter(self._kept))]
+
+    def take(self, token: str) -> Kept | None:
+        """What is kept for the token, once."""
+        kept = self._kept.pop(name_of(token), None)
+        return kept if kept is not None and kept.expires > time.time() else None
 
 
 def name_of(token: str) -> str:

@@ -3,7 +3,7 @@
 | stream out | bound | overflow |
 | --- | --- | --- |
 | audio | 25 messages (5 s) | the oldest is dropped; the client gets a note once it reads again |
-| everything else | 1,000 messages | the connection is closed with 4008; the session can be resumed |
+| everything else | 1,000 messages | the connection is closed with 1013; the session can be resumed |
 """
 
 from __future__ import annotations
@@ -18,12 +18,14 @@ import secrets
 import time
 from abc import ABC, abstractmethod
 from collections import deque
+from collections.abc import Coroutine
 from typing import Any
 
 from aiohttp import WSCloseCode, WSMsgType, web
 
 from tmlc.errors import CapacityError, InputError, SessionError, TmlcError, UsageError
 from tmlc.runtimes.background.injections import Policy
+from tmlc.runtimes.gateway.caps import Meter
 from tmlc.runtimes.gateway.events import Happening
 from tmlc.runtimes.gateway.observer import Observer
 from tmlc.runtimes.gateway.sessions import LiveSession
@@ -32,12 +34,18 @@ MAX_MESSAGE = 4 << 20
 MAX_AUDIO = 1 << 20
 """Bytes of audio in one message: more than 20 s."""
 MAX_AUDIO_OUT, MAX_OUT = 25, 1000
-SLOW_READER, TAKEN_OVER, TOO_LATE = 4008, 4000, 4001
-"""Codes with which we close: the client does not read; another connection has the session; it did not start in time."""
+SLOW_READER, TAKEN_OVER, TOO_LATE = 1013, 4000, 4001
+"""Codes with which we close: the client does not read (openai's clients come back after this one by themselves);
+another connection has the session; it did not start in time."""
+AFTER = "tmlc_after"
 START_SECONDS = 30.0
 """A connection that has not started a session by then is closed."""
 SEND_SECONDS = 20.0
 """A message that the client does not take for so long ends the connection (half-open TCP)."""
+MAX_ASIDE = 4
+"""Pictures of one connection that are decoded or wait for it; the next one is refused."""
+METER = web.RequestKey("meter", Meter)
+"""What the connection of a request may send; absent where nothing is bounded."""
 log = logging.getLogger(__name__)
 
 
@@ -82,12 +90,16 @@ class Connection(ABC):
     def __init__(self, request: web.Request, socket: web.WebSocketResponse, observer: Observer) -> None:
         self.request, self.socket, self.observer = request, socket, observer
         self.session: LiveSession | None = None
-        self._out: deque[tuple[dict[str, Any], int]] = deque()  # a message, and the tick of its audio or -1
+        self.meter: Meter | None = request.get(METER)
+        # A message, the tick of its audio or -1, the number of the event that it tells of or 0.
+        self._out: deque[tuple[dict[str, Any], int, int]] = deque()
+        self._number = 0
         self._audio_out = self._dropped = 0
         self._ready = asyncio.Event()
         self._close_code: int | None = None
         self._closing_after_flush = False
         self._opened = time.monotonic()
+        self._asides: set[asyncio.Task[None]] = set()
 
     # Out.
 
@@ -102,11 +114,11 @@ class Connection(ABC):
         elif len(self._out) - self._audio_out >= MAX_OUT:
             self.close(SLOW_READER)
             return
-        self._out.append((message, tick))
+        self._out.append((message, tick, self._number))
         self._ready.set()
 
     def _drop_oldest_audio(self) -> None:
-        for index, (_, tick) in enumerate(self._out):
+        for index, (_, tick, _) in enumerate(self._out):
             if tick >= 0:
                 del self._out[index]
                 break
@@ -138,7 +150,7 @@ class Connection(ABC):
                     return
                 self._ready.clear()
                 continue
-            message, tick = self._out.popleft()
+            message, tick, number = self._out.popleft()
             try:
                 async with asyncio.timeout(SEND_SECONDS):
                     await self.socket.send_str(json.dumps(message))
@@ -146,6 +158,8 @@ class Connection(ABC):
                 await self._shut(WSCloseCode.GOING_AWAY)
                 return
             self.observer.message(self.dialect, "out", str(message.get("type")))
+            if number and self.session is not None and not (self._out and self._out[0][2] == number):
+                self.session.sent = max(self.session.sent, number)
             if tick >= 0:
                 self._audio_out -= 1
                 if self.session is not None:
@@ -184,6 +198,8 @@ class Connection(ABC):
         except (ConnectionError, asyncio.IncompleteReadError):
             pass
         finally:
+            for task in self._asides:
+                task.cancel()
             if self.session is not None:
                 self.session.detach(self)
             if not self._closing_after_flush and self._close_code is None:
@@ -197,6 +213,9 @@ class Connection(ABC):
     async def _receive(self, text: str) -> None:
         own: str | None = None
         try:
+            if self.meter is not None and (why := self.meter.message(len(text))):
+                self.observer.refused("rate")
+                raise WireError(f"more {why} than this server takes", "rate_limit_exceeded", kind="rate_limit_error")
             try:
                 event = json.loads(text)
             except (ValueError, RecursionError):
@@ -207,10 +226,45 @@ class Connection(ABC):
                 own = event["event_id"][:512]
             self.observer.message(self.dialect, "in", event["type"] if event["type"] in self.accepted() else "other")
             await self.handle(event["type"], event, own)
-        except WireError as error:
+        except Exception as error:
+            self._refuse(error, own)
+
+    def _refuse(self, error: Exception, own: str | None) -> None:
+        """Tells the client what was wrong. Any other exception is our fault: it ends nothing, and is logged."""
+        if isinstance(error, WireError):
             self.fail(error, own)
-        except TmlcError as error:
+        elif isinstance(error, TmlcError):
             self.fail(as_wire(error), own)
+        else:
+            log.error("a message could not be handled", exc_info=error)
+            self.fail(WireError("internal error", "server_error", kind="server_error"), own)
+
+    def aside(self, work: Coroutine[Any, Any, None], own: str | None) -> None:
+        """Does what takes a while beside the messages that follow, which do not wait for it.
+
+        Raises WireError: too much of it is under way.
+        """
+        if len(self._asides) >= MAX_ASIDE:
+            work.close()
+            self.observer.dropped("input_video", 1)
+            what = f"{MAX_ASIDE} pictures of this connection wait to be decoded"
+            raise WireError(what, "rate_limit_exceeded", kind="rate_limit_error")
+        task = asyncio.create_task(self._aside(work, own))
+        self._asides.add(task)
+        task.add_done_callback(self._asides.discard)
+
+    async def _aside(self, work: Coroutine[Any, Any, None], own: str | None) -> None:
+        try:
+            await work
+        except Exception as error:
+            self._refuse(error, own)
+
+    def may_see(self, param: str) -> None:
+        """Raises WireError when the client sends more pictures than it may."""
+        if self.meter is not None and not self.meter.frame():
+            self.observer.dropped("input_video", 1)
+            message = "more pictures a second than this server takes"
+            raise WireError(message, "rate_limit_exceeded", param, "rate_limit_error")
 
     # What a dialect does.
 
@@ -226,9 +280,22 @@ class Connection(ABC):
     async def handle(self, kind: str, event: dict[str, Any], own: str | None) -> None:
         """One event of the client; `own` is the event_id that it gave. Raises WireError or TmlcError to refuse it."""
 
-    @abstractmethod
     def push(self, number: int, happening: Happening) -> None:
-        """An event of the session."""
+        """An event of the session: what the dialect makes of it is queued under its number."""
+        self._number = number
+        try:
+            self.project(number, happening)
+        finally:
+            self._number = 0
+
+    def after(self, session: LiveSession) -> int:
+        """The event after which one that comes back goes on: the last that it says it has, or that was written."""
+        given = self.request.query.get(AFTER, "")
+        return int(given) if given.isascii() and given.isdecimal() and len(given) < 16 else session.sent
+
+    @abstractmethod
+    def project(self, number: int, happening: Happening) -> None:
+        """Sends what the dialect makes of an event of the session."""
 
     @abstractmethod
     def fail(self, error: WireError, own: str | None) -> None:

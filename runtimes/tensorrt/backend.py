@@ -8,20 +8,23 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
-from tmlc.errors import ContextFullError, InputError, KernelError, PackageError, UsageError
+from tmlc.errors import ContextFullError, InputError, KernelError, PackageError
 from tmlc.package.reader import Package
 from tmlc.runtimes.core.backend import Backend, MethodSpec, check_inputs
-from tmlc.runtimes.core.placement import Placement
+from tmlc.runtimes.core.placement import Placement, refuse_cpu_options
 from tmlc.runtimes.core.slots import Slot, SlotMemory
 from tmlc.runtimes.tensorrt.device import Device, LoadedEngine, open_device
+from tmlc.runtimes.tensorrt.kernel_cache import KernelFile
 from tmlc.runtimes.tensorrt.plan import ALIGN, END, ROWS, Binding, MethodPlan, Plan, read_plan
 from tmlc.runtimes.tensorrt.random import gumbel, normal
 from tmlc.runtimes.tensorrt.slots import DeviceSlot, DeviceSlots
 
+RTX = "tensorrt_rtx"  # the library that compiles kernels when its engines are loaded
 NO_POSITION = 2**31 - 2  # positions are int32 in an engine
 HOST = {"f32": np.float32, "i32": np.int32, "i64": np.int64, "u8": np.uint8}
 
@@ -80,11 +83,15 @@ class TensorRTBackend(Backend):
         package: an open package with a TensorRT target.
         target: its name there ("tensorrt:sm89").
         device: the GPU; None opens that of this machine.
+        kernel_cache: a folder in which kernels that are compiled while the package is loaded are kept for the next
+            load; None keeps none.
     """
 
     unbatched = ""
 
-    def __init__(self, package: Package, target: str, device: Device | None = None) -> None:
+    def __init__(
+        self, package: Package, target: str, device: Device | None = None, kernel_cache: Path | None = None
+    ) -> None:
         info = package.manifest.targets[target]
         states = {state.name: state for state in package.manifest.states}
         plan = read_plan(package.json(info.plan), states)
@@ -95,9 +102,17 @@ class TensorRTBackend(Backend):
         self._lock = threading.RLock()
         self._slots: DeviceSlots | None = None
         self._held: list[int] = []
+        self._known: bytes | None = None
         self._loaded: dict[str, _Method] = {}
+        if kernel_cache is not None and plan.library != RTX:
+            what = f"engines of {plan.library} hold their kernels, and none are compiled when they are loaded"
+            raise UsageError(what, where="kernel_cache", fix="load without kernel_cache")
+        self._kernels: KernelFile | None = None
         self._device = device if device is not None else open_device(plan)
         try:
+            if kernel_cache is not None:
+                gpu = (self._device.name, self._device.architecture)
+                self._kernels = KernelFile(kernel_cache, package.digest, *gpu, plan.library, plan.version)
             self._load(package, plan)
         except BaseException:
             self.close()
@@ -115,6 +130,9 @@ class TensorRTBackend(Backend):
         self._buffer = self._allocate(max((m.device_bytes for m in ready), default=0))
         self._host = self._device.host_buffer(max((m.buffer_bytes for m in ready), default=0))
         self._outputs = {m.plan.spec.name: [o.allocate(m.plan.spec.max_n) for o in m.plan.spec.outputs] for m in ready}
+        if self._kernels is not None:
+            self._known = self._kernels.read()
+            self._device.keep_kernels(self._known)
         for entry in ready:
             entry.engine.prepare(scratch)
 
@@ -126,6 +144,11 @@ class TensorRTBackend(Backend):
     def slots(self, count: int) -> SlotMemory:
         self._slots = DeviceSlots(self._device, count, self.slot_bytes, self._offsets, self._lock)
         self._warm(self._slots)
+        if self._kernels is not None:
+            kept = self._device.kernels()
+            if kept != self._known:
+                self._kernels.write(kept)
+            self._known = None
         return self._slots
 
     def _warm(self, slots: DeviceSlots) -> None:
@@ -303,17 +326,16 @@ def open_backend(
     isa: str | None = None,
     placement: Placement | None = None,
     portable_bits: bool = False,
+    kernel_cache: Path | None = None,
 ) -> TensorRTBackend:
     """The TensorRT engines of `package` on this machine's GPU. There are no threads to count.
 
     Raises:
-        UsageError: `isa`, `portable_bits` or a placement is asked for, which are the CPU's affair.
+        UsageError: `isa`, `portable_bits` or a placement is asked for, which are the CPU's affair; or the folder of
+            `kernel_cache` cannot be used.
         TargetError: the library, the driver or the GPU is missing or another one.
         PackageError: the plan or an engine is refused.
         CapacityError: too little device memory.
     """
-    placed = placement or Placement()
-    asked = {"isa": isa is not None, "portable_bits": portable_bits} | asdict(placed)
-    for what in (name for name, given in asked.items() if given):
-        raise UsageError(f"{what} is for the target cpu, not for {target}", fix=f"leave {what} out")
-    return TensorRTBackend(package, target)
+    refuse_cpu_options(target, isa, portable_bits, placement)
+    return TensorRTBackend(package, target, kernel_cache=kernel_cache)

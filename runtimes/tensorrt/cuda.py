@@ -63,6 +63,9 @@ class CudaDevice(Device):
         self._closed = True
         self._open(plan)
         self._closed = False
+        self._keep = False
+        self._cache: Any = None
+        self._known: bytes | None = None
         self._logger = _logger(library)
         self._runtime = library.Runtime(self._logger)
 
@@ -157,11 +160,27 @@ class CudaDevice(Device):
             raise PackageError(f"TensorRT refuses the engine: {said}", where=where, fix=fix)
         return CudaEngine(self, self._trt, engine, len(data), self._stream)
 
+    def keep_kernels(self, known: bytes | None) -> None:
+        self._keep, self._known = True, known
+
+    def runtime_cache(self, config: Any) -> Any:
+        """TensorRT's cache, which the contexts of all engines share; None where nothing is kept."""
+        if self._keep and self._cache is None:
+            self._enter()  # it compares what is known with the device of this thread
+            self._cache = config.create_runtime_cache()
+            if self._known:
+                self._cache.deserialize(self._known)  # False where it does not fit: then it stays empty
+            self._known = None
+        return self._cache
+
+    def kernels(self) -> bytes:
+        return b"" if self._cache is None else bytes(self._cache.serialize())
+
     def close(self) -> None:
         if self._closed:
             return
         self._closed = True
-        self._runtime = None
+        self._cache = self._runtime = None
         self._enter()
         self._driver.cuStreamDestroy(self._stream)
         self._driver.cuDevicePrimaryCtxRelease(self._device)
@@ -177,7 +196,7 @@ class CudaEngine(LoadedEngine):
         self.scratch_bytes = int(engine.device_memory_size_v2)
         self.code_bytes = size
         dtypes = {trt.float32: "f32", trt.float16: "f16", trt.bfloat16: "bf16", trt.int32: "i32", trt.int64: "i64",
-                  trt.uint8: "u8"}  # fmt: skip
+                  trt.uint8: "u8", trt.int8: "i8"}  # fmt: skip
         names = [engine.get_tensor_name(k) for k in range(engine.num_io_tensors)]
         self.bindings = {
             name: EngineBinding(
@@ -206,6 +225,9 @@ class CudaEngine(LoadedEngine):
                 config.dynamic_shapes_kernel_specialization_strategy = (
                     trt.DynamicShapesKernelSpecializationStrategy.NONE
                 )
+            cache = self._device.runtime_cache(config)
+            if cache is not None and not config.set_runtime_cache(cache):
+                raise KernelError("TensorRT takes no cache of kernels", fix="load without kernel_cache")
             context = self._engine.create_execution_context(config)
             if context is None:
                 raise CapacityError("TensorRT cannot make an execution context", fix="free memory of the GPU")

@@ -98,6 +98,15 @@ class Device(ABC):
         """uint8 memory of this machine that copies to and from the device can use directly."""
 
     @abstractmethod
+    def keep_kernels(self, known: bytes | None) -> None:
+        """From now on keeps what is compiled for engines that are prepared, beginning with what was kept before.
+        Kernels that do not fit this GPU, driver or library are left out."""
+
+    @abstractmethod
+    def kernels(self) -> bytes:
+        """What was kept."""
+
+    @abstractmethod
     def load(self, data: bytes, name: str) -> LoadedEngine:
         """An engine from its serialised form. Raises PackageError when TensorRT refuses it."""
 

@@ -20,7 +20,8 @@ from tmlc.runtimes.core.backend import DTYPES, MethodSpec, TensorSpec
 VERSION = 1
 LIBRARIES = ("tensorrt_rtx", "tensorrt")
 KINDS = ("input", "output", "noise", "position", "state", "next")
-ITEM = {"f32": 4, "f16": 2, "bf16": 2, "i32": 4, "i64": 8, "u8": 1}
+ITEM = {"f32": 4, "f16": 2, "bf16": 2, "i32": 4, "i64": 8, "u8": 1, "i8": 1}
+STORED = {"i8": "u8"}  # what a state of that type is in the manifest
 NOISE = ("normal", "gumbel")
 ROWS, END = "position.rows", "position.end"
 MAX_DIM, MAX_BYTES, MAX_N = 2**31, 2**40, 2**24
@@ -253,7 +254,7 @@ def _state(
     if state is None:
         raise f.fail("state", "the package has no such state")
     size = math.prod(b for _, b in shape) * ITEM[dtype]
-    if any(a for a, _ in shape) or dtype != state.dtype or size != state.bytes:
+    if any(a for a, _ in shape) or STORED.get(dtype, dtype) != state.dtype or size != state.bytes:
         raise f.fail("shape", "it does not fit the state")
     if state.offset % ALIGN or state.offset + size > slot_bytes:
         raise f.fail("state", "it lies outside the slot")

@@ -6,7 +6,7 @@ from tmlc.errors import UsageError
 from tmlc.runtimes.background.client import ClientModel
 from tmlc.runtimes.background.config import check_settings, read_settings
 from tmlc.runtimes.background.endpoint import EndpointModel
-from tmlc.runtimes.background.injections import Policy
+from tmlc.runtimes.background.policies import Policy
 from tmlc.runtimes.background.rules import Trigger
 
 WHOLE = """

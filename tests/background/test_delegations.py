@@ -12,8 +12,9 @@ from tmlc.runtimes.background import delegations as room
 from tmlc.runtimes.background.callable import CallableModel
 from tmlc.runtimes.background.client import ClientModel
 from tmlc.runtimes.background.delegations import Limits, Stage
-from tmlc.runtimes.background.injections import CUT_MARK, MAX_TOKENS, Policy
+from tmlc.runtimes.background.injections import CUT_MARK, MAX_TOKENS
 from tmlc.runtimes.background.model import BackgroundModel, Origin, Progress, Result, ToolCall
+from tmlc.runtimes.background.policies import Policy
 from tmlc.runtimes.background.session import Background
 from tmlc.runtimes.background.worker import MAX_RUNNING, Worker
 

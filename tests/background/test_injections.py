@@ -2,18 +2,16 @@
 
 import pytest
 
-from tmlc.errors import CapacityError, SessionError, UsageError
+from tmlc.errors import CapacityError, InputError, SessionError, UsageError
 from tmlc.runtimes.background.injections import (
     CUT_MARK,
     MAX_REPEATS,
     MAX_TOKENS,
     MAX_WAITING,
     MAX_WAITING_TOKENS,
-    Fate,
     InjectionQueue,
-    Marks,
-    Policy,
 )
+from tmlc.runtimes.background.policies import Fate, Marks, Policy
 from tmlc.runtimes.core.text import ByteTokenizer
 
 from .conftest import BEGIN, END, Edges
@@ -88,6 +86,33 @@ def test_when_idle_takes_the_next_gap_after_five_seconds(queue):
     assert at is not None and at * 0.2 >= 5.0 and at <= 27
 
 
+def test_a_model_that_never_pauses_is_interrupted_in_the_end_and_a_user_never_is(queue):
+    queue = queue()
+    edges = Edges(queue)
+    edges.edge(model=True)
+    queue.put("idle", spoken=True)
+    edges.edges(49, model=True)
+    assert edges.said == ""
+    edges.edges(8, model=True)
+    assert edges.said == "idle"
+    queue.put("gap", spoken=True, policy=Policy.NEXT_GAP)
+    edges.edges(100, user=True, model=True)
+    assert edges.said == "idle"
+    edges.edges(4, model=True)
+    assert edges.said == "idlegap"
+
+
+def test_a_token_that_the_engine_does_not_know_is_refused(tokenizer):
+    with pytest.raises(InputError, match="below 300"):
+        InjectionQueue(tokenizer, say_room=2, vocab=300)
+    odd = ByteTokenizer({b: b for b in range(255)} | {400: 255}, {"<injection>": 300, "<end_of_injection>": 301})
+    queue = InjectionQueue(odd, say_room=2, vocab=302)
+    odd._token_of[ord("z")] = 400
+    with pytest.raises(InputError, match="token 400"):
+        queue.put("z")
+    queue.put("a")
+
+
 def test_next_gap_waits_until_neither_side_is_heard(queue):
     queue = queue()
     edges = Edges(queue)
@@ -97,7 +122,7 @@ def test_next_gap_waits_until_neither_side_is_heard(queue):
     edges.edge(model=True)
     assert first_edge(edges, "say") is None
     edges.edges(2)
-    assert first_edge(edges, "say") == 4 or edges.deliveries[3].say
+    assert first_edge(edges, "say") == 4  # the model was heard in tick 2, nobody in tick 3
 
 
 def test_interrupt_goes_first_and_over_whoever_speaks(queue):

@@ -8,7 +8,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tmlc.errors import CapacityError
-from tmlc.runtimes.background.injections import Fate, InjectionQueue, Policy
+from tmlc.runtimes.background.injections import InjectionQueue
+from tmlc.runtimes.background.policies import Fate, Policy
 
 from .conftest import BEGIN, END, Edges, make_tokenizer
 

@@ -12,8 +12,8 @@ from click.testing import CliRunner
 from tmlc.cli.main import cli
 from tmlc.runtimes.background.callable import CallableModel
 from tmlc.runtimes.background.delegations import Limits, Stage
-from tmlc.runtimes.background.injections import Policy
 from tmlc.runtimes.background.model import Progress
+from tmlc.runtimes.background.policies import Policy
 from tmlc.runtimes.background.rules import Rule
 from tmlc.runtimes.background.session import Background
 from tmlc.runtimes.core import ticklog
@@ -46,8 +46,9 @@ class Live:
     def open(self, seed=0):
         heard, events, records = [], [], []
         beside = self.background.open(
-            self.scheduler.engine.tokenizer, self.scheduler.engine.layout, on_delegation=events.append
-        )
+            self.scheduler.engine.tokenizer, self.scheduler.engine.layout, vocab=self.scheduler.engine.vocab,
+            on_delegation=events.append,
+        )  # fmt: skip
         seat = self.scheduler.open(heard.append, seed=seed, inbox=beside, log=records.append)
         self.scheduler.step()  # it joins; its first tick is due at the next edge
         self.sessions.append((seat, beside, heard, events, records))
@@ -128,6 +129,18 @@ def test_what_is_injected_silently_is_in_the_log_and_not_in_the_transcript(nano)
         assert [len(tokens) for tokens in given] == [0, 64, 64, 28, 0] and heard[1].delivery.parts == ()
         assert not any("xx" in out.output.text for out in heard)
         live.sessions.clear()
+
+    play(nano, Background, scene)
+
+
+def test_a_commentary_is_said_even_by_a_model_that_never_pauses(nano):
+    async def scene(live):
+        _, beside, heard, _, _ = live.open()
+        beside.inject("Hi!", spoken=True)  # when idle, and nano never is
+        for _ in range(60):
+            await live.edge()
+        assert all(out.model_speaking for out in heard)
+        assert bytes(t for out in heard for t in out.delivery.say) == b"Hi!" and beside.queue.waiting == 0
 
     play(nano, Background, scene)
 

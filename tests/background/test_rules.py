@@ -8,13 +8,13 @@ from pydantic import ValidationError
 
 from tmlc.errors import UsageError
 from tmlc.runtimes.background.callable import CallableModel
-from tmlc.runtimes.background.injections import Policy
 from tmlc.runtimes.background.model import Origin
+from tmlc.runtimes.background.policies import Policy
 from tmlc.runtimes.background.rules import Rule, RuleClock, milliseconds
 from tmlc.runtimes.background.session import Background
 from tmlc.runtimes.core.live import Moment
 
-from .conftest import LAYOUT, PERIOD, Edges, published, until
+from .conftest import END_OF_TASK, LAYOUT, PERIOD, TASK, Edges, published, until
 
 
 def rule(on, **fields) -> Rule:
@@ -183,13 +183,26 @@ def test_a_rule_can_delegate_and_a_newer_one_takes_its_place(tokenizer):
 
 
 def test_rules_that_cannot_work_are_refused_before_any_session(tokenizer):
-    with pytest.raises(UsageError, match="no background model"):
-        Background(rules=[rule("at 1 s", delegate="x")])
     with pytest.raises(UsageError, match="door_open"):
         Background(rules=[rule("when door_open")])
     with pytest.raises(UsageError, match="built-in"):
         Background(detectors={"user_started": lambda sight: True})
     Background(rules=[rule("when door_open")], detectors={"door_open": lambda sight: True})
+
+
+def test_a_task_without_a_model_goes_to_the_client_or_is_counted(tokenizer):
+    tasks = []
+
+    async def scene(session, edges):
+        edges.edges(6)
+        await until(lambda: session.refused == 1)
+        session.on_task = tasks.append
+        edges.edges(5)
+        await until(lambda: tasks == ["x"])
+        session.tick(published(11, tokens=[TASK, *b"y", END_OF_TASK]))
+        assert tasks == ["x", "y"] and session.refused == 1
+
+    play(tokenizer, scene, rules=[rule("every 1 s", delegate="x")])
 
 
 def test_a_full_queue_costs_the_rule_and_not_the_tick(tokenizer):

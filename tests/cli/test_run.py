@@ -36,6 +36,12 @@ def read(folder):
     return {p.name: p.read_bytes() for p in folder.iterdir()}
 
 
+def test_kernels_are_kept_for_tensorrt_packages_only(tmlc_cli, package, tmp_path):
+    asked = ["--seconds", 1, "-o", tmp_path / "out", "--kernel-cache", tmp_path / "kernels"]
+    told = tmlc_cli("run", package, *asked, code=2).stderr
+    assert "target cpu compiles no kernels when it is loaded" in told and not (tmp_path / "kernels").exists()
+
+
 def test_a_run_writes_audio_transcript_and_timeline(tmlc_cli, package, media, tmp_path):
     view = tmlc_cli("run", package, *inputs(media), "-o", tmp_path / "out", "--json").json
     assert view["ticks"] == 6 and len(view["files"]) == 3

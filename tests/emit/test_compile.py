@@ -143,6 +143,8 @@ def test_targets_and_precisions_that_do_not_fit_are_told_apart_from_unknown_ones
     with pytest.raises(TargetError, match="unknown target"):
         tmlc.compile(checkpoint, "x", target="abacus")
     with pytest.raises(UsageError, match="target cpu has no precision fp8"):
+        tmlc.compile(checkpoint, "x", passes=["quantize.fp8", "quantize.cast"])
+    with pytest.raises(UsageError, match="target cpu has no precision fp8"):
         tmlc.compile(checkpoint, "x", precision="fp8")
     with pytest.raises(UsageError, match="unknown precision"):
         tmlc.compile(checkpoint, "x", precision="fp31")

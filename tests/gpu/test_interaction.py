@@ -127,3 +127,21 @@ def test_golden_calls_replay_as_verify_does(engines, tiny):
     assert view["passed"], view["methods"]
     with open_package(tiny.gpu) as opened:
         assert {row["method"] for row in view["methods"]} == {method.name for method in opened.manifest.methods}
+
+
+@pytest.mark.parametrize(("silent", "expected"), [(False, 23), (True, 7)])
+def test_a_tick_makes_as_many_calls_as_the_document_says(tiny, silent, expected):
+    """docs/triton.md, "One graph for a tick": two tokens and speech, or silence; the choice is given here."""
+    with tmlc.load(tiny.cpu, threads=1) as engine, engine.session() as session:
+        call, calls = engine.backend.call, []
+        token = engine.manifest.tick.silence_token_id if silent else 5
+
+        def counted(method, parts, inputs):
+            calls.append(method)
+            made = call(method, parts, inputs)
+            return [np.full((1, 1), token, np.int32)] if method == "next_token" else made
+
+        engine.backend.call = counted
+        out = session.tick(tmlc.TickInput())
+        assert (out.tokens, out.stats["silent"]) == (([token], 1) if silent else ([token] * 2, 0))
+        assert len(calls) == expected

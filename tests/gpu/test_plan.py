@@ -12,6 +12,7 @@ import pytest
 from tmlc.emit.triton.host_device import HostDevice
 from tmlc.errors import CapacityError, PackageError, PlanError, TargetError, TmlcError, UsageError
 from tmlc.package.reader import open_package
+from tmlc.runtimes.core.placement import Placement
 from tmlc.runtimes.cuda.backend import CudaBackend, choose_architecture, open_backend
 from tmlc.runtimes.cuda.driver import DeviceInfo
 from tmlc.runtimes.cuda.plan import PointerArg, read_plan
@@ -219,8 +220,9 @@ def test_machine_code_that_is_not_the_plans_is_refused(tiny, machine, tmp_path):
 
 def test_settings_of_other_targets_are_refused(tiny):
     with open_package(tiny.gpu) as held:
-        for more in ({"isa": "v4"}, {"portable_bits": True}):
-            with pytest.raises(UsageError, match=f"no setting {next(iter(more))}"):
+        placed = {option: {"placement": Placement(**{option: True})} for option in ("pin", "lock_memory", "huge_pages")}
+        for option, more in {"isa": {"isa": "v4"}, "portable_bits": {"portable_bits": True}, **placed}.items():
+            with pytest.raises(UsageError, match=f"^{option} is for the target cpu, not for triton:sm90"):
                 open_backend(held, "triton:sm90", 1, **more)
 
 

@@ -9,6 +9,8 @@ import torch
 from transformers import InklingForCausalLM, InklingTextConfig, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import tmlc
+from tmlc.frontend.checkpoint import open_checkpoint
+from tmlc.ir.run import ProgramRunner
 from tmlc.report.verify import replay
 
 INKLING = dict(
@@ -92,6 +94,29 @@ def test_logits_are_those_of_the_cpu_engine_over_chunks_past_ring_wrap(pair):
             assert np.abs(want - have).max() <= bound, f"after {there.positions} positions"
     largest = max(state.shape[0] for state in gpu.manifest.states if state.kind == "kv_ring")
     assert sum(CUTS) > largest, "no ring of all layers has wrapped"
+
+
+def test_fp8_logits_are_those_of_the_dequantised_model(tmp_path, machine, lab):
+    """Eager PyTorch on the values of the codes, over the chunks of above; the kernels round activations to bfloat16."""
+    folder = checkpoint("inkling", tmp_path / "checkpoint")
+    bounds = dict(context=24, context_policy="ring_with_sinks", sinks=16, max_append=8)
+    lab.compile(folder, tmp_path / "gpu.tmlc", "fp8", **bounds)
+    program = tmlc.compile(
+        folder, "unused", target=lab.target, precision="fp8", stop_after="memory.buckets", **bounds
+    ).program
+    assert sum(program.weights[name].dtype == "f8g128" for name in program.used_weights()) > 8
+    ids = np.random.default_rng(1).integers(0, 67, sum(CUTS)).tolist()
+    mark = machine.mark()
+    here = ProgramRunner(program, open_checkpoint(folder)).session()
+    with lab.load(tmp_path / "gpu.tmlc", machine) as gpu, gpu.session() as there:
+        for count in CUTS:
+            part, ids = ids[:count], ids[count:]
+            (x,) = here.call("embed_text", torch.tensor(part)[:, None])
+            (hidden,) = here.call("decode", x)
+            want, have = here.call("unembed", hidden)[0].numpy(), there.append(tokens=part)
+            assert want.shape == have.shape and 0.3 < want.std() < 3
+            assert np.abs(want - have).max() <= BOUNDS["bf16"], f"after {there.positions} positions"
+    machine.release(mark)
 
 
 def test_sessions_in_company_get_the_bits_that_each_gets_alone(pair):

@@ -41,10 +41,26 @@ def test_architectures_are_sorted_and_once():
     assert find_target("triton:sm100+sm80+sm80").architectures == (80, 100)
 
 
-def test_precisions_that_the_kernels_have_and_the_compiler_not_are_refused(tiny, tmp_path):
-    for precision in ("fp8", "fp16"):
-        with pytest.raises(UsageError, match=f"no precision {precision}"):
-            tmlc.compile(tiny.checkpoint, tmp_path / "x", target="triton:sm90", precision=precision)
+def test_a_precision_that_the_kernels_have_not_is_refused(tiny, tmp_path):
+    with pytest.raises(UsageError, match="no precision fp16"):
+        tmlc.compile(tiny.checkpoint, tmp_path / "x", target="triton:sm90", precision="fp16")
+
+
+def test_an_fp8_package_says_what_a_reader_must_know(tiny, lab, tmp_path):
+    out = lab.compile(tiny.checkpoint, tmp_path / "fp8.tmlc", "fp8")
+    with open_package(out) as held:
+        assert held.manifest.targets["triton:sm90"].precision == "fp8"
+        assert "weights.rows.fp8" in held.manifest.required_features
+        scales = {name: entry for name, entry in held.tensors.items() if name.endswith(".scales")}
+        assert scales and {entry.dtype for entry in scales.values()} == {"f32"}
+        assert {held.tensors[name.removesuffix(".scales")].dtype for name in scales} == {"u8"}
+
+
+def test_every_architecture_takes_fp8(tiny, tmp_path):
+    """The kernels take codes apart with integers, so that sm80, which has no e4m3 instructions, has them too."""
+    name = "triton:sm80+sm89+sm90+sm100+sm120"
+    done = tmlc.compile(tiny.checkpoint, tmp_path / "x", target=name, precision="fp8", dry_run=True)
+    assert done.precision == "fp8" and all(row.kernel for row in done.coverage) and not (tmp_path / "x").exists()
 
 
 def test_without_triton_the_error_names_the_command_that_installs_it():
@@ -106,7 +122,7 @@ def test_the_same_checkpoint_gives_the_same_package(tiny, lab, tmp_path):
     assert lab.compile(tiny.checkpoint, tmp_path / "again.tmlc").read_bytes() == tiny.gpu.read_bytes()
 
 
-@pytest.mark.parametrize(("scheme", "k"), [("i8g32", 40), ("i4g32", 96), ("i4g64", 70)])
+@pytest.mark.parametrize(("scheme", "k"), [("i8g32", 40), ("i4g32", 96), ("i4g64", 70), ("f8g128", 200)])
 def test_stored_codes_are_the_values_of_the_weight(scheme, k):
     import torch
 
@@ -118,9 +134,12 @@ def test_stored_codes_are_the_values_of_the_weight(scheme, k):
     source = {"w.float": torch.randn(3, 5, k, generator=torch.Generator().manual_seed(1))}
     stored = stored_weights(Program({}, weights), ["w"])
     parts = [np.concatenate([p.reshape(-1).view(np.uint8) for p in s.pieces(source["w.float"])]) for s in stored]
-    assert [p.nbytes for p in parts] == [s.rows * s.cols for s in stored] and {s.dtype for s in stored} == {"u8"}
+    floats = scheme == "f8g128"
+    wide = [4 if s.dtype == "f32" else 1 for s in stored]
+    assert [p.nbytes for p in parts] == [s.rows * s.cols * size for s, size in zip(stored, wide, strict=True)]
+    assert [s.dtype for s in stored] == ["u8", "f32" if floats else "u8", "u8"][: len(stored)]
     codes, scales, *zeros = (p.reshape(15, -1) for p in parts)
-    have = unpack(scheme, [codes, scales.view(np.float16), *zeros], k)
+    have = unpack(scheme, [codes, scales.view(np.float32 if floats else np.float16), *zeros], k)
     assert np.abs(have - weights.evaluate("w", source).reshape(15, k).numpy()).max() < 1e-6
 
 

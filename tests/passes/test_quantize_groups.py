@@ -1,4 +1,4 @@
-"""quantize.int8 and quantize.int4: what gets codes, what keeps its numbers, and what a budget buys."""
+"""quantize.int8, quantize.int4 and quantize.fp8: what gets codes, what keeps its numbers, and what a budget buys."""
 
 import pytest
 import torch
@@ -48,12 +48,15 @@ PLAIN = TEXT.replace(
 )
 
 
+CODERS = [("quantize.int8", "i8g32"), ("quantize.int4", "i4g32"), ("quantize.fp8", "f8g128")]
+
+
 def dtypes(program):
     return {name.partition(".")[0]: program.weights[name].dtype for name in program.used_weights()}
 
 
 @pytest.mark.parametrize("text", [FUSED, PLAIN])
-@pytest.mark.parametrize(("name", "scheme"), [("quantize.int8", "i8g32"), ("quantize.int4", "i4g32")])
+@pytest.mark.parametrize(("name", "scheme"), CODERS)
 def test_linears_and_experts_get_codes_and_everything_else_keeps_its_numbers(run_pass, text, name, scheme):
     after = run_pass(name, text)
     coded = {weight for weight, dtype in dtypes(after).items() if dtype == scheme}
@@ -85,7 +88,7 @@ def test_the_cast_that_follows_leaves_codes_alone(program_of, run_pass):
     assert dtypes(after)["table"] == "bf16" and dtypes(after)["gu"] == "i8g32"
 
 
-@pytest.mark.parametrize(("name", "scheme"), [("quantize.int8", "i8g32"), ("quantize.int4", "i4g32")])
+@pytest.mark.parametrize(("name", "scheme"), CODERS)
 def test_the_program_computes_with_the_rounded_weights(program_of, run_pass, weights_for, name, scheme):
     before = program_of(FUSED)
     weights = weights_for(before)

@@ -60,6 +60,24 @@ def test_engines_build_for_architectures_that_are_not_here(ready, name: str, arc
     assert all(0 <= done <= total for _, done, total in told)
 
 
+@pytest.mark.parametrize("architecture", [pytest.param("sm80", marks=pytest.mark.slow), "sm89",
+                                          pytest.param("sm120", marks=pytest.mark.slow)])  # fmt: skip
+def test_engines_with_caches_of_int8_codes_build(checkpoints, architecture: str) -> None:
+    from tmlc.frontend import load_program
+    from tmlc.frontend.checkpoint import open_checkpoint
+
+    source = open_checkpoint(checkpoints["qwen3_moe"])
+    steps = load_pipeline("tensorrt").configure("state.insert", kv_dtype="int8")
+    emitted = find_target(f"tensorrt:{architecture}").emit(
+        run_pipeline(load_program(source, {}), steps, source=source), source, lambda *_: None
+    )
+    assert all(data.startswith(MAGIC) for name, data in emitted.files.items() if name != PLAN)
+    plan = read_plan(emitted.files[PLAN], {state.name: state for state in emitted.states})
+    held = [b for b in plan.methods["decode"].bindings if b.kind == "state"]
+    assert {b.dtype for b in held} == {"i8", "f32"} and not any(b.cache for b in held)
+    assert "states.kv.int8" in emitted.features
+
+
 @pytest.mark.slow
 def test_a_package_holds_the_engines_and_what_is_ours_is_the_same_again(checkpoints, tmp_path) -> None:
     """TensorRT's builder writes some tables in an order that changes from one build to the next (seen in decode, and

@@ -65,6 +65,11 @@ def test_a_layer_of_the_reference_model_in_miniature(library, dtype: str, tolera
     check(decoder(dtype), library, STREAM, tolerance)
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [("f32", 2e-5), ("f16", 2e-2)], ids=["fp32", "fp16"])
+def test_caches_of_int8_codes(library, dtype: str, tolerance: float) -> None:
+    check(decoder(dtype, kv="u8"), library, STREAM, tolerance)
+
+
 def test_latent_attention_and_grouped_routing(library) -> None:
     check(latent(), library, STREAM[:7])
 

@@ -54,6 +54,19 @@ def test_other_precisions_keep_to_what_they_can(checkpoints, stand_in, on_cpu, p
         assert TOLERANCE["fp32"] < np.median(errors) < MEDIAN[precision]
 
 
+@pytest.mark.parametrize("name", [pytest.param("inkling", marks=pytest.mark.slow), "qwen3_moe"])
+def test_caches_of_int8_codes_give_the_logits_of_the_cpu_engines_codes(
+    checkpoints, stand_in, on_cpu, name: str
+) -> None:
+    """A number half-way between two codes may go either way, and the CPU engine rounds queries too: the bound is on the
+    median. Against float caches it is a hundred times as much."""
+    engine, _ = stand_in(checkpoints[name], precision="fp32", kv="int8", **SHORT)
+    errors = [stream(engine, on_cpu(checkpoints[name], kv=kv, **SHORT), 3, 140) for kv in ("int8", "fp32")]
+    assert np.median(errors[0]) < 2e-4 < 1e-3 < np.median(errors[1]) < 1e-2
+    floats, _ = stand_in(checkpoints[name], precision="fp16", **SHORT)
+    assert engine.backend.slot_bytes < 0.85 * floats.backend.slot_bytes
+
+
 def test_golden_calls_of_every_method_replay(checkpoints, stand_in) -> None:
     engine, _ = stand_in(checkpoints["nano"], precision="fp16", **SHORT)
     path = stand_in.path(checkpoints["nano"], precision="fp16", **SHORT)

@@ -126,11 +126,16 @@ def compile_key(
         parts[f"version of {library}"] = _version(library)
     parts |= _checkpoint_parts(checkpoint, memo)
     parts |= {"target": target, "precision": str(precision)}
-    parts |= {name: str(value) for name, value in sorted(options.items())}
+    parts |= {name: _option(value, memo) for name, value in sorted(options.items())}
     parts |= _pipeline_parts(target, preset, pipeline, passes, disable)
     parts |= _plugin_parts(memo)
     parts |= _source_parts(memo)
     return CompileKey(parts)
+
+
+def _option(value: Any, memo: DigestMemo) -> str:
+    """An option as a part of the key: of a file that the compiler reads, its contents."""
+    return memo.digest(value) if isinstance(value, Path) else str(value)
 
 
 def _stamp(path: Path) -> list[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -47,7 +48,7 @@ tmlc bench nano.tmlc --dialogues recordings/ --dialect realtime
 @click.option("--max-misses", metavar="PART", help="Exit code 1 when more ticks are missed, as 0.1%.")
 @click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True, help="Of arrivals and voices.")
 @click.option("--serve-option", "options", multiple=True, metavar="TEXT",
-              help="Passed on to `tmlc serve` when a PACKAGE is benched; may be repeated.")  # fmt: skip
+              help='Passed on to `tmlc serve` when a PACKAGE is benched, as "--threads 1"; may be repeated.')  # fmt: skip
 @click.option("-o", "--out", type=click.Path(path_type=Path), metavar="STEM", help="Also write STEM.json and STEM.txt.")
 @FORCE
 def command(
@@ -84,7 +85,9 @@ def command(
             if not Path(target).exists():
                 raise UsageError("no such package", where=target, fix="give a package, or a URL that begins with http://")
             note("  starting a server")
-            served = stack.enter_context(ServedPackage(Path(target), *options))
+            words = [word for option in options for word in shlex.split(option)]
+            slots = () if "--sessions" in words else ("--sessions", str(max(16, sessions)))
+            served = stack.enter_context(ServedPackage(Path(target), *slots, *words))
             url, metrics = served.url, metrics or f"{served.admin}/metrics"
         named = model or first_model(url, bearer)
         report = stack.enter_context(progress(as_json))

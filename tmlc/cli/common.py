@@ -32,6 +32,12 @@ PIN = click.option("--pin", is_flag=True, help="Tie each kernel thread but the c
 HUGE_PAGES = click.option(
     "--huge-pages", is_flag=True, help="Copy the weights into large pages: slower load, faster ticks."
 )
+KERNEL_CACHE = click.option(
+    "--kernel-cache",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Folder of yours that keeps the kernels a TensorRT package compiles while it is loaded.",
+)
 PORTABLE_BITS = click.option(
     "--portable-bits",
     is_flag=True,

@@ -28,6 +28,7 @@ tmlc compile nano/ -o nano.tmlc --precision int8 --kv int8
 tmlc compile nano/ -o nano.tmlc --force --no-cache
 tmlc compile nano/ -o nano.tmlc --context 4096 --context-policy end
 tmlc compile nano/ -o nano.tmlc --target tensorrt:sm89
+tmlc compile nano/ -o nano.tmlc --target triton:sm90 --tuning measured.yaml
 tmlc compile nano/ --target tensorrt:sm89 --dry-run
 tmlc compile nano/ --stop-after state.insert --dump passes/
 tmlc compile nano/ --print-pipeline > mine.yaml
@@ -38,7 +39,7 @@ tmlc compile nano/ -o nano.tmlc --pipeline mine.yaml
 @click.option("-o", "--out", type=_PATH, metavar="PATH", help="The package to write, e.g. model.tmlc.")
 @click.option("--target", default="cpu", show_default=True, metavar="NAME", help="What to compile for.")
 @click.option(
-    "--precision", metavar="NAME", help="fp32, bf16, fp16, int8 or int4.  [default: the pipeline's, else fp32]"
+    "--precision", metavar="NAME", help="fp32, bf16, fp16, int8, fp8 or int4.  [default: the pipeline's, else fp32]"
 )
 @click.option("--preset", metavar="NAME", help="O0, O1, O2, or a target's name.  [default: the target's own = O2]")
 @click.option("--pipeline", type=_PATH, metavar="YAML", help="Pipeline file to use instead.")
@@ -50,6 +51,7 @@ tmlc compile nano/ -o nano.tmlc --pipeline mine.yaml
 @click.option("--print-pipeline", is_flag=True, help="Print the pipeline as YAML and end.")
 @click.option("--check", is_flag=True, help="Compare outputs on real inputs after every pass.")
 @click.option("--kv", metavar="NAME", help="Keys and values in fp32, bf16, fp16 or int8.  [default: as --precision]")
+@click.option("--tuning", type=_PATH, metavar="YAML", help="Block sizes that `tmlc tune` measured, for triton.")
 @click.option("--context", type=click.IntRange(1), metavar="N", help="Positions that a session keeps.")
 @click.option("--context-policy", metavar="NAME", help="At the bound: ring_with_sinks or end.")
 @click.option("--sinks", type=click.IntRange(0), metavar="N", help="First positions that a ring never forgets.")

@@ -7,7 +7,19 @@ from pathlib import Path
 
 import click
 
-from tmlc.cli.common import FORCE, HUGE_PAGES, PIN, PORTABLE_BITS, THREADS, note, print_json, progress, show, verb
+from tmlc.cli.common import (
+    FORCE,
+    HUGE_PAGES,
+    KERNEL_CACHE,
+    PIN,
+    PORTABLE_BITS,
+    THREADS,
+    note,
+    print_json,
+    progress,
+    show,
+    verb,
+)
 from tmlc.cli.inputs import SEED, open_recording, recording_options, tick_shape
 from tmlc.cli.outputs import Outputs
 from tmlc.errors import UsageError
@@ -56,6 +68,7 @@ tmlc profile nano.tmlc --budget 300ms --threads 1 --json
 @THREADS
 @PIN
 @HUGE_PAGES
+@KERNEL_CACHE
 @PORTABLE_BITS
 @FORCE
 def command(
@@ -73,6 +86,7 @@ def command(
     threads: int | None,
     pin: bool,
     huge_pages: bool,
+    kernel_cache: Path | None,
     portable_bits: bool,
     force: bool,
     as_json: bool,
@@ -92,8 +106,9 @@ def command(
         Outputs(out.absolute().parent, [f"{out.name}.json", f"{out.name}.txt"], force) if out is not None else None
     )
     engine = tmlc.load(
-        package, threads=threads, sessions=1, pin=pin, portable_bits=portable_bits, huge_pages=huge_pages
-    )
+        package, threads=threads, sessions=1, pin=pin, portable_bits=portable_bits, huge_pages=huge_pages,
+        kernel_cache=kernel_cache,
+    )  # fmt: skip
     try:
         shape = tick_shape(engine.manifest)
         allowed = Budget(total, shape.duration_ms)

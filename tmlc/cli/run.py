@@ -8,7 +8,18 @@ from typing import Any
 
 import click
 
-from tmlc.cli.common import FORCE, HUGE_PAGES, PIN, PORTABLE_BITS, THREADS, print_json, progress, show, verb
+from tmlc.cli.common import (
+    FORCE,
+    HUGE_PAGES,
+    KERNEL_CACHE,
+    PIN,
+    PORTABLE_BITS,
+    THREADS,
+    print_json,
+    progress,
+    show,
+    verb,
+)
 from tmlc.cli.inputs import SEED, open_recording, recording_options
 from tmlc.cli.outputs import Outputs
 from tmlc.errors import UsageError
@@ -56,6 +67,7 @@ tmlc run nano.tmlc --text typed.yaml --seconds 20 --clock wall -o out/
 @THREADS
 @PIN
 @HUGE_PAGES
+@KERNEL_CACHE
 @PORTABLE_BITS
 @FORCE
 def command(
@@ -73,6 +85,7 @@ def command(
     threads: int | None,
     pin: bool,
     huge_pages: bool,
+    kernel_cache: Path | None,
     portable_bits: bool,
     force: bool,
     as_json: bool,
@@ -93,8 +106,9 @@ def command(
     names = ["output.wav", "transcript.txt", "timeline.jsonl"]
     outputs = Outputs(out, names, force)
     engine = tmlc.load(
-        package, threads=threads, sessions=1, pin=pin, portable_bits=portable_bits, huge_pages=huge_pages
-    )
+        package, threads=threads, sessions=1, pin=pin, portable_bits=portable_bits, huge_pages=huge_pages,
+        kernel_cache=kernel_cache,
+    )  # fmt: skip
     try:
         recording = open_recording(engine.manifest, audio, video, fps, text)
         length = recording.duration() if seconds is None else seconds

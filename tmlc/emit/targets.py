@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
+from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
@@ -120,6 +121,16 @@ class Target(ABC):
 
     def __init__(self, name: str) -> None:
         self.name = name
+
+    def tune(self, file: Path) -> None:
+        """Takes block sizes of kernels from a file that `tmlc tune` wrote.
+
+        Raises:
+            UsageError: the target has no block sizes to choose.
+            EmitError: the file is no such table.
+        """
+        what = f"target {self.name} has no block sizes to choose"
+        raise UsageError(what, where="--tuning", fix="Leave --tuning out, or compile for triton.")
 
     @abstractmethod
     def coverage(self, program: Program) -> list[Coverage]:

@@ -1,10 +1,11 @@
 """Group-wise weight-only quantisation: what a quantised weight means, and how its codes are chosen.
 
 A quantised dtype of the IR names a scheme. Each row of a weight is cut along its last axis into groups, which share a
-float16 scale s (and a zero point z in sixteenths):
+scale s (and a zero point z in sixteenths):
 
-    i8g32        w ≈ s·(code - 128)        codes 1..255, symmetric
-    i4g32 i4g64  w ≈ s·(code - z/16)       codes 0..15, z 0..255
+    i8g32        w ≈ s·(code - 128)        codes 1..255, symmetric; s float16
+    i4g32 i4g64  w ≈ s·(code - z/16)       codes 0..15, z 0..255; s float16
+    f8g128       w ≈ s·e4m3(code)          codes of FP8 E4M3 (no infinities, NaN never made); s float32
 
 The value of such a weight in eager PyTorch is the right-hand side, in float32; engines ask for the codes
 (`quantise`). Every group is rounded on its own, so the codes do not depend on how a tensor is cut into pieces.
@@ -30,6 +31,7 @@ _NONE = torch.empty(0)
 _kept = threading.local()
 _LARGEST = 65504.0  # of float16
 _SMALLEST = 2.0**-24
+_LARGEST_FP8 = 448.0  # of e4m3
 
 
 @dataclass(frozen=True)
@@ -54,12 +56,14 @@ SCHEMES: dict[str, Scheme] = {
     "i8g32": Scheme("i8g32", "int8", 8, 32, 2),
     "i4g32": Scheme("i4g32", "int4", 4, 32, 3),
     "i4g64": Scheme("i4g64", "int4", 4, 64, 3),
+    "f8g128": Scheme("f8g128", "fp8", 8, 128, 4),
 }
 
 
 @dataclass(frozen=True)
 class Codes:
-    """Quantised rows: codes uint8 [rows, groups, group], scales float16 [rows, groups], zeros uint8 or None.
+    """Quantised rows: codes uint8 [rows, groups, group], scales float16 (fp8: float32) [rows, groups], zeros uint8 or
+    None.
 
     Where K ends inside a group the codes behind it stand for about zero; they meet no input.
     """
@@ -71,8 +75,11 @@ class Codes:
 
     def values(self, k: int) -> Tensor:
         """float32 [rows, k]: what the codes stand for."""
-        below = 128.0 if self.zeros is None else self.zeros.float()[..., None] / 16
-        wide = (self.codes.float() - below) * self.scales.float()[..., None]
+        if self.scheme.precision == "fp8":
+            plain = self.codes.view(torch.float8_e4m3fn).float()
+        else:
+            plain = self.codes.float() - (128.0 if self.zeros is None else self.zeros.float()[..., None] / 16)
+        wide = plain * self.scales.float()[..., None]
         return wide.reshape(len(wide), -1)[:, :k]
 
 
@@ -82,7 +89,7 @@ def quantise(rows: Tensor, scheme: Scheme) -> Codes:
     Raises:
         CheckpointError: values beyond what a float16 scale reaches (about 8 million for int8).
     """
-    return _int8(rows, scheme) if scheme.bits == 8 else _int4(rows, scheme)
+    return {"int8": _int8, "int4": _int4, "fp8": _fp8}[scheme.precision](rows, scheme)
 
 
 def row_chunks(rows: int, k: int) -> Iterator[slice]:
@@ -122,6 +129,25 @@ def _int8(rows: Tensor, scheme: Scheme) -> Codes:
     wide = scales.float()
     codes = torch.round(w / torch.where(wide > 0, wide, 1.0)[..., None]).clamp_(-127, 127)
     return Codes(scheme, (codes + 128).to(torch.uint8), scales, None)
+
+
+def _fp8(rows: Tensor, scheme: Scheme) -> Codes:
+    """The largest of a group becomes 448; every code is the nearest to w/s, ties to even.
+
+    The quotient is taken in float64: a float32 one that rounds to the middle between two codes may lie beside it, and
+    then the wrong one would be taken. (That of two float32 numbers is the middle itself or at least 2^-30 of it away.)
+    """
+    k, groups = rows.shape[1], scheme.groups(rows.shape[1])
+    padded = torch.zeros(len(rows), groups * scheme.group, dtype=torch.float64)
+    padded[:, :k] = rows
+    w = padded.view(len(rows), groups, scheme.group)
+    scales = w.abs().amax(-1).div_(_LARGEST_FP8).float()
+    sizes = w.abs().div_(torch.where(scales > 0, scales, 1.0).double()[..., None]).clamp_(max=_LARGEST_FP8)
+    # A code without its sign is 8·(e + 6) + m for m·2^(e-3), where 8 ≤ m < 16, or e = -6: m = 16 is the next e's 8.
+    exponent = torch.frexp(sizes.clamp(min=2.0**-6)).exponent.sub_(1)
+    mantissa = torch.ldexp(sizes, 3 - exponent).round_()
+    codes = mantissa.add_(8 * (exponent + 6)).add_(torch.where(w < 0, 128.0, 0.0))
+    return Codes(scheme, codes.to(torch.uint8), scales, None)
 
 
 def _int4(rows: Tensor, scheme: Scheme) -> Codes:

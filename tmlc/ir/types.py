@@ -29,7 +29,7 @@ _NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 ITEM_BYTES = {name: dtype.itemsize for name, dtype in TORCH_DTYPES.items()}
 
 #: Dtypes of weights that engines keep as codes (tmlc/ir/quantize.py); in eager PyTorch their values are float32.
-QUANTISED = ("i8g32", "i4g32", "i4g64")
+QUANTISED = ("i8g32", "i4g32", "i4g64", "f8g128")
 
 
 def dtype_name(dtype: torch.dtype) -> str:

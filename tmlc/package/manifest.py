@@ -27,6 +27,7 @@ KNOWN_FEATURES = frozenset(
         "triton.plan.v1",
         "weights.rows",
         "weights.rows.int8",
+        "weights.rows.fp8",
         "weights.rows.int4",
     }
 )

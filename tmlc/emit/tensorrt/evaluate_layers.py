@@ -87,7 +87,7 @@ def _erf(x: np.ndarray) -> np.ndarray:
 
 _UNARY: dict[str, Callable[[Any], Any]] = {
     "EXP": np.exp, "LOG": np.log, "SQRT": np.sqrt, "ABS": np.abs, "NEG": np.negative, "SIN": np.sin, "COS": np.cos,
-    "NOT": np.logical_not, "RECIP": np.reciprocal, "ERF": _erf,
+    "ROUND": np.rint, "NOT": np.logical_not, "RECIP": np.reciprocal, "ERF": _erf,
 }  # fmt: skip
 
 

@@ -154,7 +154,7 @@ class Graph:
         return self.mul(a, self.number(value, a))
 
     def unary(self, kind: str, x: Tensor) -> Tensor:
-        """EXP, LOG, SQRT, RECIP, ABS, NEG, SIN, COS, NOT."""
+        """EXP, LOG, SQRT, RECIP, ABS, NEG, SIN, COS, NOT, ROUND (ties to even)."""
         return self._out(self.network.add_unary(x, getattr(self.trt.UnaryOperation, kind)))
 
     def activation(self, kind: str, x: Tensor, alpha: float = 0.0, beta: float = 0.0) -> Tensor:
@@ -266,6 +266,10 @@ class Graph:
         layer = self.network.add_gather_v2(data, indices, self.trt.GatherMode.ELEMENT)
         layer.axis = axis
         return self._out(layer)
+
+    def scatter_rows(self, data: Tensor, index: Tensor, rows: Tensor) -> Tensor:
+        """data [C, d] with rows [n, d] in the places of index int32 [n, 1]."""
+        return self._out(self.network.add_scatter(data, index, rows, self.trt.ScatterMode.ND))
 
     def cache_update(self, cache: Tensor, rows: Tensor, at: Tensor, name: str) -> Tensor:
         """cache [1, G, C, D] with rows [1, G, n, D] written from index at[0] on; the output is the cache's memory."""

@@ -2,6 +2,9 @@
 
 A ring is written by the same contiguous update as a linear cache. The runtime cuts a call where it would pass from the
 last index to the first of the ring, so every update is one run of indices.
+
+The cache update takes floats only. Caches of int8 codes are written by a scatter instead: they and their scales are
+states like any other, an input and an output at two addresses.
 """
 
 from __future__ import annotations
@@ -10,11 +13,14 @@ import numpy as np
 
 from tmlc.emit.tensorrt.graph import Graph, Tensor
 from tmlc.emit.tensorrt.lower_dense import softcap
-from tmlc.emit.tensorrt.network import Call, Lower
-from tmlc.ir.program import role
+from tmlc.emit.tensorrt.network import SCALE, Call, Lower
+from tmlc.ir.program import role, type_of
+from tmlc.ir.types import QUANTISED
 
 HIDDEN = {"f16": -30000.0, "bf16": -1e30, "f32": -1e30}  # added to a score that nobody may see
 FAR = 2**30  # the position of what was never written
+FINITE = float(np.finfo(np.float32).max)
+TINY = 1e-30  # a head of a cache of codes whose numbers are all smaller is zero (tmlc/ir/ops/kv.py)
 
 
 def write_index(g: Graph, first: Tensor, capacity: int, sinks: int, ring: bool) -> Tensor:
@@ -101,7 +107,8 @@ def _attention(c: Call) -> Tensor:
     g, heads, groups = c.g, int(c.args["num_heads"]), int(c.args["num_kv_heads"])
     window, sinks = int(c.args["window"]), int(c.args["sinks"]) if c.args["window"] else 0
     held = c.args["k_cache"].meta["type"]
-    dtype, capacity = held.dtype, int(held.shape[0])
+    coded, capacity = held.dtype == "u8", int(held.shape[0])
+    dtype = _product_type(c) if coded else held.dtype
     rows, end = c.writer.positions(role(c.args["position"])[1], end=window > 0)
     if window:
         c.writer.rings.add((capacity, sinks))
@@ -110,6 +117,10 @@ def _attention(c: Call) -> Tensor:
     caches = []
     for name in "kv":
         width = int(c.args[name].meta["type"].cols) // groups
+        if coded:
+            index = g.once(("index", at.name), lambda: g.add(g.sub(rows, first), g.reshape(at, (1, 1))))
+            caches.append(_coded_cache(c, name, groups, width, index, dtype))
+            continue
         cache = c.state(f"{name}_cache", dtype, (1, groups, capacity, width), cache=True)
         new = g.reshape(g.cast(c.x(name), dtype), (1, -1, groups, width), after=(0, 2, 1, 3))
         caches.append(g.cache_update(cache, new, at, f"next.{role(c.args[f'{name}_cache'])[1]}"))
@@ -128,6 +139,36 @@ def _attention(c: Call) -> Tensor:
         wide = g.attention(turned, caches[0], caches[1], mask)
         out = g.reshape(wide, (-1, heads * width), before=(0, 2, 1, 3))
     return g.cast(out, "f32")
+
+
+def _product_type(c: Call) -> str:
+    """What products of this program are computed in: keys and values of codes come out in it."""
+    dtypes = {type_of(node).dtype for node in c.writer.method.placeholders("weight")}
+    return "bf16" if "bf16" in dtypes else "f16" if dtypes & {"f16", *QUANTISED} else "f32"
+
+
+def _coded_cache(c: Call, name: str, groups: int, width: int, index: Tensor, dtype: str) -> Tensor:
+    """The cache [1, G, C, D] after the new rows were written at `index` int32 [n, 1]: codes int8 [C, G·D] and a float32
+    scale for each head of a row [C, G], rounded as tmlc/ir/ops/kv.py says (codes here without its 128)."""
+    g, state = c.g, f"{name}_cache"
+    capacity = int(c.args[state].meta["type"].shape[0])
+    x = g.reshape(g.cast(c.x(name), "f32"), (-1, groups, width))
+    peak = g.reduce("MAX", g.unary("ABS", x), 2)
+    least, usable = g.less(peak, g.number(TINY, peak)), g.less(peak, g.number(FINITE, peak))
+    flat = g.either(least, g.unary("NOT", usable))
+    inverse = g.div(g.number(127.0, peak), g.select(flat, g.number(1.0, peak), peak))
+    whole = g.unary("ROUND", g.mul(x, inverse))
+    codes = g.cast(g.select(flat, g.number(0.0, whole), whole), "i8")
+    scale = g.select(least, g.number(0.0, peak), g.times(peak, 1.0 / 127.0))
+    scale = g.select(usable, scale, g.number(float("nan"), scale))
+    held = []
+    for part, rows, columns in (("", codes, groups * width), (SCALE, scale, groups)):
+        kind = "f32" if part else "i8"
+        old = c.state(state, kind, (capacity, columns), part=part)
+        held.append(g.scatter_rows(old, index, g.reshape(rows, (-1, columns))))
+        c.keep(state, held[-1], kind, part=part)
+    wide = g.dequantize(held[0], held[1], "f32")
+    return g.reshape(g.cast(wide, dtype), (1, capacity, groups, width), after=(0, 2, 1, 3))
 
 
 def _mask(c: Call, bias: Tensor | None, seen: Tensor, dtype: str, capacity: int) -> Tensor:

@@ -54,6 +54,7 @@ CONSTANT = {
     "head_sample": ("weight", "bias"),
 }
 """Operands that an engine holds: a network has them as constants."""
+SCALE = ".scale"  # the part of a cache of codes that holds its scales
 SCRATCH_BYTES = 512 * 2**20  # of gathered experts: a call that would gather more is cut by the runtime
 
 
@@ -324,9 +325,9 @@ class Call:
             return None
         return self.writer.quantised(weight)
 
-    def state(self, name: str, dtype: str, shape: tuple[int, ...], cache: bool = False) -> Tensor:
-        """A state as it is when the call begins."""
-        state = role(self.args[name])[1]
+    def state(self, name: str, dtype: str, shape: tuple[int, ...], cache: bool = False, part: str = "") -> Tensor:
+        """A state as it is when the call begins; `part` names another tensor that belongs to it."""
+        state = role(self.args[name])[1] + part
         if state not in self.writer.states:
             dims = tuple((0, size) for size in shape)
             detail = {"state": state, "cache": cache}
@@ -334,9 +335,9 @@ class Call:
             self.writer.states[state] = made
         return self.writer.states[state]
 
-    def keep(self, name: str, tensor: Tensor, dtype: str, cache: bool = False) -> None:
+    def keep(self, name: str, tensor: Tensor, dtype: str, cache: bool = False, part: str = "") -> None:
         """What a state becomes. A cache's tensor is an output already."""
-        state = role(self.args[name])[1]
+        state = role(self.args[name])[1] + part
         binding = f"next.{state}"
         dims = tuple((0, int(size)) for size in tensor.shape)
         self.writer.bindings.append(Binding(binding, dtype, "next", dims, -1, {"state": state, "cache": cache}))
@@ -382,8 +383,6 @@ def refusal(
             spec.name, "TensorRT has no lowering for it"
         ), "Use the pipeline of the target: --preset tensorrt."
     args: dict[str, Any] = dict(zip(spec.args, node.args, strict=True))
-    if spec.name == "attention_state" and args["k_cache"].meta["type"].dtype == "u8":
-        return "its cache update takes no int8 codes", "Use --kv fp16, bf16 or fp32."
     if "key" in args and args["key"] not in method.inputs:
         return "its key is computed, and only an argument of the method can be one", CHANGE
     for name in CONSTANT.get(spec.name, ()):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from torch import fx
@@ -10,9 +11,9 @@ from torch import fx
 from tmlc.emit.targets import Coverage, Emitted, Progress, Target
 from tmlc.emit.tensorrt.library import Library, build_engine, open_library
 from tmlc.emit.tensorrt.lowering import LOWERINGS, REFUSED
-from tmlc.emit.tensorrt.network import MethodNetwork, networks, refusal
+from tmlc.emit.tensorrt.network import SCALE, Binding, MethodNetwork, networks, refusal
 from tmlc.ir.ops import spec_of
-from tmlc.ir.program import Program
+from tmlc.ir.program import Program, StateSpec
 from tmlc.ir.types import ITEM_BYTES
 from tmlc.ir.weights import TensorSource
 from tmlc.package.manifest import StateInfo
@@ -30,7 +31,7 @@ class TensorRTTarget(Target):
 
     family = "tensorrt"
     precisions = ("fp16", "bf16", "fp32", "int8", "int4")
-    caches = ("fp16", "bf16", "fp32")
+    caches = ("fp16", "bf16", "fp32", "int8")
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
@@ -72,7 +73,7 @@ class TensorRTTarget(Target):
             slot_bytes=slot_bytes,
             arena_bytes=0,  # what a GPU needs beside the engines is known when they are loaded there
             scratch_bytes=0,
-            features=(FEATURE,),
+            features=(FEATURE, *(["states.kv.int8"] if any(s.name.endswith(SCALE) for s in states) else [])),
             producer={self.library.name: self.library.version, "architecture": self.library.architecture},
         )
 
@@ -113,16 +114,18 @@ def slot_layout(
     A cache is written in place; any other state is an input and an output at two addresses, and what comes out is
     copied over what went in. These states of a method lie side by side, so that this is one copy.
     """
-    caches = {b.detail["state"] for net in nets for b in net.bindings if b.kind == "state" and b.detail["cache"]}
+    bound = {b.detail["state"]: b for net in nets for b in net.bindings if b.kind == "state"}
+    caches = {name for name, b in bound.items() if b.detail["cache"]}
+    parts = {spec.name: _parts(spec, bound) for spec in program.states.values()}
     places: dict[str, int] = {}
     regions: dict[str, tuple[int, int]] = {}
     offset = 0
 
-    def place(name: str) -> None:
+    def place(state: str) -> None:
         nonlocal offset
-        spec = program.states[name]
-        places[name] = offset
-        offset = _up(offset + math.prod(spec.shape) * ITEM_BYTES[spec.dtype])
+        for name, dtype, shape in parts[state]:
+            places[name] = offset
+            offset = _up(offset + math.prod(shape) * ITEM_BYTES[dtype])
 
     for method in program.methods:
         mine = [spec for spec in program.states.values() if spec.method == method]
@@ -139,12 +142,22 @@ def slot_layout(
                 place(spec.name)
     states = tuple(
         StateInfo(
-            spec.name, str(spec.kind), spec.method, spec.dtype, tuple(int(s) for s in spec.shape), places[spec.name],
-            math.prod(spec.shape) * ITEM_BYTES[spec.dtype],
+            name, str(spec.kind), spec.method, dtype, shape, places[name], math.prod(shape) * ITEM_BYTES[dtype]
         )
         for spec in program.states.values()
+        for name, dtype, shape in parts[spec.name]
     )  # fmt: skip
     return states, offset, regions
+
+
+def _parts(spec: StateSpec, bound: Mapping[str, Binding]) -> list[tuple[str, str, tuple[int, ...]]]:
+    """(name, dtype, shape) of what a state is kept as: one tensor, but for a cache of codes, whose scales lie apart.
+    TensorRT's codes are signed; for the package, which only counts their bytes, they are u8."""
+    scale = spec.name + SCALE
+    if scale not in bound:
+        return [(spec.name, spec.dtype, tuple(int(size) for size in spec.shape))]
+    shapes = [tuple(size for _, size in bound[name].shape) for name in (spec.name, scale)]
+    return [(spec.name, "u8", shapes[0]), (scale, "f32", shapes[1])]
 
 
 def _up(count: int) -> int:

@@ -47,13 +47,17 @@ def default_jobs() -> int:
 
 
 def build_variants(
-    variants: Sequence[Variant], on_done: Callable[[int, int], None] = lambda done, total: None, jobs: int | None = None
+    variants: Sequence[Variant],
+    on_done: Callable[[int, int], None] = lambda done, total: None,
+    jobs: int | None = None,
+    failed: dict[Variant, EmitError] | None = None,
 ) -> dict[Variant, Compiled]:
     """Machine code for every variant; the same variants give the same bytes in any process and folder.
 
     Args:
         on_done: gets (done, total) as work proceeds.
         jobs: processes; None takes a core each. What is in the compile cache (docs/compile-cache.md) starts none.
+        failed: gets the variants that do not compile; None takes the first of them for an error.
 
     Raises:
         EmitError: a kernel does not compile, named; the others that were begun are finished first.
@@ -73,11 +77,14 @@ def build_variants(
     threads = [threading.Thread(target=_drive, args=(todo, done), daemon=True) for _ in range(count)]
     for thread in threads:
         thread.start()
-    failed: EmitError | None = None
+    stop: EmitError | None = None
     for _ in missing:
         variant, result = done.get()
+        if isinstance(result, EmitError) and failed is not None:
+            failed[variant] = result
+            continue
         if isinstance(result, EmitError):
-            failed = failed or result
+            stop = stop or result
             with suppress(queue.Empty):  # the rest is not begun any more
                 while True:
                     done.put((todo.get_nowait(), result))
@@ -87,9 +94,9 @@ def build_variants(
         on_done(len(made), len(wanted))
     for thread in threads:
         thread.join()
-    if failed is not None:
-        raise failed
-    return {variant: made[variant] for variant in wanted}
+    if stop is not None:
+        raise stop
+    return {variant: made[variant] for variant in wanted if variant in made}
 
 
 def _drive(todo: queue.SimpleQueue[Variant], done: queue.SimpleQueue[tuple[Variant, Compiled | EmitError]]) -> None:

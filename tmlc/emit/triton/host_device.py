@@ -152,6 +152,9 @@ class HostDevice(Driver):
         for work in graph:
             work()
 
+    def forget(self, graph: Any) -> None:
+        graph.clear()
+
     def synchronize(self) -> None:
         self._ask("synchronize")
 

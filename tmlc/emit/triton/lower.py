@@ -24,6 +24,7 @@ from tmlc.ir.types import ITEM_BYTES, TensorType
 from tmlc.kernels.triton.bucket import Bucket
 from tmlc.kernels.triton.launch import Launch, Operand
 from tmlc.kernels.triton.registry import Call, lower
+from tmlc.kernels.triton.tuning import Tiles, table
 from tmlc.package.manifest import MethodInfo, Signature
 
 COPY = "copy"  # of the kernels' registry: a dense copy of rows, of any dtype
@@ -126,8 +127,9 @@ class MethodLowering:
     def arena_bytes(self, bucket: Bucket) -> int:
         return self.arena * bucket.batch * bucket.n
 
-    def launches(self, bucket: Bucket, sm: int) -> tuple[list[Launch], int]:
-        """The launches of a call in this bucket, in order, and the scratch bytes that they share.
+    def launches(self, bucket: Bucket, sm: int, tiles: Tiles | None = None) -> tuple[list[Launch], int]:
+        """The launches of a call in this bucket, in order, and the scratch bytes that they share. `tiles`: the
+        table of block sizes; None: the checked-in one.
 
         Raises EmitError for an op or an operand that no kernel takes; names the node and its source.
         """
@@ -137,7 +139,7 @@ class MethodLowering:
             args = {name: p.at(bucket) if isinstance(p, Value) else p for name, p in step.args.items()}
             outputs = tuple(value.at(bucket) for value in step.outputs)
             try:
-                lowered = lower(Call(step.op, args, step.attrs, outputs, bucket, sm))
+                lowered = lower(Call(step.op, args, step.attrs, outputs, bucket, sm, tiles or table()))
             except EmitError as error:
                 failed = self.fail(step.node, error.what, error.fix)
                 failed.where = f"{failed.where}; {error.where}" if error.where else failed.where

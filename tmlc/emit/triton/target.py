@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from tmlc.emit.graph import slot_layout
@@ -31,6 +32,7 @@ from tmlc.emit.triton.weights import TritonWeight, stored_weights
 from tmlc.kernels.triton.bucket import Bucket
 from tmlc.kernels.triton.launch import Launch, Pointer, Variant
 from tmlc.kernels.triton.registry import ARCHITECTURES, REFUSED, VIEWS, supported
+from tmlc.kernels.triton.tuning import Tiles, table
 
 FEATURES = ("triton.plan.v1", "weights.rows")
 
@@ -70,7 +72,7 @@ class TritonTarget(Target):
     """Machine code for named architectures, which the cuda runtime runs with nothing but the driver."""
 
     family = "triton"
-    precisions = ("fp32", "bf16", "int8", "int4")
+    precisions = ("fp32", "bf16", "int8", "fp8", "int4")
     caches = ("fp32", "bf16", "int8")
 
     def __init__(self, name: str) -> None:
@@ -82,6 +84,10 @@ class TritonTarget(Target):
             fix = f"Write triton:sm90, or several: triton:sm80+sm90. There are {', '.join(known)}."
             raise TargetError(what, where="--target", fix=fix)
         self.architectures = tuple(sorted({known[part] for part in names}))
+        self.tiles = table()
+
+    def tune(self, file: Path) -> None:
+        self.tiles = Tiles.read(file)
 
     def coverage(self, program: Program) -> list[Coverage]:
         counts: dict[tuple[str, str], int] = {}
@@ -117,7 +123,7 @@ class TritonTarget(Target):
                 name = method.method.name
                 for bucket in out.buckets[name]:
                     tell("lowering to launches", done, total)
-                    launches, scratch = method.launches(bucket, sm)
+                    launches, scratch = method.launches(bucket, sm, self.tiles)
                     out.launches.setdefault(sm, {}).setdefault(name, {})[bucket] = launches
                     out.arena_bytes = max(out.arena_bytes, method.arena_bytes(bucket))
                     out.scratch_bytes = max(out.scratch_bytes, scratch)
