@@ -96,7 +96,7 @@ class ServedPackage:
 
 
 def read_metrics(url: str) -> dict[str, float]:
-    """The samples of a Prometheus page, by name and labels as they stand there; buckets of histograms left out.
+    """The samples of a Prometheus page, by name and labels as they stand there; buckets and times of creation left out.
 
     Raises UsageError: nobody answers there, or something else than a page of metrics.
     """
@@ -112,7 +112,7 @@ def read_metrics(url: str) -> dict[str, float]:
         if not line or line.startswith("#"):
             continue
         name, _, value = line.rpartition(" ")
-        if "_bucket" in name:
+        if "_bucket" in name or name.partition("{")[0].endswith("_created"):
             continue
         try:
             found[name] = float(value)

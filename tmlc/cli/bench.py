@@ -48,7 +48,7 @@ tmlc bench nano.tmlc --dialogues recordings/ --dialect realtime
 @click.option("--max-misses", metavar="PART", help="Exit code 1 when more ticks are missed, as 0.1%.")
 @click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True, help="Of arrivals and voices.")
 @click.option("--serve-option", "options", multiple=True, metavar="TEXT",
-              help='Passed on to `tmlc serve` when a PACKAGE is benched, as "--threads 1"; may be repeated.')  # fmt: skip
+              help='For the `tmlc serve` of a PACKAGE, as "--threads 1"; may be repeated.')  # fmt: skip
 @click.option("-o", "--out", type=click.Path(path_type=Path), metavar="STEM", help="Also write STEM.json and STEM.txt.")
 @FORCE
 def command(
