@@ -53,7 +53,7 @@ class Dialect(ABC):
 
     def explain(self, error: Exception) -> tuple[str, str]:
         """What an attempt that raised `error` counts as (`refused` or `failed`), and one line about it."""
-        response = getattr(error, "response", None)
+        response: Any = getattr(error, "response", None)
         status = getattr(response, "status_code", None)
         if status is not None:
             after = response.headers.get("Retry-After")
@@ -71,7 +71,7 @@ class Live(Dialect):
         connection = await self.client.live.connect().enter()
         try:
             format_ = {"type": "audio/pcm", "rate": self.rate}
-            asked = {"model": self.model, "audio": {"format": format_}, "tmlc": {"events": True}}
+            asked: Any = {"model": self.model, "audio": {"format": format_}, "tmlc": {"events": True}}
             await connection.session.start(session=asked)
             await _wait_for(connection, "session.started")
         except BaseException:
@@ -97,7 +97,8 @@ class Realtime(Dialect):
             await _wait_for(connection, "session.created")
             format_ = {"type": "audio/pcm", "rate": self.rate}
             audio = {"input": {"format": format_}, "output": {"format": format_}}
-            await connection.session.update(session={"type": "realtime", "audio": audio, "tmlc": {"events": True}})
+            asked: Any = {"type": "realtime", "audio": audio, "tmlc": {"events": True}}
+            await connection.session.update(session=asked)
             await _wait_for(connection, "session.updated")
         except BaseException:
             await connection.close()
