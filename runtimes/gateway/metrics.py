@@ -8,7 +8,6 @@ from __future__ import annotations
 import time
 from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
@@ -18,6 +17,7 @@ from prometheus_client.registry import Collector
 from tmlc.runtimes.core.live import Published
 from tmlc.runtimes.core.scheduler import Scheduler
 from tmlc.runtimes.gateway.observer import Observer
+from tmlc.runtimes.gateway.turns import TurnWatch
 
 STEP_EDGES = (0.005, 0.01, 0.02, 0.04, 0.08, 0.12, 0.16, 0.2, 0.4, 0.8, 1.6)
 TURN_EDGES = (0.1, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.8, 1.0, 1.5, 2.0, 5.0)
@@ -27,15 +27,6 @@ FORGET_SECONDS = 10.0
 """An answer that comes later than this is none to what was said then."""
 REASONS = frozenset({"capacity", "key", "origin", "host", "rate", "sessions_per_key"})
 STREAMS = frozenset({"input_audio", "input_video", "input_text", "output"})
-
-
-@dataclass(slots=True)
-class _Turn:
-    """Where one session is between its user's voice and the model's answer."""
-
-    user_ended: float | None = None  # time.monotonic at the edge that closed the last tick with the user's voice
-    answer_tick: int | None = None  # the tick in which the model began to answer
-    model_spoke: bool = False
 
 
 class Metrics(Observer):
@@ -49,8 +40,8 @@ class Metrics(Observer):
         self.registry = CollectorRegistry()
         self._scheduler = scheduler
         own = self.registry
-        self._turn = Histogram("tmlc_turn_latency_seconds", "End of the user's voice to the first voiced output handed "
-                               "out", buckets=TURN_EDGES, registry=own)  # fmt: skip
+        self._turn = Histogram("tmlc_turn_latency_seconds", "User's last tick with voice to the first voiced output "
+                               "handed out", buckets=TURN_EDGES, registry=own)  # fmt: skip
         self._stop = Histogram("tmlc_barge_in_stop_seconds", "User's voice over the model's until it falls silent",
                                buckets=TURN_EDGES, registry=own)  # fmt: skip
         self._late = Histogram(
@@ -71,7 +62,7 @@ class Metrics(Observer):
         self._injected = Counter("tmlc_injections_delivered", "Injections delivered", ["policy"], registry=own)
         self._messages = Counter("tmlc_messages", "Events over sockets", ["dialect", "direction"], registry=own)
         self.registry.register(_Scheduled(scheduler))
-        self._turns: OrderedDict[str, _Turn] = OrderedDict()
+        self._turns: OrderedDict[str, TurnWatch] = OrderedDict()
         self._done: OrderedDict[tuple[str, int], float] = OrderedDict()
 
     def session_opened(self, session: str, dialect: str) -> None:
@@ -90,30 +81,24 @@ class Metrics(Observer):
     def tick(self, out: Published) -> None:
         self._late.observe(max(0.0, out.late))
         self._step.observe(out.step)
-        now = time.monotonic()
-        self._done[out.seat, out.output.index] = now
+        self._done[out.seat, out.output.index] = time.monotonic()
         while len(self._done) > MAX_FOLLOWED:
             self._done.popitem(last=False)
-        turn = self._turns.setdefault(out.seat, _Turn())
-        while len(self._turns) > MAX_FOLLOWED:
+        while len(self._turns) >= MAX_FOLLOWED and out.seat not in self._turns:
             self._turns.popitem(last=False)
-        if out.user_speaking:
-            # The voice was there in the tick that ended at this edge; whoever is talked over gives no turn.
-            turn.user_ended = None if turn.model_spoke else now - (out.done - out.due)
-            turn.answer_tick = None
-        elif out.model_speaking and not turn.model_spoke and turn.user_ended is not None:
-            turn.answer_tick = out.output.index
-        turn.model_spoke = out.model_speaking
+        watch = self._turns.setdefault(out.seat, TurnWatch(self._scheduler.clock.period))
+        self._turned(watch.tick(out))
 
     def handed_out(self, session: str, tick: int, when: float) -> None:
         done = self._done.pop((session, tick), None)
         if done is not None:
             self._queue.observe(max(0.0, when - done))
-        turn = self._turns.get(session)
-        if turn is not None and turn.answer_tick == tick and turn.user_ended is not None:
-            if when - turn.user_ended <= FORGET_SECONDS:
-                self._turn.observe(when - turn.user_ended)
-            turn.user_ended = turn.answer_tick = None
+        if (watch := self._turns.get(session)) is not None:
+            self._turned(watch.handed_out(tick, when))
+
+    def _turned(self, seconds: float | None) -> None:
+        if seconds is not None and seconds <= FORGET_SECONDS:
+            self._turn.observe(seconds)
 
     def interrupted(self, session: str, seconds: float) -> None:
         self._stop.observe(seconds)

@@ -17,7 +17,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from aiohttp import web
 
@@ -165,7 +165,7 @@ class Guard:
         origin = request.headers.get("Origin")
         if origin is None:
             return True
-        return origin.lower() in self._origins or urlsplit(origin).netloc.lower() == request.host.lower()
+        return origin.lower() in self._origins or _split(origin).netloc.lower() == request.host.lower()
 
     async def _make_secret(self, request: web.Request) -> web.Response:
         if self.keys is None:
@@ -187,7 +187,15 @@ class Guard:
 
 def _host_name(host: str) -> str:
     """The name in a Host header, without its port."""
-    return urlsplit(f"//{host}").hostname or ""
+    return _split(f"//{host}").hostname or ""
+
+
+def _split(url: str) -> SplitResult:
+    """The parts of what a stranger calls a URL; all empty when it is none."""
+    try:
+        return urlsplit(url)
+    except ValueError:
+        return SplitResult("", "", "", "", "")
 
 
 def credential(request: web.Request) -> str | None:

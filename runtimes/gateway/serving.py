@@ -22,7 +22,7 @@ from tmlc.runtimes.background.session import Background
 from tmlc.runtimes.core.admission import Level, StepTable, measure
 from tmlc.runtimes.core.engine import Engine
 from tmlc.runtimes.core.scheduler import Scheduler
-from tmlc.runtimes.gateway.admin import make_admin
+from tmlc.runtimes.gateway.admin import Health, make_admin
 from tmlc.runtimes.gateway.caps import Meter, SessionCaps
 from tmlc.runtimes.gateway.frames import ImageLimits
 from tmlc.runtimes.gateway.hub import Hub
@@ -117,7 +117,8 @@ class Server:
             port = await _listen(public, settings.host, settings.port, self._tls)
             where = ""
             if settings.admin_port is not None:
-                admin = web.AppRunner(make_admin(scheduler, metrics, lambda: self.draining), access_log=None)
+                health = Health(scheduler.stats, lambda: self.draining)
+                admin = web.AppRunner(make_admin(health, metrics), access_log=None)
                 admin_port = await _listen(admin, settings.admin_host, settings.admin_port, None)
                 where = f"http://{_shown(settings.admin_host)}:{admin_port}"
             page = f"{settings.scheme}://{_shown(settings.host)}:{port}/"

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tmlc.errors import ContextFullError, InputError, KernelError, PackageError
+from tmlc.errors import ContextFullError, InputError, KernelError, PackageError, UsageError
 from tmlc.package.reader import Package
 from tmlc.runtimes.core.backend import Backend, MethodSpec, check_inputs
 from tmlc.runtimes.core.placement import Placement, refuse_cpu_options
