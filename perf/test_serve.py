@@ -140,7 +140,7 @@ def test_a_thousand_sessions(figure: Callable[..., None], request: pytest.Fixtur
     benchmark.pedantic(serve, rounds=1)
     ticks = crowd.ages.count + crowd.lost
     what = f"virtual server, {THOUSAND} sessions, {minutes:g} min"
-    figure(f"{what}: turn latency p99", crowd.answers.quantile(0.99), "ms", 400.0)
+    figure(f"{what}: answering tick p99", crowd.answers.quantile(0.99), "ms", 400.0)
     figure(f"{what}: the same, max", crowd.answers.quantile(1.0), "ms")
     figure(f"{what}: end of speech to first voice, p99", crowd.voices.quantile(0.99), "ms")
     figure(f"{what}: ticks late or lost", 100 * (crowd.ages.above(400.0) + crowd.lost) / ticks, "%", 0.1)
