@@ -276,6 +276,7 @@ class Plan:
         )
         self._calls: dict[int, _Arguments] = {}
         self._parts = (_Part * 8)()
+        self._last_slot: np.ndarray | None = None  # of the last call, where that had one part
         self._part_at_fault = (ctypes.c_int64 * 1)()
         self._busy = threading.Lock()
 
@@ -358,12 +359,18 @@ class Plan:
         """Writes the parts where the library reads them; returns the bytes that every slot has."""
         if len(parts) > len(self._parts):
             self._parts = (_Part * (2 * len(parts)))()
+        if len(parts) == 1 and parts[0][1] is self._last_slot:  # still in place, and checked
+            self._parts[0].n = parts[0][0]
+            return parts[0][1].nbytes
+        self._last_slot = None
         slot_bytes = 2**62
         for k, (n, slot) in enumerate(parts):
             if slot.dtype != np.uint8 or not slot.flags.c_contiguous or not slot.flags.writeable:
                 raise UsageError("a slot is a writable flat uint8 array", where="slot")
             self._parts[k].n, self._parts[k].slot = n, slot.ctypes.data
             slot_bytes = min(slot_bytes, slot.nbytes)
+        if len(parts) == 1:
+            self._last_slot = slot
         return slot_bytes
 
     def unbatched(self, method: int) -> str | None:
@@ -395,6 +402,8 @@ class Plan:
         """Frees the arena (also done when the plan is collected)."""
         self._finalizer()
         self._handle = None
+        self._last_slot = None
+        self._calls.clear()
 
     def _arguments(self, method: int) -> _Arguments:
         n_inputs = self._c.tmlc_plan_inputs(self._handle, method)
@@ -412,7 +421,8 @@ class _Part(ctypes.Structure):
 
 
 class _Arguments:
-    """The C arrays of one method's arguments, made once and filled for every call."""
+    """The C arrays of one method's arguments, made once and filled for every call. An array that the call before
+    brought too is there already: asking numpy for its address takes longer than all else here."""
 
     def __init__(self, n_inputs: int, n_outputs: int) -> None:
         def arrays(count: int) -> tuple[ctypes.Array, ctypes.Array]:
@@ -421,6 +431,9 @@ class _Arguments:
         self.counts = (n_inputs, n_outputs)
         (self._in, self._in_bytes), (self._out, self._out_bytes) = arrays(n_inputs), arrays(n_outputs)
         self.pointers = (self._in, self._in_bytes, self._out, self._out_bytes)
+        # As filled in, and kept: another array could take the place of one that is gone.
+        self._inputs: list[np.ndarray | None] = [None] * n_inputs
+        self._outputs: list[np.ndarray | None] = [None] * n_outputs
 
     def fill(self, inputs: Sequence[np.ndarray], outputs: Sequence[np.ndarray]) -> None:
         if (len(inputs), len(outputs)) != self.counts:
@@ -429,13 +442,17 @@ class _Arguments:
                 f"where the method has {self.counts[0]} and {self.counts[1]}"
             )
         for k, array in enumerate(inputs):
+            if array is self._inputs[k]:
+                continue
             if not array.flags.c_contiguous:
                 raise UsageError(f"input {k} is not C-contiguous")
-            self._in[k], self._in_bytes[k] = array.ctypes.data, array.nbytes
+            self._in[k], self._in_bytes[k], self._inputs[k] = array.ctypes.data, array.nbytes, array
         for k, array in enumerate(outputs):
+            if array is self._outputs[k]:
+                continue
             if not array.flags.c_contiguous or not array.flags.writeable:
                 raise UsageError(f"output {k} is not C-contiguous and writable")
-            self._out[k], self._out_bytes[k] = array.ctypes.data, array.nbytes
+            self._out[k], self._out_bytes[k], self._outputs[k] = array.ctypes.data, array.nbytes, array
 
 
 def _declare(c: ctypes.CDLL) -> ctypes.CDLL:

@@ -77,6 +77,8 @@ class Published:
         collapsed: ticks before it whose input went in with it and whose output is silence.
         delivery: what was injected and said at this edge.
         missing: samples of input that had not come and ran as silence.
+        heard: samples that the client ever sent and that wait no more: this tick and those before it took them in, or
+            they were dropped.
         user_speaking, model_speaking: was there voice in the tick's input, in its output?
     """
 
@@ -88,6 +90,7 @@ class Published:
     collapsed: int = 0
     delivery: Delivery = NOTHING
     missing: int = 0
+    heard: int = 0
     user_speaking: bool = False
     model_speaking: bool = False
 

@@ -176,7 +176,13 @@ class Model:
         if not pieces:  # a method that the model may not have
             return
         spec, limit = self.backend.methods[method], self._limits[method]
-        group: list[tuple[int, int, list[np.ndarray]]] = []
+        if len(pieces) == 1:
+            session, arrays = pieces[0]
+            count = arrays[0].shape[0] // spec.inputs[0].a
+            if 0 < count <= limit and session not in self.failed:  # nothing to cut
+                yield from self._run(spec, [(session, count, arrays)])
+                return
+        group: list[tuple[int, int, Sequence[np.ndarray]]] = []
         used = 0
         for session, arrays in pieces:
             start, count = 0, arrays[0].shape[0] // spec.inputs[0].a
@@ -191,7 +197,7 @@ class Model:
         if group:
             yield from self._run(spec, group)
 
-    def _run(self, spec: MethodSpec, group: list[tuple[int, int, list[np.ndarray]]]) -> Iterator[Rows]:
+    def _run(self, spec: MethodSpec, group: list[tuple[int, int, Sequence[np.ndarray]]]) -> Iterator[Rows]:
         """One call, and again without a session that it is refused for."""
         start = perf_counter_ns()
         while True:
@@ -211,7 +217,7 @@ class Model:
             yield session, rows[at : at + n * height]
             at += n * height
 
-    def _join(self, spec: MethodSpec, group: list[tuple[int, int, list[np.ndarray]]]) -> list[np.ndarray]:
+    def _join(self, spec: MethodSpec, group: list[tuple[int, int, Sequence[np.ndarray]]]) -> Sequence[np.ndarray]:
         """The arguments of a call: those of its only session, or copies of all one after another."""
         if len(group) == 1:
             return group[0][2]

@@ -433,7 +433,7 @@ class Scheduler:
         seat.count(over_budget=int(done - due > self.step_budget))
         out = Published(
             seat.id, due, started, done, result, collapsed, gathered.delivery, gathered.taken.missing,
-            seat.user_speaking, seat.model_speaking,
+            gathered.taken.heard, seat.user_speaking, seat.model_speaking,
         )  # fmt: skip
         try:
             if self._events is not None:

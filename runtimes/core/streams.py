@@ -53,12 +53,14 @@ class Taken:
         missing: samples of these ticks that had not come.
         late: samples dropped because they were older than 400 ms.
         skipped: silent samples left out to catch up.
+        heard: samples that ever came and wait no more: taken by these ticks or earlier ones, or dropped.
     """
 
     ticks: list[np.ndarray | None] = field(default_factory=list)
     missing: int = 0
     late: int = 0
     skipped: int = 0
+    heard: int = 0
 
 
 class SampleStream:
@@ -74,7 +76,7 @@ class SampleStream:
         self._late, self._cushion = round(rate * LATE_SECONDS), round(rate * CUSHION_SECONDS)
         self.bound = (MAX_LATE + 1) * tick + self._late if pace is Pace.REALTIME else round(rate * BUFFERED_SECONDS)
         self._ring = np.zeros(max(1, min(self.bound, 8 * tick)), np.float32)
-        self._start = self._size = 0
+        self._start = self._size = self._came = 0
         self._lock = threading.Lock()
         self._dropped = 0
         self._flowing = False
@@ -85,6 +87,7 @@ class SampleStream:
     def put(self, samples: np.ndarray) -> int:
         """Adds samples; returns how many were dropped for want of room."""
         with self._lock:
+            self._came += samples.size
             over = max(0, self._size + samples.size - self.bound)
             if over and self.pace is Pace.REALTIME:
                 gone = min(over, self._size)
@@ -141,6 +144,7 @@ class SampleStream:
                 out.missing += self._tick - count
                 out.ticks.append(self._filled(count) if count else None)
                 self._flowing = count > 0
+            out.heard = self._came - self._size
         return out
 
     def _skip(self, need: int) -> int:
@@ -174,6 +178,7 @@ class SampleStream:
     def refuse(self, count: int) -> None:
         """So many samples came while nobody wanted them; they count as dropped."""
         with self._lock:
+            self._came += count
             self._dropped += count
 
     def clear(self) -> None:

@@ -31,6 +31,7 @@ class Tick:
         late_ms, step_ms: from its edge to the beginning of its step; the step of its batch.
         user_speaking, model_speaking: whose voice was heard.
         collapsed, missing_ms, batch: ticks taken in with it; input that had not come; sessions of its batch.
+        heard_ms: of the client's audio, that is behind this tick: taken in by it or an earlier one, or dropped.
     """
 
     index: int
@@ -43,6 +44,7 @@ class Tick:
     collapsed: int
     missing_ms: float
     batch: int
+    heard_ms: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

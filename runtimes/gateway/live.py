@@ -409,7 +409,7 @@ class LiveConnection(Connection):
                     "type": "tmlc.tick", "event_id": event_id(), "tick": tick.index, "late_ms": round(tick.late_ms, 3),
                     "step_ms": round(tick.step_ms, 3), "user_speaking": tick.user_speaking,
                     "model_speaking": tick.model_speaking, "collapsed": tick.collapsed,
-                    "missing_ms": round(tick.missing_ms, 3), "batch": tick.batch,
+                    "missing_ms": round(tick.missing_ms, 3), "heard_ms": round(tick.heard_ms, 3), "batch": tick.batch,
                 }
             )  # fmt: skip
         if (tick.index + 1) % USAGE_TICKS == 0:

@@ -168,7 +168,8 @@ class Responses(Connection):
         self._tell(
             "tmlc.tick", tick=tick.index, sequence=number, late_ms=round(tick.late_ms, 3),
             step_ms=round(tick.step_ms, 3), user_speaking=tick.user_speaking, model_speaking=tick.model_speaking,
-            collapsed=tick.collapsed, missing_ms=round(tick.missing_ms, 3), batch=tick.batch,
+            collapsed=tick.collapsed, missing_ms=round(tick.missing_ms, 3),
+            heard_ms=round(tick.heard_ms, 3), batch=tick.batch,
         )  # fmt: skip
 
     def _user_turns(self, tick: Tick) -> None:

@@ -158,6 +158,7 @@ class LiveSession:
                 collapsed=out.collapsed,
                 missing_ms=1000 * out.missing / rate,
                 batch=int(out.output.stats["batch"]),
+                heard_ms=1000 * out.heard / rate,
             )
         )
         self._watch_interruption(out)

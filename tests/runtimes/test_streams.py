@@ -50,6 +50,7 @@ def test_samples_come_out_in_order_once_and_what_is_lost_is_counted(pace, action
             assert heard == waiting[: count * TICK] and all(a is None or a.size == TICK for a in taken.ticks)
             assert taken.missing == count * TICK - len(heard) and len(taken.ticks) == count
             waiting = waiting[len(heard) :]
+            assert taken.heard == given_in - len(waiting)
             accounted += taken.late + len(heard)
         accounted += stream.dropped()
         assert len(stream) == len(waiting) <= stream.bound and stream._ring.size <= stream.bound

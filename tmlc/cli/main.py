@@ -33,6 +33,7 @@ VERBS = {
     "profile": "latency against the budget, memory, start-up",
     "tune": "block sizes of GPU kernels, measured into a table",
     "plan": "memory, step time and sessions on hardware that is not here",
+    "bench": "an open-loop load on a live server, measured at the client",
     "zoo": "reference models: list them, create a checkpoint",
     "doctor": "what this machine can compile for and run",
 }

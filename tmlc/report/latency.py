@@ -35,7 +35,7 @@ class Budget:
         return self.total_ms - self.tick_ms - DECODE_MS - SEND_MS
 
 
-def parse_milliseconds(text: str) -> float:
+def parse_milliseconds(text: str, where: str = "--budget") -> float:
     """'400ms', '0.4s' or '400' in milliseconds.
 
     Raises:
@@ -44,7 +44,7 @@ def parse_milliseconds(text: str) -> float:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(ms|s)?", text.strip())
     value = float(match[1]) * (1000.0 if match[2] == "s" else 1.0) if match else 0.0
     if value <= 0:
-        raise UsageError(f"{text!r} is not a duration", where="--budget", fix="write it as 400ms or 0.4s")
+        raise UsageError(f"{text!r} is not a duration", where=where, fix="write it as 400ms or 0.4s")
     return value
 
 

@@ -51,6 +51,19 @@ TMLC_INLINE v16 exp2_16(v16 x) {
     return choose(x < low, zero16(), y);
 #endif
 }
+#if defined(__AVX512BF16__)
+// 2^x, x <= 0, of a weight that becomes half of a pair, to 3e-6. What is below 2^-126 comes out as a denormal, which the
+// conversion to bf16 takes for zero; NaN stays NaN.
+TMLC_INLINE v16 exp2_of_pair(v16 x) {
+    const v16 r = _mm512_maskz_reduce_ps(0xffff, x, _MM_FROUND_TO_NEG_INF);
+    v16 p = splat(0.0135341454f);
+    p = fma(p, r, splat(0.0520114936f));
+    p = fma(p, r, splat(0.24144274f));
+    p = fma(p, r, splat(0.693003833f));
+    p = fma(p, r, splat(1.00000262f));
+    return _mm512_maskz_scalef_ps(0xffff, p, x);  // takes the same whole number
+}
+#endif
 TMLC_INLINE v16 larger(v16 a, v16 b) {  // max16 in one instruction; where b is NaN, a
 #if defined(__AVX512F__)
     return _mm512_maskz_max_ps(0xffff, b, a);
@@ -222,6 +235,33 @@ struct Split {
         }
     }
 
+    // Turns the scores of an interval into 2^(score - top), and adds them to `sum` as they are rounded.
+    template <Factors F>
+    static void weigh(float* score, Interval in, v16 top, v16& sum) {
+        int64_t b = in.begin / 16 * 16;
+#if defined(__AVX512BF16__)
+        if constexpr (F == Factors::bf16_pairs) {  // sums of pairs, 32 weights at a time from here on
+            auto* const row = reinterpret_cast<uint16_t*>(score);
+            const w16 ones = splat_int(0x3f803f80);
+            const auto pairs = [&](v16 high, v16 low) TMLC_LAMBDA_INLINE {
+                const __m512bh weights = _mm512_cvtne2ps_pbh(high, low);
+                sum = _mm512_dpbf16_ps(sum, weights, reinterpret_cast<__m512bh>(ones));
+                return reinterpret_cast<__m512i>(weights);
+            };
+            for (; b + 32 <= in.end; b += 32) {
+                const v16 low = exp2_of_pair(load(score + b) - top), high = exp2_of_pair(load(score + b + 16) - top);
+                _mm512_storeu_si512(row + b, pairs(high, low));
+            }
+            for (; b < in.end; b += 16) {
+                const __m512i half = pairs(zero16(), exp2_of_pair(load(score + b) - top));
+                std::memcpy(row + b, &half, 32);
+            }
+            return;
+        }
+#endif
+        for (; b < in.end; b += 16) sum = sum + store_factors<F>(score, b, exp2_16<F == Factors::f32>(load(score + b) - top));
+    }
+
     // Turns the scores of a query into 2^(score - top); false where it sees nothing of this split.
     template <Factors F>
     bool softmax(int64_t at) const {
@@ -254,9 +294,7 @@ struct Split {
         const float most = top_lane(high), top = most > -INFINITY ? std::ceil(most) : 0.0f;
         const v16 relative = splat(top);
         v16 sum = zero16();
-        for (const Interval& in : parts)
-            for (int64_t b = in.begin / 16 * 16; b < in.end; b += 16)
-                sum = sum + store_factors<F>(score, b, exp2_16<F == Factors::f32>(load(score + b) - relative));
+        for (const Interval& in : parts) weigh<F>(score, in, relative, sum);
         part.top[at] = any ? top : -INFINITY;
         store(part.sums + 16 * at, sum);
         return any;
