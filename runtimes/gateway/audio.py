@@ -13,7 +13,7 @@ import soxr
 
 from tmlc.errors import InputError
 
-QUALITY = "LQ"  # the least delay of those that filter: 6 ms from 24 to 16 kHz, 13 ms back
+QUALITY = "LQ"  # the least delay of those that filter: at most 20 ms between 24 and 16 kHz, 62 ms to and from 8 kHz
 PCM_RATES = (16000, 24000)
 
 

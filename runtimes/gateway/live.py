@@ -27,6 +27,7 @@ from tmlc.runtimes.gateway.wire import (
     MAX_AUDIO,
     Connection,
     WireError,
+    about,
     base64_of,
     check_config,
     event_id,
@@ -230,7 +231,8 @@ class LiveConnection(Connection):
         rate = given.get("rate", 24000 if kind == "audio/pcm" else 8000)
         if not isinstance(kind, str) or type(rate) is not int:
             raise WireError("audio.format has a type and a rate", "invalid_type", "session.audio.format")
-        AudioFormat(kind, rate)
+        with about("session.audio.format"):
+            AudioFormat(kind, rate)
         return kind, rate
 
     def _resolved(self, config: dict[str, Any], model: str) -> dict[str, Any]:
@@ -285,14 +287,17 @@ class LiveConnection(Connection):
         data = base64_of(event.get("audio"), "audio", MAX_AUDIO)
         ours = object_of(event, "tmlc")
         if data:
-            samples = self._in.push(decode(data, self._format))
+            with about("audio"):
+                samples = self._in.push(decode(data, self._format))
             self.session.hear(samples * 0 if self._muted else samples)
         if ours.get("video") is not None:
             self._see(object_of(ours, "video", "tmlc.video").get("image_url"), "tmlc.video.image_url", own)
 
     def _see(self, url: Any, param: str, own: str | None) -> None:
         self.may_see(param)
-        self.aside(self._look(picture_of(url, self.hub.image_limits), param), own)
+        with about(param):
+            picture = picture_of(url, self.hub.image_limits)
+        self.aside(self._look(picture, param), own)
 
     async def _look(self, picture: bytes, param: str) -> None:
         session = self.session

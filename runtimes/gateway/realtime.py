@@ -23,6 +23,7 @@ from tmlc.runtimes.gateway.sessions import LiveSession, Opening
 from tmlc.runtimes.gateway.wire import (
     MAX_AUDIO,
     WireError,
+    about,
     base64_of,
     check_config,
     known_only,
@@ -139,7 +140,7 @@ class RealtimeConnection(Responses):
                 self._update(object_of(event, "session"))
             case "input_audio_buffer.append":
                 data = base64_of(event.get("audio"), "audio", MAX_AUDIO)
-                if data:
+                with about("audio"):
                     session.hear(self._in.push(decode(data, self._in_format)))
                 if (video := object_of(event, "tmlc").get("video")) is not None:
                     self._see(object_of({"video": video}, "video").get("image_url"), "tmlc.video.image_url", own)
@@ -209,7 +210,9 @@ class RealtimeConnection(Responses):
 
     def _see(self, url: Any, param: str, own: str | None) -> None:
         self.may_see(param)
-        self.aside(self._look(picture_of(url, self.hub.image_limits), param), own)
+        with about(param):
+            picture = picture_of(url, self.hub.image_limits)
+        self.aside(self._look(picture, param), own)
 
     async def _look(self, picture: bytes, param: str) -> None:
         session = self.session
@@ -263,7 +266,8 @@ class RealtimeConnection(Responses):
                 found.append((kind, text_of(part, "text", MAX_CHARACTERS, f"{where}.text")))
             elif kind == "input_audio" and role == "user":
                 data = base64_of(part.get("audio"), f"{where}.audio", MAX_AUDIO)
-                found.append((kind, decode(data, self._in_format)))
+                with about(f"{where}.audio"):
+                    found.append((kind, decode(data, self._in_format)))
             elif kind == "input_image" and role == "user":
                 found.append((kind, part.get("image_url")))
             else:

@@ -19,7 +19,7 @@ from tmlc.runtimes.core.live import EndReason
 from tmlc.runtimes.gateway.audio import AudioFormat, Resampler, encode
 from tmlc.runtimes.gateway.events import ClientTask, Closed, Delegated, Happening, Injected, Tick
 from tmlc.runtimes.gateway.hub import Hub
-from tmlc.runtimes.gateway.wire import Connection, WireError, event_id
+from tmlc.runtimes.gateway.wire import Connection, WireError, about, event_id
 
 QUIET_TICKS = 3
 """A response is done when the model has been silent for so long."""
@@ -337,4 +337,5 @@ def format_of(given: Any, param: str) -> AudioFormat:
     rate = given.get("rate", 24000 if kind == "audio/pcm" else 8000)
     if not isinstance(kind, str) or type(rate) is not int:
         raise WireError(f"{param} has a type and a rate", "invalid_type", param)
-    return AudioFormat(kind, rate)
+    with about(param):
+        return AudioFormat(kind, rate)

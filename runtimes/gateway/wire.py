@@ -18,7 +18,7 @@ import secrets
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterator
 from typing import Any
 
 from aiohttp import WSCloseCode, WSMsgType, web
@@ -74,6 +74,17 @@ def as_wire(error: TmlcError) -> WireError:
     if isinstance(error, SessionError):
         return WireError(message, "session_not_found")
     return WireError(message, "server_error", kind="server_error")
+
+
+@contextlib.contextmanager
+def about(param: str) -> Iterator[None]:
+    """What tmlc refuses in here is the fault of this field."""
+    try:
+        yield
+    except TmlcError as error:
+        wire = as_wire(error)
+        wire.param = param
+        raise wire from None
 
 
 def event_id() -> str:

@@ -40,3 +40,15 @@ def test_a_stream_in_pieces_is_the_stream_in_one(source, target):
     pieces, whole = Resampler(source, target), Resampler(source, target)
     cut = [pieces.push(samples[at : at + 480]) for at in range(0, source, 480)] + [pieces.push(samples[:0], True)]
     assert np.allclose(np.concatenate(cut), whole.push(samples, True), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "behind"), [(24000, 16000, 20), (16000, 24000, 20), (8000, 16000, 62), (16000, 8000, 62)]
+)
+@pytest.mark.parametrize("piece", [0.02, 0.2])
+def test_a_stream_is_not_further_behind_than_is_said(source, target, behind, piece):
+    stream, came, gone, samples = Resampler(source, target), 0.0, 0.0, np.zeros(round(piece * source), np.float32)
+    for _ in range(200):
+        came += 1000 * samples.size / source
+        gone += 1000 * stream.push(samples).size / target
+        assert came - gone <= behind + 1e-6
