@@ -8,6 +8,7 @@ or to the server's background model.
 from __future__ import annotations
 
 import base64
+from dataclasses import dataclass
 from typing import Any
 
 from aiohttp import web
@@ -88,6 +89,15 @@ REASONS = {
 """Live's words for why a session ended; everything else is a lost connection to the model."""
 
 
+@dataclass
+class _Transcript:
+    """What the model said and the client was not told, for the pressure's sake: from tick `first` to before `end`."""
+
+    text: str = ""
+    first: int = 0
+    end: int = 0
+
+
 class LiveConnection(Connection):
     """One primary WebSocket."""
 
@@ -99,8 +109,7 @@ class LiveConnection(Connection):
         self._config: dict[str, Any] = {}
         self._format = AudioFormat()
         self._muted = self._events = False
-        # Transcript that waits for the end of the pressure, its first tick and the one after its last.
-        self._held, self._held_from, self._held_to = "", 0, 0
+        self._held = _Transcript()
         self._closing: str | None = None
 
     def accepted(self) -> frozenset[str]:
@@ -262,7 +271,8 @@ class LiveConnection(Connection):
         self._format = AudioFormat(str(options["format"][0]), int(options["format"][1]))
         self._in = Resampler(self._format.rate, layout.sample_rate or self._format.rate)
         self._out_stream = Resampler(layout.out_sample_rate or self._format.rate, self._format.rate)
-        self.session = session
+        self.session, self._held = session, session.talk or self._held
+        session.talk = self._held  # who comes back is told what the one before was not
 
     def _started(self, own: str | None, resumed: bool, after: int) -> None:
         session = self.session
@@ -403,9 +413,10 @@ class LiveConnection(Connection):
             if self._events:
                 message["tmlc"] = {"sequence": number, "tick": tick.index}  # type: ignore[assignment]
             self.send(message, tick.index)
-        if tick.text:
-            self._held_from = self._held_from if self._held else tick.index
-            self._held, self._held_to = (self._held + tick.text)[-MAX_CHARACTERS:], tick.index + 1
+        held = self._held
+        if tick.text and tick.index >= held.end:  # else it is in there, and the tick is sent a second time
+            held.first = held.first if held.text else tick.index
+            held.text, held.end = (held.text + tick.text)[-MAX_CHARACTERS:], tick.index + 1
         if self.session.seat.level < Level.NO_TRANSCRIPTS:
             self._transcribe()
         if self._events:
@@ -422,9 +433,10 @@ class LiveConnection(Connection):
 
     def _transcribe(self) -> None:
         """Sends the transcript that waits."""
-        if self._held:
-            period, text, self._held = self.hub.sessions.tick_ms, self._held, ""
-            start, end = self._held_from * period, self._held_to * period
+        period, held = self.hub.sessions.tick_ms, self._held
+        if held.text:
+            start, end, text = held.first * period, held.end * period, held.text
+            held.text, held.first, held.end = "", 0, 0
             self._answer("session.output_transcript.delta", None, delta=text, start_ms=start, end_ms=end)
 
     def _usage(self) -> dict[str, Any]:

@@ -366,6 +366,26 @@ def test_under_pressure_transcripts_wait_and_nothing_of_them_is_lost(desk):
     desk(test)
 
 
+@pytest.mark.parametrize("after", ["", "&tmlc_after=2"])
+def test_who_comes_back_under_pressure_is_told_what_was_said_before_once(desk, after):
+    async def test(desk):
+        wire = await desk.live()
+        desk.scheduler._ladder.edge = lambda *_: False
+        desk.scheduler._ladder.level = Level.NO_TRANSCRIPTS
+        desk.model.says("abc")
+        await desk.edges(4)
+        token = wire.of("session.started")[0]["tmlc"]["resume_token"]
+        again = await desk.connect("live", f"tmlc_resume={token}{after}")
+        desk.wires.remove(wire)
+        await desk.edges()
+        desk.scheduler._ladder.level = Level.NORMAL
+        desk.model.says("d")
+        await desk.edges(2)
+        assert again.said == "abcd"
+
+    desk(test)
+
+
 def test_pictures_come_three_ways(desk):
     async def test(desk):
         from io import BytesIO
