@@ -218,8 +218,11 @@ async def knock(server, token=None, window=None):
 
 
 async def raw(server, token=None, window=None):
-    client = await knock(server, token, window)
-    assert isinstance(client, Raw), client
+    """A raw connection; comes again, as it is told to, while the server has no room."""
+    limit = time.monotonic() + 30
+    while not isinstance(client := await knock(server, token, window), Raw):
+        assert client.startswith("HTTP/1.1 503") and time.monotonic() < limit, client
+        await asyncio.sleep(1.0)
     return client
 
 
