@@ -2,7 +2,8 @@
 
 A session's output depends on the package, the seed and this log only; `replay` proves it on another
 engine. A live session's log also holds what the scheduler decided about it (`DECISIONS`); what a decision changed is in
-the record of the tick (the missed inputs, the samples that were left), so replaying passes over it.
+the record of the tick (the missed inputs, the samples that were left), so replaying passes over it. A log that had to
+end before its session says so in a last record, `cut`.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 VERSION = 2
 _READABLE = (1, 2)  # 1 knew neither injected, said nor missed input, nor decisions
 DECISIONS = ("join", "late", "collapse", "missing", "dropped", "ladder", "detach", "attach", "end")
+CUT = "cut"
+"""The event of the last record of a log that ended before its session did."""
 _DTYPES = ("float32", "uint8")
 
 
@@ -106,6 +109,11 @@ def decided(event: str, tick: int, **facts: Any) -> dict[str, Any]:
     return {"event": event, "tick": tick, **facts}
 
 
+def cut(tick: int, reason: str) -> dict[str, Any]:
+    """The last record of a log that ends before its session: `tick` was the last one that it holds, -1 for none."""
+    return {"event": CUT, "tick": tick, "reason": reason}
+
+
 @dataclass(frozen=True, slots=True)
 class Redone:
     """One tick that was done again.
@@ -132,6 +140,7 @@ class Redone:
 
 def redo(engine: Engine, records: Iterable[dict[str, Any]], snapshot: bytes | None = None) -> Iterator[Redone]:
     """Does a whole log again on `engine`, tick by tick; `snapshot` is where the log goes on from, if it does.
+    A log that was cut is done up to there.
 
     Raises:
         InputError: the records are not a log, are of another package, or go on from a snapshot that is not this one.
@@ -156,6 +165,10 @@ def redo(engine: Engine, records: Iterable[dict[str, Any]], snapshot: bytes | No
             event = _field(record, "event", str)
             if event in DECISIONS:
                 continue
+            if event == CUT:
+                if next(iterator, None) is not None:
+                    raise InputError("the tick log goes on after the record that ends it")
+                return
             if event == "append":
                 given = _given(record)
                 session.append(given.tokens, given.audio, given.video, logits="none")

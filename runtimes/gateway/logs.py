@@ -7,11 +7,17 @@ import logging
 import os
 import secrets
 import time
+from io import FileIO
 from pathlib import Path
 from typing import Any, TextIO
 
+from tmlc.errors import UsageError
+from tmlc.runtimes.core import ticklog
+from tmlc.runtimes.core.surface import LogSink
 from tmlc.runtimes.gateway.observer import Observer
 
+LAST_RECORD = 256
+"""Bytes of a tick log's bound that are left for the record that ends it."""
 log = logging.getLogger("tmlc.serve")
 
 
@@ -69,41 +75,80 @@ class LogObserver(Observer):
 
 
 class TickLog:
-    """The tick log of one session as JSON lines: what `tmlc replay` reads. Called by the device thread only.
+    """The tick log of one session as JSON lines: what `tmlc replay` reads. Called by the device thread, and raises
+    nothing into it.
 
-    At `most` bytes it ends with a record that says so; the session goes on.
+    At `most` bytes, or when the disk takes no more, it ends with a record that says so, and the session goes on.
+
+    Raises (when made) OSError: the file cannot be made.
     """
 
     def __init__(self, folder: Path, most: int) -> None:
         self._path = folder / f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{secrets.token_hex(6)}.jsonl"
         descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        self._file: TextIO | None = os.fdopen(descriptor, "w", encoding="utf-8")
-        self._left = most
+        self._file: FileIO | None = FileIO(descriptor, "w")
+        self._most, self._size, self._tick = most - LAST_RECORD, 0, -1
 
     def __call__(self, record: dict[str, Any]) -> None:
         if self._file is None:
             return
-        line = json.dumps(record) + "\n"
-        self._left -= len(line)
-        if self._left < 0:
-            log.warning("a tick log has reached its bound and ends", extra={"facts": {"file": self._path.name}})
-            self._file.close()
-            self._file = None
+        try:
+            line = _line(record)
+            if self._size + len(line) > self._most:
+                self._cut("bound", "a tick log has reached its bound and ends")
+                return
+            self._write(line)
+        except OSError as error:
+            self._cut("disk", f"a tick log could not be written and ends: {error.strerror}")
             return
-        self._file.write(line)
-        if record.get("event") != "tick":
-            self._file.flush()
-        if record.get("event") == "end":
+        if record.get("event") == "tick":
+            self._tick = int(record["tick"])
+        elif record.get("event") == "end":
             self._file.close()
             self._file = None
+
+    def _write(self, line: bytes) -> None:
+        """Whole lines: what a full disk took of one is cut off by `_cut`."""
+        assert self._file is not None
+        left = memoryview(line)
+        while left:
+            left = left[self._file.write(left) or 0 :]
+        self._size += len(line)
+
+    def _cut(self, reason: str, why: str) -> None:
+        assert self._file is not None
+        log.warning(why, extra={"facts": {"file": self._path.name}})
+        try:
+            self._file.seek(self._size)
+            self._file.truncate()
+            self._write(_line(ticklog.cut(self._tick, reason)))
+            self._file.close()
+        except OSError as error:  # its last line may be half a record then, which replay names
+            log.warning("a tick log has no proper end", extra={"facts": {"file": self._path.name, "why": str(error)}})
+        self._file = None
+
+
+def _line(record: dict[str, Any]) -> bytes:
+    return (json.dumps(record) + "\n").encode()
 
 
 class TickLogs:
-    """Makes a tick log for each session in a folder that nobody else can read."""
+    """Makes a tick log for each session in a folder that nobody else can read.
+
+    Raises (when made) UsageError: the folder cannot be made.
+    """
 
     def __init__(self, folder: Path, most: int) -> None:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        try:
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        except OSError as error:
+            raise UsageError(f"tick logs cannot be kept there: {error.strerror}", where=str(folder)) from None
         self._folder, self._most = folder, most
 
-    def __call__(self) -> TickLog:
-        return TickLog(self._folder, self._most)
+    def __call__(self) -> LogSink:
+        """The log of one session; where the disk takes no file more, a warning, and one that writes nothing."""
+        try:
+            return TickLog(self._folder, self._most)
+        except OSError as error:
+            log.warning("a session has no tick log: %s", error.strerror)
+            return lambda record: None

@@ -8,13 +8,16 @@ from __future__ import annotations
 import time
 from collections import OrderedDict
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from tmlc.runtimes.core.live import Published
+from tmlc.runtimes.background.delegations import Stage
+from tmlc.runtimes.background.injections import Policy
+from tmlc.runtimes.core.live import EndReason, Published
 from tmlc.runtimes.core.scheduler import Scheduler
 from tmlc.runtimes.gateway.observer import Observer
 from tmlc.runtimes.gateway.turns import TurnWatch
@@ -23,10 +26,28 @@ STEP_EDGES = (0.005, 0.01, 0.02, 0.04, 0.08, 0.12, 0.16, 0.2, 0.4, 0.8, 1.6)
 TURN_EDGES = (0.1, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.8, 1.0, 1.5, 2.0, 5.0)
 LAG_EDGES = (0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 MAX_FOLLOWED = 65536
+MAX_WAITING = 64
+"""Ticks of a session that wait to be handed out; a connection holds fewer."""
 FORGET_SECONDS = 10.0
 """An answer that comes later than this is none to what was said then."""
-REASONS = frozenset({"capacity", "key", "origin", "host", "rate", "sessions_per_key"})
+OTHER = "other"
+REASONS = frozenset({"capacity", "key", "origin", "host", "rate", "sessions_per_key", "secrets_per_key"})
 STREAMS = frozenset({"input_audio", "input_video", "input_text", "output"})
+DIALECTS, DIRECTIONS = frozenset({"live", "realtime"}), frozenset({"in", "out"})
+ENDS, STAGES, POLICIES = (frozenset(map(str, kind)) for kind in (EndReason, Stage, Policy))
+
+
+@dataclass(slots=True)
+class _Followed:
+    """What is remembered of a session until it ends: its turns; when its ticks that wait to be handed out were done."""
+
+    turns: TurnWatch
+    done: dict[int, float] = field(default_factory=dict)
+
+
+def _of(known: frozenset[str], value: str) -> str:
+    """A label's value: one of a closed set."""
+    return value if value in known else OTHER
 
 
 class Metrics(Observer):
@@ -62,39 +83,42 @@ class Metrics(Observer):
         self._injected = Counter("tmlc_injections_delivered", "Injections delivered", ["policy"], registry=own)
         self._messages = Counter("tmlc_messages", "Events over sockets", ["dialect", "direction"], registry=own)
         self.registry.register(_Scheduled(scheduler))
-        self._turns: OrderedDict[str, TurnWatch] = OrderedDict()
-        self._done: OrderedDict[tuple[str, int], float] = OrderedDict()
+        self._followed: OrderedDict[str, _Followed] = OrderedDict()
 
     def session_opened(self, session: str, dialect: str) -> None:
-        self._opened.labels(dialect).inc()
+        self._opened.labels(_of(DIALECTS, dialect)).inc()
 
     def session_ended(self, session: str, reason: str) -> None:
-        self._ended.labels(reason).inc()
-        self._turns.pop(session, None)
+        self._ended.labels(_of(ENDS, reason)).inc()
+        self._followed.pop(session, None)
 
     def session_resumed(self, session: str) -> None:
         self._resumed.inc()
 
     def refused(self, reason: str) -> None:
-        self._refused.labels(reason if reason in REASONS else "other").inc()
+        self._refused.labels(_of(REASONS, reason)).inc()
 
     def tick(self, out: Published) -> None:
         self._late.observe(max(0.0, out.late))
         self._step.observe(out.step)
-        self._done[out.seat, out.output.index] = time.monotonic()
-        while len(self._done) > MAX_FOLLOWED:
-            self._done.popitem(last=False)
-        while len(self._turns) >= MAX_FOLLOWED and out.seat not in self._turns:
-            self._turns.popitem(last=False)
-        watch = self._turns.setdefault(out.seat, TurnWatch(self._scheduler.clock.period))
-        self._turned(watch.tick(out))
+        followed = self._followed.get(out.seat)
+        if followed is None:
+            followed = self._followed[out.seat] = _Followed(TurnWatch(self._scheduler.clock.period))
+            while len(self._followed) > MAX_FOLLOWED:
+                self._followed.popitem(last=False)
+        followed.done[out.output.index] = time.monotonic()
+        if len(followed.done) > MAX_WAITING:
+            del followed.done[next(iter(followed.done))]
+        self._turned(followed.turns.tick(out))
 
     def handed_out(self, session: str, tick: int, when: float) -> None:
-        done = self._done.pop((session, tick), None)
+        followed = self._followed.get(session)
+        if followed is None:  # it has ended
+            return
+        done = followed.done.pop(tick, None)
         if done is not None:
             self._queue.observe(max(0.0, when - done))
-        if (watch := self._turns.get(session)) is not None:
-            self._turned(watch.handed_out(tick, when))
+        self._turned(followed.turns.handed_out(tick, when))
 
     def _turned(self, seconds: float | None) -> None:
         if seconds is not None and seconds <= FORGET_SECONDS:
@@ -104,16 +128,16 @@ class Metrics(Observer):
         self._stop.observe(seconds)
 
     def dropped(self, stream: str, count: int) -> None:
-        self._dropped.labels(stream if stream in STREAMS else "other").inc(count)
+        self._dropped.labels(_of(STREAMS, stream)).inc(count)
 
     def delegation(self, session: str, event: str, seconds: float) -> None:
-        self._delegations.labels(event).inc()
+        self._delegations.labels(_of(STAGES, event)).inc()
 
     def injected(self, session: str, policy: str) -> None:
-        self._injected.labels(policy).inc()
+        self._injected.labels(_of(POLICIES, policy)).inc()
 
     def message(self, dialect: str, direction: str, kind: str) -> None:
-        self._messages.labels(dialect, direction).inc()
+        self._messages.labels(_of(DIALECTS, dialect), _of(DIRECTIONS, direction)).inc()
 
     def loop_lag(self, seconds: float) -> None:
         self._lag.observe(seconds)

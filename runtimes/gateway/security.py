@@ -8,11 +8,13 @@ clients send it.
 from __future__ import annotations
 
 import hashlib
+import heapq
 import hmac
 import os
 import secrets
 import stat
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,17 +24,19 @@ from urllib.parse import SplitResult, urlsplit
 from aiohttp import web
 
 from tmlc.errors import UsageError
+from tmlc.runtimes.gateway.caps import ANYBODY, PASS, Pass
 from tmlc.runtimes.gateway.observer import Observer
 from tmlc.runtimes.gateway.server import refusal
 from tmlc.runtimes.gateway.settings import is_loopback
+from tmlc.runtimes.gateway.wire import WireError
 
 SUBPROTOCOL = "openai-insecure-api-key."
 MIN_KEY, MAX_KEYS = 16, 10_000
 SECRET_SECONDS, MIN_SECRET_SECONDS, MAX_SECRET_SECONDS = 600, 10, 7200
-MAX_SECRETS = 10_000
+MAX_SECRETS, MIN_SECRETS = 100_000, 16
+"""Client secrets that live at a time: all keys together, each having the same part of them, and the least of a key."""
 OPEN_PATHS = ("/", "/page/")
-"""What needs no key: the page, which asks for one."""
-KEY_NAME = web.RequestKey("key_name", str)
+"""What needs no key: the page, which asks for one, and the files below the second."""
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -70,6 +74,9 @@ class Keys:
         if not self._digests:
             raise UsageError("the file has no key", where=str(path), fix="make one with: openssl rand -hex 32")
 
+    def __len__(self) -> int:
+        return len(self._digests)
+
     def name_of(self, key: str) -> str | None:
         """Whose key this is. Takes as long for every key."""
         found, asked = None, _digest(key)
@@ -81,30 +88,44 @@ class Keys:
 
 @dataclass(frozen=True, slots=True)
 class _Secret:
-    name: str
+    came: Pass
     expires: float
 
 
 class ClientSecrets:
-    """Short-lived secrets that a server with a key makes for its browsers. In memory; at most `MAX_SECRETS`, the oldest
-    goes first."""
+    """Short-lived secrets that the holder of a key makes for browsers. In memory of this process only.
 
-    def __init__(self) -> None:
+    Args:
+        most: that live at a time of one key. No key can push out another's.
+    """
+
+    def __init__(self, most: int = MAX_SECRETS) -> None:
+        self._most = most
         self._known: dict[bytes, _Secret] = {}
+        self._living = Counter[str]()
+        self._ends: list[tuple[float, bytes]] = []  # a heap: who expires first is first
 
-    def make(self, name: str, seconds: int) -> tuple[str, float]:
-        """A secret of the key `name`, and when it expires (seconds since the epoch)."""
+    def make(self, name: str, seconds: int, model: str | None = None) -> tuple[str, float] | None:
+        """A secret of the key `name`, good for `model` (None: for any), and when it expires, in seconds since the
+        epoch. None: the key has as many as it may."""
         secret, now = "ek_" + secrets.token_urlsafe(32), time.time()
-        self._known = {digest: one for digest, one in self._known.items() if one.expires > now}
-        while len(self._known) >= MAX_SECRETS:
-            del self._known[next(iter(self._known))]
-        self._known[_digest(secret)] = _Secret(name, now + seconds)
-        return secret, now + seconds
+        while self._ends and self._ends[0][0] <= now:
+            gone = self._known.pop(heapq.heappop(self._ends)[1]).came.name
+            self._living[gone] -= 1
+            if not self._living[gone]:
+                del self._living[gone]
+        if self._living[name] >= self._most:
+            return None
+        digest, expires = _digest(secret), now + seconds
+        self._known[digest] = _Secret(Pass(name, model), expires)
+        self._living[name] += 1
+        heapq.heappush(self._ends, (expires, digest))
+        return secret, expires
 
-    def name_of(self, secret: str) -> str | None:
-        """Whose secret this is, while it lives."""
+    def find(self, secret: str) -> Pass | None:
+        """What a secret lets its bearer do, while it lives."""
         found = self._known.get(_digest(secret))
-        return found.name if found is not None and found.expires > time.time() else None
+        return found.came if found is not None and found.expires > time.time() else None
 
 
 class Guard:
@@ -115,10 +136,15 @@ class Guard:
         origins: of foreign pages that may connect.
         loopback: is the server bound to this machine only? Then it must also have been asked for by such a name: a page
             whose name was bent to 127.0.0.1 (DNS rebinding) is refused.
+        models: names that a client secret can be for.
     """
 
-    def __init__(self, keys: Keys | None, origins: tuple[str, ...], loopback: bool, observer: Observer) -> None:
-        self.keys, self.secrets, self.observer = keys, ClientSecrets(), observer
+    def __init__(
+        self, keys: Keys | None, origins: tuple[str, ...], loopback: bool, observer: Observer,
+        models: tuple[str, ...] = (),
+    ) -> None:  # fmt: skip
+        self.keys, self.observer, self._models = keys, observer, models
+        self.secrets = ClientSecrets(max(MIN_SECRETS, MAX_SECRETS // len(keys)) if keys is not None else 0)
         self._origins = {origin.rstrip("/").lower() for origin in origins}
         self._loopback = loopback
 
@@ -127,8 +153,14 @@ class Guard:
 
         @web.middleware
         async def check(request: web.Request, handler: Handler) -> web.StreamResponse:
-            refused = self._refused(request)
-            return refused if refused is not None else await handler(request)
+            came = self._check(request)
+            if isinstance(came, web.Response):
+                return came
+            before = PASS.set(came)
+            try:
+                return await handler(request)
+            finally:
+                PASS.reset(before)
 
         return check
 
@@ -137,7 +169,8 @@ class Guard:
         paths = ("/realtime/client_secrets", "/live/client_secrets")
         return [web.post(base + path, self._make_secret) for base in ("/v1", "") for path in paths]
 
-    def _refused(self, request: web.Request) -> web.Response | None:
+    def _check(self, request: web.Request) -> Pass | web.Response:
+        """What the request is let in with, or why it is not."""
         if self._loopback and not is_loopback(_host_name(request.host)):
             self.observer.refused("host")
             return refusal(
@@ -146,19 +179,18 @@ class Guard:
         if not self._own_origin(request):
             self.observer.refused("origin")
             return refusal(403, "pages of this origin may not connect", "origin_not_allowed", "invalid_request_error")
-        if request.path == "/" or request.path.startswith("/page/"):
-            return None
-        if self.keys is None:
-            request[KEY_NAME] = ""
-            return None
+        if self.keys is None or request.path == OPEN_PATHS[0] or request.path.startswith(OPEN_PATHS[1]):
+            return ANYBODY
         given = credential(request)
-        name = None if given is None else (self.keys.name_of(given) or self.secrets.name_of(given))
-        if name is None:
+        found = None
+        if given is not None:
+            name = self.keys.name_of(given)
+            found = Pass(name) if name is not None else self.secrets.find(given)
+        if found is None:
             self.observer.refused("key")
             what = "you did not give an API key" if given is None else "the API key is wrong or has expired"
             return refusal(401, f"{what}: send it as Authorization: Bearer", "invalid_api_key", "invalid_request_error")
-        request[KEY_NAME] = name
-        return None
+        return found
 
     def _own_origin(self, request: web.Request) -> bool:
         """A browser says where its page is from; everything else sends no Origin."""
@@ -173,16 +205,41 @@ class Guard:
         if self.keys.name_of(credential(request) or "") is None:  # a secret makes no further ones
             return refusal(403, "a client secret cannot make others", "forbidden", "invalid_request_error")
         try:
-            body = await request.json() if request.can_read_body else {}
-            after = (body.get("expires_after") or {}) if isinstance(body, dict) else None
-            seconds = after.get("seconds", SECRET_SECONDS) if isinstance(after, dict) else None
-            if type(seconds) is not int or not MIN_SECRET_SECONDS <= seconds <= MAX_SECRET_SECONDS:
-                raise ValueError
-        except (ValueError, RecursionError):
+            seconds, model = self._wanted(await request.json() if request.can_read_body else {})
+        except WireError as error:
+            return refusal(400, error.message, error.code, error.kind)
+        except (ValueError, LookupError, RecursionError):  # LookupError: a charset that is none
+            return refusal(400, "the body is not JSON", "invalid_json", "invalid_request_error")
+        made = self.secrets.make(PASS.get().name, seconds, model)
+        if made is None:
+            self.observer.refused("secrets_per_key")
+            message = "this key has made as many client secrets as may live at a time"
+            return refusal(429, message, "rate_limit_exceeded", "rate_limit_error", MIN_SECRET_SECONDS)
+        session = {"type": "realtime", "model": model} if model is not None else None
+        return web.json_response({"value": made[0], "expires_at": int(made[1]), "session": session})
+
+    def _wanted(self, body: Any) -> tuple[int, str | None]:
+        """For how many seconds, and for which model, a secret is asked for. Raises WireError."""
+        after = body.get("expires_after") if isinstance(body, dict) else None
+        session = body.get("session") if isinstance(body, dict) else None
+        if not isinstance(body, dict) or not isinstance(after or {}, dict) or not isinstance(session or {}, dict):
+            raise WireError("the body, its expires_after and its session are objects", "invalid_type")
+        seconds = (after or {}).get("seconds", SECRET_SECONDS)
+        if type(seconds) is not int or not MIN_SECRET_SECONDS <= seconds <= MAX_SECRET_SECONDS:
             limits = f"{MIN_SECRET_SECONDS} to {MAX_SECRET_SECONDS}"
-            return refusal(400, f"expires_after.seconds must be {limits}", "invalid_value", "invalid_request_error")
-        secret, expires = self.secrets.make(request[KEY_NAME], seconds)
-        return web.json_response({"value": secret, "expires_at": int(expires), "session": body.get("session")})
+            raise WireError(f"expires_after.seconds must be {limits}", "invalid_value")
+        if (after or {}).get("anchor", "created_at") != "created_at":
+            raise WireError("expires_after.anchor must be created_at", "invalid_value")
+        if session is None:
+            return seconds, None
+        others = sorted(str(name)[:64] for name in session if name not in ("type", "model"))
+        if others:  # a secret that promised more than it holds would be worse than none
+            what = f"a client secret holds the model only: send session.{others[0]} in session.update or session.start"
+            raise WireError(what, "not_supported")
+        model = session.get("model")
+        if model is not None and model not in self._models:
+            raise WireError(f"the model {str(model)[:64]!r} does not exist here", "model_not_found")
+        return seconds, model
 
 
 def _host_name(host: str) -> str:

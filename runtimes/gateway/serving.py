@@ -23,16 +23,16 @@ from tmlc.runtimes.core.admission import Level, StepTable, measure
 from tmlc.runtimes.core.engine import Engine
 from tmlc.runtimes.core.scheduler import Scheduler
 from tmlc.runtimes.gateway.admin import Health, make_admin
-from tmlc.runtimes.gateway.caps import Meter, SessionCaps
+from tmlc.runtimes.gateway.caps import PASS, Meter
 from tmlc.runtimes.gateway.frames import ImageLimits
 from tmlc.runtimes.gateway.hub import Hub
 from tmlc.runtimes.gateway.logs import LogObserver, TickLogs
 from tmlc.runtimes.gateway.metrics import Metrics
 from tmlc.runtimes.gateway.observer import Observer, Observers
-from tmlc.runtimes.gateway.security import KEY_NAME, Guard, Keys
-from tmlc.runtimes.gateway.server import make_app, refusal
-from tmlc.runtimes.gateway.sessions import Sessions
-from tmlc.runtimes.gateway.settings import ServeSettings, check_exposure, is_loopback
+from tmlc.runtimes.gateway.places import RETRY_SECONDS, KeyedSessions, Places
+from tmlc.runtimes.gateway.security import Guard, Keys
+from tmlc.runtimes.gateway.server import RESUME, make_app, refusal
+from tmlc.runtimes.gateway.settings import Caps, ServeSettings, check_exposure, is_loopback
 from tmlc.runtimes.gateway.snapshots import SnapshotStore
 from tmlc.runtimes.gateway.tracing import Tracer, exporter_to
 from tmlc.runtimes.gateway.wire import METER
@@ -103,11 +103,13 @@ class Server:
         settings = self.settings
         metrics = Metrics(scheduler)
         observer = Observers([metrics, LogObserver(), *([self._tracer] if self._tracer is not None else [])])
-        sessions = Sessions(scheduler, self._make_background(scheduler), observer, self._store, self._logs)
+        places = Places(settings.caps.sessions)
+        background = self._make_background(scheduler)
+        sessions = KeyedSessions(places, scheduler, background, observer, self._store, self._logs)
         limits = ImageLimits(bytes=settings.caps.image_bytes, pixels=settings.caps.image_pixels)
         hub = Hub(sessions, observer, settings.model or self.engine.manifest.model.name, settings.aliases, limits)
-        guard = Guard(self._keys, settings.origins, is_loopback(settings.host), observer)
-        app = make_app(hub, (guard.middleware(), self._caps(observer)))
+        guard = Guard(self._keys, settings.origins, is_loopback(settings.host), observer, (hub.model, *hub.aliases))
+        app = make_app(hub, (guard.middleware(), caps_middleware(places, settings.caps, observer)))
         app.add_routes(guard.routes())
         public, admin = web.AppRunner(app, access_log=None), None
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -158,27 +160,34 @@ class Server:
             await asyncio.to_thread(self._store.sweep)
             await asyncio.sleep(SWEEP_SECONDS)
 
-    def _caps(self, observer: Observer) -> Any:
-        caps, held = self.settings.caps, SessionCaps(self.settings.caps)
 
-        @web.middleware
-        async def check(
-            request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
-        ) -> web.StreamResponse:
-            if "upgrade" not in request.headers.get("Connection", "").lower():
-                return await handler(request)
-            name = request.get(KEY_NAME, "")
-            if not held.enter(name):
-                observer.refused("sessions_per_key")
-                message = f"this key has {caps.sessions} sessions already"
-                return refusal(429, message, "rate_limit_exceeded", "rate_limit_error", 5.0)
+def caps_middleware(places: Places, caps: Caps, observer: Observer) -> Any:
+    """Refuses, before the upgrade, sockets of a key that has its fill; gives the others their meter.
+
+    One that comes back (`tmlc_resume`) needs no place of its own: `KeyedSessions` sees to those that do.
+    """
+
+    @web.middleware
+    async def check(
+        request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+    ) -> web.StreamResponse:
+        if "upgrade" not in request.headers.get("Connection", "").lower():
+            return await handler(request)
+        name = PASS.get().name
+        if RESUME not in request.query and not places.free(name):
+            why = f"this key has {places.most} sessions already"
+        elif not places.connect(name):
+            why = "this key has too many connections"
+        else:
             request[METER] = Meter(caps)
             try:
                 return await handler(request)
             finally:
-                held.leave(name)
+                places.disconnect(name)
+        observer.refused("sessions_per_key")
+        return refusal(429, why, "rate_limit_exceeded", "rate_limit_error", RETRY_SECONDS)
 
-        return check
+    return check
 
 
 def _tls(settings: ServeSettings) -> ssl.SSLContext | None:

@@ -18,7 +18,9 @@ class Caps(BaseModel):
     """What one key may use; every session of a server without keys counts as one key's.
 
     Attributes:
-        sessions: at a time. frames, messages, bytes: a second, of each session, on average; twice as much at once.
+        sessions: of one key at a time, those that wait for their client included; twice as many sockets.
+        frames, messages, bytes: a second, of each connection, on average; twice as much at once, so that a message of
+            more than twice `bytes` is always refused.
         image_bytes, image_pixels: of one picture.
     """
 
@@ -27,7 +29,7 @@ class Caps(BaseModel):
     sessions: int = Field(1024, ge=1, le=65536)
     frames: float = Field(5.0, gt=0, le=1000)
     messages: float = Field(200.0, gt=0, le=100_000)
-    bytes: float = Field(4 << 20, gt=0, le=1 << 30)
+    bytes: float = Field(4 << 20, ge=1024, le=1 << 30)
     image_bytes: int = Field(2 << 20, ge=1024, le=3 << 20)
     image_pixels: int = Field(4 << 20, ge=1024, le=1 << 28)
 
@@ -38,6 +40,7 @@ class ServeSettings(BaseModel):
     Attributes:
         host, port: where clients connect; port 0 takes a free one.
         admin_host, admin_port: of /livez, /readyz and /metrics; None for no admin port.
+        admin_open: the admin port, which has no keys, may be reached from other machines.
         model, aliases: names that clients ask for; None takes the package's.
         sessions, threads, pin, huge_pages: of the engine.
         keys: file of bearer keys; origins: of pages that may connect beside our own.
@@ -57,6 +60,7 @@ class ServeSettings(BaseModel):
     port: int = Field(8000, ge=0, le=65535)
     admin_host: str = "127.0.0.1"
     admin_port: int | None = Field(9000, ge=0, le=65535)
+    admin_open: bool = False
     model: str | None = Field(None, min_length=1, max_length=256)
     aliases: tuple[str, ...] = Field((), max_length=64)
     sessions: int = Field(16, ge=1, le=65536)
@@ -134,6 +138,11 @@ def check_exposure(settings: ServeSettings) -> None:
         raise UsageError(
             f"a server on {settings.host} without keys is open to everybody who can reach it", where="--host",
             fix="give a file of keys with --keys, or bind to 127.0.0.1",
+        )  # fmt: skip
+    if settings.admin_port is not None and not is_loopback(settings.admin_host) and not settings.admin_open:
+        raise UsageError(
+            f"the admin port on {settings.admin_host} has no keys: everybody who can reach it reads the numbers",
+            where="--admin-host", fix="bind it to 127.0.0.1, or say admin_open: true in the settings",
         )  # fmt: skip
     own = (settings.host, settings.port)
     if settings.port and own == (settings.admin_host, settings.admin_port):

@@ -74,6 +74,19 @@ def test_a_log_that_goes_on_needs_its_snapshot(tmlc_cli, package, logs):
     assert tmlc_cli("replay", package, logs / "second.jsonl", *given).json["ticks"] == 10
 
 
+def test_a_log_that_was_cut_is_done_up_to_there(tmlc_cli, package, logs, tmp_path):
+    lines = (logs / "first.jsonl").read_text().splitlines()
+    ticks = [number for number, line in enumerate(lines) if json.loads(line)["event"] == "tick"]
+    kept = lines[: ticks[2] + 1]
+    cut = json.dumps({"event": "cut", "tick": 2, "reason": "bound"})
+    path = tmp_path / "cut.jsonl"
+    path.write_text("\n".join([*kept, cut]) + "\n")
+    assert tmlc_cli("replay", package, path, "--verify", "--json").json["events"]["cut"] == 1
+    assert "it was cut" in tmlc_cli("replay", package, path, "--verify").stdout.replace("\n", " ")
+    path.write_text("\n".join([*kept, cut, lines[ticks[3]]]) + "\n")
+    assert "goes on after" in tmlc_cli("replay", package, path, "--verify", code=2).stderr
+
+
 @pytest.mark.parametrize(
     ("text", "what"),
     [("", "not a tick log"), ("{}\n", "not a tick log"), ("[\n", ":1"), ('{"event": "open", "version": 99}\n', "log")],

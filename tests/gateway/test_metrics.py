@@ -13,7 +13,7 @@ from tmlc.runtimes.core.clock import WallClock
 from tmlc.runtimes.core.live import Published
 from tmlc.runtimes.core.surface import SchedulerStats
 from tmlc.runtimes.core.tick import TickOutput
-from tmlc.runtimes.gateway.metrics import Metrics
+from tmlc.runtimes.gateway.metrics import MAX_WAITING, Metrics
 
 STATS = SchedulerStats(
     running=True, slots=4, joining=0, ticking=2, detached=1, edge=9, lateness=0.0, step=0.02, batch=2,
@@ -70,7 +70,7 @@ def test_a_turn_goes_into_its_histogram_and_a_session_that_ended_leaves_nothing(
     assert found["tmlc_tick_step_seconds_bucket", (("le", "0.16"),)] == 3
     assert found["tmlc_tick_lateness_seconds_count", ()] == 3
     assert found["tmlc_sessions_ended_total", (("reason", "closed"),)] == 1
-    assert not metrics._turns
+    assert not metrics._followed
 
 
 def test_the_schedulers_numbers_are_read_when_asked_for():
@@ -83,6 +83,31 @@ def test_the_schedulers_numbers_are_read_when_asked_for():
     assert found["tmlc_missed_ticks_total", ()] == 7
     assert (found["tmlc_admits", ()], found["tmlc_slot_bytes", ()]) == (0, 1000)
     assert found["tmlc_resident_bytes", ()] > 0
+
+
+def test_what_is_never_handed_out_is_bounded_and_forgotten_with_its_session():
+    metrics = metrics_of(lambda: STATS)
+    for index in range(10 * MAX_WAITING):
+        metrics.tick(published(index, False, False))
+    assert len(metrics._followed["sess_a"].done) == MAX_WAITING
+    metrics.session_ended("sess_a", "behind")
+    metrics.handed_out("sess_a", 10 * MAX_WAITING - 1, 99.0)  # what waited on the socket when it ended
+    assert not metrics._followed
+    assert samples(metrics)["tmlc_output_queue_seconds_count", ()] == 0
+
+
+def test_every_label_is_of_a_closed_set():
+    metrics = metrics_of(lambda: STATS)
+    for made_up in ("sess_abc", "ek_secret", "hello there"):
+        metrics.session_opened("s", made_up)
+        metrics.session_ended("s", made_up)
+        metrics.refused(made_up)
+        metrics.dropped(made_up, 1)
+        metrics.delegation("s", made_up, 1.0)
+        metrics.injected("s", made_up)
+        metrics.message(made_up, made_up, made_up)
+    values = {value for _, labels in samples(metrics) for name, value in labels if name not in ("le", "state")}
+    assert values == {"other"}
 
 
 def test_values_that_nobody_declared_share_one_time_series():

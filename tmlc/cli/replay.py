@@ -66,7 +66,7 @@ def command(
     """
     import tmlc
     from tmlc.report.tables import grid
-    from tmlc.runtimes.core.ticklog import redo
+    from tmlc.runtimes.core.ticklog import CUT, redo
 
     if out is None and not verify:
         raise UsageError("there is nothing to do", where="replay", fix="give --verify, or -o DIR for files")
@@ -97,12 +97,13 @@ def command(
     if as_json:
         print_json(result)
         return
+    ended = ", then it was cut: the session went on" if events[CUT] else ""
     how = "every one gave what the log holds" if verify else "not compared with the log"
     show(
         grid(
             [
                 ("replayed", f"{ticks} ticks, {missed} of them missed ({how})"),
-                ("in the log", ", ".join(f"{count} {event}" for event, count in events.items())),
+                ("in the log", ", ".join(f"{count} {event}" for event, count in events.items()) + ended),
                 *(("wrote", name) for name in result["files"]),
             ]
         )
