@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 
 from tmlc.cli.common import (
     FORCE,
@@ -22,6 +22,7 @@ from tmlc.cli.common import (
 )
 from tmlc.cli.inputs import SEED, open_recording, recording_options, tick_shape
 from tmlc.cli.outputs import Outputs
+from tmlc.cli.profile_compare import compare_files
 from tmlc.errors import UsageError
 
 SECONDS = 130.0
@@ -33,9 +34,21 @@ SECONDS = 130.0
 tmlc profile nano.tmlc
 tmlc profile nano.tmlc --audio speech.wav --video camera.mp4 --text typed.yaml -o out/report
 tmlc profile nano.tmlc --budget 300ms --threads 1 --json
+tmlc profile --compare before.json after.json --fail-over 3%
 """,
 )
-@click.argument("package", type=click.Path(path_type=Path))
+@click.argument("package", type=click.Path(path_type=Path), required=False)
+@click.option(
+    "--compare",
+    type=(click.Path(path_type=Path), click.Path(path_type=Path)),
+    metavar="A.json B.json",
+    help="Measure nothing: say in which figures profile B differs from A.",
+)
+@click.option(
+    "--fail-over",
+    metavar="PERCENT",
+    help="With --compare: exit code 1 when B is slower than A by more than this, beyond the interval.",
+)
 @recording_options
 @click.option(
     "--seconds",
@@ -71,8 +84,12 @@ tmlc profile nano.tmlc --budget 300ms --threads 1 --json
 @KERNEL_CACHE
 @PORTABLE_BITS
 @FORCE
+@click.pass_context
 def command(
-    package: Path,
+    context: click.Context,
+    package: Path | None,
+    compare: tuple[Path, Path] | None,
+    fail_over: str | None,
     audio: Path | None,
     video: Path | None,
     fps: float,
@@ -93,11 +110,23 @@ def command(
 ) -> None:
     """Measure PACKAGE on this machine. Exit code 1 when a step's p99 is over what the budget leaves for it.
 
-    Without a recording it plays made-up input that keeps every part of the model busy.
+    Without a recording it plays made-up input that keeps every part of the model busy. With --compare it measures
+    nothing and holds two reports against each other.
     """
+    if compare is not None:
+        _refuse_beside_compare(context)
+        compare_files(context, *compare, fail_over, as_json)
+        return
+    if package is None or fail_over is not None:
+        raise UsageError(
+            "there is no package to profile" if package is None else "there is nothing to hold --fail-over against",
+            where="PACKAGE" if package is None else "--fail-over",
+            fix="name a package, or two reports with --compare",
+        )
     import tmlc
     from tmlc.report.latency import Budget, parse_milliseconds
     from tmlc.report.profile import profile_engine, profile_tables, synthetic_recording
+    from tmlc.report.profile_file import profile_text
     from tmlc.report.tables import plain_text
     from tmlc.runtimes.core.clock import make_clock
 
@@ -139,8 +168,9 @@ def command(
             "clock": clock,
             "seed": seed,
         }
+        settings = {"threads": threads, "pin": pin, "huge_pages": huge_pages, "portable_bits": portable_bits}
         with progress(as_json) as report:
-            view = profile_engine(
+            profile = profile_engine(
                 engine,
                 recording,
                 count,
@@ -148,19 +178,17 @@ def command(
                 allowed,
                 package=package,
                 inputs=inputs,
-                threads=threads,
-                seed=seed,
+                settings=settings,
                 startup_runs=startup_runs,
                 report=report,
             )
     finally:
         engine.close()
+    view = profile.view
     tables = profile_tables(view)
     if outputs is not None and out is not None:
         with outputs:
-            outputs.path(f"{out.name}.json").write_text(
-                json.dumps(view, indent=2, allow_nan=False) + "\n", encoding="utf-8"
-            )
+            outputs.path(f"{out.name}.json").write_text(profile_text(view), encoding="utf-8")
             outputs.path(f"{out.name}.txt").write_text(plain_text(tables), encoding="utf-8")
     if as_json:
         print_json(view)
@@ -169,4 +197,18 @@ def command(
     if not view["turn_latency"]["within_budget"]:
         worst = view["step_ms"]["p99"]
         note(f"over budget: the step's p99 is {worst:.1f} ms, the budget leaves {allowed.step_ms:g} ms")
-        click.get_current_context().exit(1)
+        context.exit(1)
+
+
+def _refuse_beside_compare(context: click.Context) -> None:
+    """UsageError for anything that was given and that only a measurement needs."""
+    allowed = {"compare", "fail_over", "as_json"}
+    for parameter in context.command.params:
+        name = parameter.name or ""
+        source = context.get_parameter_source(name)
+        if name not in allowed and source is not None and source is not ParameterSource.DEFAULT:
+            raise UsageError(
+                f"{parameter.get_error_hint(context)} is for measuring",
+                where="--compare",
+                fix="leave it out: a comparison reads two reports, and takes --fail-over and --json",
+            )

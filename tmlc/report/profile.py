@@ -4,14 +4,17 @@ budget.
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tmlc.report.latency import Budget, as_dict, growth, spread, turn_latency
+from tmlc.report.latency import Budget, Spread, as_dict, growth, spread, turn_latency
 from tmlc.report.machine import machine
+from tmlc.report.samples import Call, Samples, ran
 from tmlc.report.startup import measure_startup, peak_rss_bytes
 from tmlc.report.tables import grid, megabytes, milliseconds, table
 from tmlc.runtimes.core.clock import Clock
@@ -25,7 +28,8 @@ if TYPE_CHECKING:
     from tmlc.runtimes.core.engine import Engine
 
 TYPED_EVERY_SECONDS = 2.0
-NOT_STAGES = ("first_audio", "total", "wait")  # timings of a tick that are not the time of one method
+SCHEMA = 1
+"""Version of the JSON form, described by profile.schema.json. It changes when a reader of the last would be wrong."""
 
 
 class SyntheticVideo:
@@ -64,9 +68,21 @@ def resident_bytes() -> int | None:
         pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
     except (OSError, ValueError, IndexError):
         return None
-    import resource
-
     return pages * resource.getpagesize()
+
+
+def _preempted() -> int:
+    """How often the system took a core away from this process so far (involuntary context switches)."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A profile in its JSON form, and the calls of each tick, which only the trace shows."""
+
+    view: dict[str, Any]
+    samples: Samples
+    calls: list[list[Call]]
 
 
 def profile_engine(
@@ -78,54 +94,69 @@ def profile_engine(
     *,
     package: Path,
     inputs: dict[str, Any],
-    threads: int | None,
-    seed: int,
+    settings: dict[str, Any],
     startup_runs: int,
     report: Callable[[str, int, int], None],
-) -> dict[str, Any]:
+) -> Profile:
     """Play `count` ≥ 2 ticks and measure. The first tick is told apart: it touches memory for the first
     time.
+
+    Args:
+        inputs: what is played, in words, its clock and seed; `settings`: how the engine was loaded.
     """
     manifest, backend = engine.manifest, engine.model.backend
-    session = engine.session(seed=seed)
-    steps: list[float] = []
-    stages: dict[str, list[float]] = {}
+    session = engine.session(seed=inputs["seed"])
+    samples, calls = Samples(), list[list[Call]]()
     missed, late, spoke = 0, 0.0, 0
     resident_first: int | None = None
     mark = min(count - 1, max(1, count // 10))
-    for played in play(session, recording, count, clock):
-        steps.append(played.step_ms)
-        missed += played.late_ms + played.step_ms > budget.step_ms
-        late = max(late, played.late_ms)
-        spoke += not played.output.stats.get("silent", 0)
-        if played.index:
-            for name, ms in played.output.timings.items():
-                stages.setdefault(name, []).append(float(ms))
-        if played.index == mark:
-            resident_first = resident_bytes()
-        report("playing", played.index + 1, count)
+    current: list[Call] = []
+    before = _preempted()
+    engine.model.watch = lambda method, begin, end: current.append(Call(method, begin, end))
+    try:
+        for played in play(session, recording, count, clock):
+            samples.add(played)
+            calls.append(current[:])
+            current.clear()
+            missed += played.late_ms + played.step_ms > budget.step_ms
+            late = max(late, played.late_ms)
+            spoke += not played.output.stats.get("silent", 0)
+            if played.index == mark:
+                resident_first = resident_bytes()
+            report("playing", played.index + 1, count)
+    finally:
+        engine.model.watch = None
+    preempted = _preempted() - before
     resident_last, peak = resident_bytes(), peak_rss_bytes()
     session.close()
     report("starting fresh processes", 0, startup_runs)
-    startup = measure_startup(package, threads, startup_runs) if startup_runs else None
+    startup = measure_startup(package, settings["threads"], startup_runs) if startup_runs else None
     report("starting fresh processes", startup_runs, startup_runs)
-    measured = spread(steps[1:])
-    return {
+    measured = spread(samples.step[1:])
+    audio = ran(samples.first_audio)
+    stages = {name: values for name, column in samples.stages.items() if (values := ran(column))}
+    view = {
+        "schema": SCHEMA,
         "package": str(package),
         "digest": engine.digest,
         "model": manifest.model.name,
         "machine": {**machine(), "isa": backend.isa, "threads": backend.threads},
         "inputs": inputs,
+        "settings": {"target": engine.target, **settings},
         "ticks": count,
         "seconds": count * budget.tick_ms / 1000,
         "ticks_with_output": spoke,
-        "first_tick_ms": steps[0],
+        "first_tick_ms": samples.step[0],
         "step_ms": as_dict(measured),
-        "stages_ms": {name: as_dict(spread(values)) for name, values in stages.items()},
+        "first_audio_ms": as_dict(spread(audio)) if audio else None,
+        "stages_ms": {name: _shared(spread(values), measured) for name, values in stages.items()},
+        "wait_ms": _shared(spread(samples.wait[1:]), measured),
+        "between_calls_ms": _shared(spread(samples.between_calls[1:]), measured),
         "turn_latency": turn_latency(measured, budget),
         "missed_deadlines": missed,
+        "preempted": preempted,
         "latest_start_ms": late,
-        "growth": growth(steps, budget.tick_ms),
+        "growth": growth(samples.step, budget.tick_ms),
         "bytes": {
             "weights": manifest.memory.weight_bytes,
             "arena": manifest.memory.arena_bytes,
@@ -138,7 +169,14 @@ def profile_engine(
             "resident_end_bytes": resident_last,
         },
         "startup": startup,
+        "samples": samples.to_json(),
     }
+    return Profile(view, samples, calls)
+
+
+def _shared(part: Spread, step: Spread) -> dict[str, Any]:
+    """A part of the steps, and its share of all their time: the shares of all parts add up to 1."""
+    return {**as_dict(part), "share": part.mean * part.count / (step.mean * step.count)}
 
 
 def profile_tables(view: dict[str, Any]) -> list[RenderableType]:
@@ -158,13 +196,15 @@ def profile_tables(view: dict[str, Any]) -> list[RenderableType]:
             ),
         ]
     )
-    timing = table("a tick", "what", "p50", "p95", "p99", "max", "jitter")
-    stages = {name: values for name, values in view["stages_ms"].items() if name not in NOT_STAGES}
-    rows = [("step (all of it)", steps), *((f"  {name}", values) for name, values in stages.items())]
-    if "first_audio" in view["stages_ms"]:
-        rows.append(("start to first audio", view["stages_ms"]["first_audio"]))
+    timing = table("a tick", "what", "p50", "p95", "p99", "max", "jitter", "share")
+    rows = [("step (all of it)", steps)]
+    rows += [(f"  {name}", values) for name, values in view["stages_ms"].items()]
+    rows += [("  between calls", view["between_calls_ms"]), ("  wait for the device", view["wait_ms"])]
+    if view["first_audio_ms"] is not None:
+        rows.append(("start to first audio", view["first_audio_ms"]))
     for name, values in rows:
-        timing.add_row(name, *(milliseconds(values[k]) for k in ("p50", "p95", "p99", "max", "jitter")))
+        share = f"{values['share']:.1%}" if "share" in values else ""
+        timing.add_row(name, *(milliseconds(values[k]) for k in ("p50", "p95", "p99", "max", "jitter")), share)
     latency = table(f"turn latency against {turn['budget_ms']:g} ms", "part", "typical", "worst", "")
     assumptions = turn["assumptions"]
     for label, key, remark in (
@@ -192,6 +232,7 @@ def profile_tables(view: dict[str, Any]) -> list[RenderableType]:
     rest = [
         ("step p99", f"{milliseconds(steps['p99'])}, {verdict} the {allowed}"),
         ("missed deadlines", f"{view['missed_deadlines']} of {view['ticks']} ticks ({late})"),
+        ("interrupted", f"{view['preempted']} times, for other programs"),
         ("growth", growth_line),
         ("bytes", ", ".join(f"{name} {megabytes(count)}" for name, count in view["bytes"].items())),
         ("resident", f"peak {megabytes(memory['peak_rss_bytes'])}{resident}"),

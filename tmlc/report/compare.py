@@ -1,0 +1,247 @@
+"""Two profiles side by side: the difference of each figure with an interval, and whether it shows anything.
+
+The interval is a bootstrap of the difference of one statistic between two lists of ticks. Resampling n ticks and taking
+the k-th smallest is the same as drawing U from Beta(k, n - k + 1) and taking the value at rank ceil(n·U), so a quantile
+needs no resampled lists (the distribution of order statistics; here k is q·(m + 1), which need not be whole). Ticks
+that follow one another are alike, so only m of n are drawn, where m is the number of independent ticks that would tell
+as much: n / (1 + 2·Σρ), with the autocorrelation ρ of "is this tick above the quantile?", summed as C. Geyer proposes
+(Practical Markov Chain Monte Carlo, 1992): pairs of lags while they are positive. What both profiles have in common,
+such as a step that grows with the conversation, is no noise, and is divided out before ρ is estimated.
+
+An interval cannot see a machine that was busy for a part of one profile. So the medians of WINDOWS parts of the session
+are compared, too: a change of a median that is not DRIFTS times as large as their changes wander, and of the slow ticks
+TAIL_DRIFTS times (a burst moves them by more), is not called one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from tmlc.report.tables import grid, milliseconds, table
+
+DRAWS = 20_000
+FAMILY_ERROR = 0.01
+"""How often a comparison of two equal engines calls any of its figures different; divided among the figures."""
+LEAST = 0.02
+"""A difference of less is never called one: it is what another placement of the same bytes in memory makes."""
+LEAST_MS = 0.002
+TAIL = 0.05
+MANY = 3
+"""Ticks that must lie above a quantile before it says something."""
+RESOLUTION = 0.03
+"""An interval of the median that is wider to either side, or a median that moves as much within a profile, is noise."""
+WINDOWS = 8
+DRIFTS, TAIL_DRIFTS = 2.0, 4.0
+PREEMPTED = 0.05
+"""Involuntary context switches a tick: with more, other programs wanted the cores."""
+GATED_SHARE = 0.01
+"""Stages of a smaller share of the step are shown and never fail a comparison."""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One figure of both profiles in ms; the change from A to B as a share of A, with its interval (None: too few ticks
+    to tell) and how much it wandered in the session (None: too few ticks for windows).
+    """
+
+    name: str
+    a: float
+    b: float
+    change: float
+    low: float | None
+    high: float | None
+    drift: float | None
+    verdict: str
+    gated: bool
+
+    def slower_than(self, share: float) -> bool:
+        """Is B slower by more than `share`, at the end of the interval that is best for it?"""
+        return self.gated and self.verdict == "slower" and self.low is not None and self.low > share
+
+
+def shared_level(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """For each tick of both the level that their medians have in common there, from WINDOWS windows, interpolated."""
+    if min(a.size, b.size) < 10 * WINDOWS:
+        return np.ones(a.size), np.ones(b.size)
+    medians = [[float(np.median(part)) for part in np.array_split(v, WINDOWS)] for v in (a, b)]
+    common = np.mean(medians, axis=0)
+    centres = (np.arange(WINDOWS) + 0.5) / WINDOWS
+    first, second = (np.interp((np.arange(v.size) + 0.5) / v.size, centres, common) for v in (a, b))
+    return first, second
+
+
+def independent(values: np.ndarray, level: np.ndarray, quantile: float) -> int:
+    """How many independent ticks tell as much about a quantile as these n that follow one another; 1 to n."""
+    relative = values / np.maximum(level, 1e-9)
+    above = (relative > np.quantile(relative, quantile)).astype(np.float64)
+    above -= above.mean()
+    n = values.size
+    variance = float(above @ above) / n
+    if variance == 0:
+        return n
+    spectrum = np.fft.rfft(above, 2 * n)
+    rho = np.fft.irfft(spectrum * spectrum.conj())[:n] / n / variance
+    total = 0.0
+    for lag in range(1, n - 1, 2):
+        pair = float(rho[lag] + rho[lag + 1])
+        if pair <= 0:
+            break
+        total += pair
+    return max(1, min(n, round(n / (1 + 2 * total))))
+
+
+def _quantiles(values: np.ndarray, m: int, quantile: float, random: np.random.Generator) -> np.ndarray:
+    """The quantile of DRAWS resamplings of m ticks."""
+    uniform = random.beta(quantile * (m + 1), (1 - quantile) * (m + 1), DRAWS)
+    return _at(values, uniform)
+
+
+def _tails(values: np.ndarray, m: int, random: np.random.Generator) -> np.ndarray:
+    """The mean of the slowest TAIL of DRAWS resamplings of m ticks: the largest order statistics of m uniform
+    numbers.
+    """
+    slow = round(TAIL * m)
+    steps = random.random((DRAWS, slow)) ** (1.0 / (m - np.arange(slow)))
+    return _at(values, np.cumprod(steps, axis=1)).mean(axis=1)
+
+
+def _at(values: np.ndarray, uniform: np.ndarray) -> np.ndarray:
+    """The observed values at these places between the smallest (0) and the largest (1)."""
+    return np.sort(values)[np.minimum((uniform * values.size).astype(np.int64), values.size - 1)]
+
+
+def tail_mean(values: np.ndarray) -> float:
+    """Mean of the slowest TAIL of the ticks, at least one."""
+    return float(np.sort(values)[-max(1, round(TAIL * values.size)) :].mean())
+
+
+def _figure(name: str, a: np.ndarray, b: np.ndarray, of: float | None, error: float, seed: int, gated: bool) -> Figure:
+    """One figure: the quantile `of`, or the mean of the slowest ticks. `error`: how often its interval may be wrong."""
+    random = np.random.default_rng(seed)
+    if of is None:
+        first, second = tail_mean(a), tail_mean(b)
+    else:
+        first, second = (float(np.percentile(v, 100 * of, method="higher")) for v in (a, b))
+    base = max(first, 1e-9)
+    change = (second - first) / base
+    quantile = 1 - TAIL if of is None else of
+    m, n = (independent(v, level, quantile) for v, level in zip((a, b), shared_level(a, b), strict=True))
+    if min(m, n) * (1 - quantile) < MANY:
+        return Figure(name, first, second, change, None, None, None, "too few ticks", gated)
+    if of is None:
+        difference = _tails(b, n, random) - _tails(a, m, random)
+    else:
+        difference = _quantiles(b, n, of, random) - _quantiles(a, m, of, random)
+    low, high = (float(v) for v in np.quantile(difference / base, (error / 2, 1 - error / 2)))
+    drift = _drift(a, b)
+    wander = (DRIFTS if quantile == 0.5 else TAIL_DRIFTS) * (drift or 0.0)
+    large = abs(change) >= max(LEAST, wander) and abs(second - first) >= LEAST_MS
+    verdict = "no difference shown"
+    if large and low > 0:
+        verdict = "slower"
+    elif large and high < 0:
+        verdict = "faster"
+    return Figure(name, first, second, change, low, high, drift, verdict, gated)
+
+
+def _drift(a: np.ndarray, b: np.ndarray) -> float | None:
+    """How much the change of the median wanders in the session: standard deviation of that of WINDOWS parts."""
+    if min(a.size, b.size) < 10 * WINDOWS:
+        return None
+    first, second = (np.maximum([np.median(part) for part in np.array_split(v, WINDOWS)], 1e-9) for v in (a, b))
+    return float(np.std(second / first))
+
+
+def _numbers(column: Sequence[float | None]) -> np.ndarray:
+    return np.array([value for value in column if value is not None], np.float64)
+
+
+def compare(a: Mapping[str, Any], b: Mapping[str, Any], seed: int = 0) -> dict[str, Any]:
+    """The comparison of two profiles in JSON form: `figures` (each a `Figure`), `warnings`, and what was compared.
+
+    A and B are views of `profile_engine`; only what can be compared is: stages that both have.
+    """
+    one, two = a["samples"], b["samples"]
+    steps = _numbers(one["step_ms"]), _numbers(two["step_ms"])
+    wanted: list[tuple[str, np.ndarray, np.ndarray, float | None, bool]] = [
+        *((f"step {name}", *steps, of, True) for name, of in (("p50", 0.5), ("p95", 0.95), ("p99", 0.99))),
+        (f"slowest {TAIL:.0%} of steps", *steps, None, True),
+    ]
+    audio = _numbers(one["first_audio_ms"]), _numbers(two["first_audio_ms"])
+    if audio[0].size and audio[1].size:
+        wanted.append(("first audio p50", *audio, 0.5, True))
+    for name, column in one["stages_ms"].items():
+        if name in two["stages_ms"]:
+            pair = _numbers(column), _numbers(two["stages_ms"][name])
+            if pair[0].size and pair[1].size:
+                share = max(p.sum() / s.sum() for p, s in zip(pair, steps, strict=True))
+                wanted.append((f"{name} p50", *pair, 0.5, bool(share >= GATED_SHARE)))
+    between = _numbers(one["between_calls_ms"]), _numbers(two["between_calls_ms"])
+    wanted.append(("between calls p50", *between, 0.5, bool(between[0].sum() / steps[0].sum() >= GATED_SHARE)))
+    error = FAMILY_ERROR / len(wanted)
+    figures = [_figure(n, x, y, of, error, seed + k, gated) for k, (n, x, y, of, gated) in enumerate(wanted)]
+    return {
+        "a": _identity(a),
+        "b": _identity(b),
+        "confidence": 1 - error,
+        "figures": [asdict(figure) for figure in figures],
+        "warnings": [*_unlike(a, b), *_noise(steps, figures[0])],
+    }
+
+
+def slower(comparison: Mapping[str, Any], share: float) -> list[str]:
+    """The figures in which B is slower than A by more than `share` beyond the interval."""
+    return [f["name"] for f in comparison["figures"] if Figure(**f).slower_than(share)]
+
+
+def _identity(view: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: view[key] for key in ("package", "digest", "ticks")}
+
+
+def _unlike(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
+    """What else differs between two profiles or disturbed one, and would explain a difference."""
+    found = []
+    for what, key in (("machines", "machine"), ("inputs", "inputs"), ("settings", "settings")):
+        parts = [k for k in {**a[key], **b[key]} if a[key].get(k) != b[key].get(k)]
+        if parts:
+            told = ", ".join(f"{k} {a[key].get(k)} and {b[key].get(k)}" for k in parts)
+            found.append(f"the {what} differ: {told}")
+    if a["ticks"] != b["ticks"]:
+        found.append(f"the sessions differ in length: {a['ticks']} and {b['ticks']} ticks")
+    for name, view in (("A", a), ("B", b)):
+        if view["preempted"] > PREEMPTED * view["ticks"]:
+            found.append(f"other programs wanted the cores: {name} was interrupted {view['preempted']} times")
+    only = sorted(set(a["samples"]["stages_ms"]) ^ set(b["samples"]["stages_ms"]))
+    if only:
+        found.append(f"only one of them has: {', '.join(only)}")
+    return found
+
+
+def _noise(steps: tuple[np.ndarray, np.ndarray], median: Figure) -> list[str]:
+    """Why nothing should be concluded from the medians, if so."""
+    found = []
+    if median.low is None or median.high is None:
+        return [f"too few ticks to conclude: {steps[0].size} and {steps[1].size}; profile longer sessions"]
+    width = (median.high - median.low) / 2
+    if width > RESOLUTION:
+        found.append(f"the machine was too noisy to conclude: a step's median is known to ±{width:.1%} only")
+    if median.drift is not None and median.drift > RESOLUTION:
+        found.append(f"the machine was too noisy to conclude: the change of the step wandered by ±{median.drift:.1%}")
+    return found
+
+
+def compare_tables(comparison: Mapping[str, Any]) -> list[Any]:
+    """The comparison for a person."""
+    head = grid([(name.upper(), f"{c['package']} ({c['ticks']} ticks)") for name in "ab" for c in [comparison[name]]])
+    lines = table("B against A", "figure", "A", "B", "change", f"{comparison['confidence']:.2%} interval", "verdict")
+    for f in comparison["figures"]:
+        interval = "–" if f["low"] is None else f"{f['low']:+.1%} … {f['high']:+.1%}"
+        lines.add_row(
+            f["name"], milliseconds(f["a"]), milliseconds(f["b"]), f"{f['change']:+.1%}", interval, f["verdict"]
+        )
+    warnings = [grid([("warning", text)]) for text in comparison["warnings"]]
+    return [head, lines, *warnings]
