@@ -30,7 +30,8 @@ def compare_files(context: click.Context, a: Path, b: Path, fail_over: str | Non
 
     share = parse_percent(fail_over) if fail_over is not None else None
     # Two reports of one package carry one path: the files are what a reader knows them by.
-    found = compare(*({**read_profile(path), "package": str(path)} for path in (a, b)))
+    one, two = ({**read_profile(path), "package": str(path)} for path in (a, b))
+    found = compare(one, two)
     failed = slower(found, share) if share is not None else []
     found["fail_over"] = None if share is None else {"share": share, "failed": failed}
     if as_json:

@@ -27,7 +27,7 @@ class _Samples(BaseModel):
 
     @model_validator(mode="after")
     def one_length(self) -> _Samples:
-        columns = [self.wait_ms, self.between_calls_ms, self.first_audio_ms, *self.stages_ms.values()]
+        columns: list[list[Any]] = [self.wait_ms, self.between_calls_ms, self.first_audio_ms, *self.stages_ms.values()]
         if any(len(column) != len(self.step_ms) for column in columns):
             raise ValueError("lists of samples differ in length")
         return self
