@@ -15,9 +15,9 @@ from tmlc.runtimes.background.delegations import DelegationEvent
 from tmlc.runtimes.background.injections import InjectionEvent
 
 WINDOW = 512
-"""Events that are kept: about half a minute of a session that speaks."""
+"""Events that are kept, beside ticks."""
 FRESH = 25
-"""Ticks whose output is still handed out to one who comes back: 5 s."""
+"""Ticks that are kept, with their output: 5 s. Older speech is stale, and nobody who comes back gets it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,18 +85,22 @@ class EventLog:
     """The events of one session, numbered from 1. Only the event loop touches it."""
 
     def __init__(self, last: int = 0) -> None:
-        self._kept: deque[tuple[int, Happening]] = deque(maxlen=WINDOW)
+        self._ticks: deque[tuple[int, Tick]] = deque(maxlen=FRESH)
+        self._others: deque[tuple[int, Happening]] = deque(maxlen=WINDOW)
         self.last = last
 
     def add(self, happening: Happening) -> int:
         """Its number."""
         self.last += 1
-        self._kept.append((self.last, happening))
+        if isinstance(happening, Tick):
+            self._ticks.append((self.last, happening))
+        else:
+            self._others.append((self.last, happening))
         return self.last
 
     def after(self, number: int) -> Iterator[tuple[int, Happening]]:
-        """What came after event `number`, as far as it is kept; of ticks, the newest `FRESH`: older speech is stale."""
-        newest = max((h.index for _, h in self._kept if isinstance(h, Tick)), default=0)
-        for n, happening in list(self._kept):
-            if n > number and not (isinstance(happening, Tick) and happening.index <= newest - FRESH):
-                yield n, happening
+        """What came after event `number`, in order, as far as it is kept: a copy, which later events do not change."""
+        newest = self._ticks[-1][1].index if self._ticks else 0
+        fresh = [(n, tick) for n, tick in self._ticks if tick.index > newest - FRESH]  # collapsed ticks are gaps
+        kept: list[tuple[int, Happening]] = [*self._others, *fresh]
+        return iter(sorted((one for one in kept if one[0] > number), key=lambda one: one[0]))
