@@ -1,4 +1,4 @@
-"""OpenTelemetry spans: a session, in it its turns and delegations, and one tick in so many. No content in any.
+"""OpenTelemetry spans: a session, in it its turns and delegations, and in these one tick in so many. No content in any.
 
 Needs `pip install 'tmlc[otel]'`; without it, asking for traces is an error that says so.
 """
@@ -75,15 +75,21 @@ class Tracer(Observer):
         if inside is None:
             return
         if out.user_speaking and out.seat not in self._turns:
-            self._turns[out.seat] = self._tracer.start_span("turn", context=inside)
-        elif out.model_speaking and not out.user_speaking:
+            begun = self._nanoseconds(out.started)
+            self._turns[out.seat] = self._tracer.start_span("turn", context=inside, start_time=begun)
+        if out.output.index % self._every == 0:
+            turn = self._turns.get(out.seat)
+            within = inside if turn is None else self._trace.set_span_in_context(turn)
+            facts = {"tmlc.tick": out.output.index, "tmlc.late_ms": 1000 * out.late, "tmlc.collapsed": out.collapsed}
+            begun = self._nanoseconds(out.started)
+            span = self._tracer.start_span("tick", context=within, start_time=begun, attributes=facts)
+            span.end(end_time=self._nanoseconds(out.done))
+        if out.model_speaking and not out.user_speaking:
             self._end_turn(out.seat)
-        if out.output.index % self._every:
-            return
-        start, end = (int((self._offset + at) * 1e9) for at in (out.started, out.done))
-        facts = {"tmlc.tick": out.output.index, "tmlc.late_ms": 1000 * out.late, "tmlc.collapsed": out.collapsed}
-        span = self._tracer.start_span("tick", context=inside, start_time=start, attributes=facts)
-        span.end(end_time=end)
+
+    def _nanoseconds(self, at: float) -> int:
+        """Since the epoch, of seconds on the scheduler's clock."""
+        return int((self._offset + at) * 1e9)
 
     def delegation(self, session: str, event: str, seconds: float) -> None:
         inside = self._inside(session)
@@ -95,5 +101,7 @@ class Tracer(Observer):
         span.end(end_time=now)
 
     def close(self) -> None:
-        """Sends what waits."""
+        """Ends what is open, and sends what waits."""
+        for session in tuple(self._sessions):
+            self.session_ended(session, "shutdown")
         self._provider.shutdown()
