@@ -170,7 +170,7 @@ def command(
         }
         settings = {"threads": threads, "pin": pin, "huge_pages": huge_pages, "portable_bits": portable_bits}
         with progress(as_json) as report:
-            profile = profile_engine(
+            view = profile_engine(
                 engine,
                 recording,
                 count,
@@ -184,7 +184,6 @@ def command(
             )
     finally:
         engine.close()
-    view = profile.view
     tables = profile_tables(view)
     if outputs is not None and out is not None:
         with outputs:

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import resource
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +13,7 @@ import numpy as np
 
 from tmlc.report.latency import Budget, Spread, as_dict, growth, spread, turn_latency
 from tmlc.report.machine import machine
-from tmlc.report.samples import Call, Samples, ran
+from tmlc.report.samples import Samples, ran
 from tmlc.report.startup import measure_startup, peak_rss_bytes
 from tmlc.report.tables import grid, megabytes, milliseconds, table
 from tmlc.runtimes.core.clock import Clock
@@ -76,15 +75,6 @@ def _preempted() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
 
 
-@dataclass(frozen=True)
-class Profile:
-    """A profile in its JSON form, and the calls of each tick, which only the trace shows."""
-
-    view: dict[str, Any]
-    samples: Samples
-    calls: list[list[Call]]
-
-
 def profile_engine(
     engine: Engine,
     recording: Recording,
@@ -97,7 +87,7 @@ def profile_engine(
     settings: dict[str, Any],
     startup_runs: int,
     report: Callable[[str, int, int], None],
-) -> Profile:
+) -> dict[str, Any]:
     """Play `count` ≥ 2 ticks and measure. The first tick is told apart: it touches memory for the first
     time.
 
@@ -106,26 +96,19 @@ def profile_engine(
     """
     manifest, backend = engine.manifest, engine.model.backend
     session = engine.session(seed=inputs["seed"])
-    samples, calls = Samples(), list[list[Call]]()
+    samples = Samples()
     missed, late, spoke = 0, 0.0, 0
     resident_first: int | None = None
     mark = min(count - 1, max(1, count // 10))
-    current: list[Call] = []
     before = _preempted()
-    engine.model.watch = lambda method, begin, end: current.append(Call(method, begin, end))
-    try:
-        for played in play(session, recording, count, clock):
-            samples.add(played)
-            calls.append(current[:])
-            current.clear()
-            missed += played.late_ms + played.step_ms > budget.step_ms
-            late = max(late, played.late_ms)
-            spoke += not played.output.stats.get("silent", 0)
-            if played.index == mark:
-                resident_first = resident_bytes()
-            report("playing", played.index + 1, count)
-    finally:
-        engine.model.watch = None
+    for played in play(session, recording, count, clock):
+        samples.add(played)
+        missed += played.late_ms + played.step_ms > budget.step_ms
+        late = max(late, played.late_ms)
+        spoke += not played.output.stats.get("silent", 0)
+        if played.index == mark:
+            resident_first = resident_bytes()
+        report("playing", played.index + 1, count)
     preempted = _preempted() - before
     resident_last, peak = resident_bytes(), peak_rss_bytes()
     session.close()
@@ -135,7 +118,7 @@ def profile_engine(
     measured = spread(samples.step[1:])
     audio = ran(samples.first_audio)
     stages = {name: values for name, column in samples.stages.items() if (values := ran(column))}
-    view = {
+    return {
         "schema": SCHEMA,
         "package": str(package),
         "digest": engine.digest,
@@ -171,7 +154,6 @@ def profile_engine(
         "startup": startup,
         "samples": samples.to_json(),
     }
-    return Profile(view, samples, calls)
 
 
 def _shared(part: Spread, step: Spread) -> dict[str, Any]:

@@ -14,15 +14,6 @@ MOST_SAMPLES = 20_000
 Column = list[float | None]
 
 
-@dataclass(frozen=True)
-class Call:
-    """One call of a method: its name, and begin and end in ns of `time.perf_counter_ns`."""
-
-    method: str
-    begin_ns: int
-    end_ns: int
-
-
 @dataclass
 class Samples:
     """Times of each tick in ms, one list a figure, all of one length; None where a stage did not run in a tick.
@@ -31,7 +22,6 @@ class Samples:
     input, copies, Python between the calls, clocks.
     """
 
-    started_ns: list[int] = field(default_factory=list)
     step: list[float] = field(default_factory=list)
     wait: list[float] = field(default_factory=list)
     between_calls: list[float] = field(default_factory=list)
@@ -46,7 +36,6 @@ class Samples:
         for name, column in self.stages.items():
             column.append(stages.get(name))
         waited = timings.get("wait", 0.0)
-        self.started_ns.append(played.started_ns)
         self.step.append(played.step_ms)
         self.wait.append(waited)
         self.first_audio.append(timings.get("first_audio"))
