@@ -7,10 +7,11 @@ Numpy only. Reading the recorded words needs soundfile (extra `media`); no synth
 describes the tasks and how they are scored.
 """
 
-from . import asked, spoken
+from . import asides, asked, delegate, spoken
 from .bank import SpeechBank
 from .episode import Episode, Task, TokenIds, Utterance
 
-TASKS: dict[str, Task] = {task.name: task for task in (*spoken.TASKS, *asked.TASKS)}
+_ALL = (*spoken.TASKS, *asides.TASKS, *asked.TASKS, *delegate.TASKS)
+TASKS: dict[str, Task] = {task.name: task for task in _ALL}
 
 __all__ = ["TASKS", "Episode", "SpeechBank", "Task", "TokenIds", "Utterance"]

@@ -49,7 +49,7 @@ SPEAKERS = {
     "emil": Speaker("en-gb-x-rp+m1", 60, (160, 185)),
     "faye": Speaker("en-us-nyc+f3", 45, (160, 190)),
     "gus": Speaker("en-029+m5", 30, (170, 195)),
-    "hana": Speaker("en-gb-x-gbclan+f1", 65, (165, 190)),
+    "hana": Speaker("en-gb-x-gbclan+f4", 75, (165, 190)),
     "ivan": Speaker("en-us+m8", 70, (155, 185)),
     "june": Speaker("en-gb-scotland+f2", 80, (165, 195)),
     "karl": Speaker("en-gb-x-gbcwmd+m2", 50, (165, 190)),

@@ -6,7 +6,7 @@ from typing import Any
 
 from .episode import TICK_SAMPLES, Task
 from .stage import Stage, after, react
-from .words import ANSWERS, NUMBERS
+from .words import ANSWERS, NUMBERS, STORY
 
 ASKED = (*ANSWERS, *NUMBERS)
 """Words that a user asks the model to say."""
@@ -76,7 +76,38 @@ def barge_in(stage: Stage) -> None:
     stage.lasts(max(at, played(stage.free)))
 
 
+def backchannel(stage: Stage) -> None:
+    """Half of the episodes: the user says mhm while the model counts. Otherwise the user tells a story, and the model
+    says mhm in its long pauses."""
+    at = stage.between(0.4, 1.2)
+    if stage.rng.random() < 0.5:
+        start_counting(stage, at)
+        heard = []
+        at = played(stage.labels["counting_tick"]) + stage.between(0.5, 1.5)
+        for _ in range(int(stage.rng.integers(1, 3))):
+            end = stage.user(stage.pick(("mhm", "uhhuh")), at, gain=0.8)
+            heard.append([at, end])
+            at = end + stage.between(0.9, 1.6)
+        stage.labels |= {"heard": heard, "pauses": [], "turns": []}
+        return
+    pauses = []
+    for _ in range(int(stage.rng.integers(1, 3))):
+        end = stage.speech(story(stage), at, gap=(0.02, 0.12))
+        stage.say("mhm", after(end))
+        at = end + stage.between(1.0, 1.5)
+        pauses.append([end, at])
+    end = stage.speech(story(stage), at, gap=(0.02, 0.12))
+    turn = ask_for_a_word(stage, end + stage.between(0.05, 0.15))
+    stage.labels |= {"heard": [], "pauses": pauses, "turns": [turn]}
+
+
+def story(stage: Stage) -> list[str]:
+    """Some words of a story; it begins with "so"."""
+    return ["so", *(stage.pick(STORY[1:]) for _ in range(int(stage.rng.integers(3, 6))))]
+
+
 TASKS = (
     Task("turn_taking", "answers when the user's turn is over, and not in a pause", turn_taking),
     Task("barge_in", "falls silent when the user cuts in", barge_in),
+    Task("backchannel", "talks on through the user's mhm, and says mhm in a story", backchannel),
 )
