@@ -84,10 +84,37 @@ def create_checkpoint(
         raise UsageError(f"unknown dtype {dtype!r}", fix="choose float32 or bfloat16")
     if shard_bytes <= 0:
         raise UsageError(f"shards of {shard_bytes} bytes", fix="give a positive number of bytes")
-    out = Path(out_dir)
+    with torch.device("meta"):
+        model = InteractionModel(config)
+    _write_folder(_specs(model, dtype), config, seed, Path(out_dir), shard_bytes, on_progress)
+    return Path(out_dir)
+
+
+def save_checkpoint(model: InteractionModel, out_dir: str | Path, dtype: Precision = "float32") -> Path:
+    """Writes a checkpoint with the weights of a model, in one shard.
+
+    Args:
+        model: the model; its tensors may be on any device.
+        out_dir: the folder to make; it must not exist, or be empty.
+        dtype: of matrices and embeddings; norms, convolutions, router and constants are always float32.
+
+    Returns:
+        `out_dir`.
+
+    Raises:
+        UsageError: a folder that holds something, or too little disk.
+    """
+    _write_folder(_specs(model, dtype, trained=True), model.config, 0, Path(out_dir), 1 << 40, None)
+    return Path(out_dir)
+
+
+def _write_folder(
+    tensors: list[_TensorSpec], config: InteractionConfig, seed: int, out: Path, shard_bytes: int,
+    on_progress: Progress | None,
+) -> None:  # fmt: skip
+    """The folder under a temporary name, renamed when it is whole."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError("the output folder is not empty", where=str(out), fix="name a new folder, or remove this one")
-    tensors = _specs(config, dtype)
     total = sum(spec.nbytes for spec in tensors)
     tokenizer = byte_level_tokenizer(config)
     try:
@@ -111,7 +138,6 @@ def create_checkpoint(
         full = error.errno == errno.ENOSPC
         raise UsageError("the disk is full" if full else f"the checkpoint cannot be written: {error.strerror}",
                          where=str(out), fix="free some space, or name another folder") from error  # fmt: skip
-    return out
 
 
 def preprocessor(config: InteractionConfig) -> dict[str, Any]:
@@ -168,7 +194,7 @@ def load_model(folder: str | Path) -> InteractionModel:
 
 @dataclass(frozen=True)
 class _TensorSpec:
-    """One tensor to write; `constant` is set for windows and filters, which are computed and not drawn."""
+    """One tensor to write; `constant` is set for what is not drawn: windows, filters, and trained weights."""
 
     name: str
     shape: tuple[int, ...]
@@ -181,17 +207,15 @@ class _TensorSpec:
 
     def values(self, config: InteractionConfig, seed: int) -> Tensor:
         if self.constant is not None:
-            return self.constant
+            return self.constant.detach().to(self.dtype).cpu()
         return torch.from_numpy(initial_tensor(self.name, self.shape, config, seed)).to(self.dtype)
 
 
-def _specs(config: InteractionConfig, dtype: Precision) -> list[_TensorSpec]:
-    with torch.device("meta"):
-        model = InteractionModel(config)
+def _specs(model: InteractionModel, dtype: Precision, trained: bool = False) -> list[_TensorSpec]:
     specs = []
     for name, tensor in model.state_dict(keep_vars=True).items():
         narrow = dtype == "bfloat16" and not any(part in name for part in _KEEP_FLOAT32)
-        drawn = is_random(name, tensor)
+        drawn = is_random(name, tensor) and not trained
         kind = torch.bfloat16 if narrow else torch.float32
         specs.append(_TensorSpec(name, tuple(tensor.shape), kind, None if drawn else tensor))
     return specs

@@ -1,0 +1,168 @@
+"""Trains the reference interaction model on synthetic conversations: `python -m tmlc.model_zoo.interaction.train RUN`.
+
+RUN is a folder: `vocoder.state` and `model.state` (safetensors) and `log.jsonl`, a line every few steps.
+The command goes on from what is there, and the bits of the weights do not depend on where it was interrupted.
+docs/training.md has the recipe, what was measured, and the scores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from time import monotonic
+from typing import Any, TextIO
+
+import torch
+
+from tmlc.errors import CheckpointError, TmlcError, UsageError
+
+from .checkpoint import save_checkpoint
+from .config import InteractionConfig
+from .modeling import InteractionModel
+from .tasks import TASKS, SpeechBank
+from .training.curves import draw
+from .training.stages import Mixture, ModelStage, Settings, Stage, VocoderStage
+from .training.state import TrainState, read
+
+VOCODER = Settings(steps=3000)
+MODEL = Settings(steps=20000, rate=1.5e-3, warm_up=200, weight_decay=0.05)
+LOG_EVERY = 10
+SAVE_SECONDS = 120.0
+
+
+def interaction_nano() -> InteractionConfig:
+    """The configuration that is trained: the preset nano with a second global layer, low in the stack. What was asked
+    for long ago is then known where the layers above decide; with the last layer alone it would be known too late."""
+    raw = InteractionConfig.from_preset("nano").to_dict()
+    raw["name"] = "interaction-nano"
+    raw["text_config"]["layer_types"] = ["hybrid_sliding", "hybrid", "hybrid_sliding", "hybrid"]
+    return InteractionConfig.from_dict(raw)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run trains: the settings of both stages, and the episodes of the second."""
+
+    vocoder: Settings = VOCODER
+    model: Settings = MODEL
+    mixture: Mixture = field(default_factory=Mixture)
+
+    def stages(self, model: InteractionModel) -> Iterator[Stage]:
+        """The vocoder's stage, then the model's, which takes the vocoder as it is by then."""
+        bank = SpeechBank.load()
+        yield VocoderStage(model, self.vocoder, bank)
+        yield ModelStage(model, self.model, bank, self.mixture)
+
+
+def train(folder: Path, config: InteractionConfig, plan: Plan, minutes: float = float("inf")) -> InteractionModel:
+    """Trains until all steps are done or so many minutes have passed, from where the folder's states are.
+
+    Returns:
+        The model with the averaged weights, of as many stages as were begun.
+
+    Raises:
+        CheckpointError: the folder holds states of another model.
+    """
+    deadline = monotonic() + 60.0 * minutes
+    folder.mkdir(parents=True, exist_ok=True)
+    model = InteractionModel.random(config, plan.model.seed)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for stage in plan.stages(model.to(device)):
+        if not run_stage(stage, folder, deadline):
+            break
+    return model
+
+
+def run_stage(stage: Stage, folder: Path, deadline: float) -> bool:
+    """Trains a stage until its steps are done (True) or the deadline (of `time.monotonic`) has come (False).
+
+    The state is saved every `SAVE_SECONDS` and at the end; the model holds the averaged weights afterwards.
+    """
+    settings, path = stage.settings, folder / f"{stage.name}.state"
+    state = TrainState(stage.tensors, settings.weight_decay, settings.betas)
+    if path.exists():
+        state.load(path)
+    saved = begun = monotonic()
+    spent = state.seconds
+    with open(folder / "log.jsonl", "a", encoding="utf-8") as log:
+        _write(log, {"stage": stage.name, "step": state.step, "begins": stage.describe()})
+        while state.step < settings.steps and monotonic() < deadline:
+            loss, parts = stage.loss(state.step)
+            loss.backward()
+            rate = settings.rate_at(state.step)
+            norm = state.update(rate, settings.clip, settings.average)
+            parts |= stage.after()
+            state.seconds = spent + monotonic() - begun
+            if state.step % LOG_EVERY == 0:
+                line = {"stage": stage.name, "step": state.step, "seconds": round(state.seconds, 1), "rate": rate}
+                _write(log, {**line, "norm": norm, "loss": float(loss.detach()), **parts})
+            if monotonic() - saved > SAVE_SECONDS:
+                state.save(path, stage.describe())
+                saved = monotonic()
+    state.save(path, stage.describe())
+    state.use_average()
+    return state.step >= settings.steps
+
+
+def export(folder: Path, config: InteractionConfig, out: Path) -> Path:
+    """Writes the averaged weights of a run, as they are now, as a bf16 checkpoint. The run may go on meanwhile.
+
+    Raises:
+        CheckpointError: a stage has no state yet, or one of another model.
+        UsageError: `out` holds something.
+    """
+    model = InteractionModel(config)
+    known = dict(model.state_dict(keep_vars=True))
+    for name in ("vocoder", "model"):
+        _, saved = read(folder / f"{name}.state")
+        for key, value in saved.items():
+            kind, _, tensor = key.partition(".")
+            if kind == "average":
+                if tensor not in known or known[tensor].shape != value.shape:
+                    raise CheckpointError(f"{tensor} is not of this model", where=str(folder), fix="name another run")
+                known[tensor].data.copy_(value)
+    return save_checkpoint(model, out, "bfloat16")
+
+
+def _write(log: TextIO, line: dict[str, Any]) -> None:
+    print(json.dumps(line), file=log, flush=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tmlc.model_zoo.interaction.train", description=__doc__)
+    parser.add_argument("run", type=Path, help="the folder of the run; it is made, or gone on from")
+    parser.add_argument("--tasks", default=",".join(TASKS), help="names, comma-separated")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--vocoder-steps", type=int, default=VOCODER.steps)
+    parser.add_argument("--steps", type=int, default=MODEL.steps, help="of everything but the vocoder")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="stop (and save) after so many")
+    parser.add_argument("--curves", action="store_true", help="only draw the curves of the log, as RUN/curves.png")
+    parser.add_argument("--export", type=Path, metavar="OUT", help="only write the weights so far, as a checkpoint")
+    options = parser.parse_args(arguments)
+    tasks = options.tasks.split(",")
+    try:
+        if unknown := [name for name in tasks if name not in TASKS]:
+            raise UsageError(f"unknown task {unknown[0]!r}", fix=f"choose of: {', '.join(TASKS)}")
+        if options.curves:
+            draw(options.run / "log.jsonl", options.run / "curves.png")
+        elif options.export:
+            export(options.run, interaction_nano(), options.export)
+        else:
+            plan = Plan(
+                replace(VOCODER, seed=options.seed, steps=options.vocoder_steps),
+                replace(MODEL, seed=options.seed, steps=options.steps),
+                Mixture(tuple(tasks)),
+            )
+            train(options.run, interaction_nano(), plan, options.minutes)
+    except TmlcError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

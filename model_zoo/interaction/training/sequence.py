@@ -1,0 +1,270 @@
+"""An episode as the sequence that the runtime appends, with what to choose and to speak at which position.
+
+The order of a tick is that of `runtimes/core/tick.py`: injected tokens, `audio_in` positions of what is heard, a clip,
+typed tokens; then the chosen tokens, <end_of_tick>, and `audio_out` positions of the model's own last samples. A choice
+hangs on the hidden state before the chosen token, output position j of the speech on position j of the model's own
+voice. What the model hears of itself is what the vocoder makes of the ideal mel frames, held to [-1, 1].
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..config import InteractionConfig
+from ..features import speech_mel
+from ..modeling import InteractionModel
+from ..speech import Vocoder
+from ..tasks import Episode, TokenIds
+from ..tokenizer import special_tokens
+from .parallel import embed_levels
+from .vocoder import synthesise
+
+CACHED_PIECES = 2048
+SILENT, STOPPED, SPOKEN = 0.5, 1.0, 1.0
+"""Weights of a choice: <silence> that goes on, <silence> after speech, and anything else."""
+
+
+def token_ids(config: InteractionConfig) -> TokenIds:
+    """The ids that `Episode.output_tokens` needs, as the tokenizer of the checkpoint has them."""
+    named = {name.strip("<>"): number for number, name in special_tokens(config).items()}
+    fields = ("silence", "end_of_tick", "delegation", "end_of_delegation", "injection", "end_of_injection")
+    return TokenIds(**{name: named[name] for name in fields})
+
+
+@dataclass
+class Example:
+    """One episode's sequence. Positions count from 0; arrays of places are int64, in the order of the sequence.
+
+    Attributes:
+        length: positions.
+        text, ids: places of tokens, and the tokens.
+        heard, heard_pcm: places of what is heard, and its samples float32 [n, hop].
+        own, own_pcm: places of the model's own voice, and the samples it hears of itself.
+        seen, clips: places of video, and the clips uint8 [n, frames, height, width, 3].
+        choices, chosen, weights: places whose hidden state chooses a token, the token, and how much it counts.
+        spoken, mel: places whose hidden state speaks, and the mel frames float32 [n, frames_per_position · bins].
+    """
+
+    length: int
+    text: list[int] = field(default_factory=list)
+    ids: list[int] = field(default_factory=list)
+    heard: list[int] = field(default_factory=list)
+    own: list[int] = field(default_factory=list)
+    seen: list[int] = field(default_factory=list)
+    choices: list[int] = field(default_factory=list)
+    chosen: list[int] = field(default_factory=list)
+    weights: list[float] = field(default_factory=list)
+    spoken: list[int] = field(default_factory=list)
+    heard_pcm: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.float32))
+    own_pcm: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.float32))
+    clips: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.uint8))
+    mel: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.float32))
+
+
+class OwnVoice:
+    """What the model hears of itself: the vocoder over ideal mel frames, run where they are not silence.
+
+    Between words the vocoder's output is that of constant frames, and its memory is shorter than two ticks, so pieces
+    of speech are independent; they are kept, because words come again.
+    """
+
+    def __init__(self, vocoder: Vocoder, config: InteractionConfig) -> None:
+        self.vocoder, self.config = vocoder, config
+        speech = config.speech_config
+        self._tick = config.tick_samples // speech.hop_length  # frames a tick
+        reach = speech.vocoder_layers * (speech.vocoder_kernel - 1) + speech.vocoder_window // speech.hop_length - 1
+        self._margin = -(-reach // self._tick)
+        self._quiet = np.full((self._tick, speech.n_mel_bins), speech.silence_level, np.float32)
+        self._pieces: OrderedDict[bytes, np.ndarray] = OrderedDict()
+        self._rest = self._run(np.tile(self._quiet, (self._margin + 1, 1)))
+
+    def mel(self, episode: Episode) -> np.ndarray:
+        """The ideal frames of an episode, float32 [ticks, frames a tick, bins]: silence where it does not speak."""
+        speech, rate = self.config.speech_config, self.config.audio_config.sample_rate
+        frames = speech_mel(episode.target_audio, speech, rate).reshape(episode.ticks, self._tick, -1)
+        return np.where(episode.speaks[:, None, None], frames, self._quiet)
+
+    def samples(self, mel: np.ndarray, speaks: np.ndarray) -> np.ndarray:
+        """float32 [ticks · samples a tick] in [-1, 1], as a session hands them out."""
+        ticks, margin = len(mel), self._margin
+        rest = np.repeat(self._rest[margin:], max(0, ticks - margin), 0)  # the same in every tick from here on
+        out = np.concatenate([self._rest[: margin + 1], rest])[:ticks]
+        for start, stop in self._spans(speaks):
+            begin, end = max(0, start - margin), min(ticks, stop + margin)
+            piece = np.ascontiguousarray(mel[begin:end].reshape(-1, mel.shape[-1]))
+            made = self._cached(piece)
+            keep = 0 if begin == 0 else margin
+            out[begin + keep : end] = made[keep:]
+        return np.clip(out.reshape(-1), -1.0, 1.0)
+
+    def _spans(self, speaks: np.ndarray) -> list[tuple[int, int]]:
+        """Runs of ticks that speak, joined where the vocoder still remembers one at the start of the next."""
+        spans: list[tuple[int, int]] = []
+        for tick in np.flatnonzero(speaks).tolist():
+            if spans and tick - spans[-1][1] < 2 * self._margin:
+                spans[-1] = (spans[-1][0], tick + 1)
+            else:
+                spans.append((tick, tick + 1))
+        return spans
+
+    def _cached(self, mel: np.ndarray) -> np.ndarray:
+        key = mel.tobytes()
+        if key in self._pieces:
+            self._pieces.move_to_end(key)
+        else:
+            self._pieces[key] = self._run(mel)
+            if len(self._pieces) > CACHED_PIECES:
+                self._pieces.popitem(last=False)
+        return self._pieces[key]
+
+    @torch.no_grad()
+    def _run(self, mel: np.ndarray) -> np.ndarray:
+        """mel [frames, bins] → samples [ticks, samples a tick], from rest."""
+        device = self.vocoder.get_buffer("window").device
+        pcm = synthesise(self.vocoder, torch.from_numpy(mel)[None].to(device))
+        return pcm.reshape(-1, self.config.tick_samples).cpu().numpy()
+
+
+def lay_out(episode: Episode, config: InteractionConfig, voice: OwnVoice, limit: int | None = None) -> Example:
+    """The sequence of an episode, of as many whole ticks as fit `limit` positions."""
+    tick, ids, example = config.tick_config, token_ids(config), Example(0)
+    patches = config.vision_config.positions
+    mel = voice.mel(episode)
+    own = voice.samples(mel, episode.speaks).reshape(-1, config.audio_config.hop_length)
+    typed: list[int] = []
+    seen: list[np.ndarray] = []
+    frames: list[np.ndarray] = []
+    spoke, at, last_clip, ticks = False, 0, -tick.video_every, 0
+    for t in range(episode.ticks):
+        injected, tokens = episode.injected_tokens(t, ids), episode.output_tokens(t, ids)
+        typed += episode.text[t].encode()
+        clip = episode.video.get(t) if t - last_clip >= tick.video_every else None
+        read, typed = typed[: tick.text_in], typed[tick.text_in :]
+        silent = ids.silence in tokens
+        tail = [ids.end_of_tick] if tokens[-1] == ids.end_of_tick else [tokens[-1], ids.end_of_tick]
+        said = [*tokens[:-1], *tail]
+        size = len(injected) + tick.audio_in + len(read) + len(said) + tick.audio_out + (clip is not None) * patches
+        if limit is not None and at + size > limit:
+            break
+        for token in injected:
+            at = _token(example, token, at)
+        example.heard += range(at, at + tick.audio_in)
+        at += tick.audio_in
+        if clip is not None:
+            example.seen += range(at, at + patches)
+            at, last_clip = at + patches, t
+            seen.append(clip)
+        for token in read:
+            at = _token(example, token, at)
+        for n, token in enumerate(said):
+            if n < len(tokens):
+                example.choices.append(at - 1)
+                example.chosen.append(token)
+                example.weights.append(SPOKEN if not silent else STOPPED if spoke else SILENT)
+            at = _token(example, token, at)
+        places = range(at, at + tick.audio_out)
+        example.own += places
+        if not silent:
+            example.spoken += places
+            frames.append(mel[t].reshape(tick.audio_out, -1))
+        at += tick.audio_out
+        spoke, ticks = not silent, t + 1
+    example.length = at
+    example.heard_pcm = episode.audio.reshape(-1, own.shape[1])[: ticks * tick.audio_in]
+    # The first position of all hears the silence before the session, each other one the samples before it.
+    example.own_pcm = np.concatenate([np.zeros_like(own[:1]), own])[: ticks * tick.audio_out]
+    example.clips = np.stack(seen) if seen else example.clips
+    example.mel = np.concatenate(frames) if frames else np.zeros((0, mel[0].size // tick.audio_out), np.float32)
+    return example
+
+
+def _token(example: Example, token: int, at: int) -> int:
+    example.text.append(at)
+    example.ids.append(token)
+    return at + 1
+
+
+@dataclass
+class Batch:
+    """Examples side by side, padded at their ends to `length`; places are rows of the flat [batch · length].
+
+    `heard_levels`, `own_levels` int64 [n, bins] are the dMel levels of the positions; the rest is as in `Example`.
+    """
+
+    size: int
+    length: int
+    real: Tensor
+    text: Tensor
+    ids: Tensor
+    heard: Tensor
+    heard_levels: Tensor
+    own: Tensor
+    own_levels: Tensor
+    seen: Tensor
+    video: Tensor
+    choices: Tensor
+    chosen: Tensor
+    weights: Tensor
+    spoken: Tensor
+    mel: Tensor
+
+    def to(self, device: torch.device) -> Batch:
+        moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in vars(self).items()}
+        return Batch(**moved)
+
+
+def collate(examples: Sequence[Example], model: InteractionModel) -> Batch:
+    """The batch of some examples; levels are computed here, once."""
+    size, length = len(examples), max(e.length for e in examples)
+
+    def places(name: str) -> Tensor:
+        rows = [np.asarray(getattr(e, name), np.int64) + b * length for b, e in enumerate(examples)]
+        return torch.from_numpy(np.concatenate(rows))
+
+    def values(name: str, dtype: torch.dtype) -> Tensor:
+        return torch.tensor([v for e in examples for v in getattr(e, name)], dtype=dtype)
+
+    real = torch.zeros(size, length, dtype=torch.bool)
+    for b, example in enumerate(examples):
+        real[b, : example.length] = True
+    clips = [e.clips.reshape(-1, e.clips.shape[3] * 3) for e in examples if e.clips.ndim == 5]
+    columns = model.config.vision_config.width * 3
+    return Batch(
+        size, length, real, places("text"), values("ids", torch.int64),
+        places("heard"), levels_of(model, [e.heard_pcm for e in examples]),
+        places("own"), levels_of(model, [e.own_pcm for e in examples]),
+        places("seen"), torch.from_numpy(np.concatenate([np.zeros((0, columns), np.uint8), *clips])),
+        places("choices"), values("chosen", torch.int64), values("weights", torch.float32),
+        places("spoken"), torch.from_numpy(np.concatenate([e.mel for e in examples])),
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def levels_of(model: InteractionModel, streams: Sequence[np.ndarray]) -> Tensor:
+    """dMel levels int64[n, bins] of streams of samples [n, hop], each from its beginning."""
+    rest = np.zeros((1, model.config.audio_config.hop_length), np.float32)  # what a stream's first window begins with
+    joined = torch.from_numpy(np.concatenate([part for pcm in streams for part in (rest, pcm)]))
+    keep = torch.ones(len(joined), dtype=torch.bool)
+    keep[np.cumsum([0, *(len(pcm) + 1 for pcm in streams[:-1])])] = False
+    window = model.audio_tower.get_buffer("window")
+    return model.audio_tower.levels(joined.to(window.device)).cpu()[keep]
+
+
+def embed(model: InteractionModel, batch: Batch) -> Tensor:
+    """The embedded positions x[batch, length, d]."""
+    x = torch.zeros(batch.size * batch.length, model.text_config.hidden_size, device=batch.real.device)
+    levels = torch.cat([batch.heard_levels, batch.own_levels])
+    sound = embed_levels(model.audio_tower, levels)
+    heard, own = sound.split([len(batch.heard), len(batch.own)])
+    rows = [model.model.embed_tokens(batch.ids[:, None]), heard, own + model.self_voice]
+    where = [batch.text, batch.heard, batch.own]
+    if len(batch.seen):
+        rows.append(model.vision_tower(batch.video))
+        where.append(batch.seen)
+    return x.index_copy(0, torch.cat(where), torch.cat(rows)).view(batch.size, batch.length, -1)

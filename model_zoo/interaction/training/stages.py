@@ -1,0 +1,208 @@
+"""The two stages of training: the vocoder alone, then everything else with that vocoder.
+
+A stage knows what it trains, draws the batch of a step (keyed by seed and step, so that a run can stop and go on
+anywhere), and computes the loss.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor, nn
+
+from ..backbone import MoE, unembed
+from ..modeling import InteractionModel
+from ..tasks import TASKS, SpeechBank
+from .parallel import Load, hidden_states
+from .sequence import Batch, OwnVoice, collate, embed, lay_out
+from .vocoder import VoiceClips, vocoder_loss
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Of one stage. `steps` is where its schedule ends; what else there is changes what it learns."""
+
+    seed: int = 0
+    steps: int = 3000
+    size: int = 8
+    rate: float = 2e-3
+    warm_up: int = 100
+    cool_down: float = 0.25
+    weight_decay: float = 0.02
+    betas: tuple[float, float] = (0.9, 0.98)
+    clip: float = 1.0
+    average: float = 0.999
+
+    def rate_at(self, step: int) -> float:
+        """Linear warm-up, constant, and over the last `cool_down` of the steps half a cosine to a fiftieth."""
+        begin = self.steps * (1.0 - self.cool_down)
+        if step < self.warm_up:
+            return self.rate * (step + 1) / self.warm_up
+        if step < begin:
+            return self.rate
+        part = min(1.0, (step - begin) / max(1.0, self.steps - begin))
+        return self.rate * (0.02 + 0.98 * 0.5 * (1.0 + float(np.cos(np.pi * part))))
+
+
+class Stage(ABC):
+    """What is trained, and on what.
+
+    Attributes:
+        name: of the files of its state.
+        tensors: name → parameter or buffer, by the names of the model's state_dict.
+    """
+
+    name: str
+
+    def __init__(self, model: InteractionModel, settings: Settings) -> None:
+        self.model, self.settings = model, settings
+        self.tensors = {n: t for n, t in model.state_dict(keep_vars=True).items() if self._trains(n, t)}
+
+    @abstractmethod
+    def _trains(self, name: str, tensor: Tensor) -> bool: ...
+
+    @abstractmethod
+    def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
+        """The loss of a step, and what to log of it."""
+
+    def after(self) -> dict[str, float]:
+        """What is changed by counting and not by gradients, once a step; what to log of it."""
+        return {}
+
+    def describe(self) -> dict[str, Any]:
+        return asdict(self.settings)
+
+    def rng(self, step: int) -> np.random.Generator:
+        return np.random.default_rng([self.settings.seed, len(self.name), step])
+
+
+class VocoderStage(Stage):
+    """mel frames of the model's voice → its samples."""
+
+    name = "vocoder"
+
+    def __init__(self, model: InteractionModel, settings: Settings, bank: SpeechBank) -> None:
+        super().__init__(model, settings)
+        self.clips = VoiceClips(model.config, bank)
+
+    def _trains(self, name: str, tensor: Tensor) -> bool:
+        return name.startswith("vocoder.") and isinstance(tensor, nn.Parameter)
+
+    def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
+        device = self.model.self_voice.device
+        mel, pcm = (t.to(device) for t in self.clips.batch(self.settings.size, self.rng(step)))
+        return vocoder_loss(self.model.vocoder, mel, pcm)
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Which episodes a batch is drawn from, and how its inputs are disturbed.
+
+    Attributes:
+        tasks: names, each as likely as the others.
+        limit: positions that an episode is cut to, in whole ticks.
+        group: steps whose episodes are drawn together and sorted by length, so that little is padded.
+        jitter: greatest part of the dMel levels of an episode that is moved by one, up or down: the model's own voice
+            is then never quite what it was, as it won't be when it speaks freely.
+    """
+
+    tasks: tuple[str, ...] = tuple(TASKS)
+    limit: int = 1000
+    group: int = 4
+    jitter: float = 0.15
+
+
+class ModelStage(Stage):
+    """Stems, backbone, text head and flow head, on whole episodes under teacher forcing.
+
+    The loss is the weighted cross-entropy of every choice of the text head plus `speech_weight` times the
+    flow-matching loss wherever the model speaks. The router's correction bias is moved towards even loads by counting
+    (Wang et al., "Auxiliary-Loss-Free Load Balancing Strategy for Mixture-of-Experts", 2024).
+    """
+
+    name = "model"
+    speech_weight = 0.1
+    balance_rate = 1e-3
+
+    def __init__(self, model: InteractionModel, settings: Settings, bank: SpeechBank, mixture: Mixture) -> None:
+        super().__init__(model, settings)
+        self.bank, self.mixture = bank, mixture
+        self.voice = OwnVoice(model.vocoder, model.config)
+        self._load = Load()
+        self._routers = [m.gate for m in model.modules() if isinstance(m, MoE)]
+        self._group: tuple[int, list[list[int]], list[Any]] = (-1, [], [])
+
+    def _trains(self, name: str, tensor: Tensor) -> bool:
+        return not name.startswith("vocoder.") and (isinstance(tensor, nn.Parameter) or "correction_bias" in name)
+
+    def describe(self) -> dict[str, Any]:
+        return {**super().describe(), "mixture": asdict(self.mixture), "speech_weight": self.speech_weight}
+
+    def batch(self, step: int) -> Batch:
+        """The batch of a step: the same whenever it is asked for."""
+        group, place = divmod(step, self.mixture.group)
+        if self._group[0] != group:
+            rng = self.rng(group)
+            drawn = [(str(rng.choice(self.mixture.tasks)), int(rng.integers(1 << 31)))
+                     for _ in range(self.mixture.group * self.settings.size)]  # fmt: skip
+            episodes = (TASKS[task].episode(seed, "train", self.bank) for task, seed in drawn)
+            made = [lay_out(e, self.model.config, self.voice, self.mixture.limit) for e in episodes]
+            order = np.argsort([e.length for e in made], kind="stable").reshape(self.mixture.group, -1)
+            self._group = (group, order[rng.permutation(self.mixture.group)].tolist(), made)
+        _, order_, made = self._group
+        batch = collate([made[i] for i in order_[place]], self.model)
+        self._disturb(batch, self.rng(step))
+        return batch.to(self.model.self_voice.device)
+
+    def _disturb(self, batch: Batch, rng: np.random.Generator) -> None:
+        top = self.model.config.audio_config.mel_vocab_size - 1
+        for levels, places in ((batch.heard_levels, batch.heard), (batch.own_levels, batch.own)):
+            part = rng.uniform(0.0, self.mixture.jitter, batch.size)[places.numpy() // batch.length, None]
+            moved = np.where(rng.random(levels.shape) < part, rng.integers(0, 2, levels.shape) * 2 - 1, 0)
+            levels += torch.from_numpy(moved)
+            levels.clamp_(0, top)
+
+    def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
+        batch, self._load = self.batch(step), Load()
+        seed = int(np.random.SeedSequence([self.settings.seed, step]).generate_state(1)[0])
+        return model_loss(self.model, batch, self.speech_weight, seed, self._load)
+
+    @torch.no_grad()
+    def after(self) -> dict[str, float]:
+        worst = 0.0
+        for router, counts in zip(self._routers, self._load.counts, strict=True):
+            even = counts.float().mean()
+            router.get_buffer("e_score_correction_bias").add_(self.balance_rate * torch.sign(even - counts))
+            worst = max(worst, float(counts.max() / even))
+        return {"busiest_expert": worst}
+
+
+def model_loss(
+    model: InteractionModel, batch: Batch, speech_weight: float, seed: int, load: Load | None = None
+) -> tuple[Tensor, dict[str, float]]:
+    """The loss of `ModelStage`, and its parts: cross-entropy of choices, share of them that are right (of <silence>
+    and of the rest), flow loss. `seed` is of the flow's noise and times."""
+    hidden = hidden_states(model.model, embed(model, batch), load, batch.real).flatten(0, 1)
+    logits = unembed(hidden[batch.choices], model.lm_head.weight, model.text_config)
+    each = nnf.cross_entropy(logits, batch.chosen, reduction="none")
+    text = (each * batch.weights).sum() / batch.weights.sum()
+    right = logits.detach().argmax(-1) == batch.chosen
+    silent = batch.chosen == model.config.tick_config.silence_token_id
+    parts = {"text": float(text.detach())}
+    parts |= {"silent_right": _share(right, silent), "spoken_right": _share(right, ~silent)}
+    loss = text
+    if len(batch.spoken):
+        generator = torch.Generator(device=hidden.device).manual_seed(seed)
+        flow = model.speech.loss(hidden[batch.spoken], batch.mel, generator)
+        loss = loss + speech_weight * flow
+        parts["flow"] = float(flow.detach())
+    return loss, {**parts, "positions": float(batch.real.sum())}
+
+
+def _share(right: Tensor, of: Tensor) -> float:
+    return float(right[of].float().mean()) if bool(of.any()) else float("nan")

@@ -1,0 +1,180 @@
+"""Training: it learns, it can be interrupted anywhere, and what it writes is a checkpoint."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import tmlc
+from tmlc.errors import CheckpointError
+from tmlc.model_zoo.interaction import InteractionConfig, InteractionModel, load_model, train
+from tmlc.model_zoo.interaction.tasks import TASKS, SpeechBank
+from tmlc.model_zoo.interaction.train import Plan
+from tmlc.model_zoo.interaction.training import state as states
+from tmlc.model_zoo.interaction.training.curves import draw
+from tmlc.model_zoo.interaction.training.sequence import OwnVoice, lay_out, token_ids
+from tmlc.model_zoo.interaction.training.stages import Mixture, ModelStage, Settings
+from tmlc.model_zoo.interaction.training.vocoder import synthesise
+
+
+def small() -> InteractionConfig:
+    """Nano's ticks and media, with a narrow backbone of two layers."""
+    raw = InteractionConfig.from_preset("nano").to_dict()
+    raw["text_config"] |= dict(
+        hidden_size=32, num_hidden_layers=2, layer_types=["hybrid_sliding", "hybrid"],
+        mlp_layer_types=["dense", "sparse"], num_attention_heads=2, num_key_value_heads=1, head_dim=16,
+        swa_num_attention_heads=2, swa_num_key_value_heads=1, swa_head_dim=16, intermediate_size=32,
+        moe_intermediate_size=16, n_routed_experts=4, num_experts_per_tok=2,
+    )  # fmt: skip
+    raw["speech_config"] |= dict(flow_width=32, flow_layers=1, vocoder_width=32, vocoder_layers=2)
+    return InteractionConfig.from_dict(raw)
+
+
+def plan(seed: int = 0, steps: int = 4, size: int = 1) -> Plan:
+    settings = Settings(seed=seed, steps=steps, size=size, rate=4e-3, warm_up=2, average=0.5)
+    return Plan(settings, settings, Mixture(tasks=("barge_in", "cue_speak", "delegate"), limit=300, group=2))
+
+
+@pytest.fixture(scope="module")
+def bank() -> SpeechBank:
+    return SpeechBank.load()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def every_step(tmp_path_factory):
+    """Logs and saves every step."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr(train, "LOG_EVERY", 1)
+    patch.setattr(train, "SAVE_SECONDS", -1.0)
+    yield
+    patch.undo()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> tuple[Path, InteractionModel]:
+    folder = tmp_path_factory.mktemp("run")
+    return folder, train.train(folder, small(), plan())
+
+
+def same(a: InteractionModel, b: InteractionModel) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+def test_both_losses_fall(tmp_path: Path) -> None:
+    train.train(tmp_path, small(), plan(steps=16, size=2))
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    for stage, parts in (("vocoder", ("spectral",)), ("model", ("text", "flow"))):
+        for part in parts:
+            values = [row[part] for row in rows if row["stage"] == stage and part in row]
+            assert len(values) == 16
+            assert np.mean(values[-3:]) < 0.7 * np.mean(values[:3]), (part, values)
+
+
+@pytest.mark.parametrize(("stage", "calls"), [("VocoderStage", 2), ("ModelStage", 3)])
+def test_a_run_that_is_killed_goes_on_to_the_same_bits(trained, tmp_path: Path, monkeypatch, stage, calls) -> None:
+    kind, left = getattr(train, stage), [calls]
+    loss = kind.loss
+
+    def killed(self, step: int):
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return loss(self, step)
+
+    monkeypatch.setattr(kind, "loss", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train.train(tmp_path, small(), plan())
+    monkeypatch.undo()
+    monkeypatch.setattr(train, "SAVE_SECONDS", 1e9)
+    assert same(train.train(tmp_path, small(), plan()), trained[1])
+    for name in ("vocoder.state", "model.state"):
+        _, (once, again) = name, (states.read(folder / name)[1] for folder in (trained[0], tmp_path))
+        assert once.keys() == again.keys()
+        assert all(torch.equal(once[key], again[key]) for key in once)
+
+
+def test_another_seed_is_another_run(trained, tmp_path: Path) -> None:
+    assert not same(train.train(tmp_path, small(), plan(seed=1)), trained[1])
+
+
+def test_a_run_of_another_model_is_refused(trained) -> None:
+    raw = small().to_dict()
+    raw["speech_config"]["vocoder_width"] = 48
+    with pytest.raises(CheckpointError, match="another shape"):
+        train.train(trained[0], InteractionConfig.from_dict(raw), plan())
+
+
+def test_a_damaged_state_is_refused(trained, tmp_path: Path) -> None:
+    (tmp_path / "vocoder.state").write_bytes((trained[0] / "vocoder.state").read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        train.train(tmp_path, small(), plan())
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_sequence_of_an_episode_chooses_and_speaks_what_the_episode_asks_for(task: str, bank, trained) -> None:
+    config = small()
+    episode = TASKS[task].episode(3, "train", bank)
+    example = lay_out(episode, config, OwnVoice(trained[1].vocoder, config))
+    ids = token_ids(config)
+    asked = [episode.output_tokens(t, ids) for t in range(episode.ticks)]
+    assert example.chosen == [token for tokens in asked for token in tokens]
+    assert len(example.spoken) == 4 * episode.speaks.sum() == len(example.mel)
+    assert len(example.own) == len(example.own_pcm) == len(example.heard) == len(example.heard_pcm) == 4 * episode.ticks
+    assert len(example.seen) == 16 * len(episode.video)
+    places = sorted([*example.text, *example.heard, *example.own, *example.seen])
+    assert places == list(range(example.length))
+    typed = "".join(episode.text).encode()
+    assert typed in bytes(token for token in example.ids if token < 256) or task == "cue_speak"
+
+
+def test_what_the_model_hears_of_itself_is_what_the_vocoder_makes(bank, trained) -> None:
+    config, vocoder = small(), trained[1].vocoder
+    voice = OwnVoice(vocoder, config)
+    for task, seed in (("barge_in", 1), ("turn_taking", 2), ("turn_taking", 3)):
+        episode = TASKS[task].episode(seed, "train", bank)
+        mel = voice.mel(episode)
+        with torch.no_grad():
+            whole = vocoder(torch.from_numpy(mel.reshape(-1, mel.shape[-1]))).reshape(-1).clamp(-1, 1)
+        np.testing.assert_allclose(voice.samples(mel, episode.speaks), whole.numpy(), atol=1e-5)
+
+
+def test_the_vocoder_of_a_batch_is_that_of_the_model(trained) -> None:
+    mel = torch.randn(2, 12, 80, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        each = torch.stack([trained[1].vocoder(row).reshape(-1) for row in mel])
+        torch.testing.assert_close(synthesise(trained[1].vocoder, mel), each)
+
+
+def test_the_router_is_moved_towards_experts_that_are_chosen_less(bank) -> None:
+    stage = ModelStage(InteractionModel.random(small(), 0), Settings(size=1), bank, Mixture(limit=200, group=1))
+    (router,) = stage._routers
+    before = router.get_buffer("e_score_correction_bias").clone()
+    stage.loss(0)
+    stage.after()
+    (counts,) = stage._load.counts
+    moved = router.get_buffer("e_score_correction_bias") - before
+    assert moved[counts.argmax()] < 0 < moved[counts.argmin()]
+
+
+def test_the_curves_of_a_run_are_drawn(trained, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    draw(trained[0] / "log.jsonl", tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_an_export_is_a_checkpoint_with_the_averaged_weights(trained, tmp_path: Path) -> None:
+    folder, model = trained
+    exported = load_model(train.export(folder, small(), tmp_path / "out"))
+    for (name, a), b in zip(exported.state_dict().items(), model.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=2**-8, atol=0.0, msg=name)
+
+
+@pytest.mark.slow
+def test_an_export_compiles_and_speaks(trained, tmp_path: Path) -> None:
+    train.export(trained[0], small(), tmp_path / "out")
+    tmlc.compile(tmp_path / "out", tmp_path / "out.tmlc", precision="fp32", check=True)
+    with tmlc.load(tmp_path / "out.tmlc", threads=1) as engine:
+        session = engine.session()
+        assert session.tick(tmlc.TickInput(say=[65, 66])).audio.shape == (3200,)
