@@ -29,7 +29,7 @@ from .training.stages import Mixture, ModelStage, Settings, Stage, VocoderStage
 from .training.state import TrainState, read
 
 VOCODER = Settings(steps=3000)
-MODEL = Settings(steps=20000, rate=1.5e-3, warm_up=200, weight_decay=0.05)
+MODEL = Settings(steps=40000, size=4, rate=1.2e-3, warm_up=300, weight_decay=0.05)
 LOG_EVERY = 10
 SAVE_SECONDS = 120.0
 

@@ -52,7 +52,7 @@ def embed_levels(tower: AudioTower, levels: Tensor) -> Tensor:
 
 
 def rms_norm(norm: RMSNorm, x: Tensor) -> Tensor:
-    return nnf.rms_norm(x, norm.weight.shape, norm.weight, norm.eps)
+    return nnf.rms_norm(x, norm.weight.shape, norm.weight.to(x.dtype), norm.eps)
 
 
 def _head_norm(norm: RMSNorm, x: Tensor, heads: int) -> Tensor:
@@ -190,7 +190,7 @@ def experts(layer: MoE, x: Tensor, load: Load | None, rows: Tensor | None) -> Te
         gate, up = nnf.linear(piece, layer.experts.gate_up_proj[expert]).chunk(2, -1)
         done.append(nnf.linear(nnf.silu(gate) * up, layer.experts.down_proj[expert]))
     share = weights[:, :k].reshape(-1)[order, None]
-    out = _shared(layer, picked, weights[:, k:]).index_add(0, source, torch.cat(done) * share)
+    out = _shared(layer, picked, weights[:, k:]).index_add(0, source, (torch.cat(done) * share).to(x.dtype))
     if rows is not None:
         out = torch.zeros_like(flat).index_copy(0, rows, out)
     return out.view_as(x)

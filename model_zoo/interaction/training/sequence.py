@@ -9,7 +9,7 @@ voice. What the model hears of itself is what the vocoder makes of the ideal mel
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -25,7 +25,6 @@ from ..tokenizer import special_tokens
 from .parallel import embed_levels
 from .vocoder import synthesise
 
-CACHED_PIECES = 2048
 SILENT, STOPPED, SPOKEN = 0.5, 1.0, 1.0
 """Weights of a choice: <silence> that goes on, <silence> after speech, and anything else."""
 
@@ -67,6 +66,23 @@ class Example:
     mel: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.float32))
 
 
+class Kept:
+    """A function of one array that keeps its last results."""
+
+    def __init__(self, compute: Callable[[np.ndarray], np.ndarray], most: int = 2048) -> None:
+        self._compute, self._most = compute, most
+        self._kept: OrderedDict[bytes, np.ndarray] = OrderedDict()
+
+    def __call__(self, array: np.ndarray) -> np.ndarray:
+        key = array.tobytes()
+        if key not in self._kept:
+            self._kept[key] = self._compute(array)
+            if len(self._kept) > self._most:
+                self._kept.popitem(last=False)
+        self._kept.move_to_end(key)
+        return self._kept[key]
+
+
 class OwnVoice:
     """What the model hears of itself: the vocoder over ideal mel frames, run where they are not silence.
 
@@ -81,47 +97,34 @@ class OwnVoice:
         reach = speech.vocoder_layers * (speech.vocoder_kernel - 1) + speech.vocoder_window // speech.hop_length - 1
         self._margin = -(-reach // self._tick)
         self._quiet = np.full((self._tick, speech.n_mel_bins), speech.silence_level, np.float32)
-        self._pieces: OrderedDict[bytes, np.ndarray] = OrderedDict()
+        self._frames, self._pieces = Kept(self._analyse), Kept(self._run)
         self._rest = self._run(np.tile(self._quiet, (self._margin + 1, 1)))
 
     def mel(self, episode: Episode) -> np.ndarray:
         """The ideal frames of an episode, float32 [ticks, frames a tick, bins]: silence where it does not speak."""
-        speech, rate = self.config.speech_config, self.config.audio_config.sample_rate
-        frames = speech_mel(episode.target_audio, speech, rate).reshape(episode.ticks, self._tick, -1)
-        return np.where(episode.speaks[:, None, None], frames, self._quiet)
+        size = self.config.tick_samples
+        mel = np.tile(self._quiet, (episode.ticks, 1, 1))
+        for start, stop in runs(episode.speaks):  # with the tick after, into which the last frames look
+            mel[start:stop] = self._frames(episode.target_audio[start * size : (stop + 1) * size])[: stop - start]
+        return mel
 
     def samples(self, mel: np.ndarray, speaks: np.ndarray) -> np.ndarray:
         """float32 [ticks · samples a tick] in [-1, 1], as a session hands them out."""
         ticks, margin = len(mel), self._margin
         rest = np.repeat(self._rest[margin:], max(0, ticks - margin), 0)  # the same in every tick from here on
         out = np.concatenate([self._rest[: margin + 1], rest])[:ticks]
-        for start, stop in self._spans(speaks):
+        for start, stop in runs(speaks, 2 * margin):  # nearer ones share what the vocoder remembers
             begin, end = max(0, start - margin), min(ticks, stop + margin)
             piece = np.ascontiguousarray(mel[begin:end].reshape(-1, mel.shape[-1]))
-            made = self._cached(piece)
+            made = self._pieces(piece)
             keep = 0 if begin == 0 else margin
             out[begin + keep : end] = made[keep:]
         return np.clip(out.reshape(-1), -1.0, 1.0)
 
-    def _spans(self, speaks: np.ndarray) -> list[tuple[int, int]]:
-        """Runs of ticks that speak, joined where the vocoder still remembers one at the start of the next."""
-        spans: list[tuple[int, int]] = []
-        for tick in np.flatnonzero(speaks).tolist():
-            if spans and tick - spans[-1][1] < 2 * self._margin:
-                spans[-1] = (spans[-1][0], tick + 1)
-            else:
-                spans.append((tick, tick + 1))
-        return spans
-
-    def _cached(self, mel: np.ndarray) -> np.ndarray:
-        key = mel.tobytes()
-        if key in self._pieces:
-            self._pieces.move_to_end(key)
-        else:
-            self._pieces[key] = self._run(mel)
-            if len(self._pieces) > CACHED_PIECES:
-                self._pieces.popitem(last=False)
-        return self._pieces[key]
+    def _analyse(self, pcm: np.ndarray) -> np.ndarray:
+        """Samples of whole ticks → their frames [ticks, frames a tick, bins]."""
+        rate = self.config.audio_config.sample_rate
+        return speech_mel(pcm, self.config.speech_config, rate).reshape(-1, *self._quiet.shape)
 
     @torch.no_grad()
     def _run(self, mel: np.ndarray) -> np.ndarray:
@@ -129,6 +132,17 @@ class OwnVoice:
         device = self.vocoder.get_buffer("window").device
         pcm = synthesise(self.vocoder, torch.from_numpy(mel)[None].to(device))
         return pcm.reshape(-1, self.config.tick_samples).cpu().numpy()
+
+
+def runs(speaks: np.ndarray, gap: int = 1) -> list[tuple[int, int]]:
+    """[start, stop) of the runs of ticks that speak; runs that are less than `gap` ticks apart are one."""
+    spans: list[tuple[int, int]] = []
+    for tick in np.flatnonzero(speaks).tolist():
+        if spans and tick - spans[-1][1] < gap:
+            spans[-1] = (spans[-1][0], tick + 1)
+        else:
+            spans.append((tick, tick + 1))
+    return spans
 
 
 def lay_out(episode: Episode, config: InteractionConfig, voice: OwnVoice, limit: int | None = None) -> Example:
@@ -247,13 +261,19 @@ def collate(examples: Sequence[Example], model: InteractionModel) -> Batch:
 
 @torch.no_grad()
 def levels_of(model: InteractionModel, streams: Sequence[np.ndarray]) -> Tensor:
-    """dMel levels int64[n, bins] of streams of samples [n, hop], each from its beginning."""
-    rest = np.zeros((1, model.config.audio_config.hop_length), np.float32)  # what a stream's first window begins with
-    joined = torch.from_numpy(np.concatenate([part for pcm in streams for part in (rest, pcm)]))
-    keep = torch.ones(len(joined), dtype=torch.bool)
+    """dMel levels int64[n, bins] of streams of samples [n, hop], each from its beginning; streams in which nothing
+    changes from one window to the next (the model's own silence) cost nothing."""
+    tower, hop = model.audio_tower, model.config.audio_config.hop_length
+    rest = np.zeros((1, hop), np.float32)  # what a stream's first window begins with
+    joined = np.concatenate([part for pcm in streams for part in (rest, pcm)])
+    same = np.concatenate([[False], (joined[1:] == joined[:-1]).all(1)])
+    again = same & np.concatenate([[False], same[:-1]])  # a window of two hops that is the one before
+    keep = np.ones(len(joined), bool)
     keep[np.cumsum([0, *(len(pcm) + 1 for pcm in streams[:-1])])] = False
-    window = model.audio_tower.get_buffer("window")
-    return model.audio_tower.levels(joined.to(window.device)).cpu()[keep]
+    needed = ~again | np.concatenate([~again[1:], [False]])  # new windows, and the hops that these begin with
+    few = torch.from_numpy(joined[needed]).to(tower.get_buffer("window").device)
+    levels = tower.levels(few).cpu()[torch.from_numpy(~again[needed])]
+    return levels[torch.from_numpy(np.cumsum(~again) - 1)][torch.from_numpy(keep)]
 
 
 def embed(model: InteractionModel, batch: Batch) -> Tensor:

@@ -113,7 +113,7 @@ class Mixture:
 
     tasks: tuple[str, ...] = tuple(TASKS)
     limit: int = 1000
-    group: int = 4
+    group: int = 8
     jitter: float = 0.15
 
 
