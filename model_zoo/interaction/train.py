@@ -24,11 +24,12 @@ from .checkpoint import save_checkpoint
 from .config import InteractionConfig
 from .modeling import InteractionModel
 from .tasks import TASKS, SpeechBank
+from .training.card import card
 from .training.curves import draw
 from .training.stages import Mixture, ModelStage, Settings, Stage, VocoderStage
 from .training.state import TrainState, read
 
-VOCODER = Settings(steps=3000)
+VOCODER = Settings(steps=8000)
 MODEL = Settings(steps=40000, size=4, rate=1.2e-3, warm_up=300, weight_decay=0.05)
 LOG_EVERY = 10
 SAVE_SECONDS = 120.0
@@ -108,8 +109,14 @@ def run_stage(stage: Stage, folder: Path, deadline: float) -> bool:
     return state.step >= settings.steps
 
 
-def export(folder: Path, config: InteractionConfig, out: Path) -> Path:
+def export(folder: Path, config: InteractionConfig, out: Path, scores: dict[str, Any] | None = None) -> Path:
     """Writes the averaged weights of a run, as they are now, as a bf16 checkpoint. The run may go on meanwhile.
+
+    Args:
+        folder: of the run.
+        config: of the run's model.
+        out: the folder to make.
+        scores: what `tmlc eval --json` printed for these weights; with it, the checkpoint gets a model card, README.md.
 
     Raises:
         CheckpointError: a stage has no state yet, or one of another model.
@@ -117,15 +124,21 @@ def export(folder: Path, config: InteractionConfig, out: Path) -> Path:
     """
     model = InteractionModel(config)
     known = dict(model.state_dict(keep_vars=True))
+    made: dict[str, dict[str, Any]] = {}
     for name in ("vocoder", "model"):
-        _, saved = read(folder / f"{name}.state")
+        header, saved = read(folder / f"{name}.state")
+        made[name] = json.loads(header["settings"])
+        made[name] |= {"done": int(header["step"]), "seconds": float(header["seconds"])}
         for key, value in saved.items():
             kind, _, tensor = key.partition(".")
             if kind == "average":
                 if tensor not in known or known[tensor].shape != value.shape:
                     raise CheckpointError(f"{tensor} is not of this model", where=str(folder), fix="name another run")
                 known[tensor].data.copy_(value)
-    return save_checkpoint(model, out, "bfloat16")
+    save_checkpoint(model, out, "bfloat16")
+    if scores is not None:
+        (out / "README.md").write_text(card(config, scores, made), encoding="utf-8")
+    return out
 
 
 def _write(log: TextIO, line: dict[str, Any]) -> None:
@@ -142,6 +155,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop (and save) after so many")
     parser.add_argument("--curves", action="store_true", help="only draw the curves of the log, as RUN/curves.png")
     parser.add_argument("--export", type=Path, metavar="OUT", help="only write the weights so far, as a checkpoint")
+    parser.add_argument("--scores", type=Path, metavar="JSON", help="of `tmlc eval --json`: export with a model card")
     options = parser.parse_args(arguments)
     tasks = options.tasks.split(",")
     try:
@@ -150,7 +164,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.curves:
             draw(options.run / "log.jsonl", options.run / "curves.png")
         elif options.export:
-            export(options.run, interaction_nano(), options.export)
+            scores = json.loads(options.scores.read_text(encoding="utf-8")) if options.scores else None
+            export(options.run, interaction_nano(), options.export, scores)
         else:
             plan = Plan(
                 replace(VOCODER, seed=options.seed, steps=options.vocoder_steps),

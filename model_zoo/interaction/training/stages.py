@@ -95,8 +95,8 @@ class VocoderStage(Stage):
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
         device = self.model.self_voice.device
-        mel, pcm = (t.to(device) for t in self.clips.batch(self.settings.size, self.rng(step)))
-        return vocoder_loss(self.model.vocoder, mel, pcm)
+        mel, pcm, on_grid = (t.to(device) for t in self.clips.batch(self.settings.size, self.rng(step)))
+        return vocoder_loss(self.model.vocoder, mel, pcm, on_grid)
 
 
 @dataclass(frozen=True)

@@ -59,13 +59,17 @@ def _magnitudes(pcm: Tensor, size: int, window: Tensor) -> Tensor:
     return (spectrum.real.square() + spectrum.imag.square() + FLOOR**2).sqrt()
 
 
-def vocoder_loss(vocoder: Vocoder, mel: Tensor, pcm: Tensor) -> tuple[Tensor, dict[str, float]]:
-    """mel[batch, frames, bins] and the samples [batch, frames · hop] that it stands for → the loss, and its parts."""
+def vocoder_loss(vocoder: Vocoder, mel: Tensor, pcm: Tensor, on_grid: Tensor) -> tuple[Tensor, dict[str, float]]:
+    """mel[batch, frames, bins], the samples [batch, frames · hop] that it stands for, and which pieces have samples
+    that can be known (bool[batch]) → the loss, and its parts: relative error of samples, spectral distance."""
     made = synthesise(vocoder, mel)
-    level = pcm.square().mean().sqrt()
-    wave = (made - pcm).square().mean().sqrt() / level
     spectral = spectral_loss(made, pcm)
-    return 2.0 * wave + spectral, {"wave": float(wave.detach()), "spectral": float(spectral.detach())}
+    parts = {"spectral": float(spectral.detach())}
+    if not bool(on_grid.any()):
+        return spectral, parts
+    made, pcm = made[on_grid], pcm[on_grid]
+    wave = ((made - pcm).square().mean(1) / pcm.square().mean(1)).sqrt().mean()
+    return 2.0 * wave + spectral, {**parts, "wave": float(wave.detach())}
 
 
 @dataclass(frozen=True)
@@ -81,23 +85,23 @@ class VoiceClips:
     config: InteractionConfig
     bank: SpeechBank
     seconds: float = 1.6
-    off_grid: float = 0.2
+    off_grid: float = 0.1
     noise: float = 0.15
 
-    def batch(self, size: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-        """(mel[size, frames, bins], samples[size, frames · hop])."""
-        pieces = [self._piece(rng) for _ in range(size)]
+    def batch(self, size: int, rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """(mel[size, frames, bins], samples[size, frames · hop], whether the words are on the grid bool[size])."""
+        free = rng.random(size) < self.off_grid
+        pieces = [self._piece(rng, bool(off)) for off in free]
         speech, rate = self.config.speech_config, self.config.audio_config.sample_rate
         mel = np.stack([speech_mel(pcm, speech, rate) for pcm in pieces])
         spread = rng.uniform(0.0, self.noise, (size, 1, 1))
         mel += (spread * rng.standard_normal(mel.shape)).astype(np.float32)
-        return torch.from_numpy(mel), torch.from_numpy(np.stack(pieces))
+        return torch.from_numpy(mel), torch.from_numpy(np.stack(pieces)), torch.from_numpy(~free)
 
-    def _piece(self, rng: np.random.Generator) -> np.ndarray:
+    def _piece(self, rng: np.random.Generator, free: bool) -> np.ndarray:
         tick = self.config.tick_samples
         length = round(self.seconds * self.config.audio_config.sample_rate) // tick * tick
         pcm = np.zeros(length, np.float32)
-        free = rng.random() < self.off_grid
         at = int(rng.integers(2 * tick)) if free else tick * int(rng.integers(2))
         words: Sequence[str] = sorted(self.bank.model)
         while at < length - tick:
