@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from ..config import InteractionConfig
 from ..features import speech_mel
-from ..speech import Vocoder
+from ..speech import Vocoder, VocoderBlock
 from ..tasks import SpeechBank
 from .parallel import rms_norm, short_conv
 
@@ -32,7 +33,7 @@ def synthesise(vocoder: Vocoder, mel: Tensor) -> Tensor:
     """mel[batch, frames, bins] → samples [batch, frames · hop]: `Vocoder.forward` for a batch, from rest."""
     config = vocoder.config
     x = vocoder.input(mel)
-    for block in vocoder.blocks:
+    for block in (cast(VocoderBlock, block) for block in vocoder.blocks):
         inner = rms_norm(block.norm, short_conv(block.conv, x))
         x = x + block.down_proj(nnf.gelu(block.up_proj(inner)))
     x = rms_norm(vocoder.norm, x)
@@ -41,7 +42,8 @@ def synthesise(vocoder: Vocoder, mel: Tensor) -> Tensor:
     parts = frames.unflatten(-1, (pieces, hop))
     length = mel.shape[1]
     # Piece j of frame r lies on hop r + j; what reaches past the last frame is cut off.
-    return sum(nnf.pad(parts[:, : length - j, j], (0, 0, j, 0)) for j in range(pieces)).flatten(1)
+    laid = [nnf.pad(parts[:, : length - j, j], (0, 0, j, 0)) for j in range(pieces)]
+    return torch.stack(laid).sum(0).flatten(1)
 
 
 def spectral_loss(made: Tensor, wanted: Tensor) -> Tensor:
