@@ -88,7 +88,7 @@ def run_stage(stage: Stage, folder: Path, deadline: float) -> bool:
     if path.exists():
         state.load(path)
     saved = begun = monotonic()
-    spent = state.seconds
+    spent, first, positions = state.seconds, state.step, 0.0
     with open(folder / "log.jsonl", "a", encoding="utf-8") as log:
         _write(log, {"stage": stage.name, "step": state.step, "begins": stage.describe()})
         while state.step < settings.steps and monotonic() < deadline:
@@ -97,6 +97,7 @@ def run_stage(stage: Stage, folder: Path, deadline: float) -> bool:
             rate = settings.rate_at(state.step)
             norm = state.update(rate, settings.clip, settings.average)
             parts |= stage.after()
+            positions += parts.get("positions", 0.0)
             state.seconds = spent + monotonic() - begun
             if state.step % LOG_EVERY == 0:
                 line = {"stage": stage.name, "step": state.step, "seconds": round(state.seconds, 1), "rate": rate}
@@ -105,6 +106,10 @@ def run_stage(stage: Stage, folder: Path, deadline: float) -> bool:
                 state.save(path, stage.describe())
                 saved = monotonic()
     state.save(path, stage.describe())
+    if state.step > first:
+        took, steps = state.seconds - spent, state.step - first
+        print(f"{stage.name}: {steps} steps in {took:.1f} s, {steps / took:.2f} a second", end="")
+        print(f", {positions / took:,.0f} positions a second" if positions else "", flush=True)
     state.use_average()
     return state.step >= settings.steps
 

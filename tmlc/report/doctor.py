@@ -27,6 +27,7 @@ EXTRAS = {
     "tensorrt": (("torch", "tensorrt-rtx", "cuda-bindings"), "the target tensorrt"),
     "onnx": (("torch", "onnx", "onnxruntime"), "the target onnx"),
     "serve": (("websockets",), "serving"),
+    "train": (("torch", "soundfile", "matplotlib"), "training the reference model"),
 }
 
 
