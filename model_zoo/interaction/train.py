@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from threading import Event
 from time import monotonic
 from typing import Any, TextIO
 
@@ -59,8 +61,10 @@ class Plan:
         yield ModelStage(model, self.model, bank, self.mixture)
 
 
-def train(folder: Path, config: InteractionConfig, plan: Plan, minutes: float = float("inf")) -> InteractionModel:
-    """Trains until all steps are done or so many minutes have passed, from where the folder's states are.
+def train(
+    folder: Path, config: InteractionConfig, plan: Plan, go_on: Callable[[], bool] = lambda: True
+) -> InteractionModel:
+    """Trains until all steps are done or `go_on`, asked before each step, says no; from where the folder's states are.
 
     Returns:
         The model with the averaged weights, of as many stages as were begun.
@@ -68,18 +72,17 @@ def train(folder: Path, config: InteractionConfig, plan: Plan, minutes: float = 
     Raises:
         CheckpointError: the folder holds states of another model.
     """
-    deadline = monotonic() + 60.0 * minutes
     folder.mkdir(parents=True, exist_ok=True)
     model = InteractionModel.random(config, plan.model.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for stage in plan.stages(model.to(device)):
-        if not run_stage(stage, folder, deadline):
+        if not run_stage(stage, folder, go_on):
             break
     return model
 
 
-def run_stage(stage: Stage, folder: Path, deadline: float) -> bool:
-    """Trains a stage until its steps are done (True) or the deadline (of `time.monotonic`) has come (False).
+def run_stage(stage: Stage, folder: Path, go_on: Callable[[], bool]) -> bool:
+    """Trains a stage until its steps are done (True) or `go_on` says no (False).
 
     The state is saved every `SAVE_SECONDS` and at the end; the model holds the averaged weights afterwards.
     """
@@ -91,7 +94,7 @@ def run_stage(stage: Stage, folder: Path, deadline: float) -> bool:
     spent, first, positions = state.seconds, state.step, 0.0
     with open(folder / "log.jsonl", "a", encoding="utf-8") as log:
         _write(log, {"stage": stage.name, "step": state.step, "begins": stage.describe()})
-        while state.step < settings.steps and monotonic() < deadline:
+        while state.step < settings.steps and go_on():
             loss, parts = stage.loss(state.step)
             loss.backward()
             rate = settings.rate_at(state.step)
@@ -177,7 +180,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 replace(MODEL, seed=options.seed, steps=options.steps),
                 Mixture(tuple(tasks)),
             )
-            train(options.run, interaction_nano(), plan, options.minutes)
+            stopped = Event()
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, lambda *_: stopped.set())
+            deadline = monotonic() + 60.0 * options.minutes
+            train(options.run, interaction_nano(), plan, lambda: not stopped.is_set() and monotonic() < deadline)
     except TmlcError as error:
         print(error, file=sys.stderr)
         return 2
