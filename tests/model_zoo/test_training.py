@@ -190,3 +190,17 @@ def test_an_export_compiles_and_speaks(trained, tmp_path: Path) -> None:
     with tmlc.load(tmp_path / "out.tmlc", threads=1) as engine:
         session = engine.session()
         assert session.tick(tmlc.TickInput(say=[65, 66])).audio.shape == (3200,)
+
+
+def test_a_task_that_there_is_not_is_wrong_usage(tmp_path: Path, capsys) -> None:
+    assert train.main([str(tmp_path / "run"), "--tasks", "barge_in,juggling"]) == 2
+    assert "juggling" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_is_told_to_stop_keeps_what_it_has(trained, tmp_path: Path) -> None:
+    left = iter([True, True, False])
+    train.train(tmp_path, small(), plan(), lambda: next(left))
+    header, _ = states.read(tmp_path / "vocoder.state")
+    assert header["step"] == "2" and not (tmp_path / "model.state").exists()
+    assert same(train.train(tmp_path, small(), plan()), trained[1])
