@@ -14,6 +14,7 @@ from tmlc.model_zoo.interaction.tasks import TASKS, SpeechBank
 from tmlc.model_zoo.interaction.train import Plan
 from tmlc.model_zoo.interaction.training import state as states
 from tmlc.model_zoo.interaction.training.curves import draw
+from tmlc.model_zoo.interaction.training.late import late, runs
 from tmlc.model_zoo.interaction.training.sequence import OwnVoice, lay_out, token_ids
 from tmlc.model_zoo.interaction.training.stages import Mixture, ModelStage, Settings
 from tmlc.model_zoo.interaction.training.vocoder import synthesise
@@ -127,6 +128,32 @@ def test_the_sequence_of_an_episode_chooses_and_speaks_what_the_episode_asks_for
     assert places == list(range(example.length))
     typed = "".join(episode.text).encode()
     assert typed in bytes(token for token in example.ids if token < 256) or task == "cue_speak"
+
+
+def test_an_utterance_that_begins_late_is_the_same_and_its_missed_tick_does_not_count(bank, trained) -> None:
+    config, voice = small(), OwnVoice(trained[1].vocoder, small())
+    episode = TASKS["turn_taking"].episode(4, "train", bank)
+    moved, ticks = late(episode, 1.0, np.random.default_rng(0))
+    assert ticks
+    for start, stop in runs(episode.speaks):
+        by = int(start in ticks)
+        assert moved.target_text[start + by : stop + by] == episode.target_text[start:stop]
+        length = (stop - start) * 3200
+        there = moved.target_audio[(start + by) * 3200 :][:length]
+        np.testing.assert_array_equal(there, episode.target_audio[start * 3200 :][:length])
+    assert moved.speaks.sum() == episode.speaks.sum()
+    example = lay_out(moved, config, voice, forgiven=ticks)
+    silence = config.tick_config.silence_token_id
+    free = [token for token, weight in zip(example.chosen, example.weights, strict=True) if not weight]
+    assert free == [silence] * len(ticks)
+
+
+def test_speech_that_the_user_cut_short_is_never_late(bank) -> None:
+    for seed in range(12):
+        episode = TASKS["barge_in"].episode(seed, "train", bank)
+        moved, ticks = late(episode, 1.0, np.random.default_rng(0))
+        counting = episode.labels["counting_tick"]
+        assert counting not in ticks and moved.speaks[counting]
 
 
 def test_what_the_model_hears_of_itself_is_what_the_vocoder_makes(bank, trained) -> None:

@@ -9,7 +9,7 @@ voice. What the model hears of itself is what the vocoder makes of the ideal mel
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,6 +23,7 @@ from ..modeling import InteractionModel
 from ..speech import Vocoder
 from ..tasks import Episode, TokenIds
 from ..tokenizer import special_tokens
+from .late import runs
 from .parallel import embed_levels
 from .vocoder import synthesise
 
@@ -135,19 +136,12 @@ class OwnVoice:
         return pcm.reshape(-1, self.config.tick_samples).cpu().numpy()
 
 
-def runs(speaks: np.ndarray, gap: int = 1) -> list[tuple[int, int]]:
-    """[start, stop) of the runs of ticks that speak; runs that are less than `gap` ticks apart are one."""
-    spans: list[tuple[int, int]] = []
-    for tick in np.flatnonzero(speaks).tolist():
-        if spans and tick - spans[-1][1] < gap:
-            spans[-1] = (spans[-1][0], tick + 1)
-        else:
-            spans.append((tick, tick + 1))
-    return spans
-
-
-def lay_out(episode: Episode, config: InteractionConfig, voice: OwnVoice, limit: int | None = None) -> Example:
-    """The sequence of an episode, of as many whole ticks as fit `limit` positions."""
+def lay_out(
+    episode: Episode, config: InteractionConfig, voice: OwnVoice, limit: int | None = None,
+    forgiven: Collection[int] = (),
+) -> Example:  # fmt: skip
+    """The sequence of an episode, of as many whole ticks as fit `limit` positions; choices of `forgiven` ticks do not
+    count."""
     tick, ids, example = config.tick_config, token_ids(config), Example(0)
     patches = config.vision_config.positions
     mel = voice.mel(episode)
@@ -181,7 +175,8 @@ def lay_out(episode: Episode, config: InteractionConfig, voice: OwnVoice, limit:
             if n < len(tokens):
                 example.choices.append(at - 1)
                 example.chosen.append(token)
-                example.weights.append(SPOKEN if not silent else STOPPED if spoke else SILENT)
+                weight = SPOKEN if not silent else STOPPED if spoke else SILENT
+                example.weights.append(0.0 if t in forgiven else weight)
             at = _token(example, token, at)
         places = range(at, at + tick.audio_out)
         example.own += places

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..backbone import MoE, unembed
 from ..modeling import InteractionModel
 from ..tasks import TASKS, SpeechBank
+from .late import late
 from .parallel import Load, hidden_states
 from .sequence import Batch, OwnVoice, collate, embed, lay_out
 from .vocoder import VoiceClips, vocoder_loss
@@ -109,12 +110,14 @@ class Mixture:
         group: steps whose episodes are drawn together and sorted by length, so that little is padded.
         jitter: greatest part of the dMel levels of an episode that is moved by one, up or down: the model's own voice
             is then never quite what it was, as it won't be when it speaks freely.
+        late: part of the runs of speech that begin a tick later than they should (`late.py`).
     """
 
     tasks: tuple[str, ...] = tuple(TASKS)
     limit: int = 1000
     group: int = 8
     jitter: float = 0.15
+    late: float = 0.15
 
 
 class ModelStage(Stage):
@@ -151,7 +154,8 @@ class ModelStage(Stage):
             drawn = [(str(rng.choice(self.mixture.tasks)), int(rng.integers(1 << 31)))
                      for _ in range(self.mixture.group * self.settings.size)]  # fmt: skip
             episodes = (TASKS[task].episode(seed, "train", self.bank) for task, seed in drawn)
-            made = [lay_out(e, self.model.config, self.voice, self.mixture.limit) for e in episodes]
+            moved = (late(episode, self.mixture.late, rng) for episode in episodes)
+            made = [lay_out(e, self.model.config, self.voice, self.mixture.limit, ticks) for e, ticks in moved]
             order = np.argsort([e.length for e in made], kind="stable").reshape(self.mixture.group, -1)
             self._group = (group, order[rng.permutation(self.mixture.group)].tolist(), made)
         _, order_, made = self._group
