@@ -1,8 +1,12 @@
 """Times of single launches: on a device in host memory, and what the driver is asked for. Nothing here ran on a GPU."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
+from tmlc.cli.main import cli
 from tmlc.runtimes.cuda.nvidia import NvidiaDriver
 
 from .test_nvidia import Bindings
@@ -42,3 +46,9 @@ def test_a_mark_in_a_graph_is_a_node_of_it_and_holds_a_time():
     assert driver.elapsed(*marks) == pytest.approx(2.5e-3)
     driver.close()
     assert bindings.names().count("cuEventDestroy") == 4  # and the two that every driver has
+
+
+@pytest.mark.skipif(Path("/proc/driver/nvidia").exists(), reason="needs a machine without an NVIDIA driver")
+def test_a_machine_that_cannot_run_the_target_says_so_plainly(tiny):
+    done = CliRunner().invoke(cli, ["profile", str(tiny.gpu), "--seconds", "2"])
+    assert done.exit_code == 2 and "driver" in done.stderr and "Traceback" not in done.stderr
