@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from tmlc.runtimes.core.kernels import KernelCall, KernelTimer
+from tmlc.runtimes.cuda.driver import Driver
 from tmlc.runtimes.cuda.plan import BucketInfo, LaunchInfo, PointerArg
 
 if TYPE_CHECKING:
@@ -36,6 +38,10 @@ class _Timed:
     fresh_runs: np.ndarray
 
 
+def _keep_mark(driver: Driver, marks: list[Any]) -> None:
+    marks.append(driver.mark())
+
+
 class CudaTimer(KernelTimer):
     """Args:
     backend: whose slots are reserved already.
@@ -54,7 +60,7 @@ class CudaTimer(KernelTimer):
         for name, method in backend.plan.methods.items():
             for bucket in method.buckets:
                 marks: list[Any] = []
-                graph = driver.capture(backend.work(bucket, lambda held=marks: held.append(driver.mark())))
+                graph = driver.capture(backend.work(bucket, partial(_keep_mark, driver, marks)))
                 count = len(bucket.launches)
                 self._timed[name, bucket.batch, bucket.n] = _Timed(
                     bucket, graph, marks, np.zeros((2, count)), np.zeros((2, 2), np.int64), np.zeros(count),
