@@ -6,6 +6,7 @@ anywhere), and computes the loss.
 
 from __future__ import annotations
 
+import zlib
 from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -78,8 +79,9 @@ class Stage(ABC):
     def describe(self) -> dict[str, Any]:
         return asdict(self.settings)
 
-    def rng(self, step: int) -> np.random.Generator:
-        return np.random.default_rng([self.settings.seed, len(self.name), step])
+    def rng(self, purpose: str, step: int) -> np.random.Generator:
+        """The random numbers of one purpose at one step; those of two purposes or steps are independent."""
+        return np.random.default_rng([self.settings.seed, zlib.crc32(f"{self.name} {purpose}".encode()), step])
 
 
 class VocoderStage(Stage):
@@ -96,7 +98,7 @@ class VocoderStage(Stage):
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
         device = self.model.self_voice.device
-        mel, pcm, on_grid = (t.to(device) for t in self.clips.batch(self.settings.size, self.rng(step)))
+        mel, pcm, on_grid = (t.to(device) for t in self.clips.batch(self.settings.size, self.rng("pieces", step)))
         return vocoder_loss(self.model.vocoder, mel, pcm, on_grid)
 
 
@@ -150,7 +152,7 @@ class ModelStage(Stage):
         """The batch of a step: the same whenever it is asked for."""
         group, place = divmod(step, self.mixture.group)
         if self._group[0] != group:
-            rng = self.rng(group)
+            rng = self.rng("episodes", group)
             drawn = [(str(rng.choice(self.mixture.tasks)), int(rng.integers(1 << 31)))
                      for _ in range(self.mixture.group * self.settings.size)]  # fmt: skip
             episodes = (TASKS[task].episode(seed, "train", self.bank) for task, seed in drawn)
@@ -160,7 +162,7 @@ class ModelStage(Stage):
             self._group = (group, order[rng.permutation(self.mixture.group)].tolist(), made)
         _, order_, made = self._group
         batch = collate([made[i] for i in order_[place]], self.model)
-        self._disturb(batch, self.rng(step))
+        self._disturb(batch, self.rng("levels", step))
         return batch.to(self.model.self_voice.device)
 
     def _disturb(self, batch: Batch, rng: np.random.Generator) -> None:
@@ -173,7 +175,7 @@ class ModelStage(Stage):
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
         batch, self._load = self.batch(step), Load()
-        seed = int(np.random.SeedSequence([self.settings.seed, step]).generate_state(1)[0])
+        seed = int(self.rng("flow", step).integers(1 << 62))
         return model_loss(self.model, batch, self.speech_weight, seed, self._load)
 
     @torch.no_grad()
