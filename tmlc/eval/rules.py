@@ -284,7 +284,10 @@ def delegate(episode: Episode, heard: Heard) -> Verdict:
         verdict.why.append(f'delegated {written}, not "{labels["task"]}" once')
     (turn,) = labels["turns"]
     talked = Verdict(0.0)
-    talked_on = verdict.count("talked on", _turn(heard, turn, len(episode.audio), talked))
+    answered = _turn(heard, turn, len(episode.audio), talked)
+    first = next((w.word for w in heard.words if w.end > turn["end"]), "")
+    # The result alone is no answer to what was asked meanwhile.
+    talked_on = verdict.count("talked on", answered and (first != labels["answer"] or first == turn["word"]))
     verdict.times, verdict.why = talked.times, [*verdict.why, *talked.why]
     woven = False
     if record.entered:
