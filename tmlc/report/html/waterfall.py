@@ -91,7 +91,7 @@ def _row(
         at += ms
 
 
-def step_apart(view: Mapping[str, Any], parts: list[Part], size: Size) -> str:
+def step_apart(parts: list[Part], size: Size) -> str:
     """The step at p50 and at p99 as one bar each, with a row for every part: where the time goes."""
     font, wide = size.font, size.wide
     row = 26.0 if wide else 42.0
