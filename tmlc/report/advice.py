@@ -165,7 +165,7 @@ def far_from_ceilings(view: Mapping[str, Any]) -> list[Advice]:
             continue
         runs = sum(c["runs"] for c in calls) / view["kernels"]["ticks"]
         says = (
-            f"{op} in {method} takes {share:.0%} of the step ({milliseconds(ms)}, {runs:.3g} runs a tick) and reaches "
+            f"{op} in {method} takes {share:.0%} of the step ({milliseconds(ms)}, {runs:.3g} run{'' if runs == 1 else 's'} a tick) and reaches "
             f"{reading:.0%} of the bandwidth and {multiplying:.0%} of the multiply rate: at what the cost model expects "
             f"of a kernel it would save {gain:.0%}."
         )

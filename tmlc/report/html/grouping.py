@@ -82,7 +82,12 @@ def by_kernel(calls: Iterable[Mapping[str, Any]]) -> list[Group]:
 
 
 def by_layer(calls: Iterable[Mapping[str, Any]]) -> list[Group]:
-    """Each layer of each method; what belongs to none under its method's own name."""
-    return grouped(
-        calls, lambda call: (call["method"], "no layer" if call["layer"] is None else f"layer {call['layer']}")
+    """Each layer of each method, methods by their time and layers in their order; last what belongs to none."""
+    listed = list(calls)
+    made = grouped(
+        listed, lambda call: (call["method"], "no layer" if call["layer"] is None else f"layer {call['layer']}")
     )
+    methods = [g.method for g in grouped(listed, lambda call: (call["method"], ""))]
+    order = {name: k for k, name in enumerate(methods)}
+    number = {g.name: int(g.name.removeprefix("layer ")) for g in made if g.name != "no layer"}
+    return sorted(made, key=lambda g: (order[g.method], number.get(g.name, len(listed))))

@@ -36,14 +36,14 @@ def histogram(view: Mapping[str, Any], size: Size) -> str:
     x = whole(budget)
     made.line(x, strip - 4, x, strip + tall + 4, "limit")
     label = f"step's budget {figure(budget)} ms"
-    half = text_width(label, font) / 2
+    half = text_width(label, font, bold=True) / 2
     made.text(min(max(x, half), size.width - half), font, label, "limit-text", "middle")
     made.ticks_below(whole, strip + tall, strip + tall + 4, 8 if wide else 4, "ms")
     # What of the strip is drawn large below it.
     near = Scale(low, high, left, right)
     waist = strip + tall + font + 12
-    zoom = f"M{number(whole(low))} {number(waist)}L{number(left)} {number(top)}H{number(right)}L{number(whole(high))} {number(waist)}Z"
-    made.path(zoom, "zoom")
+    corners = [(whole(low), waist), (left, top), (right, top), (whole(high), waist)]
+    made.path("M" + "L".join(f"{number(a)} {number(b)}" for a, b in corners) + "Z", "zoom")
     made.frame(left, top, right, bottom)
     bins = np.linspace(low, high, (60 if wide else 30) + 1)
     counts, _ = np.histogram(step[(step >= low) & (step <= high)], bins)
@@ -78,5 +78,5 @@ def _percentile(made: Canvas, name: str, value: float, near: Scale, y: float, bo
     font, x = made.size.font, near(value)
     label = f"{name} {figure(value)} ms"
     made.line(x, y, x, bottom, "percentile")
-    room = near.end - x > text_width(label, font) + 8
+    room = near.end - x > text_width(label, font, bold=True) + 8
     made.text(x + 5 if room else x - 5, y + font, label, "strong halo", "start" if room else "end")

@@ -27,11 +27,12 @@ def roofline_section(view: Mapping[str, Any], parts: list[Part]) -> str:
     if without:
         share = sum(g.share for g in without)
         note = paragraph(
-            f"{len(without)} kernels make no products and have no place here; they take {share:.1%} of the kernels' time."
+            f"Not drawn: kernels without products ({', '.join(sorted({g.name for g in without}))}); they take {share:.1%} "
+            "of the kernels' time."
         )
     lead = (
-        f"A mark is a kernel of a stage, its area the share of the time. With {ceilings['threads']} threads this machine "
-        f"reads {figure(ceilings['read_gb_s'])} GB/s and multiplies {rates}. Near the slope only fewer bytes help; near a "
+        f"A mark is a kernel of a stage, its area the share of the time. {ceilings['threads']} thread(s) of this machine "
+        f"read {figure(ceilings['read_gb_s'])} GB/s and multiply {rates}. Near the slope only fewer bytes help; near a "
         "roof, only fewer or cheaper products; far below both, the kernel itself. Bytes that come from a cache can lie above the slope."
     )
     has = any(g.operations and g.bytes for g in by_kernel(kernels["calls"]))

@@ -99,13 +99,13 @@ def advice_section(view: Mapping[str, Any]) -> str:
     lines = "".join(
         f"<li>{_gain(a['gain'])}<span>{escape(a['says'])}</span></li>" for a in view["advice"]
     )
-    lead = "Derived from the figures of this report. A gain is a part of the median step; gains don't add up."
+    lead = "Derived from the figures of this report. A gain is a part of the median step, a dash where none can be told. Gains do not add up."
     body = f'<ol class="advice">{lines}</ol>' if lines else paragraph("No rule found anything to say.")
     return section("advice", "What would make it faster", lead, body)
 
 
 def _gain(gain: float | None) -> str:
-    return '<b class="none">not told</b>' if gain is None else f"<b>−{gain:.0%}</b>"
+    return '<b class="none">–</b>' if gain is None else f"<b>−{gain:.0%}</b>"
 
 
 def memory_section(view: Mapping[str, Any]) -> str:

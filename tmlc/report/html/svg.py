@@ -1,7 +1,7 @@
 """What the plots draw with: escaped text, scales with round ticks, and a canvas that writes SVG.
 
-Every plot is drawn for two sizes (`WIDE`, `NARROW`); the style sheet shows the one that fits the window, so text is never
-scaled below 11 px. Marks of data carry the class `mark`, and lie inside the rectangle of class `frame`: a test looks.
+Every plot is drawn for two sizes (`WIDE`, `NARROW`); the style sheet shows the one that fits the window, so text is
+never scaled below 11 px. Marks of data carry the class `mark`, and lie inside the rectangle of class `frame`: a test looks.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ def escape(text: object) -> str:
     return html.escape(shown, quote=True)
 
 
-def text_width(text: str, font: float) -> float:
+def text_width(text: str, font: float, bold: bool = False) -> float:
     """About how wide a text is, on the safe side for the system fonts in use."""
-    return font * sum(0.42 if c in _THIN else 0.92 if c in _BROAD else 0.72 if c.isupper() else 0.63 for c in text)
+    return font * (1.12 if bold else 1.0) * sum(0.42 if c in _THIN else 0.92 if c in _BROAD else 0.72 if c.isupper() else 0.63 for c in text)
 
 
 def shorten(text: str, font: float, room: float) -> str:

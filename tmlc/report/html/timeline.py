@@ -63,12 +63,13 @@ def timeline(view: Mapping[str, Any], parts: list[Part], size: Size) -> str:
         made.line(left, y, right, y, "limit")
     told = f"step's budget {figure(budget)} ms"
     if not shows_budget:
-        told += f", {figure(budget / high)} × the height of this frame"
+        told += f", {figure(budget / high)} × the height of this frame" if wide else f", {budget / high:.1f} × this"
     made.text(right, font, told, "limit-text", "end")
     _misses(made, over, step, across, tick, top)
     _growth(made, view, across, up, tick)
     if slowest > high:
-        made.text(left, font + font + 8, f"cut off: slowest {figure(slowest)} ms", "soft")
+        made.text(left if wide else right, top - 8 if wide else top + font + 2, f"cut off: slowest {figure(slowest)} ms", "soft halo", "start" if wide else "end")
+    made.text(0, top - 8, "ms", "soft")
     made.text((left + right) / 2, bottom + 2 * font + 10, "time in the session", "soft", "middle")
     return made.svg()
 
@@ -102,5 +103,5 @@ def _growth(made: Canvas, view: Mapping[str, Any], across: Scale, up: Scale, tic
         made.line(across(begin), y, across(min(begin + seconds, across.high)), y, "median mark")
     told = f"median {figure(grown['first_ms'])} → {figure(grown['last_ms'])} ms ({grown['ratio']:.2f} ×)"
     x = made.width - 12 if made.size.wide else across.end
-    if text_width(told, font) < x:
+    if text_width(told, font, bold=True) < x - 30:
         made.text(x, 2 * font + 8, told, "strong", "end")

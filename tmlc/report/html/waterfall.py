@@ -55,7 +55,7 @@ def waterfall(view: Mapping[str, Any], parts: list[Part], size: Size) -> str:
     x = scale(budget)
     made.line(x, top - 4, x, bottom, "limit")
     label = f"budget {figure(budget)} ms"
-    half = text_width(label, font) / 2
+    half = text_width(label, font, bold=True) / 2
     made.text(min(max(x, half), size.width - half), font, label, "limit-text", "middle")
     return made.svg()
 
