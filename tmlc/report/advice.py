@@ -15,7 +15,7 @@ import numpy as np
 
 from tmlc.report.plan.hardware import HERE_OP_US, HERE_REACH
 from tmlc.report.plan.precision import BITS
-from tmlc.report.tables import megabytes, milliseconds
+from tmlc.report.tables import megabytes, milliseconds, table
 
 AT_CEILING = 0.75
 """Part of a ceiling from which on a stage is called bound by it."""
@@ -317,3 +317,19 @@ RULES: tuple[Rule, ...] = (
     noise, budget, fewer_bytes, far_from_ceilings, threads, huge_pages, between_calls, tail, first_tick, growth, misses,
     costly_passes,
 )  # fmt: skip
+
+
+def add_advice(view: dict[str, Any]) -> None:
+    """The part `advice` of a profile whose other parts are complete."""
+    view["advice"] = advise(view)
+    view["not_measured"].pop("advice", None)
+
+
+def advice_tables(view: Mapping[str, Any]) -> list[Any]:
+    """The advice for a person at a terminal."""
+    if not view["advice"]:
+        return []
+    rows = table("what would make it faster", "saves", "")
+    for advice in view["advice"]:
+        rows.add_row("" if advice["gain"] is None else f"{advice['gain']:.0%}", advice["says"])
+    return [rows]
