@@ -227,5 +227,5 @@ def _refuse_beside_compare(context: click.Context) -> None:
             raise UsageError(
                 f"{parameter.get_error_hint(context)} is for measuring",
                 where="--compare",
-                fix="leave it out: a comparison reads two reports, and takes --fail-over, --junit, --summary and --json",
+                fix="leave it out: a comparison takes two reports, --fail-over, --junit, --summary and --json",
             )

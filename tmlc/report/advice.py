@@ -1,8 +1,8 @@
-"""What would make it faster, or the figures better: sentences that follow from the figures of a profile and from nothing
-else, each with its figures and, where the cost model (docs/cost-model.md) or a measurement tells it, the gain.
+"""What would make it faster, or the figures better: sentences that follow from the figures of a profile and from
+nothing else, each with its figures and, where the cost model (docs/cost-model.md) or a measurement tells it, the gain.
 
-A rule looks at one question and says nothing below its threshold. Gains are parts of the median step. They are not added
-up: what one advice saves, another cannot save again.
+A rule looks at one question and says nothing below its threshold. Gains are parts of the median step. They are not
+added up: what one advice saves, another cannot save again.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ LOWER = {"fp32": ("bf16", "int8"), "bf16": ("int8", "int4"), "int8": ("int4",), 
 
 @dataclass(frozen=True)
 class Advice:
-    """`about`: a stage, a kernel, machine, memory, budget or passes; `gain`: part of the median step, None: not told."""
+    """`about`: a stage, a kernel, machine, memory …; `gain`: part of the median step, None: not told."""
 
     about: str
     says: str
@@ -70,8 +70,8 @@ def budget(view: Mapping[str, Any]) -> list[Advice]:
     allowed = turn["step_budget_ms"]
     if p99 > allowed:
         says = (
-            f"The step's p99 of {milliseconds(p99)} is over the {milliseconds(allowed)} that the budget leaves: it must "
-            f"fall by {1 - allowed / p99:.0%}."
+            f"The step's p99 of {milliseconds(p99)} is over the {milliseconds(allowed)} that the budget leaves: it "
+            f"must fall by {1 - allowed / p99:.0%}."
         )
         return [Advice("budget", says)]
     worst = turn["worst"]
@@ -118,7 +118,10 @@ def fewer_bytes(view: Mapping[str, Any]) -> list[Advice]:
         if reached < AT_CEILING:
             continue
         nbytes = sum(c["runs"] * c["bytes"] for c in reading) / view["kernels"]["ticks"]
-        says = f"{method} reads {megabytes(nbytes)} a tick at {reached:.0%} of the machine's bandwidth: only fewer bytes help"
+        says = (
+            f"{method} reads {megabytes(nbytes)} a tick at {reached:.0%} of the machine's bandwidth: only fewer bytes "
+            "help"
+        )
         saved = {to: _saved(view, reading, sizes, precision, to) for to in LOWER.get(precision or "", ())}
         worth = [(to, _of_step(view, ms)) for to, ms in saved.items() if _of_step(view, ms) >= LEAST_GAIN]
         if worth:
@@ -165,9 +168,9 @@ def far_from_ceilings(view: Mapping[str, Any]) -> list[Advice]:
             continue
         runs = sum(c["runs"] for c in calls) / view["kernels"]["ticks"]
         says = (
-            f"{op} in {method} takes {share:.0%} of the step ({milliseconds(ms)}, {runs:.3g} run{'' if runs == 1 else 's'} a tick) and reaches "
-            f"{reading:.0%} of the bandwidth and {multiplying:.0%} of the multiply rate: at what the cost model expects "
-            f"of a kernel it would save {gain:.0%}."
+            f"{op} in {method} takes {share:.0%} of the step ({milliseconds(ms)}, {runs:.3g} × a tick) and reaches "
+            f"{reading:.0%} of the bandwidth and {multiplying:.0%} of the multiply rate: at what the cost model "
+            f"expects of a kernel it would save {gain:.0%}."
         )
         made.append(Advice(f"{method}: {op}", says, gain))
     return made
@@ -178,7 +181,9 @@ def _modelled(call: Mapping[str, Any]) -> float:
     that kernels reach, and what an op costs beside that; never more than was measured.
     """
     parts = [call["of_bandwidth"] or 0.0, call["of_multiply"] or 0.0]
-    times = [call["ms"] * p / reach for p, reach in zip(parts, (HERE_REACH["bytes"], HERE_REACH["products"]), strict=True)]
+    times = [
+        call["ms"] * p / reach for p, reach in zip(parts, (HERE_REACH["bytes"], HERE_REACH["products"]), strict=True)
+    ]
     return float(min(call["ms"], max(times) + HERE_OP_US / 1000))
 
 
@@ -197,7 +202,8 @@ def threads(view: Mapping[str, Any]) -> list[Advice]:
     gain = _of_step(view, free * (1 - used / cores))
     says = f"{used} of {cores} cores are used"
     if gain >= LEAST_GAIN:
-        says += f"; {_of_step(view, free):.0%} of the step is bound by products: --threads {cores} would save {gain:.0%}."
+        bound = _of_step(view, free)
+        says += f"; {bound:.0%} of the step is bound by products: --threads {cores} would save {gain:.0%}."
         return [Advice("threads", says, gain)]
     return [Advice("threads", f"{says}, and reading bounds the step: try --threads {cores} and measure.")]
 
@@ -222,8 +228,8 @@ def between_calls(view: Mapping[str, Any]) -> list[Advice]:
         part = view[key]
         if part["share"] >= LEAST_SHARE:
             says = (
-                f"{part['share']:.0%} of the step ({milliseconds(part['p50'])} at p50) is spent {what}, where no kernel "
-                f"runs: {remedy}."
+                f"{part['share']:.0%} of the step ({milliseconds(part['p50'])} at p50) is spent {what}, where no "
+                f"kernel runs: {remedy}."
             )
             made.append(Advice(what, says))
     return made
@@ -292,8 +298,16 @@ def misses(view: Mapping[str, Any]) -> list[Advice]:
     if not missed or not view["turn_latency"]["within_budget"]:
         return []
     late = view["latest_start_ms"]
-    why = f"the latest began {milliseconds(late)} late" if late > 0 else f"the slowest step took {milliseconds(view['step_ms']['max'])}"
-    pin = "" if view["settings"]["pin"] or view["settings"]["target"] != "cpu" else " --pin keeps kernel threads in place."
+    why = (
+        f"the latest began {milliseconds(late)} late"
+        if late > 0
+        else f"the slowest step took {milliseconds(view['step_ms']['max'])}"
+    )
+    pin = (
+        ""
+        if view["settings"]["pin"] or view["settings"]["target"] != "cpu"
+        else " --pin keeps kernel threads in place."
+    )
     says = f"{missed} of {ticks} ticks missed their deadline though the p99 holds: {why}.{pin}"
     return [Advice("misses", says)]
 

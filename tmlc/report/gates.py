@@ -11,7 +11,7 @@ from tmlc.report.tables import milliseconds
 
 @dataclass(frozen=True)
 class Case:
-    """One gate: its name, whether it held (None: there was no limit, and it fails nothing), and its figures in words."""
+    """One gate: its name, whether it held (None: no limit was given, it fails nothing), and its figures in words."""
 
     name: str
     passed: bool | None
@@ -19,7 +19,7 @@ class Case:
 
 
 def profile_cases(view: Mapping[str, Any]) -> list[Case]:
-    """The gates of a profile (its record `gate`; a profile without one is held to its p99), and what it was not held to."""
+    """The gates of a profile (its record `gate`; one without it is held to its p99), and what it was not held to."""
     turn, steps, grown = view["turn_latency"], view["step_ms"], view["growth"]["ratio"]
     allowed = turn["step_budget_ms"]
     given = {g["figure"]: g["passed"] for g in view.get("gate") or [{"figure": "p99", "passed": turn["within_budget"]}]}
@@ -44,5 +44,7 @@ def comparison_cases(found: Mapping[str, Any]) -> list[Case]:
         interval = "no interval" if f["low"] is None else f"{f['low']:+.1%} … {f['high']:+.1%}"
         says = f"{milliseconds(f['a'])} → {milliseconds(f['b'])}, {f['change']:+.1%} ({interval}): {f['verdict']}"
         passed = f["name"] not in held["failed"] if held and f["gated"] else None
-        cases.append(Case(f["name"], passed, says + (f"; {held['share']:.3g} allowed" if held and passed is False else "")))
+        cases.append(
+            Case(f["name"], passed, says + (f"; {held['share']:.3g} allowed" if held and passed is False else ""))
+        )
     return cases

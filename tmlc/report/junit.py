@@ -22,9 +22,13 @@ def junit_text(suite: str, cases: Sequence[Case]) -> str:
     root = ElementTree.Element("testsuites", {"name": "tmlc profile", **counts})
     group = ElementTree.SubElement(root, "testsuite", {"name": _clean(suite), **counts, "time": "0"})
     for case in cases:
-        one = ElementTree.SubElement(group, "testcase", {"classname": "tmlc.profile", "name": _clean(case.name), "time": "0"})
+        one = ElementTree.SubElement(
+            group, "testcase", {"classname": "tmlc.profile", "name": _clean(case.name), "time": "0"}
+        )
         if case.passed is False:
-            ElementTree.SubElement(one, "failure", {"message": _clean(case.says), "type": "limit"}).text = _clean(case.says)
+            ElementTree.SubElement(one, "failure", {"message": _clean(case.says), "type": "limit"}).text = _clean(
+                case.says
+            )
         elif case.passed is None:
             ElementTree.SubElement(one, "skipped", {"message": f"{NO_LIMIT}: {_clean(case.says)}"})
         else:

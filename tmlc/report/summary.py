@@ -1,4 +1,6 @@
-"""The gates, the verdict and the advice as Markdown in GitHub's dialect: a step summary, or a comment on a pull request."""
+"""The gates, the verdict and the advice as Markdown in GitHub's dialect: a step summary, or a comment on a pull
+request.
+"""
 
 from __future__ import annotations
 
@@ -41,8 +43,16 @@ def comparison_summary(found: Mapping[str, Any]) -> str:
     failed = held["failed"] if held else []
     slower = [f["name"] for f in found["figures"] if f["verdict"] == "slower"]
     faster = [f["name"] for f in found["figures"] if f["verdict"] == "faster"]
-    title = f"Slower than allowed: {', '.join(failed)}" if failed else (
-        f"Slower: {', '.join(slower)}" if slower else f"Faster: {', '.join(faster)}" if faster else "No difference shown"
+    title = (
+        f"Slower than allowed: {', '.join(failed)}"
+        if failed
+        else (
+            f"Slower: {', '.join(slower)}"
+            if slower
+            else f"Faster: {', '.join(faster)}"
+            if faster
+            else "No difference shown"
+        )
     )
     sides = " against ".join(f"{found[side]['package']} ({found[side]['ticks']:,} ticks)" for side in "ba")
     lines = [f"### {_text(title)}", "", _text(sides), "", *_cases(comparison_cases(found))]

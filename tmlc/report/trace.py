@@ -1,9 +1,9 @@
 """A profile as Chrome trace events (JSON object form), which ui.perfetto.dev and chrome://tracing open.
 
-Written after the Trace Event Format: complete events (X) with `ts` and `dur` in µs that nest within a thread, instants (i)
-with a scope, counters (C), names of processes and threads as metadata (M). A profile keeps how long each stage of a tick
-took and not when: stages lie one behind the other from the start of their tick, in the order of the profile, and ticks on
-their grid. `otherData` says so.
+Written after the Trace Event Format: complete events (X) with `ts` and `dur` in µs that nest within a thread, instants
+(i) with a scope, counters (C), names of processes and threads as metadata (M). A profile keeps how long each stage
+of a tick took and not when: stages lie one behind the other from the start of their tick, in the order of the profile,
+and ticks on their grid. `otherData` says so.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 MOST_TICKS = 3000
-"""Of a longer session every second tick, every third and so on is written, and the first MOST_MISSES over the budget."""
+"""Of a longer session every second, third … tick is written, and the first MOST_MISSES over the budget."""
 MOST_MISSES = 500
 MOST_CALLS = 5000
 SESSION, KERNELS = 1, 2
@@ -39,7 +39,15 @@ def _name(pid: int, tid: int, what: str, name: str) -> dict[str, Any]:
 
 def _span(pid: int, tid: int, name: str, kind: str, start: int, end: int, **told: Any) -> dict[str, Any]:
     """A complete event from and to nanoseconds."""
-    span = {"ph": "X", "pid": pid, "tid": tid, "name": name, "cat": kind, "ts": start / 1000, "dur": (end - start) / 1000}
+    span = {
+        "ph": "X",
+        "pid": pid,
+        "tid": tid,
+        "name": name,
+        "cat": kind,
+        "ts": start / 1000,
+        "dur": (end - start) / 1000,
+    }
     return {**span, "args": told} if told else span
 
 
@@ -90,6 +98,8 @@ def _kernels(view: Mapping[str, Any]) -> list[dict[str, Any]]:
         for call in sorted((c for c in calls if c["method"] == method), key=lambda c: c["index"]):
             until = at + round(call["runs"] * call["ms"] / kernels["ticks"] * 1e6)
             told = {key: call[key] for key in ("index", "layer", "bytes", "operations", "gb_s", "gflop_s", "bound")}
-            events.append(_span(KERNELS, tid, call["op"], "kernel", at, until, **told, runs=call["runs"] / kernels["ticks"]))
+            events.append(
+                _span(KERNELS, tid, call["op"], "kernel", at, until, **told, runs=call["runs"] / kernels["ticks"])
+            )
             at = until
     return events

@@ -27,13 +27,14 @@ def roofline_section(view: Mapping[str, Any], parts: list[Part]) -> str:
     if without:
         share = sum(g.share for g in without)
         note = paragraph(
-            f"Not drawn: kernels without products ({', '.join(sorted({g.name for g in without}))}); they take {share:.1%} "
-            "of the kernels' time."
+            f"Not drawn: kernels without products ({', '.join(sorted({g.name for g in without}))}); they take "
+            f"{share:.1%} of the kernels' time."
         )
     lead = (
-        f"A mark is a kernel of a stage, its area the share of the time. {ceilings['threads']} thread(s) of this machine "
-        f"read {figure(ceilings['read_gb_s'])} GB/s and multiply {rates}. Near the slope only fewer bytes help; near a "
-        "roof, only fewer or cheaper products; far below both, the kernel itself. Bytes that come from a cache can lie above the slope."
+        f"A mark is a kernel of a stage, its area the share of the time. {ceilings['threads']} thread(s) of this "
+        f"machine read {figure(ceilings['read_gb_s'])} GB/s and multiply {rates}. Near the slope only fewer bytes help; "
+        "near a roof, only fewer or cheaper products; far below both, the kernel itself. Bytes that come from a cache "
+        "can lie above the slope."
     )
     has = any(g.operations and g.bytes for g in by_kernel(kernels["calls"]))
     plot = both(lambda size: roofline(view, parts, size)) if has else ""
@@ -47,13 +48,26 @@ def kernel_section(view: Mapping[str, Any], parts: list[Part]) -> str:
     ceiling = view["ceilings"]["read_gb_s"] if view["ceilings"] else None
     ticks = max(kernels["ticks"], 1)
     calls = [c for c in kernels["calls"] if c["runs"]]
-    lead = f"Timed in {kernels['ticks']:,} ticks, one in {kernels['every']}. Times are of a mean tick; bytes and products as planned."
+    lead = f"Timed in {kernels['ticks']:,} ticks, one in {kernels['every']}. Times are of a mean tick; bytes as planned."
     cost = view["profiling_cost"]
     figures = ""
     if cost:
         low, high = cost["interval"]
-        figures = facts([("what timing them costs", f"{cost['ratio'] - 1:+.2%}", f"of p50, {low - 1:+.2%} … {high - 1:+.2%}")])
-    head = ("stage", "kernel", "share", "ms a tick", "runs a tick", "GB/s", "of bandwidth", "GFLOP/s", "of products", "bound by")
+        figures = facts(
+            [("what timing them costs", f"{cost['ratio'] - 1:+.2%}", f"of p50, {low - 1:+.2%} … {high - 1:+.2%}")]
+        )
+    head = (
+        "stage",
+        "kernel",
+        "share",
+        "ms a tick",
+        "runs a tick",
+        "GB/s",
+        "of bandwidth",
+        "GFLOP/s",
+        "of products",
+        "bound by",
+    )
     rows = [_row(g, parts, ticks, ceiling) for g in by_kernel(calls)]
     layers = by_layer(calls)
     layer_rows = [_row(g, parts, ticks, ceiling) for g in layers]

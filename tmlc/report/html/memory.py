@@ -14,7 +14,7 @@ ROWS = 14
 
 
 def memory_map(entries: list[Mapping[str, Any]], size: Size) -> str:
-    """Above, everything on one scale; below, the weights by layer, and states, arena and scratch in rows of their own."""
+    """Above, everything on one scale; below, the weights by layer, and states, arena and scratch in their rows."""
     font, wide = size.font, size.wide
     rows = _rows(entries)
     row = 25.0 if wide else 40.0

@@ -59,7 +59,7 @@ def html_report(view: Mapping[str, Any]) -> str:
     main = "".join(body)
     links = " ".join(f'<a href="#{name}">{title}</a>' for name, title in LINKS if f'<section id="{name}">' in main)
     return (
-        f"<!doctype html>\n<html lang=\"en\">\n{_head(view)}\n<body>\n{_header(view, found, links)}\n"
+        f'<!doctype html>\n<html lang="en">\n{_head(view)}\n<body>\n{_header(view, found, links)}\n'
         f"<main>\n{main}</main>\n{_footer(view)}\n<script>{_asset('sort.js')}</script>\n</body>\n</html>\n"
     )
 
@@ -70,7 +70,9 @@ def _asset(name: str) -> str:
 
 def _head(view: Mapping[str, Any]) -> str:
     digest = base64.b64encode(hashlib.sha256(_asset("sort.js").encode()).digest()).decode()
-    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; img-src data:; base-uri 'none'"
+    policy = (
+        f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; img-src data:; base-uri 'none'"
+    )
     return (
         '<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
@@ -97,8 +99,10 @@ def _header(view: Mapping[str, Any], found: Verdict, links: str) -> str:
     )
     look = {"good": "", "over": ' class="over"', "unsure": ' class="unsure"'}[found.state]
     return (
-        f'<header>\n<p class="what">{escape(what)}</p>\n<h1{look}><b>{escape(found.word)}:</b> {escape(found.rest)}</h1>\n'
-        f'<div class="asked">{asked}</div>\n{sections.key_figures(view)}\n<nav aria-label="Sections">{links}</nav>\n</header>'
+        f'<header>\n<p class="what">{escape(what)}</p>\n'
+        f'<h1{look}><b>{escape(found.word)}:</b> {escape(found.rest)}</h1>\n'
+        f'<div class="asked">{asked}</div>\n{sections.key_figures(view)}\n'
+        f'<nav aria-label="Sections">{links}</nav>\n</header>'
     )
 
 

@@ -31,9 +31,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[Cell | str]], label: str,
     """A table in a box of its own that scrolls sideways. Columns whose cells carry a value are set to the right."""
     lines = [[cell if isinstance(cell, Cell) else Cell(cell) for cell in row] for row in rows]
     right = [bool(lines) and any(line[k].value is not None for line in lines) for k in range(len(head))]
-    top = "".join(
-        f'<th scope="col"{" class=n" if right[k] else ""}>{escape(name)}</th>' for k, name in enumerate(head)
-    )
+    top = "".join(f'<th scope="col"{" class=n" if right[k] else ""}>{escape(name)}</th>' for k, name in enumerate(head))
     body = "".join("<tr>" + "".join(_cell(c, right[k]) for k, c in enumerate(line)) + "</tr>" for line in lines)
     look = ' class="sortable"' if sortable else ""
     return (

@@ -1,7 +1,7 @@
 """The roofline plot: what each kernel reaches of the rates that this machine was measured to have.
 
-S. Williams, A. Waterman, D. Patterson, "Roofline: An Insightful Visual Performance Model" (2009): attainable rate is the
-lesser of the multiply rate and bandwidth times operations per byte.
+S. Williams, A. Waterman, D. Patterson, "Roofline: An Insightful Visual Performance Model" (2009): attainable rate is
+the lesser of the multiply rate and bandwidth times operations per byte.
 """
 
 from __future__ import annotations
@@ -91,7 +91,8 @@ def _roofs(
     end = min(across.high, best / read)
     if begin < end:
         made.path(
-            f"M{number(across(begin))} {number(up(begin * read))}L{number(across(end))} {number(up(end * read))}", "roof"
+            f"M{number(across(begin))} {number(up(begin * read))}L{number(across(end))} {number(up(end * read))}",
+            "roof",
         )
         # On the slope, to the left of its middle, above the line.
         at = math.exp(0.72 * math.log(begin) + 0.28 * math.log(end))
@@ -125,7 +126,12 @@ def _name(
     font = made.size.font
     width = text_width(label, font)
     frame_left = 64.0 if made.size.wide else 46.0
-    for dx, dy in ((r + 4, font * 0.35), (-r - 4 - width, font * 0.35), (-width / 2, -r - 5), (-width / 2, r + font + 2)):
+    for dx, dy in (
+        (r + 4, font * 0.35),
+        (-r - 4 - width, font * 0.35),
+        (-width / 2, -r - 5),
+        (-width / 2, r + font + 2),
+    ):
         box = (x + dx, y + dy - font, x + dx + width, y + dy + 3)
         inside = box[0] >= frame_left and box[2] <= made.width - 12 and box[1] >= font + 8
         if inside and box[3] <= made.height - 2 * font - 14 and _free(box, taken):

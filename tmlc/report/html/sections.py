@@ -54,7 +54,11 @@ def budget_section(view: Mapping[str, Any], parts: list[Part]) -> str:
         f"{assumed['decode_ms'].capitalize()}; {assumed['send_ms']}."
     )
     return section(
-        "budget", "Budget", lead, both(lambda size: waterfall(view, parts, size)), legend((p.look, p.name) for p in parts)
+        "budget",
+        "Budget",
+        lead,
+        both(lambda size: waterfall(view, parts, size)),
+        legend((p.look, p.name) for p in parts),
     )
 
 
@@ -80,7 +84,9 @@ def step_section(view: Mapping[str, Any], parts: list[Part]) -> str:
 def timeline_section(view: Mapping[str, Any], parts: list[Part]) -> str:
     over = sum(ms > view["turn_latency"]["step_budget_ms"] for ms in view["samples"]["step_ms"])
     every = view["samples"]["every"]
-    lead = "Every step of the session but the first, its stages stacked" + (f"; one tick in {every} is kept" if every > 1 else "")
+    lead = "Every step of the session but the first, its stages stacked" + (
+        f"; one tick in {every} is kept" if every > 1 else ""
+    )
     lead += f". Triangles mark the {over:,} steps over their budget. " if over else ". No step was over its budget. "
     lead += "The strong lines are the medians that growth is told from."
     shown = both(lambda size: timeline(view, parts, size))
@@ -96,10 +102,8 @@ def advice_section(view: Mapping[str, Any]) -> str:
     """Advice with its gain, in the order of the JSON."""
     if view["advice"] is None:
         return ""
-    lines = "".join(
-        f"<li>{_gain(a['gain'])}<span>{escape(a['says'])}</span></li>" for a in view["advice"]
-    )
-    lead = "Derived from the figures of this report. A gain is a part of the median step, a dash where none can be told. Gains do not add up."
+    lines = "".join(f"<li>{_gain(a['gain'])}<span>{escape(a['says'])}</span></li>" for a in view["advice"])
+    lead = "Derived from the figures of this report. A gain is a part of the median step; gains do not add up."
     body = f'<ol class="advice">{lines}</ol>' if lines else paragraph("No rule found anything to say.")
     return section("advice", "What would make it faster", lead, body)
 
@@ -111,7 +115,9 @@ def _gain(gain: float | None) -> str:
 def memory_section(view: Mapping[str, Any]) -> str:
     entries = [e for e in view["memory_map"] or [] if e["bytes"]]
     memory = view["memory"]
-    pairs: list[Pair] = [(TITLES[what], megabytes(view["bytes"]["slot" if what == "states" else what])) for what in KINDS]
+    pairs: list[Pair] = [
+        (TITLES[what], megabytes(view["bytes"]["slot" if what == "states" else what])) for what in KINDS
+    ]
     pairs.append(("peak resident", megabytes(memory["peak_rss_bytes"])))
     early, end = memory["resident_early_bytes"], memory["resident_end_bytes"]
     if early and end:
@@ -120,7 +126,7 @@ def memory_section(view: Mapping[str, Any]) -> str:
     if entries:
         body.append(both(lambda size: memory_map(entries, size)))
         body.append(legend((KINDS[what], TITLES[what]) for what in KINDS))
-    lead = "As the package plans it, each tensor in proportion, and as the system counted it. Weights are mapped and shared."
+    lead = "As the package plans it, each tensor in proportion, and as the system counted it. Weights are shared."
     return section("memory", "Memory", lead, *body)
 
 
@@ -174,7 +180,11 @@ def conversation_section(view: Mapping[str, Any]) -> str:
     held, budget = view["sessions_held"], view["turn_latency"]["step_budget_ms"]
     if held:
         body.append("<h3>Sessions held</h3>")
-        body.append(paragraph(f"{held['held']:,} sessions together stay within the budget; the search ended by: {held['limit']}."))
+        body.append(
+            paragraph(
+                f"{held['held']:,} sessions together stay within the budget; the search ended by: {held['limit']}."
+            )
+        )
         if held["tried"]:
             body.append(both(lambda size: sessions_plot(held, budget, size)))
     stop = view["stop_latency"]
@@ -192,7 +202,9 @@ def conversation_section(view: Mapping[str, Any]) -> str:
     if energy:
         units = {"joules": "J", "watts": "W", "joules_per_tick": "J", "idle_watts": "W"}
         pairs: list[Pair] = [
-            (key.replace("_", " "), f"{energy[key]:.3g} {unit}") for key, unit in units.items() if energy.get(key) is not None
+            (key.replace("_", " "), f"{energy[key]:.3g} {unit}")
+            for key, unit in units.items()
+            if energy.get(key) is not None
         ]
         body += ["<h3>Energy</h3>", facts([*pairs, ("source", str(energy["source"]))])]
     return section("use", "In use", "", *body)
@@ -231,7 +243,9 @@ def quality_section(view: Mapping[str, Any]) -> str:
         for task, s in (quality["scores"] or {}).items()
     ]
     scores = table(("task", "score", "interval"), rows, "Scores of tasks", True) if rows else ""
-    return section("quality", "Quality beside speed", "A faster engine that answers worse is not faster.", facts(pairs), scores)
+    return section(
+        "quality", "Quality beside speed", "A faster engine that answers worse is not faster.", facts(pairs), scores
+    )
 
 
 def _interval(interval: Any) -> str:
@@ -240,13 +254,21 @@ def _interval(interval: Any) -> str:
 
 def setting_section(view: Mapping[str, Any]) -> str:
     """What was measured, where and how; how quiet it was."""
-    rows: list[list[Cell | str]] = [["package", Cell(view["package"], long=True)], ["digest", Cell(view["digest"], long=True)]]
+    rows: list[list[Cell | str]] = [
+        ["package", Cell(view["package"], long=True)],
+        ["digest", Cell(view["digest"], long=True)],
+    ]
     for title in ("machine", "settings", "inputs"):
         for key, value in view[title].items():
             shown = megabytes(value) if key.endswith("_bytes") and value else str(value)
             rows.append([f"{title}: {key.removesuffix('_bytes').replace('_', ' ')}", Cell(shown, long=True)])
     rows.append(["interrupted by other programs", f"{view['preempted']:,} times in {view['ticks']:,} ticks"])
-    for key, name in (("noise", "noise"), ("instructions", "instructions"), ("ceilings", "ceilings"), ("scenario", "case")):
+    for key, name in (
+        ("noise", "noise"),
+        ("instructions", "instructions"),
+        ("ceilings", "ceilings"),
+        ("scenario", "case"),
+    ):
         record = view[key]
         if isinstance(record, Mapping):
             rows += [[f"{name}: {k.replace('_', ' ')}", Cell(_brief(v), long=True)] for k, v in record.items()]

@@ -1,4 +1,6 @@
-"""The parts of a step as the report shows them: their order, their colours, and what the step at a percentile is made of."""
+"""The parts of a step as the report shows them: their order, their colours, and what a step at a percentile is
+made of.
+"""
 
 from __future__ import annotations
 

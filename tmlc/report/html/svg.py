@@ -1,7 +1,8 @@
 """What the plots draw with: escaped text, scales with round ticks, and a canvas that writes SVG.
 
 Every plot is drawn for two sizes (`WIDE`, `NARROW`); the style sheet shows the one that fits the window, so text is
-never scaled below 11 px. Marks of data carry the class `mark`, and lie inside the rectangle of class `frame`: a test looks.
+never scaled below 11 px. Marks of data carry the class `mark`, and lie inside the rectangle of class `frame`: a test
+looks.
 """
 
 from __future__ import annotations
@@ -40,7 +41,11 @@ def escape(text: object) -> str:
 
 def text_width(text: str, font: float, bold: bool = False) -> float:
     """About how wide a text is, on the safe side for the system fonts in use."""
-    return font * (1.12 if bold else 1.0) * sum(0.42 if c in _THIN else 0.92 if c in _BROAD else 0.72 if c.isupper() else 0.63 for c in text)
+    return (
+        font
+        * (1.12 if bold else 1.0)
+        * sum(0.42 if c in _THIN else 0.92 if c in _BROAD else 0.72 if c.isupper() else 0.63 for c in text)
+    )
 
 
 def shorten(text: str, font: float, room: float) -> str:
@@ -49,7 +54,7 @@ def shorten(text: str, font: float, room: float) -> str:
         return text
     for keep in range(len(text) - 1, 3, -1):
         head = (keep + 1) // 2
-        cut = f"{text[:head]}…{text[len(text) - (keep - head):]}"
+        cut = f"{text[:head]}…{text[len(text) - (keep - head) :]}"
         if text_width(cut, font) <= room:
             return cut
     return text[:2] + "…"
@@ -135,7 +140,7 @@ class Canvas:
     def text(self, x: float, y: float, text: str, look: str = "", anchor: str = "start") -> None:
         """A line of text whose baseline is at `y`; `anchor` is start, middle or end."""
         where = f'x="{number(x)}" y="{number(y)}"' + (f' text-anchor="{anchor}"' if anchor != "start" else "")
-        self._parts.append(f'<text {where}{_look(look)}>{escape(text)}</text>')
+        self._parts.append(f"<text {where}{_look(look)}>{escape(text)}</text>")
 
     def _add(self, shape: str, facts: str, look: str, title: str) -> None:
         inner = f"><title>{escape(title)}</title></{shape}>" if title else "/>"

@@ -68,7 +68,13 @@ def timeline(view: Mapping[str, Any], parts: list[Part], size: Size) -> str:
     _misses(made, over, step, across, tick, top)
     _growth(made, view, across, up, tick)
     if slowest > high:
-        made.text(left if wide else right, top - 8 if wide else top + font + 2, f"cut off: slowest {figure(slowest)} ms", "soft halo", "start" if wide else "end")
+        made.text(
+            left if wide else right,
+            top - 8 if wide else top + font + 2,
+            f"cut off: slowest {figure(slowest)} ms",
+            "soft halo",
+            "start" if wide else "end",
+        )
     made.text(0, top - 8, "ms", "soft")
     made.text((left + right) / 2, bottom + 2 * font + 10, "time in the session", "soft", "middle")
     return made.svg()
