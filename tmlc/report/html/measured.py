@@ -32,8 +32,8 @@ def roofline_section(view: Mapping[str, Any], parts: list[Part]) -> str:
         )
     lead = (
         f"A mark is a kernel of a stage, its area the share of the time. {ceilings['threads']} thread(s) of this "
-        f"machine read {figure(ceilings['read_gb_s'])} GB/s and multiply {rates}. Near the slope only fewer bytes help; "
-        "near a roof, only fewer or cheaper products; far below both, the kernel itself. Bytes that come from a cache "
+        f"machine read {figure(ceilings['read_gb_s'])} GB/s and multiply {rates}. Near the slope only fewer bytes "
+        "help; near a roof, only fewer or cheaper products; far below both, the kernel itself. Bytes that come from a cache "
         "can lie above the slope."
     )
     has = any(g.operations and g.bytes for g in by_kernel(kernels["calls"]))
@@ -48,7 +48,7 @@ def kernel_section(view: Mapping[str, Any], parts: list[Part]) -> str:
     ceiling = view["ceilings"]["read_gb_s"] if view["ceilings"] else None
     ticks = max(kernels["ticks"], 1)
     calls = [c for c in kernels["calls"] if c["runs"]]
-    lead = f"Timed in {kernels['ticks']:,} ticks, one in {kernels['every']}. Times are of a mean tick; bytes as planned."
+    lead = f"Timed in {kernels['ticks']:,} ticks, 1 in {kernels['every']}. Times are of a mean tick; bytes as planned."
     cost = view["profiling_cost"]
     figures = ""
     if cost:
