@@ -11,7 +11,7 @@ from tmlc.report.profile.parts import PARTS
 
 RUDE = "</script><script>alert(1)</script>\u202e<b>"
 STAGES = {"decode": 14.0, "vocode": 3.1, "next_token": 1.9, "embed_audio": 0.7, "flow": 2.4, "embed_video": 0.6,
-          "embed_text": 0.05, "to_speech": 0.12}  # fmt: skip
+          "embed_text": 0.05, "decode[1]": 0.12}  # fmt: skip
 
 
 def made_steps(count: int, slow: float = 0.0, scale: float = 1.0) -> dict[str, list[float]]:

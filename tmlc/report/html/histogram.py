@@ -59,7 +59,7 @@ def histogram(view: Mapping[str, Any], size: Size) -> str:
         made.line(near(budget), top, near(budget), bottom, "limit")
     made.ticks_below(near, bottom, bottom + 4, 8 if wide else 4, "ms")
     beyond = int((step > high).sum())
-    axis = "step" + (f"; {beyond} slower ticks are only in the strip above" if beyond and wide else "")
+    axis = "step" + (f"; slower ones, {beyond}, are in the strip above" if beyond and wide else "")
     axis += f"; {beyond} slower: strip above" if beyond and not wide else ""
     made.text((left + right) / 2, bottom + 2 * font + 10, axis, "soft", "middle")
     return made.svg()

@@ -110,6 +110,7 @@ def _roofs(
             if _free((across.end - width - 6, y - font, across.end - 6, y + 3), taken) and y - font > up.end - 2:
                 _label(made, label, across.end - width - 6, y, width, taken)
                 break
+        taken.append((x, up(rate) - 1, across.end, up(rate) + 1))
 
 
 def _label(

@@ -9,7 +9,7 @@ from tmlc.report.html.changes import ablation_plot, sessions_plot
 from tmlc.report.html.histogram import histogram
 from tmlc.report.html.memory import KINDS, TITLES, memory_map
 from tmlc.report.html.parts import Cell, facts, legend, paragraph, percent, section, table
-from tmlc.report.html.stages import Part
+from tmlc.report.html.stages import Part, base
 from tmlc.report.html.svg import both, escape, figure
 from tmlc.report.html.timeline import timeline
 from tmlc.report.html.waterfall import step_apart, waterfall
@@ -71,7 +71,7 @@ def step_section(view: Mapping[str, Any], parts: list[Part]) -> str:
     if view["first_audio_ms"]:
         entries.append(("start to first audio", view["first_audio_ms"]))
     for name, spread in entries:
-        row: list[Cell | str] = [Cell(name, chip=looks.get(name, ""))]
+        row: list[Cell | str] = [Cell(name, chip=looks.get(base(name), ""))]
         row += [Cell(milliseconds(spread[key]), spread[key]) for key in SPREAD]
         row.append(Cell(f"{spread['count']:,}", spread["count"]))
         row.append(percent(spread["share"]) if "share" in spread else Cell("", -1.0))

@@ -37,17 +37,19 @@ class Part:
 
 
 def parts_of(view: Mapping[str, Any]) -> list[Part]:
-    """The parts of the steps, the largest stage first, what lies between the calls and the wait at the end.
+    """The parts of the steps, the largest stage first (calls of one method in a tick as one), what lies between the calls and the wait at the end.
 
     What a step at p50 or p99 is made of is the mean of the ticks whose rank is within a hundredth of it, scaled to it.
     """
     samples = view["samples"]
     step = _numbers(samples["step_ms"])
-    ordered = sorted(view["stages_ms"], key=lambda name: -float(view["stages_ms"][name]["share"]))
-    columns: dict[str, np.ndarray] = {}
-    for name in ordered[:COLOURS]:
-        columns[name] = _numbers(samples["stages_ms"][name])
-    if rest := [_numbers(samples["stages_ms"][name]) for name in ordered[COLOURS:]]:
+    stages: dict[str, np.ndarray] = {}
+    for name in view["stages_ms"]:
+        column = _numbers(samples["stages_ms"][name])
+        stages[base(name)] = stages[base(name)] + column if base(name) in stages else column
+    ordered = sorted(stages, key=lambda name: -float(stages[name].sum()))
+    columns: dict[str, np.ndarray] = {name: stages[name] for name in ordered[:COLOURS]}
+    if rest := [stages[name] for name in ordered[COLOURS:]]:
         columns[OTHER] = np.sum(rest, axis=0)
     columns[BETWEEN] = np.maximum(_numbers(samples["between_calls_ms"]), 0.0)
     if any(samples["wait_ms"]):
@@ -73,6 +75,11 @@ def parts_of(view: Mapping[str, Any]) -> list[Part]:
         )
         for k, (name, column) in enumerate(columns.items())
     ]
+
+
+def base(stage: str) -> str:
+    """The stage that `decode[3]`, the fourth decode of a tick, is a part of: `decode`."""
+    return stage.split("[", 1)[0]
 
 
 def look_of(parts: list[Part], stage: str) -> str:

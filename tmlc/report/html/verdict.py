@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from tmlc.report.html.stages import base
 from tmlc.report.tables import milliseconds
 
 NAMED = 3
@@ -52,8 +53,11 @@ def verdict(view: Mapping[str, Any]) -> Verdict:
 
 def _where(view: Mapping[str, Any]) -> str:
     steps, stages = view["step_ms"], view["stages_ms"]
-    largest = sorted(stages, key=lambda name: -stages[name]["share"])[:NAMED]
-    told = ", ".join(f"{name} {stages[name]['share']:.0%}" for name in largest)
+    shares: dict[str, float] = {}
+    for name, stage in stages.items():
+        shares[base(name)] = shares.get(base(name), 0.0) + stage["share"]
+    largest = sorted(shares, key=lambda name: -shares[name])[:NAMED]
+    told = ", ".join(f"{name} {shares[name]:.0%}" for name in largest)
     waiting = view["turn_latency"]["worst"]["tick_wait_ms"] / view["turn_latency"]["worst"]["total_ms"]
     return (
         f"Of a step of {milliseconds(steps['p50'])} (p50): {told}, between the calls "
