@@ -16,7 +16,7 @@ from tmlc.report.html.page import html_report
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install 'tmlc[dev]'")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: run `make browser`")
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--no-first-run"]
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
 LOOK = """() => {
   const faults = [];
   const shown = (e) => e.getClientRects().length > 0;
@@ -27,7 +27,8 @@ LOOK = """() => {
     if (!marks.length) faults.push(`no marks: ${name(svg)}`);
     for (const mark of marks) {
       const m = mark.getBoundingClientRect();
-      if (!frames.some(f => m.left >= f.left - 1.5 && m.right <= f.right + 1.5 && m.top >= f.top - 1.5 && m.bottom <= f.bottom + 1.5))
+      if (!frames.some(f => m.left >= f.left - 1.5 && m.right <= f.right + 1.5
+                         && m.top >= f.top - 1.5 && m.bottom <= f.bottom + 1.5))
         faults.push(`mark outside of its frame: ${name(mark)} ${mark.getAttribute('class')}`);
     }
     const box = svg.getBoundingClientRect(), scale = box.width / svg.viewBox.baseVal.width;
@@ -60,8 +61,8 @@ LOOK = """() => {
   if (document.documentElement.scrollWidth > innerWidth) faults.push('the page scrolls sideways');
   const part = (v) => { v /= 255; return v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4; };
   const rgb = (text) => text.match(/[\\d.]+/g).map(Number);
-  const light = (text) => { const [r, g, b] = rgb(text); return 0.2126 * part(r) + 0.7152 * part(g) + 0.0722 * part(b); };
-  const ratio = (a, b) => { const [x, y] = [light(a), light(b)]; return (Math.max(x, y) + 0.05) / (Math.min(x, y) + 0.05); };
+  const light = (text) => { const [r, g, b] = rgb(text).map(part); return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
+  const ratio = (a, b) => { const [x, y] = [light(a), light(b)].sort((p, q) => q - p); return (x + 0.05) / (y + 0.05); };
   const ground = getComputedStyle(document.body).backgroundColor;
   const frame = getComputedStyle(document.querySelector('.frame')).fill;
   for (const {node, parent} of texts) {
@@ -110,7 +111,9 @@ def report(view: dict[str, Any]) -> str:
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (400, "dark"), (1280, "dark"), (400, "light")])
-def test_the_report_reads_wide_and_narrow_light_and_dark(look: Callable[..., list[str]], width: int, scheme: str) -> None:
+def test_the_report_reads_wide_and_narrow_light_and_dark(
+    look: Callable[..., list[str]], width: int, scheme: str
+) -> None:
     assert look(report(full_profile()), width, scheme) == []
 
 

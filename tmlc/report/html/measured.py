@@ -33,8 +33,8 @@ def roofline_section(view: Mapping[str, Any], parts: list[Part]) -> str:
     lead = (
         f"A mark is a kernel of a stage, its area the share of the time. {ceilings['threads']} thread(s) of this "
         f"machine read {figure(ceilings['read_gb_s'])} GB/s and multiply {rates}. Near the slope only fewer bytes "
-        "help; near a roof, only fewer or cheaper products; far below both, the kernel itself. Bytes that come from a cache "
-        "can lie above the slope."
+        "help; near a roof, only fewer or cheaper products; far below both, the kernel itself. Bytes that come from "
+        "a cache can lie above the slope."
     )
     has = any(g.operations and g.bytes for g in by_kernel(kernels["calls"]))
     plot = both(lambda size: roofline(view, parts, size)) if has else ""

@@ -91,7 +91,7 @@ def _misses(made: Canvas, over: np.ndarray, step: np.ndarray, across: Scale, tic
     """A triangle over each tick that took longer than its budget; of those too near to each other, one."""
     last = -10.0
     for index in over:
-        x = across((float(index) + 0.5) * tick)
+        x = min(max(across((float(index) + 0.5) * tick), across.start + 4), across.end - 4)
         if x - last >= 4.0:
             title = f"tick {int(index) + 1}: {figure(float(step[index]))} ms, over the budget"
             made.path(f"M{number(x - 4)} {number(top)}h8l-4 7z", "miss mark", title)

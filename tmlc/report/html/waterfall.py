@@ -96,7 +96,9 @@ def step_apart(parts: list[Part], size: Size) -> str:
     font, wide = size.font, size.wide
     row = 26.0 if wide else 42.0
     left = 150.0 if wide else 0.0
-    right = size.width - (170.0 if wide else 4.0)
+    told_of = {p.name: f"{figure(p.typical)} · {figure(p.worst)} ms · {p.share:.0%}" for p in parts}
+    room = max(text_width(told, font) for told in told_of.values())
+    right = size.width - (room + 12 if wide else 4.0)
     top, bottom = 4.0, 4.0 + row * len(parts)
     most = max(max(part.typical, part.worst) for part in parts)
     made = Canvas(size, bottom + font + 12, "Parts of a step in ms, at p50 and at p99")
@@ -105,7 +107,7 @@ def step_apart(parts: list[Part], size: Size) -> str:
     made.ticks_below(scale, top, bottom, 8 if wide else 4, "ms")
     y = top
     for part in parts:
-        told = f"{figure(part.typical)} · {figure(part.worst)} ms · {part.share:.0%}"
+        told = told_of[part.name]
         label = shorten(part.name, font, 140.0 if wide else size.width - text_width(told, font) - 10)
         if wide:
             made.text(left - 8, y + row / 2 + font * 0.35, label, "", "end")
