@@ -62,7 +62,8 @@ LOOK = """() => {
   const part = (v) => { v /= 255; return v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4; };
   const rgb = (text) => text.match(/[\\d.]+/g).map(Number);
   const light = (text) => { const [r, g, b] = rgb(text).map(part); return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
-  const ratio = (a, b) => { const [x, y] = [light(a), light(b)].sort((p, q) => q - p); return (x + 0.05) / (y + 0.05); };
+  const ratio = (a, b) => { const [x, y] = [light(a), light(b)].sort((p, q) => q - p);
+                             return (x + 0.05) / (y + 0.05); };
   const ground = getComputedStyle(document.body).backgroundColor;
   const frame = getComputedStyle(document.querySelector('.frame')).fill;
   for (const {node, parent} of texts) {

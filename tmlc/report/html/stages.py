@@ -37,7 +37,8 @@ class Part:
 
 
 def parts_of(view: Mapping[str, Any]) -> list[Part]:
-    """The parts of the steps, the largest stage first (calls of one method in a tick as one), what lies between the calls and the wait at the end.
+    """The parts of the steps, the largest stage first (calls of one method in a tick as one), what lies
+    between the calls and the wait at the end.
 
     What a step at p50 or p99 is made of is the mean of the ticks whose rank is within a hundredth of it, scaled to it.
     """
