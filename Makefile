@@ -45,7 +45,7 @@ demo: $(VENV)/demo.stamp
 	$(BIN)/tmlc verify $(DEMO)/nano.tmlc
 	$(BIN)/tmlc run $(DEMO)/nano.tmlc $(RECORDING) -o $(DEMO) --force
 	$(BIN)/tmlc profile $(DEMO)/nano.tmlc $(RECORDING) -o $(DEMO)/report --force
-	@echo; echo "in $(DEMO): output.wav transcript.txt timeline.jsonl report.json report.txt"
+	@echo; echo "in $(DEMO): output.wav transcript.txt timeline.jsonl report.html report.json report.txt report.trace.json"
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .

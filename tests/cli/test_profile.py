@@ -180,7 +180,8 @@ def test_the_table_says_the_same_to_a_person(tmlc_cli, package):
 def test_json_and_text_files_are_written_beside_each_other(tmlc_cli, package, tmp_path):
     options = ["--seconds", "1", *QUICK, "-o", tmp_path / "new" / "report"]
     tmlc_cli("profile", package, *options)
-    assert sorted(p.name for p in (tmp_path / "new").iterdir()) == ["report.json", "report.txt"]
+    names = sorted(p.name for p in (tmp_path / "new").iterdir())
+    assert names == [f"report.{kind}" for kind in ("html", "json", "trace.json", "txt")]
     view = json.loads((tmp_path / "new" / "report.json").read_text())
     assert view["ticks"] == 5 and view["startup"] is None
     assert "turn latency" in (tmp_path / "new" / "report.txt").read_text()

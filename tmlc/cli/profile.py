@@ -23,6 +23,7 @@ from tmlc.cli.common import (
 from tmlc.cli.inputs import SEED, open_recording, recording_options, tick_shape
 from tmlc.cli.outputs import Outputs
 from tmlc.cli.profile_compare import compare_files
+from tmlc.cli.profile_files import check_files, file_options, names, texts, write_for_ci
 from tmlc.errors import UsageError
 
 SECONDS = 130.0
@@ -87,7 +88,7 @@ tmlc profile --compare before.json after.json --fail-over 3%
     help="Time kernel calls in every N-th tick.",
 )
 @SEED
-@click.option("-o", "--out", type=click.Path(path_type=Path), metavar="STEM", help="Also write STEM.json and STEM.txt.")
+@file_options
 @THREADS
 @PIN
 @HUGE_PAGES
@@ -112,6 +113,8 @@ def command(
     kernels_every: int,
     seed: int,
     out: Path | None,
+    junit: Path | None,
+    summary: Path | None,
     threads: int | None,
     pin: bool,
     huge_pages: bool,
@@ -127,7 +130,7 @@ def command(
     """
     if compare is not None:
         _refuse_beside_compare(context)
-        compare_files(context, *compare, fail_over, as_json)
+        compare_files(context, *compare, fail_over, as_json, junit, summary)
         return
     if package is None or fail_over is not None:
         raise UsageError(
@@ -136,18 +139,16 @@ def command(
             fix="name a package, or two reports with --compare",
         )
     import tmlc
+    from tmlc.report.advice import add_advice, advice_tables
     from tmlc.report.latency import Budget, parse_milliseconds
-    from tmlc.report.profile.file import profile_text
     from tmlc.report.profile.inputs import synthetic_recording
     from tmlc.report.profile.measure import profile_engine
     from tmlc.report.profile.view import profile_tables
-    from tmlc.report.tables import plain_text
     from tmlc.runtimes.core.clock import make_clock
 
     total = parse_milliseconds(budget)
-    outputs = (
-        Outputs(out.absolute().parent, [f"{out.name}.json", f"{out.name}.txt"], force) if out is not None else None
-    )
+    check_files(junit, summary)
+    outputs = Outputs(out.absolute().parent, names(out), force) if out is not None else None
     engine = tmlc.load(
         package, threads=threads, sessions=1, pin=pin, portable_bits=portable_bits, huge_pages=huge_pages,
         kernel_cache=kernel_cache,
@@ -199,11 +200,13 @@ def command(
             )
     finally:
         engine.close()
-    tables = profile_tables(view)
+    add_advice(view)
+    tables = [*profile_tables(view), *advice_tables(view)]
     if outputs is not None and out is not None:
         with outputs:
-            outputs.path(f"{out.name}.json").write_text(profile_text(view), encoding="utf-8")
-            outputs.path(f"{out.name}.txt").write_text(plain_text(tables), encoding="utf-8")
+            for name, text in texts(out, view, tables).items():
+                outputs.path(name).write_text(text, encoding="utf-8")
+    write_for_ci(view, junit, summary)
     if as_json:
         print_json(view)
     else:
@@ -216,7 +219,7 @@ def command(
 
 def _refuse_beside_compare(context: click.Context) -> None:
     """UsageError for anything that was given and that only a measurement needs."""
-    allowed = {"compare", "fail_over", "as_json"}
+    allowed = {"compare", "fail_over", "junit", "summary", "as_json"}
     for parameter in context.command.params:
         name = parameter.name or ""
         source = context.get_parameter_source(name)
@@ -224,5 +227,5 @@ def _refuse_beside_compare(context: click.Context) -> None:
             raise UsageError(
                 f"{parameter.get_error_hint(context)} is for measuring",
                 where="--compare",
-                fix="leave it out: a comparison reads two reports, and takes --fail-over and --json",
+                fix="leave it out: a comparison takes two reports, --fail-over, --junit, --summary and --json",
             )

@@ -109,7 +109,7 @@ def profile_engine(
         "model": manifest.model.name,
         "machine": {**machine(), "isa": backend.isa, "threads": backend.threads},
         "inputs": inputs,
-        "settings": {"target": engine.target, **settings},
+        "settings": {"target": engine.target, "precision": manifest.targets[engine.target].precision, **settings},
         "ticks": count,
         "seconds": count * budget.tick_ms / 1000,
         "ticks_with_output": spoke,
