@@ -1,4 +1,4 @@
-"""What the conversations of a case show of the model: how long it hesitates, and how soon it stops when the user cuts in.
+"""What the conversations of a case show of the model: how long it hesitates, and how soon it stops when cut in on.
 
 The output of a session is one stream of hops of 50 ms, voiced or not by the detector that the scheduler uses. Sample s
 of tick k is heard (k + 1) ticks after the session began, plus decoding, the step of that tick, sending, and s. A tick
