@@ -39,7 +39,7 @@ def independent(values: np.ndarray, level: np.ndarray, quantile: float) -> int:
     return max(1, min(n, round(n / (1 + 2 * total))))
 
 
-def quantiles(values: np.ndarray, m: int, quantile: float, random: np.random.Generator) -> np.ndarray:
+def quantile_draws(values: np.ndarray, m: int, quantile: float, random: np.random.Generator) -> np.ndarray:
     """The quantile of DRAWS resamplings of m ticks."""
     uniform = random.beta(quantile * (m + 1), (1 - quantile) * (m + 1), DRAWS)
     return _at(values, uniform)

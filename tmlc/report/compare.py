@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from tmlc.report.bootstrap import TAIL, independent, interval, quantiles, tail_mean, tails
+from tmlc.report.bootstrap import TAIL, independent, interval, quantile_draws, tail_mean, tails
 from tmlc.report.noise import WINDOWS, interrupted, too_few, wandering, wide, windows
 from tmlc.report.tables import grid, milliseconds, table
 
@@ -81,7 +81,7 @@ def _figure(name: str, a: np.ndarray, b: np.ndarray, of: float | None, error: fl
     if of is None:
         difference = tails(b, n, random) - tails(a, m, random)
     else:
-        difference = quantiles(b, n, of, random) - quantiles(a, m, of, random)
+        difference = quantile_draws(b, n, of, random) - quantile_draws(a, m, of, random)
     low, high = interval(difference / base, error)
     drift = _drift(a, b)
     wander = (DRIFTS if quantile == 0.5 else TAIL_DRIFTS) * (drift or 0.0)

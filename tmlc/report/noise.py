@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from tmlc.report.bootstrap import independent, interval, quantiles
+from tmlc.report.bootstrap import independent, interval, quantile_draws
 
 RESOLUTION = 0.03
 """An interval of the median that is wider to either side, or a median that moves as much within a profile, is noise."""
@@ -72,7 +72,7 @@ def noise(steps: Sequence[float], preempted: int, ticks: int) -> dict[str, Any]:
         by = float(np.std(medians / line))
         level = np.interp((np.arange(values.size) + 0.5) / values.size, (at + 0.5) / WINDOWS, line)
         m = independent(values, level, 0.5)
-        low, high = interval(quantiles(values / level, m, 0.5, np.random.default_rng(0)), ERROR)
+        low, high = interval(quantile_draws(values / level, m, 0.5, np.random.default_rng(0)), ERROR)
         known_to = (high - low) / 2
         why += [*wide(known_to), *wandering(by)]
     why += interrupted(preempted, ticks)
