@@ -13,6 +13,7 @@ import numpy as np
 
 from tmlc.bench.dialogues import Dialogue, Utterance, made_up, read_folder
 from tmlc.errors import UsageError
+from tmlc.report.profile.inputs import SyntheticVideo, noise_like_speech
 from tmlc.report.scenario.case import Case
 from tmlc.runtimes.media.recording import Camera, Recording, TickShape
 from tmlc.runtimes.media.timed_text import TimedText, read_timed_text
@@ -22,24 +23,6 @@ if TYPE_CHECKING:
 
 DIALOGUES = 8
 """Made-up dialogues that are made; more sessions than that hear them again."""
-
-
-class NoiseVideo:
-    """Camera frames of uniform noise, one new frame whenever it is asked: every pixel differs, as in a real picture."""
-
-    def __init__(self, shape: TickShape, seed: int) -> None:
-        self._random = np.random.default_rng(seed)
-        self._size = (shape.height, shape.width, 3)
-
-    def at(self, seconds: float) -> np.ndarray:
-        return self._random.integers(0, 256, self._size, np.uint8)
-
-
-def noise_like_speech(shape: TickShape, seconds: float, seed: int) -> np.ndarray:
-    """Noise with the loudness of speech that comes and goes, float32 mono."""
-    t = np.arange(math.ceil(seconds * shape.sample_rate)) / shape.sample_rate
-    loudness = 0.002 + 0.1 * np.clip(np.sin(2 * np.pi * 0.4 * t), 0, 1) * np.abs(np.sin(2 * np.pi * 2.3 * t))
-    return (np.random.default_rng(seed).standard_normal(t.size) * loudness).astype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -122,7 +105,7 @@ def _file(case: Case, shape: TickShape) -> np.ndarray | None:
 
 def _video(case: Case, shape: TickShape, seed: int) -> Camera | None:
     if case.video.kind == "made-up":
-        return NoiseVideo(shape, seed)
+        return SyntheticVideo(shape, seed)
     if case.video.kind == "file" and case.video.path is not None:
         from tmlc.runtimes.media.video import VideoSource
 

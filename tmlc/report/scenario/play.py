@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -31,7 +31,7 @@ class Together(Played):
     `first_audio` of the last one to speak; `outputs` are those of all, in order.
     """
 
-    outputs: tuple[TickOutput, ...] = ()
+    outputs: tuple[TickOutput, ...]
 
 
 def open_sessions(engine: Engine, case: Case, seed: int, ticks: int) -> list[Session]:
@@ -76,9 +76,11 @@ def play_together(
     count: int,
     clock: Clock,
     say: Sequence[int] = (),
+    ready: Callable[[int], None] = lambda index: None,
 ) -> Iterator[Together]:
     """The first `count` ticks of the sessions' recordings, one batch after the other; a package that takes one session
-    at a time ticks them one by one. Tick k is due when its input is complete: one period after it began.
+    at a time ticks them one by one. Tick k is due when its input is complete: one period after it began. `ready` is called with
+    the number of each tick when its inputs are there and it is due.
 
     Raises:
         What `Session.tick` raises, of the first session that fails.
@@ -88,10 +90,11 @@ def play_together(
     for index in range(count):
         given = [_asked(next(feed), say) for feed in feeds]
         late = clock.wait(index + 1)
-        started = time.perf_counter()
+        ready(index)
+        started = time.perf_counter_ns()
         outputs = tick_all(engine, sessions, given)
-        taken = (time.perf_counter() - started) * 1000
-        yield Together(index, given[0], _merged(outputs), taken, late * 1000, tuple(outputs))
+        taken = (time.perf_counter_ns() - started) / 1e6
+        yield Together(index, given[0], _merged(outputs), taken, late * 1000, started, tuple(outputs))
 
 
 def tick_all(engine: Engine, sessions: Sequence[Session], given: Sequence[TickInput]) -> list[TickOutput]:
