@@ -58,8 +58,9 @@ class KernelTicks:
 def profiling_cost(steps: Sequence[float], timed: Sequence[bool], seed: int = 0) -> dict[str, Any] | str:
     """What timing kernels adds to a step; the reason where that cannot be said.
 
-    The ratio is the median of those of each timed tick to the median of its untimed neighbours, two to either side: what
-    grows or wanders in a session is in both, and the rare tick with a clip moves neither. The interval is a bootstrap.
+    The ratio is the median of those of each timed tick to the median of its untimed neighbours, two to either side:
+    what grows or wanders in a session is in both, and the rare tick with a clip moves neither. The interval is a
+    bootstrap.
     `steps` and `timed` begin with the first tick, which counts in nothing.
     """
     values, on = np.asarray(steps, np.float64), np.asarray(timed, bool)

@@ -38,7 +38,9 @@ def kernel_tables(view: dict[str, Any]) -> list[RenderableType]:
 
 def _timed(kernels: dict[str, Any] | None) -> str:
     """Which ticks were timed, in words."""
-    return "no tick counts" if kernels is None else f"{kernels['ticks']} timed ticks count, of one in {kernels['every']}"
+    if kernels is None:
+        return "no timed tick counts"
+    return f"{kernels['ticks']} timed ticks count, of one in {kernels['every']}"
 
 
 def _calls(kernels: dict[str, Any]) -> Any:
