@@ -65,7 +65,7 @@ def shared_level(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return first, second
 
 
-def _figure(name: str, a: np.ndarray, b: np.ndarray, of: float | None, error: float, seed: int, gated: bool) -> Figure:
+def figure(name: str, a: np.ndarray, b: np.ndarray, of: float | None, error: float, seed: int, gated: bool) -> Figure:
     """One figure: the quantile `of`, or the mean of the slowest ticks. `error`: how often its interval may be wrong."""
     random = np.random.default_rng(seed)
     if of is None:
@@ -127,13 +127,13 @@ def compare(a: Mapping[str, Any], b: Mapping[str, Any], seed: int = 0) -> dict[s
     between = _numbers(one["between_calls_ms"]), _numbers(two["between_calls_ms"])
     wanted.append(("between calls p50", *between, 0.5, bool(between[0].sum() / steps[0].sum() >= GATED_SHARE)))
     error = FAMILY_ERROR / len(wanted)
-    figures = [_figure(n, x, y, of, error, seed + k, gated) for k, (n, x, y, of, gated) in enumerate(wanted)]
+    figures = [figure(n, x, y, of, error, seed + k, gated) for k, (n, x, y, of, gated) in enumerate(wanted)]
     return {
         "a": _identity(a),
         "b": _identity(b),
         "confidence": 1 - error,
-        "figures": [asdict(figure) for figure in figures],
-        "warnings": [*_unlike(a, b), *_noise(steps, figures[0])],
+        "figures": [asdict(one) for one in figures],
+        "warnings": [*_unlike(a, b), *noise_of(steps, figures[0])],
     }
 
 
@@ -164,7 +164,7 @@ def _unlike(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def _noise(steps: tuple[np.ndarray, np.ndarray], median: Figure) -> list[str]:
+def noise_of(steps: tuple[np.ndarray, np.ndarray], median: Figure) -> list[str]:
     """Why nothing should be concluded from the medians, if so."""
     if median.low is None or median.high is None:
         return [too_few(*(step.size for step in steps))]

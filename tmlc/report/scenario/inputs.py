@@ -59,6 +59,17 @@ def parts(case: Case, engine: Engine, shape: TickShape) -> list[Part]:
     return out
 
 
+def busy_case(engine: Engine, shape: TickShape, seconds: float, loop: str = "closed") -> Case:
+    """One session whose inputs keep every part of this model busy."""
+    wanted = {
+        "audio": "made-up" if engine.model.hears else "silence",
+        "video": "made-up" if shape.frames else "none",
+        "text": "made-up" if engine.tokenizer is not None else "none",
+    }
+    parts = {part: {"kind": kind} for part, kind in wanted.items()}
+    return Case.model_validate({"name": "made-up input", "seconds": seconds, "loop": loop, **parts})
+
+
 def _check(case: Case, engine: Engine, shape: TickShape) -> None:
     """UsageError for what the model does not take."""
     takes = {

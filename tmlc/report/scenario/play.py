@@ -79,8 +79,8 @@ def play_together(
     ready: Callable[[int], None] = lambda index: None,
 ) -> Iterator[Together]:
     """The first `count` ticks of the sessions' recordings, one batch after the other; a package that takes one session
-    at a time ticks them one by one. Tick k is due when its input is complete: one period after it began. `ready` is called with
-    the number of each tick when its inputs are there and it is due.
+    at a time ticks them one by one. Tick k is due when its input is complete: one period after it began. `ready` is
+    called with the number of each tick when its inputs are there and it is due.
 
     Raises:
         What `Session.tick` raises, of the first session that fails.

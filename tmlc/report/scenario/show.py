@@ -86,7 +86,8 @@ class Show:
         return growth([*first, *np.median(rest, axis=0)], self.shape.duration_ms)
 
     def fill(self, into: Parts) -> None:
-        """The parts of a profile about conversations."""
+        """The parts of a profile about what was played, and about its conversations."""
+        into.measured("scenario", self.case.to_json())
         if self.case.speak == "always" or not self._talks:
             why = (
                 "the case gives the model words to say, so it does not choose when to speak"
