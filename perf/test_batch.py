@@ -94,8 +94,8 @@ def test_where_the_time_goes(packages: dict[str, Path], figure: Callable[..., No
             for given in without_video(engine, 10):
                 engine.tick_batch(sessions, [given] * size)
             sums = spent.setdefault(size, {})
-            timer.stop(keep=True)
-            for call in timer.calls():
+            timer.stop(disturbed=False)
+            for call in timer.calls(disturbed=False):
                 key = f"{call.method} {call.op}"
                 sums[key] = sums.get(key, 0.0) + call.ns / 1e7
             for session in sessions:

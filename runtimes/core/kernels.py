@@ -25,7 +25,7 @@ class KernelCall:
         method, index: where it stands: the method, and its place in what the target runs for it.
         op: the kernel, in the target's own words.
         name: of what it computes, where the target has a name for it; it may tell a layer.
-        runs, rows: how often it ran, and with how many positions in all.
+        runs, rows: how often it ran, and with how many positions in all (0 where the target does not count them).
         ns: nanoseconds in all.
         touched: None where the target does not count it.
         nbytes, operations: of all runs, where the target itself knows them (multiply and add count as two).
@@ -56,10 +56,11 @@ class KernelTimer(ABC):
         """Times every call from here on."""
 
     @abstractmethod
-    def stop(self, keep: bool) -> None:
-        """Times none any more. `keep`: count what was timed since `start`; otherwise forget it."""
+    def stop(self, disturbed: bool) -> bool:
+        """Times none any more. `disturbed`: the system took a core away since `start`. Returns whether what was timed
+        counts: a timer may have no room for more, or take the first time for warming up."""
 
     @abstractmethod
-    def calls(self) -> list[KernelCall]:
-        """What was kept, in the order of the methods and their calls; calls that never ran are left out. Ends the
-        timer."""
+    def calls(self, disturbed: bool) -> list[KernelCall]:
+        """What was timed, in the order of the methods and their calls, with what was disturbed or without; calls that
+        never ran are left out. Ends the timer."""

@@ -122,21 +122,26 @@ class _Timer(KernelTimer):
 
     def __init__(self, plan: Plan, index: dict[str, int], code: dict[str, Code]) -> None:
         self._plan, self._index, self._code = plan, index, code
-        self._sums = {name: [0, 0, *(np.zeros(len(code[name])) for _ in range(4))] for name in index}
+        # Of undisturbed runs and of disturbed ones: runs and rows; ns, experts, keys and row_keys of each call.
+        self._runs = {name: np.zeros((2, 2), np.int64) for name in index}
+        self._sums = {name: np.zeros((2, 4, len(code[name]))) for name in index}
 
     def start(self) -> None:
         self._plan.profile(True)
 
-    def stop(self, keep: bool) -> None:
-        for name, index in self._index.items() if keep else ():
-            timed, sums = self._plan.timed(index), self._sums[name]
-            for k, more in enumerate((timed.runs, timed.rows, timed.ns, timed.experts, timed.keys, timed.row_keys)):
-                sums[k] += more
+    def stop(self, disturbed: bool) -> bool:
+        for name, index in self._index.items():
+            timed = self._plan.timed(index)
+            self._runs[name][int(disturbed)] += (timed.runs, timed.rows)
+            self._sums[name][int(disturbed)] += (timed.ns, timed.experts, timed.keys, timed.row_keys)
         self._plan.profile(False)
+        return True
 
-    def calls(self) -> list[KernelCall]:
+    def calls(self, disturbed: bool) -> list[KernelCall]:
         found = []
-        for method, (runs, rows, ns, experts, keys, row_keys) in self._sums.items():
+        for method in self._index:
+            ns, experts, keys, row_keys = self._sums[method][: 1 + disturbed].sum(0)
+            runs, rows = map(int, self._runs[method][: 1 + disturbed].sum(0))
             for k, (op, weights) in enumerate(self._code[method] if runs else ()):
                 touched = Touched(int(experts[k]), int(keys[k]), int(row_keys[k]))
                 name = weights[0] if weights else ""

@@ -1,7 +1,7 @@
 """Times of single kernel calls: which ticks are timed, what each call needed and reached, and what timing costs.
 
 Every n-th tick is timed, the ticks between are not: they say what timing costs. A timed tick in which the system took
-a core away counts for no kernel.
+a core away counts for no kernel, unless nearly all were like that.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ EXPLAINED = 0.5
 """A call that reaches less of both ceilings is bound by neither: by latency, or by what is not counted."""
 CONFIDENCE = 0.95
 LEAST_PAIRS = 8
+"""Timed ticks that it takes to say something."""
 _LAYER = re.compile(r"\blayers?[./](\d+)\b")
 
 
@@ -33,13 +34,13 @@ class KernelTicks:
 
     Attributes:
         timed: whether it was on, tick by tick.
-        kept: ticks whose kernels count.
+        quiet, disturbed: ticks whose kernels count, by whether the system took a core away in them.
     """
 
     def __init__(self, timer: KernelTimer, every: int) -> None:
         self.timer, self.every = timer, every
         self.timed: list[bool] = []
-        self.kept = 0
+        self.quiet = self.disturbed = 0
 
     def before(self, tick: int) -> None:
         """Before the tick with this number."""
@@ -51,8 +52,9 @@ class KernelTicks:
     def after(self, disturbed: bool) -> None:
         """After it. `disturbed`: the system took a core away meanwhile."""
         if self.timed[-1]:
-            self.timer.stop(keep=not disturbed)
-            self.kept += not disturbed
+            counts = self.timer.stop(disturbed)
+            self.quiet += counts and not disturbed
+            self.disturbed += counts and disturbed
 
 
 def profiling_cost(steps: Sequence[float], timed: Sequence[bool], seed: int = 0) -> dict[str, Any] | str:
@@ -126,6 +128,7 @@ def kernel_part(
     ceilings: Mapping[str, Any] | None,
     every: int,
     ticks: int,
+    disturbed: int,
 ) -> dict[str, Any]:
     """The part `kernels` of a profile."""
     total = sum(call.ns for call in calls)
@@ -145,7 +148,7 @@ def kernel_part(
                 **_reached(ms, work, ceilings),
             }
         )
-    return {"every": every, "ticks": ticks, "calls": rows}
+    return {"every": every, "ticks": ticks, "disturbed": disturbed, "calls": rows}
 
 
 def _reached(ms: float, work: CallWork | None, ceilings: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -184,10 +187,10 @@ def fill(
         parts.missing("profiling_cost", cost)
     else:
         parts.measured("profiling_cost", cost)
-    calls = ticks.timer.calls()
+    disturbed = 0 if ticks.quiet >= LEAST_PAIRS else ticks.disturbed
+    calls = ticks.timer.calls(disturbed > 0)
     if calls:
-        parts.measured("kernels", kernel_part(calls, plan, ceilings, ticks.every, ticks.kept))
-    elif any(ticks.timed):
-        parts.missing("kernels", "in every tick that was timed the system took a core away: profile a longer session")
+        counted = ticks.quiet + disturbed
+        parts.measured("kernels", kernel_part(calls, plan, ceilings, ticks.every, counted, disturbed))
     else:
-        parts.missing("kernels", f"no tick was timed: the session is shorter than {ticks.every + 1} ticks")
+        parts.missing("kernels", f"the session is too short: kernels are timed in one tick of {ticks.every}")

@@ -40,7 +40,8 @@ def _timed(kernels: dict[str, Any] | None) -> str:
     """Which ticks were timed, in words."""
     if kernels is None:
         return "no timed tick counts"
-    return f"{kernels['ticks']} timed ticks count, of one in {kernels['every']}"
+    disturbed = f", {kernels['disturbed']} of them disturbed" if kernels["disturbed"] else ""
+    return f"{kernels['ticks']} timed ticks count, of one in {kernels['every']}{disturbed}"
 
 
 def _calls(kernels: dict[str, Any]) -> Any:
