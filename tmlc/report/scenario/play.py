@@ -99,7 +99,7 @@ def play_together(
 
 def tick_all(engine: Engine, sessions: Sequence[Session], given: Sequence[TickInput]) -> list[TickOutput]:
     """One tick of all sessions, in one batch where the package takes several. Raises what the first to fail raised."""
-    if engine.batched:
+    if engine.batched and len(sessions) > 1:
         results = engine.tick_batch(sessions, list(given))
     else:
         results = [session.tick(one) for session, one in zip(sessions, given, strict=True)]
