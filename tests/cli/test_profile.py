@@ -18,11 +18,11 @@ from tmlc.report.call_work import call_work
 from tmlc.report.latency import Budget, growth, parse_milliseconds, spread, turn_latency
 from tmlc.report.plan.source import load_planned
 from tmlc.report.plan.work import method_work
-from tmlc.report.profile.inputs import synthetic_recording
 from tmlc.report.profile.measure import profile_engine
 from tmlc.report.profile.parts import PARTS
 from tmlc.report.profile.stages import APPEND
-from tmlc.runtimes.core.clock import make_clock
+from tmlc.report.scenario.inputs import busy_case
+from tmlc.report.scenario.show import Show
 from tmlc.runtimes.core.session import Session
 
 QUICK = ("--startup-runs", "0", "--no-kernels")
@@ -92,7 +92,7 @@ def test_the_parts_of_nanos_ticks_are_their_wall_time_within_three_percent(nano)
 
     with tmlc.load(nano, threads=1) as engine:
         shape = tick_shape(engine.manifest)
-        recording = synthetic_recording(shape, 30.0, engine.model.hears)
+        shown = Show(engine, busy_case(engine, shape, 30.0), shape)
         engine.backend.call = timed(engine.backend.call, called)
         session_tick, marks = Session.tick, []
 
@@ -103,7 +103,7 @@ def test_the_parts_of_nanos_ticks_are_their_wall_time_within_three_percent(nano)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Session, "tick", tick)
             view = profile_engine(
-                engine, recording, 150, make_clock("input", shape.seconds), Budget(), package=nano,
+                engine, shown, Budget(), package=nano,
                 inputs={"seed": 0}, settings={"threads": 1}, startup_runs=0, kernels_every=3, report=lambda *_: None,
             )  # fmt: skip
     marks.append(len(called))
