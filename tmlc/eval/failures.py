@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from tmlc.eval.record import Heard
+from tmlc.eval.record import Heard, out_tick
 from tmlc.eval.summary import Result
 from tmlc.eval.voice import RATE
 from tmlc.model_zoo.interaction.tasks import Episode
@@ -61,9 +61,9 @@ def transcript(result: Result, heard: Heard) -> str:
     lines = [f"{episode.task}, seed {episode.seed}: score {result.verdict.score:.2f}"]
     lines += [f"  {why}" for why in result.verdict.why] or ["  no reason was found"]
     lines += ["", *(f"{name}: {value}" for name, value in episode.labels.items()), "", "tick  at (s)"]
-    said = {word.start // TICK_SAMPLES - 1: [] for word in heard.words}
+    said: dict[int, list[str]] = {}
     for word in heard.words:
-        said[word.start // TICK_SAMPLES - 1].append(word.word)
+        said.setdefault(out_tick(word.start), []).append(word.word)
     wanted: dict[int, list[str]] = {}
     for utterance in episode.say:
         wanted.setdefault(utterance.start_sample // TICK_SAMPLES, []).append(utterance.word)

@@ -30,7 +30,7 @@ def check_layout(engine: Engine) -> None:
     layout = engine.layout
     wanted = {
         "samples of a tick": (layout.duration_ms * layout.sample_rate // 1000, geometry.TICK_SAMPLES),
-        "samples that it speaks": (layout.audio_out * layout.frames_per_position * layout.out_hop, 3200),
+        "samples that it speaks": (layout.audio_out * layout.out_hop, geometry.TICK_SAMPLES),
         "frames of a clip": (layout.clip_frames, geometry.CLIP_FRAMES),
         "rows of a frame": (layout.frame_height, geometry.FRAME_SIZE),
         "columns of a frame": (layout.frame_width, geometry.FRAME_SIZE),

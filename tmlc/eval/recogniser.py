@@ -56,18 +56,14 @@ class Recogniser:
     """Made once from the bank; `words` is pure.
 
     Args:
-        bank: whose `model` clips are the templates, three speeds each; each is also used a little longer and a little
-            shorter, as if spoken with a lower and a higher voice.
+        bank: whose `model` clips, three speeds of each word, are the templates.
     """
 
     def __init__(self, bank: SpeechBank) -> None:
         made: list[tuple[str, np.ndarray]] = []
         for word, clips in bank.model.items():
             for clip in clips:
-                for stretch in (0.96, 1.04):
-                    where = np.arange(int(len(clip) * stretch)) / stretch
-                    pcm = np.interp(where, np.arange(len(clip)), clip)
-                    made.append((word, cepstra(pcm)[:-1]))
+                made.append((word, cepstra(clip)[:-1]))
         whole = np.concatenate([features for _, features in made])
         self._centre, self._scale = whole.mean(axis=0), whole.std(axis=0) * np.sqrt(whole.shape[1])
         self._labels = [word for word, _ in made]
@@ -97,8 +93,9 @@ class Recogniser:
         """One pass over the frames. `begun[s]` is the frame at which the path that ends in template state s entered its
         word; `idle` is the best cost of a path that is between words, `trail` how it came there."""
         frames, states = cost.shape
-        total = np.full(states, np.inf)
+        total = np.full(states, np.inf, np.float32)
         begun = np.zeros(states, np.int32)
+        far = np.full(2, np.inf, np.float32)
         idle = 0.0
         trail: list[tuple[int, int] | None] = []  # of each frame: which word ended here and where it began, or None
         for k in range(frames):
@@ -110,8 +107,8 @@ class Recogniser:
                 continue
             before, before_begun = total, begun
             stay = before
-            step = np.concatenate([[np.inf], before[:-1]])
-            skip = np.concatenate([[np.inf, np.inf], before[:-2]])
+            step = np.concatenate([far[:1], before[:-1]])
+            skip = np.concatenate([far, before[:-2]])
             step[self._first] = idle + ENTRY
             skip[self._first] = np.inf
             skip[self._second[self._second <= self._last]] = np.inf

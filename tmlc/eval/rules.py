@@ -252,7 +252,8 @@ def rep_count(episode: Episode, heard: Heard) -> Verdict:
 
 
 def start_stop(episode: Episode, heard: Heard) -> Verdict:
-    """Intersection over union, in ticks, of the event and of what lies between "start" and the next "stop"."""
+    """Intersection over union, in ticks, of the event and of what lies between "start" and the next "stop"; utterances
+    beside these two count against it."""
     verdict = Verdict(0.0)
     first, last = episode.labels["event_ticks"]
     said = {word: [out_tick(w.start + RATE // 50) for w in heard.words if w.word == word] for word in ("start", "stop")}
@@ -263,7 +264,8 @@ def start_stop(episode: Episode, heard: Heard) -> Verdict:
         verdict.why.append("did not say start and then stop")
         return verdict
     both = max(0, min(end, last) - max(begin, first))
-    verdict.score = both / (max(end, last) - min(begin, first))
+    verdict.times["iou"] = [both / (max(end, last) - min(begin, first))]
+    verdict.score = verdict.times["iou"][0] * 2 / len(heard.words)
     verdict.times["start_ticks_off"], verdict.times["stop_ticks_off"] = [float(begin - first)], [float(end - last)]
     if verdict.score < 0.8:
         verdict.why.append(f"said start in tick {begin} and stop in {end}; it was {first} to {last}")
@@ -282,7 +284,10 @@ def delegate(episode: Episode, heard: Heard) -> Verdict:
         verdict.why.append(f'delegated {written}, not "{labels["task"]}" once')
     (turn,) = labels["turns"]
     talked = Verdict(0.0)
-    talked_on = verdict.count("talked on", _turn(heard, turn, len(episode.audio), talked))
+    answered = _turn(heard, turn, len(episode.audio), talked)
+    first = next((w.word for w in heard.words if w.end > turn["end"]), "")
+    # The result alone is no answer to what was asked meanwhile.
+    talked_on = verdict.count("talked on", answered and (first != labels["answer"] or first == turn["word"]))
     verdict.times, verdict.why = talked.times, [*verdict.why, *talked.why]
     woven = False
     if record.entered:
