@@ -21,22 +21,20 @@ from tmlc.runtimes.core.live import EndReason
 from tmlc.runtimes.core.streams import Pace
 from tmlc.runtimes.gateway.audio import AudioFormat, Resampler, decode, encode
 from tmlc.runtimes.gateway.events import ClientTask, Closed, Delegated, Happening, Injected, Tick
-from tmlc.runtimes.gateway.frames import picture_of
-from tmlc.runtimes.gateway.hub import Hub
-from tmlc.runtimes.gateway.sessions import LiveSession, Opening
-from tmlc.runtimes.gateway.wire import (
+from tmlc.runtimes.gateway.fields import (
     MAX_AUDIO,
-    Connection,
     WireError,
     about,
     base64_of,
     check_config,
-    event_id,
     known_only,
     object_of,
     policy_of,
     text_of,
 )
+from tmlc.runtimes.gateway.hub import Hub
+from tmlc.runtimes.gateway.sessions import LiveSession, Opening
+from tmlc.runtimes.gateway.wire import Connection, event_id
 
 USAGE_TICKS = 50
 MAX_HISTORY, MAX_HISTORY_CHARACTERS = 128, 16_384
@@ -104,8 +102,8 @@ class LiveConnection(Connection):
     dialect = "live"
 
     def __init__(self, request: web.Request, socket: web.WebSocketResponse, hub: Hub, token: str | None) -> None:
-        super().__init__(request, socket, hub.observer)
-        self.hub, self._token = hub, token
+        super().__init__(request, socket, hub)
+        self._token = token
         self._config: dict[str, Any] = {}
         self._format = AudioFormat()
         self._muted = self._events = False
@@ -302,18 +300,6 @@ class LiveConnection(Connection):
             self.session.hear(samples * 0 if self._muted else samples)
         if ours.get("video") is not None:
             self._see(object_of(ours, "video", "tmlc.video").get("image_url"), "tmlc.video.image_url", own)
-
-    def _see(self, url: Any, param: str, own: str | None) -> None:
-        self.may_see(param)
-        with about(param):
-            picture = picture_of(url, self.hub.image_limits)
-        self.aside(self._look(picture, param), own)
-
-    async def _look(self, picture: bytes, param: str) -> None:
-        session = self.session
-        frame = await self.hub.frame(picture, param)
-        if session is not None and self.session is session and session.ended is None:
-            session.see(frame)
 
     def _item(self, event: dict[str, Any], own: str | None) -> None:
         """`conversation.item.create` of the other dialect, for pictures and text."""

@@ -16,11 +16,7 @@ from aiohttp import web
 from tmlc.runtimes.background.injections import MAX_CHARACTERS
 from tmlc.runtimes.core.streams import Pace
 from tmlc.runtimes.gateway.audio import decode
-from tmlc.runtimes.gateway.frames import picture_of
-from tmlc.runtimes.gateway.hub import Hub
-from tmlc.runtimes.gateway.responses import Responses, format_of, new_id
-from tmlc.runtimes.gateway.sessions import LiveSession, Opening
-from tmlc.runtimes.gateway.wire import (
+from tmlc.runtimes.gateway.fields import (
     MAX_AUDIO,
     WireError,
     about,
@@ -31,6 +27,9 @@ from tmlc.runtimes.gateway.wire import (
     policy_of,
     text_of,
 )
+from tmlc.runtimes.gateway.hub import Hub
+from tmlc.runtimes.gateway.responses import Responses, format_of, new_id
+from tmlc.runtimes.gateway.sessions import LiveSession, Opening
 
 MAX_OUTPUTS = 16
 """Outputs of function calls that wait for response.create."""
@@ -207,18 +206,6 @@ class RealtimeConnection(Responses):
         session.client_tasks = options["client_tasks"] = bool(made["tools"])
         session.beside.queue.playback = options["playback"]
         self._tell("session.updated", session=self._resource())
-
-    def _see(self, url: Any, param: str, own: str | None) -> None:
-        self.may_see(param)
-        with about(param):
-            picture = picture_of(url, self.hub.image_limits)
-        self.aside(self._look(picture, param), own)
-
-    async def _look(self, picture: bytes, param: str) -> None:
-        session = self.session
-        frame = await self.hub.frame(picture, param)
-        if session is not None and self.session is session and session.ended is None:
-            session.see(frame)
 
     def _create(self, event: dict[str, Any], own: str | None) -> None:
         session = self.session

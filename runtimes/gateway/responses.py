@@ -18,8 +18,9 @@ from tmlc.runtimes.core.admission import Level
 from tmlc.runtimes.core.live import EndReason
 from tmlc.runtimes.gateway.audio import AudioFormat, Resampler, encode
 from tmlc.runtimes.gateway.events import ClientTask, Closed, Delegated, Happening, Injected, Tick
+from tmlc.runtimes.gateway.fields import WireError, about
 from tmlc.runtimes.gateway.hub import Hub
-from tmlc.runtimes.gateway.wire import Connection, WireError, about, event_id
+from tmlc.runtimes.gateway.wire import Connection, event_id
 
 QUIET_TICKS = 3
 """A response is done when the model has been silent for so long."""
@@ -93,8 +94,7 @@ class Responses(Connection):
     dialect = "realtime"
 
     def __init__(self, request: web.Request, socket: web.WebSocketResponse, hub: Hub) -> None:
-        super().__init__(request, socket, hub.observer)
-        self.hub = hub
+        super().__init__(request, socket, hub)
         self._config: dict[str, Any] = {}
         self._talk = Talk()
         self._response: Response | None = None
