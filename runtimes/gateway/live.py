@@ -8,7 +8,6 @@ or to the server's background model.
 from __future__ import annotations
 
 import base64
-from dataclasses import dataclass
 from typing import Any
 
 from aiohttp import web
@@ -32,6 +31,7 @@ from tmlc.runtimes.gateway.fields import (
     policy_of,
     text_of,
 )
+from tmlc.runtimes.gateway.held import Held
 from tmlc.runtimes.gateway.hub import Hub
 from tmlc.runtimes.gateway.sessions import LiveSession, Opening
 from tmlc.runtimes.gateway.wire import Connection, event_id
@@ -87,15 +87,6 @@ REASONS = {
 """Live's words for why a session ended; everything else is a lost connection to the model."""
 
 
-@dataclass
-class _Transcript:
-    """What the model said and the client was not told, for the pressure's sake: from tick `first` to before `end`."""
-
-    text: str = ""
-    first: int = 0
-    end: int = 0
-
-
 class LiveConnection(Connection):
     """One primary WebSocket."""
 
@@ -107,7 +98,7 @@ class LiveConnection(Connection):
         self._config: dict[str, Any] = {}
         self._format = AudioFormat()
         self._muted = self._events = False
-        self._held = _Transcript()
+        self._held = Held()
         self._closing: str | None = None
 
     def accepted(self) -> frozenset[str]:
@@ -277,7 +268,9 @@ class LiveConnection(Connection):
         assert session is not None
         self._tell_started(own, resumed)
         session.attach(self)
-        for number, happening in session.events.after(after):
+        again = list(session.events.after(after))
+        self._held.resume(after, {number for number, _ in again})
+        for number, happening in again:
             self.push(number, happening)
 
     def _tell_started(self, own: str | None, resumed: bool) -> None:
@@ -399,10 +392,7 @@ class LiveConnection(Connection):
             if self._events:
                 message["tmlc"] = {"sequence": number, "tick": tick.index}  # type: ignore[assignment]
             self.send(message, tick.index)
-        held = self._held
-        if tick.text and tick.index >= held.end:  # else it is in there, and the tick is sent a second time
-            held.first = held.first if held.text else tick.index
-            held.text, held.end = (held.text + tick.text)[-MAX_CHARACTERS:], tick.index + 1
+        self._held.add(number, tick.index, tick.text)
         if self.session.seat.level < Level.NO_TRANSCRIPTS:
             self._transcribe()
         if self._events:
@@ -419,10 +409,9 @@ class LiveConnection(Connection):
 
     def _transcribe(self) -> None:
         """Sends the transcript that waits."""
-        period, held = self.hub.sessions.tick_ms, self._held
-        if held.text:
-            start, end, text = held.first * period, held.end * period, held.text
-            held.text, held.first, held.end = "", 0, 0
+        if self._held and self.session is not None:
+            start, end = (tick * self.hub.sessions.tick_ms for tick in self._held.ticks)
+            text = self._held.tell(self._number, self.session.sent)
             self._answer("session.output_transcript.delta", None, delta=text, start_ms=start, end_ms=end)
 
     def _usage(self) -> dict[str, Any]:

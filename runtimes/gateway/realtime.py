@@ -96,7 +96,9 @@ class RealtimeConnection(Responses):
         facts = {"resume_token": session.token, "resumed": resumed, "tick_ms": self.hub.sessions.tick_ms}
         self._tell("session.created", session=self._resource(), tmlc=facts)
         session.attach(self)
-        for number, happening in session.events.after(after):
+        again = list(session.events.after(after))
+        self._talk.held.resume(after, {number for number, _ in again})
+        for number, happening in again:
             self.push(number, happening)
 
     def _fresh(self) -> dict[str, Any]:

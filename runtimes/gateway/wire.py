@@ -200,7 +200,8 @@ class Connection(ABC):
     async def _receive(self, text: str) -> None:
         own: str | None = None
         try:
-            if self.meter is not None and (why := self.meter.message(len(text))):
+            size = len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
+            if self.meter is not None and (why := self.meter.message(size)):
                 self.observer.refused("rate")
                 raise WireError(f"more {why} than this server takes", "rate_limit_exceeded", kind="rate_limit_error")
             try:
