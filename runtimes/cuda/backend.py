@@ -23,9 +23,11 @@ from tmlc.errors import (
 )
 from tmlc.package.reader import Package
 from tmlc.runtimes.core.backend import DTYPES, Backend, MethodSpec, check_inputs
+from tmlc.runtimes.core.kernels import KernelTimer
 from tmlc.runtimes.core.placement import Placement, refuse_cpu_options
 from tmlc.runtimes.core.slots import Slot, SlotMemory
 from tmlc.runtimes.cuda.driver import Address, Driver, KernelLaunch
+from tmlc.runtimes.cuda.kernel_times import CudaTimer, Key
 from tmlc.runtimes.cuda.plan import BucketInfo, MethodPlan, Plan, PointerArg, architectures, read_plan, up
 from tmlc.runtimes.cuda.schedule import Piece, schedule
 from tmlc.runtimes.cuda.slots import DeviceSlots
@@ -134,7 +136,9 @@ class CudaBackend(Backend):
             name: [out.allocate(method.spec.max_n) for out in method.spec.outputs]
             for name, method in plan.methods.items()
         }
-        self._graphs: dict[tuple[str, int, int], Any] = {}
+        self._graphs: dict[Key, Any] = {}
+        self._marked: dict[Key, Any] = {}  # in their place while kernels are timed
+        self._note: Callable[[Key, int], None] | None = None
 
     def slots(self, count: int) -> SlotMemory:
         """Reserves the states in device memory, and captures the graph of every bucket (they hold its address)."""
@@ -161,19 +165,32 @@ class CudaBackend(Backend):
         """Starts a bucket's graph on what its buffers hold, as `call` does; for measuring."""
         self.driver.replay(self._graphs[method, bucket.batch, bucket.n])
 
-    def work(self, bucket: BucketInfo) -> Callable[[], None]:
-        """What one call of a bucket asks of the driver: a copy in, the kernels, a copy out."""
+    def work(self, bucket: BucketInfo, mark: Callable[[], None] | None = None) -> Callable[[], None]:
+        """What one call of a bucket asks of the driver: a copy in, the kernels, a copy out. `mark` is called before the
+        first kernel and behind each."""
         launches = self.launches(bucket)
         arriving, leaving = self._in[: bucket.in_bytes], self._out[: bucket.out_bytes]
 
         def run() -> None:
             self.driver.to_device(self._base["in"], arriving)
+            if mark is not None:
+                mark()
             for launch in launches:
                 self.driver.launch(launch)
+                if mark is not None:
+                    mark()
             if leaving.size:
                 self.driver.to_host(leaving, self._base["out"])
 
         return run
+
+    def kernel_timer(self) -> KernelTimer:
+        """Times of every launch, by events in the graphs. All sessions' slots must be reserved."""
+
+        def use(graphs: dict[Key, Any] | None, note: Callable[[Key, int], None] | None) -> None:
+            self._marked, self._note = graphs or {}, note
+
+        return CudaTimer(self, use)
 
     def launches(self, bucket: BucketInfo) -> list[KernelLaunch]:
         """The bucket's launches, bound to this device's addresses."""
@@ -218,8 +235,11 @@ class CudaBackend(Backend):
             self.driver.activate()
             for bucket, pieces in schedule([n for n, _ in parts], plan.buckets):
                 self._pack(plan, bucket, pieces, parts, starts, inputs)
-                self.driver.replay(self._graphs[method, bucket.batch, bucket.n])
+                key = method, bucket.batch, bucket.n
+                self.driver.replay(self._marked.get(key) or self._graphs[key])
                 self.driver.synchronize()
+                if self._note is not None:
+                    self._note(key, sum(piece[2] for piece in pieces))
                 self._unpack(plan, bucket, pieces, starts, results)
         except DeviceError as error:
             self._lost = error.what
@@ -302,6 +322,7 @@ class CudaBackend(Backend):
         if self._memory is not None:
             self._memory.closed = True
         self._graphs.clear()
+        self._marked.clear()
         self.driver.close()
 
 
