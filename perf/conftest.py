@@ -114,3 +114,18 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         "figures": [{**asdict(f), "met": f.met} for f in FIGURES],
     }
     (RESULTS / f"{slug()}.json").write_text(json.dumps(body, indent=2) + "\n", encoding="utf-8")
+    (RESULTS / f"{slug()}.md").write_text(_markdown(body), encoding="utf-8")
+
+
+def _markdown(body: dict[str, Any]) -> str:
+    """The figures as a table, for a page."""
+    box = body["machine"]
+    lines = [
+        f"`make perf` on {box['cpu']}, {box['cores']} cores, {body['date']}; load average {body['load_average']:.1f}.",
+        "", "| figure | value | target | |", "| --- | ---: | ---: | --- |",
+    ]  # fmt: skip
+    for f in body["figures"]:
+        target = "" if f["target"] is None else f"≤ {f['target']:g} {f['unit']}"
+        met = {None: "", True: "met", False: "missed"}[f["met"]]
+        lines.append(f"| {f['name']} | {f['value']:.4g} {f['unit']} | {target} | {met} |")
+    return "\n".join(lines) + "\n"

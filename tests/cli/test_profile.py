@@ -18,11 +18,11 @@ from tmlc.report.call_work import call_work
 from tmlc.report.latency import Budget, growth, parse_milliseconds, spread, turn_latency
 from tmlc.report.plan.source import load_planned
 from tmlc.report.plan.work import method_work
-from tmlc.report.profile.inputs import synthetic_recording
 from tmlc.report.profile.measure import profile_engine
 from tmlc.report.profile.parts import PARTS
 from tmlc.report.profile.stages import APPEND
-from tmlc.runtimes.core.clock import make_clock
+from tmlc.report.scenario.inputs import busy_case
+from tmlc.report.scenario.show import Show
 from tmlc.runtimes.core.session import Session
 
 QUICK = ("--startup-runs", "0", "--no-kernels")
@@ -92,7 +92,7 @@ def test_the_parts_of_nanos_ticks_are_their_wall_time_within_three_percent(nano)
 
     with tmlc.load(nano, threads=1) as engine:
         shape = tick_shape(engine.manifest)
-        recording = synthetic_recording(shape, 30.0, engine.model.hears)
+        shown = Show(engine, busy_case(engine, shape, 30.0), shape)
         engine.backend.call = timed(engine.backend.call, called)
         session_tick, marks = Session.tick, []
 
@@ -103,7 +103,7 @@ def test_the_parts_of_nanos_ticks_are_their_wall_time_within_three_percent(nano)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Session, "tick", tick)
             view = profile_engine(
-                engine, recording, 150, make_clock("input", shape.seconds), Budget(), package=nano,
+                engine, shown, Budget(), package=nano,
                 inputs={"seed": 0}, settings={"threads": 1}, startup_runs=0, kernels_every=3, report=lambda *_: None,
             )  # fmt: skip
     marks.append(len(called))
@@ -180,7 +180,8 @@ def test_the_table_says_the_same_to_a_person(tmlc_cli, package):
 def test_json_and_text_files_are_written_beside_each_other(tmlc_cli, package, tmp_path):
     options = ["--seconds", "1", *QUICK, "-o", tmp_path / "new" / "report"]
     tmlc_cli("profile", package, *options)
-    assert sorted(p.name for p in (tmp_path / "new").iterdir()) == ["report.json", "report.txt"]
+    names = sorted(p.name for p in (tmp_path / "new").iterdir())
+    assert names == [f"report.{kind}" for kind in ("html", "json", "trace.json", "txt")]
     view = json.loads((tmp_path / "new" / "report.json").read_text())
     assert view["ticks"] == 5 and view["startup"] is None
     assert "turn latency" in (tmp_path / "new" / "report.txt").read_text()

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from tmlc.errors import UsageError
-from tmlc.report.compare import compare, independent, slower, tail_mean
+from tmlc.report.bootstrap import independent, tail_mean
+from tmlc.report.compare import compare, slower
 from tmlc.report.profile.file import profile_text, read_profile
 
 LEVELS = {"decode": 6.0, "vocode": 1.5, "embed_text": 0.02}

@@ -111,7 +111,7 @@ def command(
         click.get_current_context().exit(1)
 
 
-def parse_part(text: str) -> float:
+def parse_part(text: str, where: str = "--max-misses") -> float:
     """'0.1%' or '0.001' as a part of one.
 
     Raises:
@@ -120,5 +120,5 @@ def parse_part(text: str) -> float:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(%?)", text.strip())
     value = float(match[1]) / (100.0 if match[2] else 1.0) if match else 2.0
     if value > 1:
-        raise UsageError(f"{text!r} is not a part", where="--max-misses", fix="write it as 0.1% or 0.001")
+        raise UsageError(f"{text!r} is not a part", where=where, fix="write it as 0.1% or 0.001")
     return value

@@ -30,6 +30,7 @@ VERBS = {
     "run": "play a recorded conversation into a model",
     "serve": "a package as a live server",
     "replay": "do a logged session again, and check that it gives the same",
+    "eval": "what an interaction model does in conversation, scored",
     "profile": "latency against the budget, memory, start-up",
     "tune": "block sizes of GPU kernels, measured into a table",
     "plan": "memory, step time and sessions on hardware that is not here",

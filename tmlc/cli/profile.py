@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 from click.core import ParameterSource
@@ -20,12 +21,18 @@ from tmlc.cli.common import (
     show,
     verb,
 )
-from tmlc.cli.inputs import SEED, open_recording, recording_options, tick_shape
+from tmlc.cli.inputs import SEED, recording_options, tick_shape
 from tmlc.cli.outputs import Outputs
+from tmlc.cli.profile_against import ALONE, against_package
+from tmlc.cli.profile_case import FIXED_BY_CASE, SECONDS, choose, refuse_beside
 from tmlc.cli.profile_compare import compare_files
+from tmlc.cli.profile_files import check_files, file_options, names, texts, write_for_ci
+from tmlc.cli.profile_options import comparison_options, experiment_options
 from tmlc.errors import UsageError
 
-SECONDS = 130.0
+if TYPE_CHECKING:
+    from tmlc.runtimes.core.engine import Engine
+
 KERNELS_EVERY = 3  # shares no factor with what a tick does every second or fifth time
 
 
@@ -34,23 +41,17 @@ KERNELS_EVERY = 3  # shares no factor with what a tick does every second or fift
     example="""
 tmlc profile nano.tmlc
 tmlc profile nano.tmlc --audio speech.wav --video camera.mp4 --text typed.yaml -o out/report
-tmlc profile nano.tmlc --budget 300ms --threads 1 --json
+tmlc profile nano.tmlc --budget 300ms --fail-over p99,growth:5% --threads 1 --json
+tmlc profile nano.tmlc --case perf/cases/busy_talker.yaml --find-sessions
+tmlc profile nano.tmlc --ablate --checkpoint nano/ --seconds 40
+tmlc profile before.tmlc --against after.tmlc --fail-over 3%
 tmlc profile --compare before.json after.json --fail-over 3%
 """,
 )
 @click.argument("package", type=click.Path(path_type=Path), required=False)
-@click.option(
-    "--compare",
-    type=(click.Path(path_type=Path), click.Path(path_type=Path)),
-    metavar="A.json B.json",
-    help="Measure nothing: say in which figures profile B differs from A.",
-)
-@click.option(
-    "--fail-over",
-    metavar="PERCENT",
-    help="With --compare: exit code 1 when B is slower than A by more than this, beyond the interval.",
-)
+@comparison_options
 @recording_options
+@experiment_options
 @click.option(
     "--seconds",
     type=click.FloatRange(0.4, 86400.0),
@@ -87,7 +88,7 @@ tmlc profile --compare before.json after.json --fail-over 3%
     help="Time kernel calls in every N-th tick.",
 )
 @SEED
-@click.option("-o", "--out", type=click.Path(path_type=Path), metavar="STEM", help="Also write STEM.json and STEM.txt.")
+@file_options
 @THREADS
 @PIN
 @HUGE_PAGES
@@ -99,11 +100,17 @@ def command(
     context: click.Context,
     package: Path | None,
     compare: tuple[Path, Path] | None,
+    against: Path | None,
     fail_over: str | None,
     audio: Path | None,
     video: Path | None,
     fps: float,
     text: Path | None,
+    case_file: Path | None,
+    find_sessions: bool,
+    ablate: str | None,
+    checkpoint: Path | None,
+    quality: Path | None,
     seconds: float | None,
     clock: str,
     budget: str,
@@ -112,6 +119,8 @@ def command(
     kernels_every: int,
     seed: int,
     out: Path | None,
+    junit: Path | None,
+    summary: Path | None,
     threads: int | None,
     pin: bool,
     huge_pages: bool,
@@ -120,38 +129,54 @@ def command(
     force: bool,
     as_json: bool,
 ) -> None:
-    """Measure PACKAGE on this machine. Exit code 1 when a step's p99 is over what the budget leaves for it.
+    """Measure PACKAGE on this machine. Exit code 1 when a figure of --fail-over is over what is allowed: without it,
+    when a step's p99 is over what the budget leaves for it.
 
-    Without a recording it plays made-up input that keeps every part of the model busy. With --compare it measures
-    nothing and holds two reports against each other.
+    Without a case or a recording it plays made-up input that keeps every part of the model busy. With --compare it
+    measures nothing and holds two reports against each other.
     """
     if compare is not None:
         _refuse_beside_compare(context)
-        compare_files(context, *compare, fail_over, as_json)
+        compare_files(context, *compare, fail_over, as_json, junit, summary)
         return
-    if package is None or fail_over is not None:
-        raise UsageError(
-            "there is no package to profile" if package is None else "there is nothing to hold --fail-over against",
-            where="PACKAGE" if package is None else "--fail-over",
-            fix="name a package, or two reports with --compare",
-        )
+    if package is None:
+        raise UsageError("there is no package to profile", where="PACKAGE",
+                         fix="name a package, or two reports with --compare")  # fmt: skip
+    if case_file is not None:
+        refuse_beside(context, "--case", FIXED_BY_CASE, "the case says what is played")
     import tmlc
+    from tmlc.report.advice import add_advice, advice_tables
+    from tmlc.report.gate import check_gates, gate_records, parse_gates
     from tmlc.report.latency import Budget, parse_milliseconds
-    from tmlc.report.profile.file import profile_text
-    from tmlc.report.profile.inputs import synthetic_recording
+    from tmlc.report.profile.experiments import add_ablation, add_sessions_held
     from tmlc.report.profile.measure import profile_engine
+    from tmlc.report.profile.quality import read_scores
     from tmlc.report.profile.view import profile_tables
-    from tmlc.report.tables import plain_text
-    from tmlc.runtimes.core.clock import make_clock
+    from tmlc.report.scenario.case import read_case
+    from tmlc.report.scenario.load import background_load
+    from tmlc.report.scenario.show import Show
 
+    def load(path: Path, sessions: int) -> Engine:
+        return tmlc.load(
+            path, threads=threads, sessions=sessions, pin=pin, portable_bits=portable_bits, huge_pages=huge_pages,
+            kernel_cache=kernel_cache,
+        )  # fmt: skip
+
+    case = read_case(case_file) if case_file is not None else None
+    if against is not None:
+        refuse_beside(context, "--against", ALONE, "two packages are held against each other, nothing else is measured")
+        against_package(context, load, package, against, case, seconds, seed, fail_over, out, force, as_json)
+        return
+    if (ablate is None) != (checkpoint is None):
+        raise UsageError("--ablate and --checkpoint belong together", where="--ablate",
+                         fix="give the checkpoint that PACKAGE was compiled from")  # fmt: skip
+    gates = parse_gates(fail_over or "p99")
+    evaluated = read_scores(quality) if quality is not None else None
     total = parse_milliseconds(budget)
-    outputs = (
-        Outputs(out.absolute().parent, [f"{out.name}.json", f"{out.name}.txt"], force) if out is not None else None
-    )
-    engine = tmlc.load(
-        package, threads=threads, sessions=1, pin=pin, portable_bits=portable_bits, huge_pages=huge_pages,
-        kernel_cache=kernel_cache,
-    )  # fmt: skip
+    check_files(junit, summary)
+    outputs = Outputs(out.absolute().parent, names(out), force) if out is not None else None
+    settings = {"threads": threads, "pin": pin, "huge_pages": huge_pages, "portable_bits": portable_bits}
+    engine = load(package, 1 if case is None else case.sessions)
     try:
         shape = tick_shape(engine.manifest)
         allowed = Budget(total, shape.duration_ms)
@@ -161,34 +186,13 @@ def command(
                 where="--budget",
                 fix=f"a tick alone takes {shape.duration_ms} ms to fill: allow more",
             )
-        made_up = audio is None and video is None and text is None
-        if made_up:
-            length = SECONDS if seconds is None else seconds
-            recording = synthetic_recording(shape, length, engine.model.hears, engine.tokenizer is not None)
-        else:
-            recording = open_recording(engine.manifest, audio, video, fps, text)
-            length = recording.duration() if seconds is None else seconds
-        count = recording.count(length)
-        if count < 2:
-            raise UsageError(
-                "a profile needs at least two ticks",
-                where="--seconds",
-                fix="give a longer recording, or --seconds",
-            )
-        inputs = {
-            "what": "made-up audio, video and text"
-            if made_up
-            else ", ".join(str(p) for p in (audio, video, text) if p is not None),
-            "clock": clock,
-            "seed": seed,
-        }
-        settings = {"threads": threads, "pin": pin, "huge_pages": huge_pages, "portable_bits": portable_bits}
-        with progress(as_json) as report:
+        chosen = choose(engine, shape, case, audio, video, fps, text, seconds, clock)
+        case = chosen.case
+        inputs = {"what": chosen.what, "clock": case.clock, "seed": seed}
+        with progress(as_json) as report, background_load(case.load, package):
             view = profile_engine(
                 engine,
-                recording,
-                count,
-                make_clock(clock, shape.seconds),
+                Show(engine, case, shape, seed, chosen.recording),
                 allowed,
                 package=package,
                 inputs=inputs,
@@ -196,27 +200,36 @@ def command(
                 startup_runs=startup_runs,
                 kernels_every=None if no_kernels else kernels_every,
                 report=report,
+                evaluated=evaluated,
             )
+            if ablate is not None and checkpoint is not None:
+                add_ablation(view, engine, checkpoint, ablate, load, case, shape, report)
+            if find_sessions:
+                engine.close()
+                add_sessions_held(view, package, load, case, shape, allowed.step_ms, report)
     finally:
         engine.close()
-    tables = profile_tables(view)
+    verdicts = check_gates(view, gates)
+    view["gate"] = gate_records(verdicts)
+    add_advice(view)
+    tables = [*profile_tables(view), *advice_tables(view)]
     if outputs is not None and out is not None:
         with outputs:
-            outputs.path(f"{out.name}.json").write_text(profile_text(view), encoding="utf-8")
-            outputs.path(f"{out.name}.txt").write_text(plain_text(tables), encoding="utf-8")
+            for name, text in texts(out, view, tables).items():
+                outputs.path(name).write_text(text, encoding="utf-8")
+    write_for_ci(view, junit, summary)
     if as_json:
         print_json(view)
     else:
         show(*tables)
-    if not view["turn_latency"]["within_budget"]:
-        worst = view["step_ms"]["p99"]
-        note(f"over budget: the step's p99 is {worst:.1f} ms, the budget leaves {allowed.step_ms:g} ms")
+    if failed := [str(verdict) for verdict in verdicts if not verdict.passed]:
+        note(f"over budget: {'; '.join(failed)}")
         context.exit(1)
 
 
 def _refuse_beside_compare(context: click.Context) -> None:
     """UsageError for anything that was given and that only a measurement needs."""
-    allowed = {"compare", "fail_over", "as_json"}
+    allowed = {"compare", "fail_over", "junit", "summary", "as_json"}
     for parameter in context.command.params:
         name = parameter.name or ""
         source = context.get_parameter_source(name)
@@ -224,5 +237,5 @@ def _refuse_beside_compare(context: click.Context) -> None:
             raise UsageError(
                 f"{parameter.get_error_hint(context)} is for measuring",
                 where="--compare",
-                fix="leave it out: a comparison reads two reports, and takes --fail-over and --json",
+                fix="leave it out: a comparison takes two reports, --fail-over, --junit, --summary and --json",
             )

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from tmlc.cli.common import note, print_json, show
+from tmlc.cli.profile_files import check_files, write_for_ci
 from tmlc.errors import UsageError
 
 
@@ -23,17 +24,27 @@ def parse_percent(text: str) -> float:
     return float(match[1]) / 100
 
 
-def compare_files(context: click.Context, a: Path, b: Path, fail_over: str | None, as_json: bool) -> None:
+def compare_files(
+    context: click.Context,
+    a: Path,
+    b: Path,
+    fail_over: str | None,
+    as_json: bool,
+    junit: Path | None,
+    summary: Path | None,
+) -> None:
     """Compare and print. Exit code 1 when B is slower by more than `fail_over`, at the near end of the interval too."""
     from tmlc.report.compare import compare, compare_tables, slower
     from tmlc.report.profile.file import read_profile
 
+    check_files(junit, summary)
     share = parse_percent(fail_over) if fail_over is not None else None
     # Two reports of one package carry one path: the files are what a reader knows them by.
     one, two = ({**read_profile(path), "package": str(path)} for path in (a, b))
     found = compare(one, two)
     failed = slower(found, share) if share is not None else []
     found["fail_over"] = None if share is None else {"share": share, "failed": failed}
+    write_for_ci(found, junit, summary, compared=True)
     if as_json:
         print_json(found)
     else:

@@ -1,12 +1,8 @@
 """Two profiles side by side: the difference of each figure with an interval, and whether it shows anything.
 
-The interval is a bootstrap of the difference of one statistic between two lists of ticks. Resampling n ticks and taking
-the k-th smallest is the same as drawing U from Beta(k, n - k + 1) and taking the value at rank ceil(n·U), so a quantile
-needs no resampled lists (the distribution of order statistics; here k is q·(m + 1), which need not be whole). Ticks
-that follow one another are alike, so only m of n are drawn, where m is the number of independent ticks that would tell
-as much: n / (1 + 2·Σρ), with the autocorrelation ρ of "is this tick above the quantile?", summed as C. Geyer proposes
-(Practical Markov Chain Monte Carlo, 1992): pairs of lags while they are positive. What both profiles have in common,
-such as a step that grows with the conversation, is no noise, and is divided out before ρ is estimated.
+The interval is a bootstrap of the difference of one statistic between two lists of ticks (`tmlc.report.bootstrap`).
+What both profiles have in common, such as a step that grows with the conversation, is no noise, and is divided out
+before it is counted how many of the ticks are independent.
 
 An interval cannot see a machine that was busy for a part of one profile. So the medians of WINDOWS parts of the session
 are compared, too: a change of a median that is not DRIFTS times as large as their changes wander, and of the slow ticks
@@ -21,23 +17,18 @@ from typing import Any
 
 import numpy as np
 
+from tmlc.report.bootstrap import TAIL, independent, interval, quantile_draws, tail_mean, tails
+from tmlc.report.noise import WINDOWS, interrupted, too_few, wandering, wide, windows
 from tmlc.report.tables import grid, milliseconds, table
 
-DRAWS = 20_000
 FAMILY_ERROR = 0.01
 """How often a comparison of two equal engines calls any of its figures different; divided among the figures."""
 LEAST = 0.02
 """A difference of less is never called one: it is what another placement of the same bytes in memory makes."""
 LEAST_MS = 0.002
-TAIL = 0.05
 MANY = 3
 """Ticks that must lie above a quantile before it says something."""
-RESOLUTION = 0.03
-"""An interval of the median that is wider to either side, or a median that moves as much within a profile, is noise."""
-WINDOWS = 8
 DRIFTS, TAIL_DRIFTS = 2.0, 4.0
-PREEMPTED = 0.05
-"""Involuntary context switches a tick: with more, other programs wanted the cores."""
 GATED_SHARE = 0.01
 """Stages of a smaller share of the step are shown and never fail a comparison."""
 
@@ -65,61 +56,16 @@ class Figure:
 
 def shared_level(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """For each tick of both the level that their medians have in common there, from WINDOWS windows, interpolated."""
-    if min(a.size, b.size) < 10 * WINDOWS:
+    one, two = windows(a), windows(b)
+    if one is None or two is None:
         return np.ones(a.size), np.ones(b.size)
-    medians = [[float(np.median(part)) for part in np.array_split(v, WINDOWS)] for v in (a, b)]
-    common = np.mean(medians, axis=0)
+    common = (one + two) / 2
     centres = (np.arange(WINDOWS) + 0.5) / WINDOWS
     first, second = (np.interp((np.arange(v.size) + 0.5) / v.size, centres, common) for v in (a, b))
     return first, second
 
 
-def independent(values: np.ndarray, level: np.ndarray, quantile: float) -> int:
-    """How many independent ticks tell as much about a quantile as these n that follow one another; 1 to n."""
-    relative = values / np.maximum(level, 1e-9)
-    above = (relative > np.quantile(relative, quantile)).astype(np.float64)
-    above -= above.mean()
-    n = values.size
-    variance = float(above @ above) / n
-    if variance == 0:
-        return n
-    spectrum = np.fft.rfft(above, 2 * n)
-    rho = np.fft.irfft(spectrum * spectrum.conj())[:n] / n / variance
-    total = 0.0
-    for lag in range(1, n - 1, 2):
-        pair = float(rho[lag] + rho[lag + 1])
-        if pair <= 0:
-            break
-        total += pair
-    return max(1, min(n, round(n / (1 + 2 * total))))
-
-
-def quantile_draws(values: np.ndarray, m: int, quantile: float, random: np.random.Generator) -> np.ndarray:
-    """The quantile of DRAWS resamplings of m ticks."""
-    uniform = random.beta(quantile * (m + 1), (1 - quantile) * (m + 1), DRAWS)
-    return _at(values, uniform)
-
-
-def _tails(values: np.ndarray, m: int, random: np.random.Generator) -> np.ndarray:
-    """The mean of the slowest TAIL of DRAWS resamplings of m ticks: the largest order statistics of m uniform
-    numbers.
-    """
-    slow = round(TAIL * m)
-    steps = random.random((DRAWS, slow)) ** (1.0 / (m - np.arange(slow)))
-    return _at(values, np.cumprod(steps, axis=1)).mean(axis=1)
-
-
-def _at(values: np.ndarray, uniform: np.ndarray) -> np.ndarray:
-    """The observed values at these places between the smallest (0) and the largest (1)."""
-    return np.sort(values)[np.minimum((uniform * values.size).astype(np.int64), values.size - 1)]
-
-
-def tail_mean(values: np.ndarray) -> float:
-    """Mean of the slowest TAIL of the ticks, at least one."""
-    return float(np.sort(values)[-max(1, round(TAIL * values.size)) :].mean())
-
-
-def _figure(name: str, a: np.ndarray, b: np.ndarray, of: float | None, error: float, seed: int, gated: bool) -> Figure:
+def figure(name: str, a: np.ndarray, b: np.ndarray, of: float | None, error: float, seed: int, gated: bool) -> Figure:
     """One figure: the quantile `of`, or the mean of the slowest ticks. `error`: how often its interval may be wrong."""
     random = np.random.default_rng(seed)
     if of is None:
@@ -133,10 +79,10 @@ def _figure(name: str, a: np.ndarray, b: np.ndarray, of: float | None, error: fl
     if min(m, n) * (1 - quantile) < MANY:
         return Figure(name, first, second, change, None, None, None, "too few ticks", gated)
     if of is None:
-        difference = _tails(b, n, random) - _tails(a, m, random)
+        difference = tails(b, n, random) - tails(a, m, random)
     else:
         difference = quantile_draws(b, n, of, random) - quantile_draws(a, m, of, random)
-    low, high = (float(v) for v in np.quantile(difference / base, (error / 2, 1 - error / 2)))
+    low, high = interval(difference / base, error)
     drift = _drift(a, b)
     wander = (DRIFTS if quantile == 0.5 else TAIL_DRIFTS) * (drift or 0.0)
     large = abs(change) >= max(LEAST, wander) and abs(second - first) >= LEAST_MS
@@ -150,10 +96,8 @@ def _figure(name: str, a: np.ndarray, b: np.ndarray, of: float | None, error: fl
 
 def _drift(a: np.ndarray, b: np.ndarray) -> float | None:
     """How much the change of the median wanders in the session: standard deviation of that of WINDOWS parts."""
-    if min(a.size, b.size) < 10 * WINDOWS:
-        return None
-    first, second = (np.maximum([np.median(part) for part in np.array_split(v, WINDOWS)], 1e-9) for v in (a, b))
-    return float(np.std(second / first))
+    first, second = windows(a), windows(b)
+    return None if first is None or second is None else float(np.std(second / first))
 
 
 def _numbers(column: Sequence[float | None]) -> np.ndarray:
@@ -183,13 +127,13 @@ def compare(a: Mapping[str, Any], b: Mapping[str, Any], seed: int = 0) -> dict[s
     between = _numbers(one["between_calls_ms"]), _numbers(two["between_calls_ms"])
     wanted.append(("between calls p50", *between, 0.5, bool(between[0].sum() / steps[0].sum() >= GATED_SHARE)))
     error = FAMILY_ERROR / len(wanted)
-    figures = [_figure(n, x, y, of, error, seed + k, gated) for k, (n, x, y, of, gated) in enumerate(wanted)]
+    figures = [figure(n, x, y, of, error, seed + k, gated) for k, (n, x, y, of, gated) in enumerate(wanted)]
     return {
         "a": _identity(a),
         "b": _identity(b),
         "confidence": 1 - error,
-        "figures": [asdict(figure) for figure in figures],
-        "warnings": [*_unlike(a, b), *_noise(steps, figures[0])],
+        "figures": [asdict(one) for one in figures],
+        "warnings": [*_unlike(a, b), *noise_of(steps, figures[0])],
     }
 
 
@@ -213,25 +157,18 @@ def _unlike(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
     if a["ticks"] != b["ticks"]:
         found.append(f"the sessions differ in length: {a['ticks']} and {b['ticks']} ticks")
     for name, view in (("A", a), ("B", b)):
-        if view["preempted"] > PREEMPTED * view["ticks"]:
-            found.append(f"other programs wanted the cores: {name} was interrupted {view['preempted']} times")
+        found += interrupted(view["preempted"], view["ticks"], name)
     only = sorted(set(a["samples"]["stages_ms"]) ^ set(b["samples"]["stages_ms"]))
     if only:
         found.append(f"only one of them has: {', '.join(only)}")
     return found
 
 
-def _noise(steps: tuple[np.ndarray, np.ndarray], median: Figure) -> list[str]:
+def noise_of(steps: tuple[np.ndarray, np.ndarray], median: Figure) -> list[str]:
     """Why nothing should be concluded from the medians, if so."""
-    found = []
     if median.low is None or median.high is None:
-        return [f"too few ticks to conclude: {steps[0].size} and {steps[1].size}; profile longer sessions"]
-    width = (median.high - median.low) / 2
-    if width > RESOLUTION:
-        found.append(f"the machine was too noisy to conclude: a step's median is known to ±{width:.1%} only")
-    if median.drift is not None and median.drift > RESOLUTION:
-        found.append(f"the machine was too noisy to conclude: the change of the step wandered by ±{median.drift:.1%}")
-    return found
+        return [too_few(*(step.size for step in steps))]
+    return [*wide((median.high - median.low) / 2), *wandering(median.drift, "the change of the step")]
 
 
 def compare_tables(comparison: Mapping[str, Any]) -> list[Any]:

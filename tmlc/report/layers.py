@@ -20,6 +20,12 @@ _LAYER = re.compile(
 )
 
 
+def read_layer(note: object) -> dict[str, str | None] | None:
+    """What a note says of one layer: layer, scheme, error, effect, spared; None when it is no such note."""
+    found = _LAYER.fullmatch(note) if isinstance(note, str) and is_text(note) else None
+    return None if found is None else found.groupdict()
+
+
 def layer_tables(records: Iterable[Mapping[str, Any]]) -> list[RenderableType]:
     """For each record of a quantize pass that measured its layers: the worst of them, in the record's order."""
     made: list[RenderableType] = []
@@ -27,7 +33,7 @@ def layer_tables(records: Iterable[Mapping[str, Any]]) -> list[RenderableType]:
         notes = record.get("notes")
         if not str(record.get("pass")).startswith("quantize.") or not isinstance(notes, list):
             continue
-        layers = [found for note in notes if is_text(note) and (found := _LAYER.fullmatch(note))]
+        layers = [found for note in notes if (found := read_layer(note))]
         if not layers:
             continue
         shown = f"worst {WORST} of {len(layers)}, all: --json" if len(layers) > WORST else f"{len(layers)}"
@@ -35,7 +41,7 @@ def layer_tables(records: Iterable[Mapping[str, Any]]) -> list[RenderableType]:
         columns = ["layer", "codes", "relative error", *(["effect, nats"] if effects else []), "spared"]
         rows = table(f"{record['pass']}: layers ({shown})", *columns)
         for layer in layers[:WORST]:
-            effect = [layer["effect"] or ""] if effects else []
-            rows.add_row(layer["layer"], layer["scheme"], layer["error"], *effect, layer["spared"] or "")
+            shown_of = ("layer", "scheme", "error", *(("effect",) if effects else ()), "spared")
+            rows.add_row(*(layer[name] or "" for name in shown_of))
         made.append(rows)
     return made

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from .episode import Task
 from .spoken import ASKED, ask_for_a_word, played, start_counting
 from .stage import Stage
 
-ASIDE = {"gain": 0.4, "dull": 0.5}
+ASIDE: dict[str, Any] = {"gain": 0.4, "dull": 0.5}
 """Somebody who turns away from the microphone: quieter, and with less treble."""
 
 

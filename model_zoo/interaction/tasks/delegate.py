@@ -23,7 +23,7 @@ def delegate(stage: Stage) -> None:
         result = stage.free + int(stage.rng.integers(4, 12))
     stage.inject(answer, result)
     stage.say(answer, result)
-    stage.lasts((stage.free + 6) * TICK_SAMPLES)
+    stage.lasts((stage.free + 10) * TICK_SAMPLES)
     stage.labels |= {
         "ask": [asked, end], "task": task, "answer": answer, "turns": [turn],
         "delegated_tick": written - 1, "result_tick": result, "delay_ticks": result - (written - 1),

@@ -16,10 +16,7 @@ from tmlc.errors import UsageError
 from tmlc.ir.ops import spec_of
 from tmlc.ir.program import Method, Program, role, type_of
 from tmlc.ir.types import TensorType
-
-BITS = {"fp32": 32.0, "bf16": 16.0, "fp8": 8.0 + 32.0 / 128, "int8": 8.5, "int4": 4.75}
-"""Bits of one weight of a product as stored, scales and zero points with it: int8 and int4 as docs/plan-format.md has
-them, fp8 with a float32 scale for 128 weights of a row."""
+from tmlc.report.plan.precision import BITS
 
 
 @dataclass(frozen=True)

@@ -23,18 +23,20 @@ class SyntheticVideo:
         return self._random.integers(0, 256, self._size, np.uint8)
 
 
+def noise_like_speech(shape: TickShape, seconds: float, seed: int) -> np.ndarray:
+    """Noise with the loudness of speech that comes and goes, float32 mono."""
+    t = np.arange(int(seconds * shape.sample_rate)) / shape.sample_rate
+    loudness = 0.002 + 0.1 * np.clip(np.sin(2 * np.pi * 0.4 * t), 0, 1) * np.abs(np.sin(2 * np.pi * 2.3 * t))
+    return (np.random.default_rng(seed).standard_normal(t.size) * loudness).astype(np.float32)
+
+
 def synthetic_recording(shape: TickShape, seconds: float, hears: bool, reads: bool = True, seed: int = 0) -> Recording:
     """Inputs that make the model do all its work in every tick.
 
     Noise with the loudness of speech that comes and goes (`hears`), camera frames (when the model sees), a word typed
     every two seconds (`reads`: it has a tokenizer), and for a model that does not hear a token in every tick.
     """
-    random = np.random.default_rng(seed)
-    audio = None
-    if hears:
-        t = np.arange(int(seconds * shape.sample_rate)) / shape.sample_rate
-        loudness = 0.002 + 0.1 * np.clip(np.sin(2 * np.pi * 0.4 * t), 0, 1) * np.abs(np.sin(2 * np.pi * 2.3 * t))
-        audio = (random.standard_normal(t.size) * loudness).astype(np.float32)
+    audio = noise_like_speech(shape, seconds, seed) if hears else None
     typed = [TimedText(float(at), "hello") for at in np.arange(0.0, seconds if reads else 0.0, TYPED_EVERY_SECONDS)]
     video = SyntheticVideo(shape, seed) if shape.frames else None
     return Recording(shape, audio=audio, video=video, text=typed, tokens=() if hears else (0,))

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from tmlc.report.bootstrap import independent, quantile_draws
 from tmlc.report.call_work import CallWork, call_work
-from tmlc.report.compare import independent, quantile_draws
 from tmlc.report.profile.parts import Parts
 from tmlc.runtimes.core.kernels import KernelCall, KernelTimer
 

@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import resource
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tmlc.errors import UsageError
 from tmlc.package.reader import open_package
-from tmlc.report.latency import Budget, Spread, as_dict, growth, spread, turn_latency
+from tmlc.report.latency import Budget, Spread, as_dict, spread, turn_latency
 from tmlc.report.machine import machine
 from tmlc.report.profile.ceilings import Ceilings
 from tmlc.report.profile.kernels import KernelTicks, fill
 from tmlc.report.profile.memory import memory_map
+from tmlc.report.profile.meters import Meters
 from tmlc.report.profile.parts import SCHEMA, Parts
+from tmlc.report.profile.quality import pass_records, quality
 from tmlc.report.profile.samples import Samples, ran
 from tmlc.report.profile.stages import MethodCall, in_order
+from tmlc.report.scenario.show import Show
 from tmlc.report.startup import measure_startup, peak_rss_bytes
-from tmlc.runtimes.core.clock import Clock
-from tmlc.runtimes.media.player import play
-from tmlc.runtimes.media.recording import Recording
 
 if TYPE_CHECKING:
     from tmlc.runtimes.core.engine import Engine
@@ -45,9 +45,7 @@ def _preempted() -> int:
 
 def profile_engine(
     engine: Engine,
-    recording: Recording,
-    count: int,
-    clock: Clock,
+    shown: Show,
     budget: Budget,
     *,
     package: Path,
@@ -56,45 +54,54 @@ def profile_engine(
     startup_runs: int,
     kernels_every: int | None = None,
     report: Callable[[str, int, int], None],
+    evaluated: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Play `count` ≥ 2 ticks and measure. The first tick is told apart: it touches memory for the first
-    time.
+    """Play at least 2 ticks and measure. The first tick is told apart: it touches memory for the first time.
 
     Args:
+        shown: what is played.
+        evaluated: scores of `tmlc eval` (`quality.read_scores`).
         inputs: what is played, in words, its clock and seed; `settings`: how the engine was loaded.
         kernels_every: every how many ticks single kernel calls are timed; None times none.
     """
     manifest, backend = engine.manifest, engine.model.backend
     parts, samples = Parts(), Samples()
     ticks, ceilings = _timing(engine, kernels_every, parts)
-    session = engine.session(seed=inputs["seed"])
+    meters, count = Meters(), shown.count
     calls: list[MethodCall] = []
     missed, late, spoke = 0, 0.0, 0
     resident_first: int | None = None
     mark = min(count - 1, max(1, count // 10))
-    begun = before = _preempted()
-    engine.model.watch = lambda *call: calls.append(MethodCall(*call))
-    if ticks is not None:
-        ticks.before(0)
-    for played in play(session, recording, count, clock):
-        samples.add(played, calls)
+    preempted = before = 0
+
+    def ready(index: int) -> None:
+        nonlocal before
         calls.clear()
+        if ticks is not None:
+            ticks.before(index)
+        meters.before()
+        before = _preempted()
+
+    meters.start()
+    engine.model.watch = lambda *call: calls.append(MethodCall(*call))
+    for played in shown.ticks(ready):
+        taken = _preempted() - before
+        meters.after()
+        if ticks is not None:
+            ticks.after(taken > 0)
+        preempted += taken
+        samples.add(played, calls)
         missed += played.late_ms + played.step_ms > budget.step_ms
         late = max(late, played.late_ms)
         spoke += not played.output.stats.get("silent", 0)
         if played.index == mark:
             resident_first = resident_bytes()
         report("playing", played.index + 1, count)
-        now = _preempted()
-        if ticks is not None:
-            ticks.after(now > before)
-            if played.index + 1 < count:
-                ticks.before(played.index + 1)
-        before = _preempted()
-    preempted = before - begun
     resident_last, peak = resident_bytes(), peak_rss_bytes()
-    session.close()
     engine.model.watch = None
+    meters.fill(parts, samples.step, preempted)
+    shown.fill(parts)
+    _of_the_package(parts, manifest.pipeline, evaluated)
     _finish_timing(engine, parts, ticks, ceilings, samples, package)
     report("starting fresh processes", 0, startup_runs)
     startup = measure_startup(package, settings["threads"], startup_runs) if startup_runs else None
@@ -109,7 +116,7 @@ def profile_engine(
         "model": manifest.model.name,
         "machine": {**machine(), "isa": backend.isa, "threads": backend.threads},
         "inputs": inputs,
-        "settings": {"target": engine.target, **settings},
+        "settings": {"target": engine.target, "precision": manifest.targets[engine.target].precision, **settings},
         "ticks": count,
         "seconds": count * budget.tick_ms / 1000,
         "ticks_with_output": spoke,
@@ -123,7 +130,7 @@ def profile_engine(
         "missed_deadlines": missed,
         "preempted": preempted,
         "latest_start_ms": late,
-        "growth": growth(samples.step, budget.tick_ms),
+        "growth": shown.growth(samples.step),
         "bytes": {
             "weights": manifest.memory.weight_bytes,
             "arena": manifest.memory.arena_bytes,
@@ -139,6 +146,16 @@ def profile_engine(
         **parts.to_json(),
         "samples": samples.to_json(),
     }
+
+
+def _of_the_package(parts: Parts, pipeline: Sequence[Mapping[str, Any]], evaluated: Mapping[str, Any] | None) -> None:
+    """What the package's own record says: its passes, and what they cost in quality."""
+    parts.measured("passes", pass_records(pipeline))
+    found = quality(pipeline, evaluated)
+    if isinstance(found, str):
+        parts.missing("quality", found)
+    else:
+        parts.measured("quality", found)
 
 
 def _timing(engine: Engine, every: int | None, parts: Parts) -> tuple[KernelTicks | None, Ceilings | None]:

@@ -17,12 +17,18 @@ PARTS = (
 )
 
 
+NOT_ASKED = {
+    "ablation": "not asked for: profile with --ablate and --checkpoint",
+    "sessions_held": "not asked for: profile with --find-sessions",
+}
+
+
 class Parts:
     """What was found about each of `PARTS`."""
 
     def __init__(self) -> None:
         self._values: dict[str, Any] = {}
-        self._reasons = dict.fromkeys(PARTS, "this version of tmlc profile does not measure it")
+        self._reasons = dict.fromkeys(PARTS, "this version of tmlc profile does not measure it") | NOT_ASKED
 
     def measured(self, part: str, value: Any) -> None:
         """`value` is JSON, and not None."""
@@ -35,6 +41,13 @@ class Parts:
         assert part in PARTS, part
         self._values.pop(part, None)
         self._reasons[part] = why
+
+    @staticmethod
+    def add(view: dict[str, Any], part: str, value: Any) -> None:
+        """Puts a part into a profile that is there already: what is measured behind the session, with other engines."""
+        assert part in PARTS and value is not None, part
+        view[part] = value
+        view["not_measured"].pop(part, None)
 
     def to_json(self) -> dict[str, Any]:
         return {**{part: self._values.get(part) for part in PARTS}, "not_measured": dict(self._reasons)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from tmlc.report.profile.experiments_view import experiment_tables
 from tmlc.report.profile.kernels_view import kernel_tables
 from tmlc.report.tables import grid, megabytes, milliseconds, table
 
@@ -79,4 +80,4 @@ def profile_tables(view: dict[str, Any]) -> list[RenderableType]:
         rest.append(("fresh process", f"{parts} (median of {start['runs']}); peak {peak}"))
     rest += [("assumed", assumptions["decode_ms"]), ("", assumptions["send_ms"])]
     rest += [("not counted", assumptions["hesitation"])]
-    return [head, timing, latency, *kernels, grid(rest)]
+    return [head, timing, latency, *kernels, *experiment_tables(view), grid(rest)]

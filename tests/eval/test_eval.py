@@ -1,0 +1,91 @@
+"""`tmlc eval` on a small compiled model with random weights, which can do nothing yet."""
+
+import importlib.util
+import json
+import wave
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+import tmlc
+from tmlc.cli.main import cli
+from tmlc.eval.play import play
+from tmlc.eval.view import below, fallen
+from tmlc.model_zoo.interaction.checkpoint import create_checkpoint
+from tmlc.model_zoo.interaction.tasks import TASKS
+
+spec = importlib.util.spec_from_file_location("cli_conftest", Path(__file__).parents[1] / "cli/conftest.py")
+tiny = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(tiny)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("eval") / "tiny"
+    create_checkpoint(tiny.tiny_config(), 0, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def package(checkpoint):
+    tmlc.compile(checkpoint, checkpoint.parent / "tiny.tmlc")
+    return checkpoint.parent / "tiny.tmlc"
+
+
+def run(*args, code=0):
+    result = CliRunner().invoke(cli, ["eval", *map(str, args)])
+    assert result.exit_code == code, result.output
+    return result
+
+
+def test_json_holds_every_task_and_failures_are_written_to_listen_to(package, tmp_path):
+    given = (package, "--tasks", "delegate,turn_taking", "--episodes", 2, "--json", "-o", tmp_path / "failures")
+    view = json.loads(run(*given).stdout)
+    assert view["schema"] == 1 and view["target"] == "cpu" and view["precision"] == "fp32"
+    assert list(view["tasks"]) == ["turn_taking", "delegate"]
+    for task in view["tasks"].values():
+        low, high = task["interval"]
+        assert 0 <= low <= task["score"] <= high <= 1 and task["episodes"] == 2 and task["errors"] == 0
+    with wave.open(str(tmp_path / "failures/turn_taking-0.wav")) as file:
+        assert file.getnchannels() == 2 and file.getnframes() > 16000
+    assert "no answer" in (tmp_path / "failures/turn_taking-0.txt").read_text()
+
+
+def test_what_a_session_does_does_not_depend_on_its_company(package, bank):
+    episodes = [TASKS["rep_count"].episode(seed, "test", bank) for seed in range(3)]
+    with tmlc.load(package, sessions=3) as engine:
+        together = play(engine, episodes)
+    with tmlc.load(package, sessions=1) as engine:
+        alone = play(engine, episodes)
+    for one, other in zip(together, alone, strict=True):
+        assert (one.audio == other.audio).all() and one.text == other.text and not one.error
+
+
+def test_a_score_below_the_least_is_exit_code_one(package):
+    result = run(package, "--tasks", "start_stop", "--episodes", 1, "--min-score", "90%", code=1)
+    assert "start_stop is 0.0 %, below 90.0 %" in result.output
+
+
+def test_unknown_tasks_and_wrong_inputs_are_refused(package):
+    result = CliRunner().invoke(cli, ["eval", str(package), "--tasks", "dance"])
+    assert result.exit_code == 2 and "no task dance" in result.output
+    result = CliRunner().invoke(cli, ["eval", str(package), "--all-targets"])
+    assert result.exit_code == 2 and "compiles one checkpoint" in result.output
+
+
+@pytest.mark.slow
+def test_a_checkpoint_is_compared_in_every_precision(checkpoint):
+    view = json.loads(run(checkpoint, "--all-targets", "--tasks", "turn_taking", "--episodes", 1, "--json").stdout)
+    assert [model["precision"] for model in view["models"]] == ["fp32", "bf16", "int8", "int4"]
+    assert view["broken"] == []
+
+
+def test_a_precision_may_cost_a_point_and_int4_three():
+    def view(precision, score):
+        return {"target": "cpu", "precision": precision, "tasks": {"rep_count": {"score": score}}}
+
+    first = view("fp32", 0.95)
+    assert fallen([first, view("int8", 0.94), view("int4", 0.92)]) == []
+    assert len(fallen([first, view("int8", 0.93), view("int4", 0.91)])) == 2
+    assert len(below([first], 0.96)) == 1

@@ -1,0 +1,1 @@
+"""Scenarios of `tmlc profile`: what a case file says, what it plays, and what its conversations show."""
