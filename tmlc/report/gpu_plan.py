@@ -1,5 +1,6 @@
 """Kernels and plan of a model that no machine here could hold: `python -m tmlc.report.gpu_plan tml-small-276b` prints
-one JSON line with the seconds of each stage and the peak of memory.
+one JSON line with the seconds of each stage and the peaks of memory (of this process, and of the largest child that
+compiled kernels).
 
 The checkpoint is all holes (a sparse file: headers, and no data), so everything is what `tmlc compile` does up to the
 weights, which are never read: tracing, passes, lowering to launches, compiling every kernel, and the JSON of the plan.
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import sys
 import tempfile
 import time
@@ -108,8 +110,10 @@ def plan_on_meta(preset: str, target: str, precision: str, jobs: int | None = No
     return {
         "preset": preset, "target": target, "precision": precision, "seconds": seconds,
         "total_seconds": round(sum(seconds.values()), 2), "peak_bytes": peak_rss_bytes(),
+        "peak_bytes_of_a_child": 1024 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss,
         "checkpoint_bytes": weight_bytes, "launches": sum(len(lowered.all(sm)) for sm in chosen.architectures),
-        "variants": len(variants), "kernels": dict(Counter(v.kernel for v in variants)), "plan_bytes": size,
+        "chains": sum(map(len, lowered.chains.values())), "variants": len(variants),
+        "kernels": dict(Counter(v.kernel for v in variants)), "plan_bytes": size,
         "cubin_bytes": sum(len(f.cubin) for f in compiled.values()), "arena_bytes": lowered.arena_bytes,
         "scratch_bytes": lowered.scratch_bytes, "most_registers": max(f.registers for f in compiled.values()),
         "spills": spilled,
