@@ -164,17 +164,29 @@ class CudaBackend(Backend):
     def rehearse(self, bucket: BucketInfo) -> None:
         """Puts a full call of zeros in place, of the first slots (one again and again where there are fewer than the
         bucket takes), so that kernels and graphs can be run for measuring. What the slots hold is lost."""
+        self._rehearse(bucket.in_bytes, bucket.batch, {bucket.counts: bucket.n})
+
+    def rehearse_chain(self, chain: Chain) -> None:
+        """The same for a chain, with as many positions everywhere as it takes."""
+        counts = {link.counts: link.n for link in chain.links if isinstance(link, Link)}
+        self._rehearse(chain.nbytes["input"], chain.batch, counts)
+
+    def _rehearse(self, nbytes: int, batch: int, counts: Mapping[int, int]) -> None:
         assert self._memory is not None
-        self._in[: bucket.in_bytes] = 0
-        slots = self._in[: 8 * bucket.batch].view(np.int64)
-        slots[:] = [self._memory.offset(k % self._memory.count) for k in range(bucket.batch)]
-        self._in[bucket.counts : bucket.counts + 4 * bucket.batch].view(np.int32)[:] = bucket.n
-        self.driver.to_device(self._base["in"], self._in[: bucket.in_bytes])
+        self._in[:nbytes] = 0
+        self._in[: 8 * batch].view(np.int64)[:] = [self._memory.offset(k % self._memory.count) for k in range(batch)]
+        for at, n in counts.items():
+            self._in[at : at + 4 * batch].view(np.int32)[:] = n
+        self.driver.to_device(self._base["in"], self._in[:nbytes])
         self.driver.synchronize()
 
     def replay(self, method: str, bucket: BucketInfo) -> None:
         """Starts a bucket's graph on what its buffers hold, as `call` does; for measuring."""
         self.driver.replay(self._graphs[method, bucket.batch, bucket.n])
+
+    def replay_chain(self, chain: Chain) -> None:
+        """The same of a chain's graph."""
+        self.driver.replay(self._ticks[chain.key])
 
     def work(self, bucket: BucketInfo) -> Callable[[], None]:
         """What one call of a bucket asks of the driver: a copy in, the kernels, a copy out."""
