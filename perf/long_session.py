@@ -13,7 +13,8 @@ from typing import Any
 
 import tmlc
 from tmlc.cli.inputs import tick_shape
-from tmlc.report.profile import resident_bytes, synthetic_recording
+from tmlc.report.profile.inputs import synthetic_recording
+from tmlc.report.profile.measure import resident_bytes
 
 EARLY, TICKS = 1000, 10_000
 

@@ -24,7 +24,7 @@ from tmlc.pipeline.manager import run_pipeline
 from tmlc.pipeline.pass_base import Pass, PassContext, PassResult
 from tmlc.pipeline.pipeline import Pipeline, Step, load_pipeline
 from tmlc.pipeline.registry import _PASSES, register_pass
-from tmlc.report.profile import synthetic_recording
+from tmlc.report.profile.inputs import synthetic_recording
 
 ROUNDS, TICKS = 12, 40
 Make = Callable[[str, Pipeline], Path]

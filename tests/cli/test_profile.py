@@ -13,7 +13,9 @@ from tmlc.errors import UsageError
 from tmlc.model_zoo.interaction.checkpoint import create_checkpoint
 from tmlc.model_zoo.interaction.config import InteractionConfig, read_preset
 from tmlc.report.latency import Budget, growth, parse_milliseconds, spread, turn_latency
-from tmlc.report.profile import profile_engine, synthetic_recording
+from tmlc.report.profile.inputs import synthetic_recording
+from tmlc.report.profile.measure import profile_engine
+from tmlc.report.profile.parts import PARTS
 from tmlc.runtimes.core.clock import make_clock
 from tmlc.runtimes.core.session import Session
 
@@ -40,9 +42,10 @@ def test_the_json_form_is_the_published_one(tmlc_cli, package):
     validator = jsonschema.Draft202012Validator(schema)
     view = tmlc_cli("profile", package, "--seconds", "2", "--startup-runs", "1", "--json").json
     validator.validate(view)
-    assert view["schema"] == 1 and len(view["samples"]["step_ms"]) == 9
-    for wrong in ({**view, "schema": 2}, {**view, "more": 1}, {k: v for k, v in view.items() if k != "samples"}):
+    assert view["schema"] == 2 and len(view["samples"]["step_ms"]) == 9
+    for wrong in ({**view, "schema": 1}, {**view, "more": 1}, {k: v for k, v in view.items() if k != "samples"}):
         assert not validator.is_valid(wrong)
+    assert all((view[part] is None) == (part in view["not_measured"]) for part in PARTS)
 
 
 def test_stages_and_what_is_between_them_add_up_to_the_step(tmlc_cli, package):

@@ -11,7 +11,7 @@ import pytest
 
 from tmlc.errors import UsageError
 from tmlc.report.compare import compare, independent, slower, tail_mean
-from tmlc.report.profile_file import profile_text, read_profile
+from tmlc.report.profile.file import profile_text, read_profile
 
 LEVELS = {"decode": 6.0, "vocode": 1.5, "embed_text": 0.02}
 
@@ -49,7 +49,7 @@ def made(
         "first_audio_ms": (0.4 * step).tolist(), "stages_ms": {name: v.tolist() for name, v in stages.items()},
     }  # fmt: skip
     return {
-        "schema": 1, "package": "made.tmlc", "digest": "0", "ticks": count + 1, "machine": {"cpu": "one"},
+        "schema": 2, "package": "made.tmlc", "digest": "0", "ticks": count + 1, "machine": {"cpu": "one"},
         "inputs": {"seed": 0}, "settings": {"pin": False}, "preempted": 0, "samples": samples,
     }  # fmt: skip
 
@@ -173,7 +173,7 @@ def test_a_damaged_profile_is_refused(tmp_path: Path) -> None:
     short = made(1, count=20)
     short["samples"]["wait_ms"].pop()
     broken = {
-        "other version": {**good, "schema": 2},
+        "other version": {**good, "schema": 1},
         "no profile": {"hello": 1},
         "no samples": {k: v for k, v in good.items() if k != "samples"},
         "short list": short,

@@ -125,8 +125,10 @@ def command(
         )
     import tmlc
     from tmlc.report.latency import Budget, parse_milliseconds
-    from tmlc.report.profile import profile_engine, profile_tables, synthetic_recording
-    from tmlc.report.profile_file import profile_text
+    from tmlc.report.profile.file import profile_text
+    from tmlc.report.profile.inputs import synthetic_recording
+    from tmlc.report.profile.measure import profile_engine
+    from tmlc.report.profile.view import profile_tables
     from tmlc.report.tables import plain_text
     from tmlc.runtimes.core.clock import make_clock
 

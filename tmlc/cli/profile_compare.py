@@ -26,7 +26,7 @@ def parse_percent(text: str) -> float:
 def compare_files(context: click.Context, a: Path, b: Path, fail_over: str | None, as_json: bool) -> None:
     """Compare and print. Exit code 1 when B is slower by more than `fail_over`, at the near end of the interval too."""
     from tmlc.report.compare import compare, compare_tables, slower
-    from tmlc.report.profile_file import read_profile
+    from tmlc.report.profile.file import read_profile
 
     share = parse_percent(fail_over) if fail_over is not None else None
     # Two reports of one package carry one path: the files are what a reader knows them by.

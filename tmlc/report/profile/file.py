@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from tmlc.errors import UsageError
-from tmlc.report.profile import SCHEMA
+from tmlc.report.profile.parts import SCHEMA
 
 MAX_BYTES = 256 << 20
 Time = Annotated[float, Field(allow_inf_nan=False)]

@@ -1,0 +1,122 @@
+"""Plays a session, times every step and holds the figures against the budget."""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tmlc.report.latency import Budget, Spread, as_dict, growth, spread, turn_latency
+from tmlc.report.machine import machine
+from tmlc.report.profile.parts import SCHEMA, Parts
+from tmlc.report.profile.samples import Samples, ran
+from tmlc.report.startup import measure_startup, peak_rss_bytes
+from tmlc.runtimes.core.clock import Clock
+from tmlc.runtimes.media.player import play
+from tmlc.runtimes.media.recording import Recording
+
+if TYPE_CHECKING:
+    from tmlc.runtimes.core.engine import Engine
+
+
+def resident_bytes() -> int | None:
+    """Memory resident in this process now; None where the system does not say (only Linux does)."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    except (OSError, ValueError, IndexError):
+        return None
+    return pages * resource.getpagesize()
+
+
+def _preempted() -> int:
+    """How often the system took a core away from this process so far (involuntary context switches)."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
+
+
+def profile_engine(
+    engine: Engine,
+    recording: Recording,
+    count: int,
+    clock: Clock,
+    budget: Budget,
+    *,
+    package: Path,
+    inputs: dict[str, Any],
+    settings: dict[str, Any],
+    startup_runs: int,
+    report: Callable[[str, int, int], None],
+) -> dict[str, Any]:
+    """Play `count` ≥ 2 ticks and measure. The first tick is told apart: it touches memory for the first
+    time.
+
+    Args:
+        inputs: what is played, in words, its clock and seed; `settings`: how the engine was loaded.
+    """
+    manifest, backend = engine.manifest, engine.model.backend
+    session = engine.session(seed=inputs["seed"])
+    samples = Samples()
+    missed, late, spoke = 0, 0.0, 0
+    resident_first: int | None = None
+    mark = min(count - 1, max(1, count // 10))
+    before = _preempted()
+    for played in play(session, recording, count, clock):
+        samples.add(played)
+        missed += played.late_ms + played.step_ms > budget.step_ms
+        late = max(late, played.late_ms)
+        spoke += not played.output.stats.get("silent", 0)
+        if played.index == mark:
+            resident_first = resident_bytes()
+        report("playing", played.index + 1, count)
+    preempted = _preempted() - before
+    resident_last, peak = resident_bytes(), peak_rss_bytes()
+    session.close()
+    report("starting fresh processes", 0, startup_runs)
+    startup = measure_startup(package, settings["threads"], startup_runs) if startup_runs else None
+    report("starting fresh processes", startup_runs, startup_runs)
+    measured = spread(samples.step[1:])
+    audio = ran(samples.first_audio)
+    stages = {name: values for name, column in samples.stages.items() if (values := ran(column))}
+    parts = Parts()
+    return {
+        "schema": SCHEMA,
+        "package": str(package),
+        "digest": engine.digest,
+        "model": manifest.model.name,
+        "machine": {**machine(), "isa": backend.isa, "threads": backend.threads},
+        "inputs": inputs,
+        "settings": {"target": engine.target, **settings},
+        "ticks": count,
+        "seconds": count * budget.tick_ms / 1000,
+        "ticks_with_output": spoke,
+        "first_tick_ms": samples.step[0],
+        "step_ms": as_dict(measured),
+        "first_audio_ms": as_dict(spread(audio)) if audio else None,
+        "stages_ms": {name: _shared(spread(values), measured) for name, values in stages.items()},
+        "wait_ms": _shared(spread(samples.wait[1:]), measured),
+        "between_calls_ms": _shared(spread(samples.between_calls[1:]), measured),
+        "turn_latency": turn_latency(measured, budget),
+        "missed_deadlines": missed,
+        "preempted": preempted,
+        "latest_start_ms": late,
+        "growth": growth(samples.step, budget.tick_ms),
+        "bytes": {
+            "weights": manifest.memory.weight_bytes,
+            "arena": manifest.memory.arena_bytes,
+            "scratch": manifest.memory.scratch_bytes,
+            "slot": manifest.session_bytes,
+        },
+        "memory": {
+            "peak_rss_bytes": peak,
+            "resident_early_bytes": resident_first,
+            "resident_end_bytes": resident_last,
+        },
+        "startup": startup,
+        **parts.to_json(),
+        "samples": samples.to_json(),
+    }
+
+
+def _shared(part: Spread, step: Spread) -> dict[str, Any]:
+    """A part of the steps, and its share of all their time: the shares of all parts add up to 1."""
+    return {**as_dict(part), "share": part.mean * part.count / (step.mean * step.count)}
