@@ -279,12 +279,12 @@ def _configured(
     kv_dtype = KV[kv] if kv is not None else {"fp32": "f32", "fp16": "f16", None: None}.get(precision, "bf16")
     coder = next((name for name, kind in QUANTISERS.items() if kind == precision), None)
     if coder is not None:
-        steps = _with_codes(steps, coder)
+        steps = with_codes(steps, coder)
     steps = steps.configure("quantize.cast", precision=precision if coder is None else "bf16")
     return steps.configure("state.insert", **bounds, kv_dtype=kv_dtype)
 
 
-def _with_codes(steps: Pipeline, coder: str) -> Pipeline:
+def with_codes(steps: Pipeline, coder: str) -> Pipeline:
     """The steps with the pass that makes codes before the one that casts what is left."""
     names = [step.name for step in steps.steps]
     if coder in names:

@@ -70,11 +70,12 @@ def plan_on_meta(preset: str, target: str, precision: str, jobs: int | None = No
     Raises:
         EmitError: an op has no kernel, or a kernel does not compile.
     """
-    from tmlc.compiler import compile
+    from tmlc.compiler import QUANTISERS, compile, with_codes
     from tmlc.emit.targets import find_target
     from tmlc.emit.triton.build import build_variants
     from tmlc.emit.triton.plan import launches_json, variants_json
     from tmlc.emit.triton.target import TritonTarget
+    from tmlc.pipeline.pipeline import load_pipeline
 
     seconds: dict[str, float] = {}
     started = time.perf_counter()
@@ -89,7 +90,13 @@ def plan_on_meta(preset: str, target: str, precision: str, jobs: int | None = No
         folder = Path(scratch) / preset
         weight_bytes = create_hollow_checkpoint(preset, folder)
         lap("checkpoint of holes")
-        report = compile(folder, scratch, target=target, precision=precision, stop_after="memory.buckets")
+        steps = load_pipeline("triton", target)
+        coder = next((name for name, kind in QUANTISERS.items() if kind == precision), None)
+        if coder is not None:  # its report reads every weight
+            steps = with_codes(steps, coder).configure(coder, report=False)
+        report = compile(
+            folder, scratch, target=target, precision=precision, pipeline=steps, stop_after="memory.buckets"
+        )
         lap("trace and passes")
         chosen = find_target(target)
         assert isinstance(chosen, TritonTarget) and report.program is not None
