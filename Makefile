@@ -84,11 +84,18 @@ build/clients/%: tests/conformance/clients/%.txt | $(VENV)/dev.stamp
 	@$(BIN)/python -m pip install --quiet --no-warn-conflicts --target $@.new -r $< && mv $@.new $@ && touch $@ \
 		|| { rm -rf $@.new; echo "$* could not be installed: it is not tested"; }
 
+# Tests of live servers keep an eye on the clock, so they run one after the other; all else is shared out among two processes.
+CLOCKED := tests/background tests/bench tests/conformance/clients tests/conformance/test_live.py tests/faults tests/gateway \
+	tests/cli/test_serve.py
+PYTEST := $(BIN)/python -m pytest -q
+
 test: lint types onnx-node browser clients
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(PYTEST) -m "not slow" $(CLOCKED)
+	$(PYTEST) -m "not slow" -n 2 --dist loadfile $(addprefix --ignore=,$(CLOCKED))
 
 test-all: lint types onnx-node browser clients
-	$(BIN)/python -m pytest -q
+	$(PYTEST) $(CLOCKED)
+	$(PYTEST) -n 2 --dist loadfile $(addprefix --ignore=,$(CLOCKED))
 
 # The version and what it needs are installed beside .venv and come first on the path.
 build/transformers-%: | $(VENV)/dev.stamp

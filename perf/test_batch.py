@@ -9,7 +9,6 @@ cache, short convolutions, and the arithmetic of 48 rows).
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -84,25 +83,21 @@ def test_cost_of_a_batch(
 
 def test_where_the_time_goes(packages: dict[str, Path], figure: Callable[..., None]) -> None:
     """`small`, two threads: how much each kind of operation grows from one session to eight."""
-    from tmlc.package.reader import open_package
-
-    with open_package(packages["small"]) as package:
-        plan = json.loads(package.read("engines/cpu/plan.json"))
     spent: dict[int, dict[str, float]] = {}
     with tmlc.load(packages["small"], threads=2, sessions=9) as engine:
         for size in (1, 8):
             sessions = [engine.session(seed=k) for k in range(size)]
             for given in without_video(engine, WARM):
                 engine.tick_batch(sessions, [given] * size)
-            engine.backend.profile(True)
+            timer = engine.backend.kernel_timer()
+            timer.start()
             for given in without_video(engine, 10):
                 engine.tick_batch(sessions, [given] * size)
             sums = spent.setdefault(size, {})
-            for method in plan["methods"]:
-                for call, ns in zip(method["code"], engine.backend.times(method["name"]), strict=True):
-                    key = f"{method['name']} {call['op']}"
-                    sums[key] = sums.get(key, 0.0) + ns / 1e7
-            engine.backend.profile(False)
+            timer.stop(disturbed=False)
+            for call in timer.calls(disturbed=False):
+                key = f"{call.method} {call.op}"
+                sums[key] = sums.get(key, 0.0) + call.ns / 1e7
             for session in sessions:
                 session.close()
     for key, ms in sorted(spent[8].items(), key=lambda item: -item[1])[:10]:

@@ -16,13 +16,14 @@ import threading
 import time
 import weakref
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from tmlc.errors import ContextFullError, KernelError, PlanError, TargetError, UsageError
 
-ABI = 2
+ABI = 3
 MAGIC = 0x544D4C43504C414E
 VERSION = 2
 
@@ -226,6 +227,25 @@ def multiply_rate(pool: Pool, product: str) -> float:
     return float(done) / (time.perf_counter() - started)
 
 
+@dataclass(frozen=True, slots=True)
+class Timed:
+    """What each operation of a method took and touched: arrays [operations], sums over all runs.
+
+    Attributes:
+        runs, rows: of the method, and the positions of all of them.
+        ns: float64 nanoseconds.
+        experts: int64, different experts of a `moe`, counted in each run.
+        keys, row_keys: int64, cached positions that any row of an `attention` saw, and that each row saw, added up.
+    """
+
+    runs: int
+    rows: int
+    ns: np.ndarray
+    experts: np.ndarray
+    keys: np.ndarray
+    row_keys: np.ndarray
+
+
 class Plan:
     """A validated plan with its arena and scratch memory. One run at a time.
 
@@ -382,21 +402,19 @@ class Plan:
         """Starts (from zero) or stops measuring the operations."""
         self._c.tmlc_plan_profile(self._handle, int(on))
 
-    def times(self, method: int) -> np.ndarray:
-        """float64 nanoseconds spent in each operation of a method since `profile(True)`."""
-        count = self._c.tmlc_plan_times(self._handle, method, None, 0, None)
+    def timed(self, method: int) -> Timed:
+        """What the operations of a method took and touched since `profile(True)`.
+
+        Raises UsageError when there is no such method.
+        """
+        count = self._c.tmlc_plan_times(self._handle, method, None, None, 0, None)
         if count < 0:
             raise UsageError(f"the plan has no method {method}")
-        ns = np.zeros(count, np.float64)
-        self._c.tmlc_plan_times(self._handle, method, ns.ctypes.data, count, None)
-        return ns
-
-    def calls(self, method: int) -> int:
-        """Runs of a method since `profile(True)`."""
-        calls = ctypes.c_int64(0)
-        if self._c.tmlc_plan_times(self._handle, method, None, 0, ctypes.byref(calls)) < 0:
-            raise UsageError(f"the plan has no method {method}")
-        return calls.value
+        ns, touched, runs = np.zeros(count), np.zeros((count, 3), np.int64), np.zeros(2, np.int64)
+        self._c.tmlc_plan_times(
+            self._handle, method, ns.ctypes.data, touched.ctypes.data, count, runs.ctypes.data
+        )
+        return Timed(int(runs[0]), int(runs[1]), ns, *touched.T)
 
     def close(self) -> None:
         """Frees the arena (also done when the plan is collected)."""
@@ -480,7 +498,7 @@ def _declare(c: ctypes.CDLL) -> ctypes.CDLL:
         "tmlc_plan_run": (i32, [ptr, ptr, i32, ptr, i64, i64, ptr, ptr, ptr, ptr, ptr, ptr, i64]),
         "tmlc_plan_unbatched": (text, [ptr, i32]),
         "tmlc_plan_profile": (None, [ptr, i32]),
-        "tmlc_plan_times": (i32, [ptr, i32, ptr, i64, ptr]),
+        "tmlc_plan_times": (i32, [ptr, i32, ptr, ptr, i64, ptr]),
         "tmlc_plan_destroy": (None, [ptr]),
         "tmlc_read_memory": (ctypes.c_uint64, [ptr, ptr, i64]),
         "tmlc_multiply_adds": (i64, [ptr, i32, i64, i64]),

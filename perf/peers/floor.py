@@ -7,7 +7,6 @@ stay in a cache are left out, and of arithmetic everything but the products.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import worker
 
 from tmlc.package import open_package
-from tmlc.runtimes.core.backend import DTYPES
+from tmlc.report.call_work import call_work
 
 PRODUCT = {"bf16": "bf16", "int8": "int8", "int4": "int8"}
 """What the weights of a precision are multiplied as (`tmlc.kernels.cpu.PRODUCTS`); caches are bf16 throughout."""
@@ -44,12 +43,12 @@ class Floor:
         return body | {f"{part}_work": [asdict(work) for work in works] for part, works in totals.items()}
 
 
-def floor_of(package: Path, precision: str, routing: dict[str, float], context: int) -> Floor:
-    """The floor of one package for routing {experts, append, decode}; its caches keep `context` positions."""
+def floor_of(package: Path, precision: str, routing: dict[str, float]) -> Floor:
+    """The floor of one package for routing {append, decode}: experts that a call touches."""
     with open_package(package) as opened:
         plan = opened.json(opened.manifest.targets["cpu"].plan)
     end = worker.CACHED + worker.APPENDED
-    counter = _Counter(plan, precision, routing["experts"], context)
+    counter = _Counter(plan, precision)
     return Floor(
         append_work=counter.work(routing["append"], worker.APPENDED, end),
         decode_work=counter.work(routing["decode"], 1, end + (worker.DECODED + 1) / 2),
@@ -59,43 +58,21 @@ def floor_of(package: Path, precision: str, routing: dict[str, float], context: 
 class _Counter:
     """Adds up the calls of a plan."""
 
-    def __init__(self, plan: dict[str, Any], precision: str, experts: float, context: int) -> None:
+    def __init__(self, plan: dict[str, Any], precision: str) -> None:
         self.tensors = plan["tensors"]
         self.code = {method["name"]: method["code"] for method in plan["methods"]}
-        self.precision, self.experts, self.context = precision, experts, context
+        self.precision = precision
 
     def work(self, touched: float, n: int, attended: float) -> list[Work]:
-        """One call with n positions that sees `attended` positions at its end, and the logits of the last one."""
+        """One call with n positions that sees `attended` positions at its end, and the logits of the last one. Every
+        row counts as if it saw as much as the last."""
         sums: dict[str, list[float]] = {}
         calls = [(call, n) for call in self.code["decode"]] + [(call, 1) for call in self.code["unembed"]]
         for call, rows in calls:
+            work = call_work(self.tensors, call, rows, touched, attended, rows * attended)
             item = sums.setdefault(call["op"], [0.0, 0.0])
-            item[0] += sum(self.stored(call, touched, attended))
-            item[1] += self.products(call, rows, attended)
+            # Of a table, only the rows of the tokens are read.
+            item[0] += work.caches + (work.weights if call["op"] != "embedding" else 0.0)
+            item[1] += work.multiply_adds if call["op"] in ("linear", "attention", "moe") else 0.0
         kinds = {op: "bf16" if op == "attention" else PRODUCT[self.precision] for op in sums}
         return [Work(op, *item, kinds[op]) for op, item in sums.items() if any(item)]
-
-    def stored(self, call: dict[str, Any], touched: float, attended: float) -> Iterator[float]:
-        """Bytes of each weight and cache of a call."""
-        for tensor in (self.tensors[t] for t in call["t"]):
-            rows = tensor["rows"][1]
-            whole = rows * tensor["stride"] * DTYPES[tensor["dtype"]].itemsize
-            if tensor["space"] == "weight" and call["op"] != "embedding":  # of a table, only the rows of the tokens
-                yield whole * (touched / self.experts if call["op"] == "moe" else 1.0)
-            elif tensor["space"] == "slot" and call["op"] == "attention" and rows > 1:  # a cache, not the position
-                yield whole * attended / self.context
-
-    def products(self, call: dict[str, Any], n: int, attended: float) -> float:
-        """Multiply-adds of the products of a call with n rows."""
-        tensors = [self.tensors[t] for t in call["t"]]
-        if call["op"] == "linear":
-            return float(n * tensors[0]["cols"] * tensors[1]["cols"])
-        if call["op"] == "attention":  # every row counts as if it saw as much as the last
-            heads, kv_heads = call["i"][:2]
-            per_key = tensors[1]["cols"] + heads * tensors[3]["cols"] // kv_heads
-            return n * per_key * attended
-        if call["op"] == "moe":
-            chosen, gate_up = tensors[2]["cols"], tensors[4]
-            width = gate_up["rows"][1] // int(self.experts) // 2 * 16
-            return float(n * chosen * 3 * width * tensors[1]["cols"])
-        return 0.0

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tmlc.errors import InputError, PackageError
+from tmlc.errors import InputError, PackageError, UsageError
 from tmlc.runtimes.core.chains import Chains
+from tmlc.runtimes.core.kernels import KernelTimer
 from tmlc.runtimes.core.slots import HostSlots, Slot, SlotMemory
 
 DTYPES: dict[str, np.dtype] = {
@@ -114,6 +115,13 @@ class Backend(ABC):
         or a kernel met an index out of range. With `error.part` set, the call was refused for that session and
         changed none of them; without it, the content of all these slots is undefined.
         """
+
+    def kernel_timer(self) -> KernelTimer:
+        """Times single kernel calls; off until it is started.
+
+        Raises UsageError, with the reason, where the target cannot.
+        """
+        raise UsageError("this target has no times of single kernel calls", where=f"target {self.target}")
 
     @abstractmethod
     def memory(self) -> dict[str, int]:

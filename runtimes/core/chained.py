@@ -35,6 +35,9 @@ class ChainedDriver(InteractionDriver):
         model.times.update(dict.fromkeys(STAGES, 0))
 
     def _run(self, jobs: Sequence[Job]) -> None:
+        if not self._chains.ready:
+            super()._run(jobs)
+            return
         for job in jobs:
             job.tokens = list(job.staged.say)
         if all(map(self._plain, jobs)):

@@ -60,9 +60,11 @@ class Chains(ABC):
 
     Attributes:
         typed: the most tokens, injected and typed together, that `listen` takes.
+        ready: False while ticks are to run method by method (their kernels are timed).
     """
 
     typed: int
+    ready: bool = True
 
     @abstractmethod
     def listen(self, asked: Sequence[Listening]) -> list[int | None]:

@@ -43,6 +43,8 @@ class Model:
         hop: samples of one audio position, in and out (0 without audio).
         chunk: the most positions that one decode call takes, of all sessions together.
         times: nanoseconds spent in each method since `begin`, for the whole batch.
+        watch: when it is set, told of every call: the method, when it began and when it ended (ns of
+            `time.perf_counter_ns`).
         hidden: float32 [sessions, width], the hidden state of each session's last position.
         appended: positions that each session of the batch has appended.
         failed: why a session left the batch, by number.
@@ -66,6 +68,7 @@ class Model:
         self._check_media()
         self.chunk = min(self._spec("decode").max_n, manifest.context.max_append)
         self.times = dict.fromkeys(backend.methods, 0)
+        self.watch: Callable[[str, int, int], None] | None = None
         try:
             self._reserve(sessions)
         except (MemoryError, ValueError) as error:
@@ -210,7 +213,10 @@ class Model:
                 self.leave(group.pop(error.part)[0], error)
                 if not group:
                     return
-        self.times[spec.name] += perf_counter_ns() - start
+        done = perf_counter_ns()
+        self.times[spec.name] += done - start
+        if self.watch is not None:
+            self.watch(spec.name, start, done)
         at, height = 0, spec.outputs[0].a
         for session, n, _ in group:
             yield session, rows[at : at + n * height]

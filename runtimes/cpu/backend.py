@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -10,6 +11,7 @@ from tmlc.errors import CapacityError, InputError
 from tmlc.kernels.cpu import Plan, Pool, load_library
 from tmlc.package.reader import Package
 from tmlc.runtimes.core.backend import Backend, MethodSpec, check_inputs
+from tmlc.runtimes.core.kernels import KernelCall, KernelTimer, Touched
 from tmlc.runtimes.core.placement import Placement
 from tmlc.runtimes.cpu.plan import plan_words
 
@@ -39,12 +41,14 @@ class CpuBackend(Backend):
         self.cores = placed.cores(threads)
         library = load_library(isa, portable_bits)
         info = package.manifest.targets[TARGET]
-        words = plan_words(package.json(info.plan), package.tensors, library.ops)
+        plan = package.json(info.plan)
+        words = plan_words(plan, package.tensors, library.ops)
         self.target = TARGET
         self.isa, self.threads = library.isa, threads
         self.slot_bytes = words.slot_bytes
         self.methods: dict[str, MethodSpec] = {spec.name: spec for spec in words.methods}
         self._index = {spec.name: i for i, spec in enumerate(words.methods)}
+        self._code = _code(plan)
         self._weights = placed.weights(package.weights)
         try:
             self._outputs = {spec.name: [out.allocate(spec.max_n) for out in spec.outputs] for spec in words.methods}
@@ -80,13 +84,9 @@ class CpuBackend(Backend):
             for array in arrays:
                 placement.lock(array.ctypes.data, array.nbytes, "output buffers")
 
-    def profile(self, on: bool) -> None:
-        """Starts or stops timing every kernel call of the plan."""
-        self._plan.profile(on)
-
-    def times(self, method: str) -> np.ndarray:
-        """Nanoseconds spent so far in each kernel call of `method`, in the order of the plan."""
-        return self._plan.times(self._index[method])
+    def kernel_timer(self) -> KernelTimer:
+        """Times of every call of the plan, by the processor's cycle counter where it has a steady one."""
+        return _Timer(self._plan, self._index, self._code)
 
     def memory(self) -> dict[str, int]:
         outputs = sum(array.nbytes for arrays in self._outputs.values() for array in arrays)
@@ -102,6 +102,53 @@ class CpuBackend(Backend):
         self._pool.close()
         self._views.clear()
         self._weights = np.empty(0, np.uint8)
+
+
+Code = list[tuple[str, tuple[str, ...]]]
+"""Each call of a method: its operation, and the names of the weights that it reads."""
+
+
+def _code(plan: Any) -> dict[str, Code]:
+    """The calls of a plan that `plan_words` has accepted, by method."""
+    names = [tensor.get("name") for tensor in plan["tensors"]]
+    return {
+        method["name"]: [(call["op"], tuple(names[t] for t in call["t"] if names[t])) for call in method["code"]]
+        for method in plan["methods"]
+    }
+
+
+class _Timer(KernelTimer):
+    """The plan's own counters, added up."""
+
+    def __init__(self, plan: Plan, index: dict[str, int], code: dict[str, Code]) -> None:
+        self._plan, self._index, self._code = plan, index, code
+        # Of undisturbed runs and of disturbed ones: runs and rows; ns, experts, keys and row_keys of each call.
+        self._runs = {name: np.zeros((2, 2), np.int64) for name in index}
+        self._sums = {name: np.zeros((2, 4, len(code[name]))) for name in index}
+
+    def start(self) -> None:
+        self._plan.profile(True)
+
+    def stop(self, disturbed: bool) -> bool:
+        for name, index in self._index.items():
+            timed = self._plan.timed(index)
+            self._runs[name][int(disturbed)] += (timed.runs, timed.rows)
+            self._sums[name][int(disturbed)] += (timed.ns, timed.experts, timed.keys, timed.row_keys)
+        self._plan.profile(False)
+        return True
+
+    def calls(self, disturbed: bool) -> list[KernelCall]:
+        found = []
+        for method in self._index:
+            ns, experts, keys, row_keys = self._sums[method][: 1 + disturbed].sum(0)
+            runs, rows = map(int, self._runs[method][: 1 + disturbed].sum(0))
+            for k, (op, weights) in enumerate(self._code[method] if runs else ()):
+                touched = Touched(int(experts[k]), int(keys[k]), int(row_keys[k]))
+                name = weights[0] if weights else ""
+                found.append(
+                    KernelCall(method, k, op, name, runs, rows, float(ns[k]), touched, weights=weights)
+                )
+        return found
 
 
 def open_backend(

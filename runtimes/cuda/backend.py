@@ -23,10 +23,12 @@ from tmlc.errors import (
 )
 from tmlc.package.reader import Package
 from tmlc.runtimes.core.backend import DTYPES, Backend, MethodSpec, check_inputs
+from tmlc.runtimes.core.kernels import KernelTimer
 from tmlc.runtimes.core.placement import Placement, refuse_cpu_options
 from tmlc.runtimes.core.slots import Slot, SlotMemory
 from tmlc.runtimes.cuda.chains import Chain, Link
 from tmlc.runtimes.cuda.driver import Address, Driver, KernelLaunch
+from tmlc.runtimes.cuda.kernel_times import CudaTimer, Key
 from tmlc.runtimes.cuda.plan import BucketInfo, LaunchInfo, MethodPlan, Plan, PointerArg, architectures, read_plan, up
 from tmlc.runtimes.cuda.schedule import Piece, schedule
 from tmlc.runtimes.cuda.slots import DeviceSlots
@@ -141,8 +143,10 @@ class CudaBackend(Backend):
             name: [out.allocate(method.spec.max_n) for out in method.spec.outputs]
             for name, method in plan.methods.items()
         }
-        self._graphs: dict[tuple[str, int, int], Any] = {}
+        self._graphs: dict[Key, Any] = {}
         self._ticks: dict[str, Any] = {}
+        self._marked: dict[Key, Any] = {}  # in their place while kernels are timed
+        self._note: Callable[[Key, int], None] | None = None
 
     def _widest(self, space: str) -> int:
         """Bytes of a space of the chains."""
@@ -188,25 +192,47 @@ class CudaBackend(Backend):
         """The same of a chain's graph."""
         self.driver.replay(self._ticks[chain.key])
 
-    def work(self, bucket: BucketInfo) -> Callable[[], None]:
-        """What one call of a bucket asks of the driver: a copy in, the kernels, a copy out."""
-        return self._work(self.launches(bucket), bucket.in_bytes, bucket.out_bytes)
+    def work(self, bucket: BucketInfo, mark: Callable[[], None] | None = None) -> Callable[[], None]:
+        """What one call of a bucket asks of the driver: a copy in, the kernels, a copy out. `mark` is called before the
+        first kernel and behind each."""
+        return self._work(self.launches(bucket), bucket.in_bytes, bucket.out_bytes, mark)
 
     def chain_work(self, chain: Chain) -> Callable[[], None]:
         """The same of a chain."""
         return self._work(self.chain_launches(chain), chain.nbytes["input"], chain.nbytes["output"])
 
-    def _work(self, launches: Sequence[KernelLaunch], in_bytes: int, out_bytes: int) -> Callable[[], None]:
+    def _work(
+        self,
+        launches: Sequence[KernelLaunch],
+        in_bytes: int,
+        out_bytes: int,
+        mark: Callable[[], None] | None = None,
+    ) -> Callable[[], None]:
         arriving, leaving = self._in[:in_bytes], self._out[:out_bytes]
 
         def run() -> None:
             self.driver.to_device(self._base["in"], arriving)
+            if mark is not None:
+                mark()
             for launch in launches:
                 self.driver.launch(launch)
+                if mark is not None:
+                    mark()
             if leaving.size:
                 self.driver.to_host(leaving, self._base["out"])
 
         return run
+
+    def kernel_timer(self) -> KernelTimer:
+        """Times of every launch, by events in the graphs of methods: ticks run method by method meanwhile. All slots
+        must be reserved."""
+
+        def use(graphs: dict[Key, Any] | None, note: Callable[[Key, int], None] | None) -> None:
+            self._marked, self._note = graphs or {}, note
+            if self.chains is not None:
+                self.chains.ready = note is None
+
+        return CudaTimer(self, use)
 
     def launches(self, bucket: BucketInfo) -> list[KernelLaunch]:
         """The bucket's launches, bound to this device's addresses."""
@@ -306,7 +332,10 @@ class CudaBackend(Backend):
         results = self._results[method]
         for bucket, pieces in schedule([n for n, _ in parts], plan.buckets):
             self._pack(plan, bucket, pieces, parts, starts, inputs)
-            self._replay(self._graphs[method, bucket.batch, bucket.n])
+            key = method, bucket.batch, bucket.n
+            self._replay(self._marked.get(key) or self._graphs[key])
+            if self._note is not None:
+                self._note(key, sum(piece[2] for piece in pieces))
             self._unpack(plan, bucket, pieces, starts, results)
         for n, slot in parts:
             memory.advance(slot, plan.positions, n)
@@ -399,6 +428,7 @@ class CudaBackend(Backend):
             self._memory.closed = True
         self._graphs.clear()
         self._ticks.clear()
+        self._marked.clear()
         self.driver.close()
 
 

@@ -130,5 +130,14 @@ class Driver(ABC):
         """Seconds that the device takes for what `work` asks of this driver, by its own clock."""
 
     @abstractmethod
+    def mark(self) -> Any:
+        """A mark behind what was asked for so far, in a graph too: it holds when the device came by it last. Freed by
+        `close`."""
+
+    @abstractmethod
+    def elapsed(self, begin: Any, end: Any) -> float:
+        """Seconds between two marks, once the device has come by both and all is done."""
+
+    @abstractmethod
     def close(self) -> None:
         """Frees everything; raises nothing, also when the device is lost. Twice does nothing."""

@@ -56,7 +56,7 @@ class NvidiaDriver(Driver):
 
     def __init__(self, bindings: Any = None) -> None:
         self._c = bindings if bindings is not None else load_bindings()
-        self._closed = self._lost = False
+        self._closed = self._lost = self._capturing = False
         self._held: list[int] = []
         self._pinned: list[int] = []
         self._modules: list[Any] = []
@@ -186,9 +186,11 @@ class NvidiaDriver(Driver):
     def capture(self, work: Callable[[], None]) -> Any:
         mode = self._c.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
         self._must(self._c.cuStreamBeginCapture(self._stream, mode), "capture a graph")
+        self._capturing = True
         try:
             work()
         finally:
+            self._capturing = False
             ended = self._c.cuStreamEndCapture(self._stream)
         graph = self._must(ended, "capture a graph")[1]
         made = self._must(self._c.cuGraphInstantiate(graph, 0), "make a graph")[1]
@@ -205,11 +207,23 @@ class NvidiaDriver(Driver):
         self._must(self._c.cuStreamSynchronize(self._stream), "finish a call")
 
     def timed(self, work: Callable[[], None]) -> float:
-        begin, end = self._events
+        begin, end = self._events[:2]
         self._must(self._c.cuEventRecord(begin, self._stream), "take the time")
         work()
         self._must(self._c.cuEventRecord(end, self._stream), "take the time")
         self._must(self._c.cuEventSynchronize(end), "take the time")
+        return self.elapsed(begin, end)
+
+    def mark(self) -> Any:
+        event = self._must(self._c.cuEventCreate(0), "make an event")[1]
+        self._events.append(event)
+        # In a capture a plain record would be no part of the graph.
+        flags = self._c.CUevent_record_flags
+        kind = flags.CU_EVENT_RECORD_EXTERNAL if self._capturing else flags.CU_EVENT_RECORD_DEFAULT
+        self._must(self._c.cuEventRecordWithFlags(event, self._stream, int(kind)), "mark the time")
+        return event
+
+    def elapsed(self, begin: Any, end: Any) -> float:
         return float(self._must(self._c.cuEventElapsedTime(begin, end), "take the time")[1]) / 1e3
 
     def close(self) -> None:

@@ -15,13 +15,16 @@ from tmlc.runtimes.media.recording import Recording
 
 @dataclass(frozen=True)
 class Played:
-    """One tick: its input, its output, how long the step took and how late it started (both ms)."""
+    """One tick: its input, its output, how long the step took and how late it started (both ms), and when it started
+    (ns of `time.perf_counter_ns`).
+    """
 
     index: int
     given: TickInput
     output: TickOutput
     step_ms: float
     late_ms: float
+    started_ns: int
 
     def record(self, tick_seconds: float) -> dict[str, Any]:
         """The tick as one line of a timeline: JSON types only, audio left out."""
@@ -47,9 +50,9 @@ def play(session: Session, recording: Recording, count: int, clock: Clock) -> It
     clock.start()
     for index, given in enumerate(recording.ticks(count)):
         late = clock.wait(index + 1)
-        started = time.perf_counter()
+        started = time.perf_counter_ns()
         output = session.tick(given)
-        yield Played(index, given, output, (time.perf_counter() - started) * 1000, late * 1000)
+        yield Played(index, given, output, (time.perf_counter_ns() - started) / 1e6, late * 1000, started)
 
 
 def _plain(value: Any) -> Any:

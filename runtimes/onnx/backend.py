@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -17,7 +18,9 @@ from tmlc.errors import CapacityError, ContextFullError, InputError, KernelError
 from tmlc.package.reader import Package
 from tmlc.package.safetensors_io import parse_header
 from tmlc.runtimes.core.backend import DTYPES, Backend, MethodSpec, TensorSpec, check_inputs
+from tmlc.runtimes.core.kernels import KernelTimer
 from tmlc.runtimes.core.placement import Placement
+from tmlc.runtimes.onnx.kernel_times import OnnxTimer
 from tmlc.runtimes.onnx.library import load_onnxruntime
 from tmlc.runtimes.onnx.model_file import ModelFile
 from tmlc.runtimes.onnx.signature import MethodGraph, State, read_signature
@@ -38,7 +41,9 @@ class Loaded:
     session: Any
     outputs: list[np.ndarray]
     after: dict[str, np.ndarray]
+    nodes: int
     bindings: dict[int, Any] = field(default_factory=dict)
+    runs: list[int] | None = None  # positions of each run, where somebody counts them
 
 
 class OnnxBackend(Backend):
@@ -66,27 +71,38 @@ class OnnxBackend(Backend):
         self.slot_bytes = package.manifest.session_bytes
         self.methods = {name: graph.spec for name, graph in signature.methods.items()}
         self._weight_bytes = package.weights.nbytes
+        self._package, self._signature = package, signature
         try:
-            self._loaded = {
-                name: self._load(package, graph, signature.weights) for name, graph in signature.methods.items()
-            }
+            self._own = self._loaded = self._load_all()
         except (MemoryError, ValueError) as error:
             raise CapacityError("cannot reserve the output buffers of the graphs") from error
 
-    def _load(self, package: Package, graph: MethodGraph, weights: str) -> Loaded:
+    def _load_all(self, profile: Path | None = None) -> dict[str, Loaded]:
+        """Every method, ready to run; `profile`: its session writes one to a file whose name begins like this."""
+        graphs, weights = self._signature.methods, self._signature.weights
+        return {name: self._load(self._package, graph, weights, profile) for name, graph in graphs.items()}
+
+    def _load(self, package: Package, graph: MethodGraph, weights: str, profile: Path | None) -> Loaded:
         where = f"{package.path}: {graph.file}"
         path, begin = package.place(weights)
         start = parse_header(package._raw(weights), where)[1]
         file = ModelFile(package.read(graph.file), where, weights, package.tensors, start)
-        session = _session(
-            self._library, file.pointed(path.name, begin), str(path.parent), self.threads, self.cores, where
-        )
+        model = file.pointed(path.name, begin)
+        session = _session(self._library, model, str(path.parent), self.threads, self.cores, where, profile)
         _check_session(session, graph, where)
         outputs = [a.spec.allocate(graph.max_n) for a in graph.outputs]
         after = {
             s.name: np.zeros(s.info.shape, DTYPES[s.info.dtype]) for s in graph.states if s.next and not s.in_place
         }
-        return Loaded(graph, graph.spec, session, outputs, after)
+        return Loaded(graph, graph.spec, session, outputs, after, file.nodes)
+
+    def kernel_timer(self) -> KernelTimer:
+        """Times by ONNX Runtime's own profile; loads every graph a second time."""
+
+        def use(loaded: dict[str, Loaded] | None) -> None:
+            self._loaded = self._own if loaded is None else loaded
+
+        return OnnxTimer(self._load_all, use)
 
     def call(
         self, method: str, parts: Sequence[tuple[int, np.ndarray]], inputs: Sequence[np.ndarray]
@@ -140,6 +156,8 @@ class OnnxBackend(Backend):
         for buffer, argument in zip(loaded.outputs, graph.outputs, strict=True):
             cuts.append(_rows(buffer, argument.spec, at, count))
             _bind(binding.bind_output, argument.name, argument.spec.dtype, cuts[-1])
+        if loaded.runs is not None:
+            loaded.runs.append(count)
         try:
             loaded.session.run_with_iobinding(binding)
         except Exception as error:
@@ -166,7 +184,7 @@ class OnnxBackend(Backend):
         return {"weights": self._weight_bytes, "arena": 0, "scratch": scratch, "outputs": outputs}
 
     def close(self) -> None:
-        self._loaded.clear()
+        self._own.clear()
 
 
 def _of_part(error: Any, part: int) -> Any:
@@ -188,12 +206,15 @@ def _bind(bind: Any, name: str, dtype: str, array: np.ndarray) -> None:
 
 
 def _session(
-    library: ModuleType, model: bytes, folder: str, threads: int, cores: tuple[int, ...] | None, where: str
-) -> Any:
+    library: ModuleType, model: bytes, folder: str, threads: int, cores: tuple[int, ...] | None, where: str,
+    profile: Path | None = None,
+) -> Any:  # fmt: skip
     """ONNX Runtime's session of a graph whose weights lie in `folder`."""
     options = library.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = 4  # its errors come as exceptions too
+    if profile is not None:
+        options.enable_profiling, options.profile_file_prefix = True, str(profile)
     entries = {
         "session.model_external_initializers_file_folder_path": folder,
         "session.disable_quant_qdq": "1",  # weights of codes become floats once, when they are loaded

@@ -46,11 +46,15 @@ class ModelFile:
         where: its name, for errors.
         weights: name of the weights file in the graph.
         tensors: the stored tensors; `start` is where the first byte behind the header of the weights file lies in it.
+
+    Attributes:
+        nodes: of all its graphs, once `pointed` has seen them.
     """
 
     def __init__(self, data: bytes, where: str, weights: str, tensors: Mapping[str, Place], start: int) -> None:
         self._data, self._where, self._weights = memoryview(data), where, weights
         spans = sorted((start + t.offset, start + t.offset + t.nbytes) for t in tensors.values())
+        self.nodes = 0
         self._begins, self._ends = [b for b, _ in spans], [e for _, e in spans]
 
     def pointed(self, location: str, shift: int) -> bytes:
@@ -95,6 +99,7 @@ class ModelFile:
     def _inside(self, number: int, value: memoryview | int, depth: int) -> None:
         """Checks a field of a graph that is no initializer of the outermost graph."""
         if number == GRAPH_NODE:
+            self.nodes += 1
             self._node(_view(value), depth)
         elif number == GRAPH_TENSOR:
             self._own(_view(value))

@@ -16,10 +16,12 @@ import numpy as np
 from tmlc.errors import ContextFullError, InputError, KernelError, PackageError, UsageError
 from tmlc.package.reader import Package
 from tmlc.runtimes.core.backend import Backend, MethodSpec, check_inputs
+from tmlc.runtimes.core.kernels import KernelTimer
 from tmlc.runtimes.core.placement import Placement, refuse_cpu_options
 from tmlc.runtimes.core.slots import Slot, SlotMemory
 from tmlc.runtimes.tensorrt.device import Device, LoadedEngine, open_device
 from tmlc.runtimes.tensorrt.kernel_cache import KernelFile
+from tmlc.runtimes.tensorrt.kernel_times import TensorRTTimer
 from tmlc.runtimes.tensorrt.plan import ALIGN, END, ROWS, Binding, MethodPlan, Plan, read_plan
 from tmlc.runtimes.tensorrt.random import gumbel, normal
 from tmlc.runtimes.tensorrt.slots import DeviceSlot, DeviceSlots
@@ -237,6 +239,10 @@ class TensorRTBackend(Backend):
             first = spec.a * at
             rows = self._host[offset : offset + binding.nbytes(n)].view(HOST[spec.dtype])
             outputs[binding.index][first : first + spec.rows(n)] = rows.reshape(-1, spec.cols)
+
+    def kernel_timer(self) -> KernelTimer:
+        """Times of every layer, as TensorRT reports them."""
+        return TensorRTTimer({name: entry.engine for name, entry in self._loaded.items()})
 
     def memory(self) -> dict[str, int]:
         return {

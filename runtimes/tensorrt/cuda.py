@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import Any
 
@@ -192,6 +192,7 @@ class CudaEngine(LoadedEngine):
     def __init__(self, device: CudaDevice, trt: Any, engine: Any, size: int, stream: Any) -> None:
         self._device, self._trt, self._engine, self._stream = device, trt, engine, stream
         self._contexts: list[Any] = []
+        self._profiler: Any = None
         self.profiles = int(engine.num_optimization_profiles)
         self.scratch_bytes = int(engine.device_memory_size_v2)
         self.code_bytes = size
@@ -249,9 +250,26 @@ class CudaEngine(LoadedEngine):
         if not context.execute_async_v3(int(self._stream)):
             raise KernelError("TensorRT cannot start the engine")
 
+    def report_layers(self, report: Callable[[str, float], None] | None) -> None:
+        profiler = None if report is None else _profiler(self._trt, report)
+        for context in self._contexts:
+            context.profiler = profiler
+        self._profiler = profiler  # TensorRT holds no reference
+
     def close(self) -> None:
         self._contexts.clear()
         self._engine = None
+
+
+def _profiler(trt: Any, report: Callable[[str, float], None]) -> Any:
+    class Reporter(trt.IProfiler):
+        def __init__(self) -> None:
+            trt.IProfiler.__init__(self)
+
+        def report_layer_time(self, layer_name: str, ms: float) -> None:
+            report(layer_name, ms)
+
+    return Reporter()
 
 
 def _logger(trt: Any) -> Any:

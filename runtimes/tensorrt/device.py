@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,6 +48,11 @@ class LoadedEngine(ABC):
     @abstractmethod
     def run(self, profile: int, addresses: Mapping[str, int], shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Starts a run behind what was started before. Raises KernelError when it cannot be started."""
+
+    @abstractmethod
+    def report_layers(self, report: Callable[[str, float], None] | None) -> None:
+        """Tells of each layer of every run from here on, by its name, how many milliseconds it took; None: no more.
+        A run then waits until it is done."""
 
     @abstractmethod
     def close(self) -> None:

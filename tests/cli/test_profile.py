@@ -1,6 +1,7 @@
 """`tmlc profile`: its figures, its verdict, and the arithmetic behind them."""
 
 import json
+from collections import Counter
 from importlib.resources import files
 from itertools import pairwise
 from time import perf_counter
@@ -12,20 +13,29 @@ from tmlc.cli.inputs import tick_shape
 from tmlc.errors import UsageError
 from tmlc.model_zoo.interaction.checkpoint import create_checkpoint
 from tmlc.model_zoo.interaction.config import InteractionConfig, read_preset
+from tmlc.package import open_package
+from tmlc.report.call_work import call_work
 from tmlc.report.latency import Budget, growth, parse_milliseconds, spread, turn_latency
+from tmlc.report.plan.source import load_planned
+from tmlc.report.plan.work import method_work
 from tmlc.report.profile.inputs import synthetic_recording
 from tmlc.report.profile.measure import profile_engine
 from tmlc.report.profile.parts import PARTS
+from tmlc.report.profile.stages import APPEND
 from tmlc.runtimes.core.clock import make_clock
 from tmlc.runtimes.core.session import Session
 
+QUICK = ("--startup-runs", "0", "--no-kernels")
+
 
 def test_the_report_has_every_figure(tmlc_cli, package):
-    view = tmlc_cli("profile", package, "--seconds", "4", "--startup-runs", "1", "--json").json
+    view = tmlc_cli("profile", package, "--seconds", "4", "--startup-runs", "1", "--no-kernels", "--json").json
     assert view["ticks"] == 20 and view["step_ms"]["count"] == 19
     steps = view["step_ms"]
     assert 0 < steps["p50"] <= steps["p95"] <= steps["p99"] <= steps["max"]
-    assert {"decode", "embed_audio", "next_token", "vocode"} <= set(view["stages_ms"])
+    assert {"frame_input", "append", "decode[0]", "embed_audio", "next_token", "vocode", "encode_output"} <= set(
+        view["stages_ms"]
+    )
     assert view["turn_latency"]["worst"]["total_ms"] == pytest.approx(200 + 10 + 30 + steps["p99"])
     assert view["missed_deadlines"] >= 0
     assert all(view["bytes"][k] > 0 for k in ("weights", "arena", "slot"))
@@ -49,7 +59,7 @@ def test_the_json_form_is_the_published_one(tmlc_cli, package):
 
 
 def test_stages_and_what_is_between_them_add_up_to_the_step(tmlc_cli, package):
-    samples = tmlc_cli("profile", package, "--seconds", "10", "--startup-runs", "0", "--json").json["samples"]
+    samples = tmlc_cli("profile", package, "--seconds", "10", *QUICK, "--json").json["samples"]
     stages = samples["stages_ms"]
     for k, step in enumerate(samples["step_ms"]):
         parts = sum(column[k] or 0.0 for column in stages.values())
@@ -94,27 +104,81 @@ def test_the_parts_of_nanos_ticks_are_their_wall_time_within_three_percent(nano)
             patch.setattr(Session, "tick", tick)
             view = profile_engine(
                 engine, recording, 150, make_clock("input", shape.seconds), Budget(), package=nano,
-                inputs={"seed": 0}, settings={"threads": 1}, startup_runs=0, report=lambda *_: None,
+                inputs={"seed": 0}, settings={"threads": 1}, startup_runs=0, kernels_every=3, report=lambda *_: None,
             )  # fmt: skip
     marks.append(len(called))
     parts = [view["between_calls_ms"], view["wait_ms"], *view["stages_ms"].values()]
     assert sum(part["share"] for part in parts) == pytest.approx(1.0, abs=1e-6)
     assert sum(p["mean"] * p["count"] for p in parts) == pytest.approx(sum(walls[1:]), rel=0.03)
-    stages = sum(part["mean"] * part["count"] for part in view["stages_ms"].values())
+    methods = {name: part for name, part in view["stages_ms"].items() if name not in ("frame_input", "encode_output")}
+    stages = sum(part["mean"] * part["count"] for part in methods.values())
     outside = [sum(called[a:b]) for a, b in pairwise(marks)]
     assert len(outside) == len(walls) == 150
     assert stages == pytest.approx(sum(outside[1:]), rel=0.03)
+    # Kernels of the timed ticks are a part of their stages.
+    timed = {name: sum(ms or 0.0 for ms in view["samples"]["stages_ms"][name][2::3]) for name in methods}
+    for method in {call["method"] for call in view["kernels"]["calls"]}:
+        own = sum(call["runs"] * call["ms"] for call in view["kernels"]["calls"] if call["method"] == method)
+        stage = sum(ms for name, ms in timed.items() if ("decode" if name == APPEND else name.split("[")[0]) == method)
+        assert 0 < own < stage, method
+
+
+def test_a_plan_and_the_program_it_came_from_need_the_same_work(nano):
+    """Kernels are counted from the plan, predictions from the program: products exactly, weights but for padding."""
+    program, precision = load_planned(str(nano), None, None)
+    predicted = method_work(program, precision)
+    with open_package(nano) as package:
+        plan = package.json(package.manifest.targets["cpu"].plan)
+    n, seen = 3, 10  # rows of a call, cached positions that each of them sees
+    for method in plan["methods"]:
+        ops, macs, weights, caches = predicted[method["name"]], 0.0, 0.0, 0.0
+        for call in method["code"]:
+            every_expert = call["i"][0] if call["op"] == "moe" else 0
+            work = call_work(plan["tensors"], call, n, every_expert, seen, n * seen)
+            macs += work.multiply_adds
+            caches += work.caches
+            weights += 0.0 if "embedding" in call["op"] else work.weights  # tables: no op of a prediction has them
+        stored = sum(op.weight_bytes + op.again_bytes + op.experts * op.expert_bytes for op in ops)
+        products = n * sum(op.rows * (op.macs + seen * op.position_macs) for op in ops)
+        if method["name"] != "next_token":  # the plan leaves out what pads the vocabulary
+            assert macs == products, method["name"]
+        assert weights == pytest.approx(stored, rel=0.03, abs=1000), method["name"]
+        assert caches == seen * sum(op.position_bytes for op in ops), method["name"]
+
+
+def test_memory_is_told_by_name_and_adds_up(tmlc_cli, package):
+    view = tmlc_cli("profile", package, "--seconds", "1", *QUICK, "--json").json
+    sums = Counter()
+    for entry in view["memory_map"]:
+        sums[entry["what"]] += entry["bytes"]
+    assert dict(sums) == {"states": view["bytes"].pop("slot"), **view["bytes"]}
+    assert {entry["layer"] for entry in view["memory_map"] if entry["what"] == "weights"} == {None, 0, 1}
+
+
+def test_kernels_are_timed_in_the_ticks_that_were_asked_for(tmlc_cli, package):
+    view = tmlc_cli("profile", package, "--seconds", "6", "--startup-runs", "0", "--kernels-every", "5", "--json").json
+    kernels = view["kernels"]
+    assert kernels["every"] == 5 and 0 < kernels["ticks"] <= 5  # of 30 ticks: 5, 10, …, 25
+    assert sum(call["share"] for call in kernels["calls"]) == pytest.approx(1.0)
+    for call in kernels["calls"]:
+        assert call["gb_s"] == pytest.approx(call["bytes"] / call["ms"] / 1e6, rel=0.01, abs=1e-3)
+        assert call["bound"] in ("bandwidth", "multiply", "latency")
+    (moe,) = (call for call in kernels["calls"] if call["op"] == "moe")
+    assert moe["layer"] == 1 and moe["operations"] > 0 and any("gate_up" in name for name in moe["weights"])
 
 
 def test_the_table_says_the_same_to_a_person(tmlc_cli, package):
     out = tmlc_cli("profile", package, "--seconds", "1", "--startup-runs", "1").stdout
     words = ("p50", "p99", "jitter", "turn latency against 400 ms", "tick wait", "assumed", "missed deadlines",
-             "growth", "weights", "slot", "fresh process", "peak")  # fmt: skip
+             "growth", "weights", "slot", "fresh process", "peak",
+             "ceilings", "GB/s", "GFLOP/s", "largest", "not measured: it takes 8", "kernels (top 12")  # fmt: skip
     assert all(word in out for word in words)
+    without = tmlc_cli("profile", package, "--seconds", "1", *QUICK).stdout
+    assert "not measured: left out: profile without --no-kernels" in without
 
 
 def test_json_and_text_files_are_written_beside_each_other(tmlc_cli, package, tmp_path):
-    options = ["--seconds", "1", "--startup-runs", "0", "-o", tmp_path / "new" / "report"]
+    options = ["--seconds", "1", *QUICK, "-o", tmp_path / "new" / "report"]
     tmlc_cli("profile", package, *options)
     assert sorted(p.name for p in (tmp_path / "new").iterdir()) == ["report.json", "report.txt"]
     view = json.loads((tmp_path / "new" / "report.json").read_text())
@@ -125,7 +189,7 @@ def test_json_and_text_files_are_written_beside_each_other(tmlc_cli, package, tm
 
 
 def test_a_missed_budget_is_exit_1_and_still_reported(tmlc_cli, package, tmp_path):
-    options = ["--seconds", "1", "--startup-runs", "0", "--budget", "240.001ms", "-o", tmp_path / "report"]
+    options = ["--seconds", "1", *QUICK, "--budget", "240.001ms", "-o", tmp_path / "report"]
     result = tmlc_cli("profile", package, *options, code=1)
     assert "over budget" in result.stderr and "OVER" in result.stdout
     assert json.loads((tmp_path / "report.json").read_text())["turn_latency"]["within_budget"] is False
@@ -133,13 +197,13 @@ def test_a_missed_budget_is_exit_1_and_still_reported(tmlc_cli, package, tmp_pat
 
 def test_two_reports_are_compared(tmlc_cli, package, tmp_path):
     for name in "ab":
-        tmlc_cli("profile", package, "--seconds", "20", "--startup-runs", "0", "-o", tmp_path / name)
+        tmlc_cli("profile", package, "--seconds", "20", *QUICK, "-o", tmp_path / name)
     a, b = tmp_path / "a.json", tmp_path / "b.json"
     view = tmlc_cli("profile", "--compare", a, b, "--json").json
-    assert {"step p50", "step p95", "step p99", "first audio p50", "decode p50"} <= {f["name"] for f in view["figures"]}
+    assert {"step p50", "step p95", "step p99", "first audio p50", "append p50"} <= {f["name"] for f in view["figures"]}
     assert view["a"]["digest"] == view["b"]["digest"] and view["fail_over"] is None
     out = tmlc_cli("profile", "--compare", a, b).stdout
-    assert all(word in out for word in ("B against A", "interval", "verdict", "decode p50"))
+    assert all(word in out for word in ("B against A", "interval", "verdict", "append p50"))
     for path, factor in ((a, 1.0), (b, 3.0)):  # ticks that no other program disturbed
         path.write_text(json.dumps({**json.loads(path.read_text()), "samples": quiet_samples(factor)}))
     result = tmlc_cli("profile", "--compare", a, b, "--fail-over", "3%", "--json", code=1)

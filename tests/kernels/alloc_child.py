@@ -1,6 +1,7 @@
 """Runs plans with tests/kernels/alloc_count.c preloaded: `alloc_child.py LIBRARY COUNTER` prints what was counted.
 
-One JSON object: allocations that the kernel library made while plans were built, and in all runs of each plan.
+One JSON object: allocations that the kernel library made while plans were built, and in all runs of each plan, with
+timers and without.
 """
 
 import ctypes
@@ -59,9 +60,11 @@ def main(library_path: str, counter_path: str) -> None:
                 for pool in pools:
                     slot = np.zeros(plan.slot_bytes, np.uint8)
                     given, taken = arguments(b, inputs, n, rng), arguments(b, outputs, n, rng)
-                    counter.alloc_counted()
-                    plan.run(pool, index, n, slot, given, taken)
-                    found[name] += counter.alloc_counted()
+                    for timed in (False, True):
+                        counter.alloc_counted()
+                        plan.profile(timed)
+                        plan.run(pool, index, n, slot, given, taken)
+                        found[name] += counter.alloc_counted()
     print(json.dumps(found))
 
 

@@ -184,10 +184,14 @@ def test_times_add_up_per_operation(best):
     plan.profile(True)
     for _ in range(5):
         plan.run(None, 0, 4, NO_SLOT, [x], [x.copy()])
-    times = plan.times(0)
-    assert times.shape == (2,) and (times > 0).all() and plan.calls(0) == 5
+    timed = plan.timed(0)
+    assert timed.ns.shape == (2,) and (timed.ns > 0).all() and (timed.runs, timed.rows) == (5, 20)
+    assert not timed.experts.any() and not timed.keys.any()
     plan.profile(False)
-    assert (plan.times(0) == 0).all()
+    plan.run(None, 0, 4, NO_SLOT, [x], [x.copy()])
+    assert (plan.timed(0).ns == 0).all() and plan.timed(0).runs == 0
+    with pytest.raises(UsageError, match="no method 1"):
+        plan.timed(1)
 
 
 def test_two_plans_may_share_a_pool_from_two_threads(best, rng):

@@ -49,7 +49,7 @@ PLAN = {"tensors": TENSORS, "methods": [{"name": "decode", "code": DECODE}, {"na
 
 def test_bytes_and_products_of_a_call_are_counted(peers: Any) -> None:
     floor, _ = peers
-    works = {w.op: w for w in floor._Counter(PLAN, "bf16", experts=4, context=256).work(touched=3.0, n=5, attended=64)}
+    works = {w.op: w for w in floor._Counter(PLAN, "bf16").work(touched=3.0, n=5, attended=64)}
     linear = 2 * 32 * 16 * 2
     assert works["linear"].bytes == 2 * linear  # of decode, and the head
     assert works["linear"].multiply_adds == (5 + 1) * 32 * 32  # the head is asked for one row

@@ -4,7 +4,7 @@ Everything but the chip takes part: the plan, the cutting of calls, slots, bindi
 """
 
 import ctypes
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -100,6 +100,7 @@ class StandInEngine(LoadedEngine):
             for t in ts
         }
         self.limits: list[tuple[int, int]] = []
+        self.reports: Callable[[str, float], None] | None = None
 
     def _alias(self, name: str) -> str:
         """What TensorRT says of outputs of its cache update."""
@@ -132,6 +133,13 @@ class StandInEngine(LoadedEngine):
         self.device.runs.append((self.net.name, sizes[0]))
         for name, value in self.evaluation.run(given).items():
             write(addresses[name], self.bindings[name].dtype, value)
+
+        if self.reports is not None:
+            for index in range(self.net.network.num_layers):
+                self.reports(self.net.network.get_layer(index).name, 0.5)
+
+    def report_layers(self, report: Callable[[str, float], None] | None) -> None:
+        self.reports = report
 
     def _inputs(self):
         for b in self.net.bindings:

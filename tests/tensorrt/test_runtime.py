@@ -141,3 +141,24 @@ def test_the_library_has_every_name_that_the_runtime_uses() -> None:
     }.items():  # fmt: skip
         assert [name for name in names if not hasattr(owner, name)] == []
     assert trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE and trt.DynamicShapesKernelSpecializationStrategy.NONE
+
+
+def test_layers_are_timed_between_start_and_stop_and_change_no_bit(library: Library) -> None:
+    b = decoder()
+    backend, device = open_program(b.program, b.source, library)
+    memory, x = backend.slots(2), np.ones((3, 24), np.float32)
+    (want,) = (out.copy() for out in backend.call("decode", [(3, memory.handle(0))], [x]))
+    timer = backend.kernel_timer()
+    for k in range(2):
+        memory.zero(1)
+        timer.start()
+        assert np.array_equal(backend.call("decode", [(3, memory.handle(1))], [x])[0], want)
+        timer.stop(disturbed=k == 1)
+    backend.call("decode", [(1, memory.handle(1))], [x[:1]])  # nobody times this
+    (engine,) = (entry.engine for name, entry in backend._loaded.items() if name == "decode")
+    assert engine.reports is None
+    calls = timer.calls(disturbed=True)
+    assert {call.method for call in calls} == {"decode"} and [call.index for call in calls] == list(range(len(calls)))
+    runs = sum(1 for name, _ in device.runs if name == "decode")
+    assert {call.runs for call in calls} == {2} and {call.ns for call in calls} == {2 * 0.5e6} and runs > 2
+    assert {call.runs for call in timer.calls(disturbed=False)} == {1}

@@ -26,6 +26,7 @@ from tmlc.cli.profile_compare import compare_files
 from tmlc.errors import UsageError
 
 SECONDS = 130.0
+KERNELS_EVERY = 3  # shares no factor with what a tick does every second or fifth time
 
 
 @verb(
@@ -76,6 +77,15 @@ tmlc profile --compare before.json after.json --fail-over 3%
     show_default=True,
     help="Fresh processes to measure start-up with.",
 )
+@click.option("--no-kernels", is_flag=True, help="Time no single kernel calls, and measure no ceilings.")
+@click.option(
+    "--kernels-every",
+    type=click.IntRange(1, 1000),
+    default=KERNELS_EVERY,
+    show_default=True,
+    metavar="N",
+    help="Time kernel calls in every N-th tick.",
+)
 @SEED
 @click.option("-o", "--out", type=click.Path(path_type=Path), metavar="STEM", help="Also write STEM.json and STEM.txt.")
 @THREADS
@@ -98,6 +108,8 @@ def command(
     clock: str,
     budget: str,
     startup_runs: int,
+    no_kernels: bool,
+    kernels_every: int,
     seed: int,
     out: Path | None,
     threads: int | None,
@@ -182,6 +194,7 @@ def command(
                 inputs=inputs,
                 settings=settings,
                 startup_runs=startup_runs,
+                kernels_every=None if no_kernels else kernels_every,
                 report=report,
             )
     finally:

@@ -94,7 +94,7 @@ def independent(values: np.ndarray, level: np.ndarray, quantile: float) -> int:
     return max(1, min(n, round(n / (1 + 2 * total))))
 
 
-def _quantiles(values: np.ndarray, m: int, quantile: float, random: np.random.Generator) -> np.ndarray:
+def quantile_draws(values: np.ndarray, m: int, quantile: float, random: np.random.Generator) -> np.ndarray:
     """The quantile of DRAWS resamplings of m ticks."""
     uniform = random.beta(quantile * (m + 1), (1 - quantile) * (m + 1), DRAWS)
     return _at(values, uniform)
@@ -135,7 +135,7 @@ def _figure(name: str, a: np.ndarray, b: np.ndarray, of: float | None, error: fl
     if of is None:
         difference = _tails(b, n, random) - _tails(a, m, random)
     else:
-        difference = _quantiles(b, n, of, random) - _quantiles(a, m, of, random)
+        difference = quantile_draws(b, n, of, random) - quantile_draws(a, m, of, random)
     low, high = (float(v) for v in np.quantile(difference / base, (error / 2, 1 - error / 2)))
     drift = _drift(a, b)
     wander = (DRIFTS if quantile == 0.5 else TAIL_DRIFTS) * (drift or 0.0)

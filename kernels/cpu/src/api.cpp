@@ -14,7 +14,7 @@ using tmlc::Buffer;
 using tmlc::Plan;
 using tmlc::Pool;
 
-TMLC_API int tmlc_abi() { return 2; }
+TMLC_API int tmlc_abi() { return 3; }
 TMLC_API const char* tmlc_isa() { return TMLC_ISA; }
 TMLC_API int tmlc_op_count() { return tmlc::op_count(); }
 TMLC_API const char* tmlc_op_name(int opcode) {
@@ -102,14 +102,25 @@ TMLC_API int tmlc_plan_outputs(void* plan, int method) {
 // Starts (and zeroes) or stops the collection of times.
 TMLC_API void tmlc_plan_profile(void* plan, int on) { static_cast<Plan*>(plan)->profile(on != 0); }
 
-// Nanoseconds spent in each operation of a method since `profile`, and the calls that made them; returns the number of
-// operations, of which at most `count` are written.
-TMLC_API int tmlc_plan_times(void* plan, int method, double* ns, int64_t count, int64_t* calls) {
-    const auto& all = static_cast<Plan*>(plan)->methods();
-    if (method < 0 || method >= static_cast<int>(all.size())) return -1;
-    const Plan::Method& m = all[static_cast<size_t>(method)];
-    for (size_t k = 0; k < m.code.size() && static_cast<int64_t>(k) < count; ++k) ns[k] = m.code[k].ns;
-    if (calls != nullptr) *calls = m.calls;
+// Nanoseconds spent in each operation of a method since `profile`, and what they touched: `touched` has three numbers for each,
+// different experts, cached positions and cached positions of each row (touched.h). `runs` gets the runs that made them, and
+// all positions of these. Returns the number of operations, of which at most `count` are written; -1 for no such method.
+TMLC_API int tmlc_plan_times(void* plan, int method, double* ns, int64_t* touched, int64_t count, int64_t* runs) {
+    const Plan& p = *static_cast<Plan*>(plan);
+    if (method < 0 || method >= static_cast<int>(p.methods().size())) return -1;
+    const Plan::Method& m = p.methods()[static_cast<size_t>(method)];
+    const double unit = p.unit_ns();
+    for (size_t k = 0; k < m.code.size() && static_cast<int64_t>(k) < count; ++k) {
+        const tmlc::Touched& t = m.code[k].touched;
+        ns[k] = static_cast<double>(m.code[k].units) * unit;
+        touched[3 * k] = t.experts;
+        touched[3 * k + 1] = t.keys;
+        touched[3 * k + 2] = t.row_keys;
+    }
+    if (runs != nullptr) {
+        runs[0] = m.calls;
+        runs[1] = m.rows;
+    }
     return static_cast<int>(m.code.size());
 }
 

@@ -13,7 +13,7 @@ void f32_tile(const float* const* x, const void* w, int64_t k, float* out) {
     v16 acc[R];
     for (int r = 0; r < R; ++r) acc[r] = zero16();
     for (int64_t i = 0; i < k; ++i) {
-        ask_ahead(p + i * 16);
+        ask_ahead<Form::f32, R>(p + i * 16);
         const v16 v = load(p + i * 16);
         for (int r = 0; r < R; ++r) acc[r] = fma(splat(x[r][i]), v, acc[r]);
     }
@@ -30,7 +30,7 @@ void bf16_tile(const float* const* x, const void* w, int64_t k, float* out) {
     const int64_t pairs = k / 2;
     v16 even, odd;
     for (int64_t i = 0; i < pairs; ++i) {
-        ask_ahead(p + i * 32);
+        ask_ahead<Form::bf16, R>(p + i * 32);
         load_bf16_pairs(p + i * 32, even, odd);
         for (int r = 0; r < R; ++r) {
             first[r] = fma(splat(x[r][2 * i]), even, first[r]);
@@ -65,8 +65,8 @@ void bf16_dot_rows(const float* const* x, const void* w, int64_t k, float* out, 
     const int64_t bytes = (k + 1) / 2 * 4;  // of a row
     int64_t at = 0;
     for (; at + 8 <= bytes; at += 8) {
-        ask_ahead(p + at * 4);
-        ask_ahead(p + at * 4 + 16);
+        ask_ahead<Form::bf16, sizeof...(R)>(p + at * 4);
+        ask_ahead<Form::bf16, sizeof...(R)>(p + at * 4 + 16);
         const v16 even = load(p + at * 4), odd = load(p + at * 4 + 16);
         ((first[R] = dot_pairs(first[R], even, row[R] + at)), ...);
         ((second[R] = dot_pairs(second[R], odd, row[R] + at + 4)), ...);

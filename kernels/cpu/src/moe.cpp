@@ -202,20 +202,21 @@ int64_t scratch_moe(const Call& c, int) {
     return Layout(c.i[0], c.i[1], rows, pairs, x_bytes, hidden_bytes).bytes;
 }
 
-// Splits the work on `touched` experts of `units` units each: fn(number, begin, end) for touched expert `number`. Each
-// thread takes the same units of every expert, so that experts with more rows than others hold nobody up; where there
-// are too few units for that, whole experts.
+// Splits the work on groups of `units` units each: fn(group, begin, end). A part is one range of units, group after group, so
+// that its weights are few long streams: a jump to another place costs about a microsecond. Ranges are balanced by what a
+// unit takes: its weights, which cost as much as `weigh` rows do, and its rows.
 template <class Fn>
-void split_experts(Parallel& par, int64_t touched, int64_t units, int64_t work, Fn fn) {
-    if (units >= 2 * par.threads())
-        return par.split(units, work, [&](int64_t begin, int64_t end, int) {
-            for (int64_t t = 0; t < touched; ++t) fn(t, begin, end);
-        });
-    par.split(touched * units, work, [&](int64_t begin, int64_t end, int) {
-        for (int64_t u = begin; u < end;) {
-            const int64_t t = u / units, last = end < (t + 1) * units ? end : (t + 1) * units;
-            fn(t, u - t * units, last - t * units);
-            u = last;
+void split_groups(Parallel& par, const Group* groups, int64_t count, int64_t units, int64_t work, Fn fn) {
+    constexpr int64_t weigh = 3;
+    int64_t all = 0;
+    for (int64_t t = 0; t < count; ++t) all += units * (weigh + groups[t].count);
+    par.split(all, work, [&](int64_t begin, int64_t end, int) {
+        int64_t at = 0;  // where the group's units begin; a unit belongs to the part in which it begins
+        for (int64_t t = 0; t < count && at < end; ++t) {
+            const int64_t cost = weigh + groups[t].count;
+            const auto unit = [&](int64_t place) { return place <= at ? 0 : std::min(units, (place - at + cost - 1) / cost); };
+            if (unit(begin) < unit(end)) fn(t, unit(begin), unit(end));
+            at += units * cost;
         }
     });
 }
@@ -280,7 +281,7 @@ int run_moe(const RunArgs& a) {
     }
     // Units are 32 hidden columns, so that whoever computes them can round them for the down-projection.
     const int64_t f_units = (f_blocks + 1) / 2;
-    split_experts(a.par, n_groups, f_units, pairs * f * d * 2, [&](int64_t t, int64_t begin, int64_t end) {
+    split_groups(a.par, groups, n_groups, f_units, pairs * f * d * 2, [&](int64_t t, int64_t begin, int64_t end) {
         const int64_t e = groups[t].expert, i0 = groups[t].begin, count = groups[t].count, base = e * 2 * f_blocks;
         for (int64_t u = begin; u < end; ++u) {
             const int64_t last = 2 * u + 2 < f_blocks ? 2 * u + 2 : f_blocks;

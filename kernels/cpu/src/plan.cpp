@@ -9,7 +9,6 @@
 #include "plan.h"
 
 #include <algorithm>
-#include <chrono>
 #include <cstdarg>
 #include <cstdio>
 #include <cstring>
@@ -226,6 +225,12 @@ bool Plan::read_method(Reader& in, int64_t, std::string& error) {
             c.by_session = !c.op->all_spans;
             if (t->dtype == DType::i64 && t->fixed(1, 1)) m.positions.push_back(t->offset);
         }
+        if (named(c, "moe")) {
+            c.count = &Plan::count_experts_of;
+            experts_.resize(std::max(experts_.size(), static_cast<size_t>((c.ints[0] + 63) / 64)));
+        } else if (named(c, "attention")) {
+            c.count = &Plan::count_keys_of;
+        }
         m.code.push_back(std::move(c));
     }
     std::sort(m.positions.begin(), m.positions.end());
@@ -416,18 +421,23 @@ int Plan::run_by_session(const Code& c, const RunArgs& all) {
 
 int Plan::run_code(Parallel& par, int method, Method& m, int64_t n, const Buffer* inputs, const Buffer* outputs,
                    Fault& fault) {
+    uint64_t last = profiling_ ? timing_.now() : 0;  // one reading ends a call and begins the next
     for (size_t k = 0; k < m.code.size(); ++k) {
         Code& c = m.code[k];
         for (size_t j = 0; j < c.info.size(); ++j) operands_[j] = resolve(*c.info[j], n, inputs, outputs);
         const RunArgs args{operands_.data(),  static_cast<int>(c.info.size()), c.ints.data(), static_cast<int>(c.ints.size()),
                            c.floats.data(), n, scratch_.data(), par, c.info.data(), spans_.data(), n_spans_, portable_};
-        const auto start = profiling_ ? std::chrono::steady_clock::now() : std::chrono::steady_clock::time_point{};
         const int status = c.by_session && n_spans_ > 1 ? run_by_session(c, args) : c.op->run(args);
-        if (profiling_)
-            c.ns += std::chrono::duration<double, std::nano>(std::chrono::steady_clock::now() - start).count();
         // A context that was not full before can only be full now in a plan that writes its own positions.
         if (status != ok)
             return fail(bad_index, fault, "an index out of range (method %d, operation %zu, %s)", method, k, c.op->name);
+        if (!profiling_) continue;
+        const uint64_t now = timing_.now();
+        c.units += now - last;
+        last = now;
+        if (c.count == nullptr) continue;
+        (this->*c.count)(c, args);
+        last = timing_.now();  // counting is nobody's time
     }
     return ok;
 }
@@ -448,7 +458,10 @@ int Plan::run(Parallel& par, int method, const Part* parts, int64_t n_parts, int
         status = check_buffers(m, n, inputs, outputs, fault);
         if (status == ok) status = check_positions(m, fault);
         if (status == ok) status = run_code(par, method, m, n, inputs, outputs, fault);
-        if (profiling_) ++m.calls;
+        if (profiling_) {
+            ++m.calls;
+            m.rows += n;
+        }
     }
     running_.store(false, std::memory_order_release);
     return status;
@@ -456,9 +469,13 @@ int Plan::run(Parallel& par, int method, const Part* parts, int64_t n_parts, int
 
 void Plan::profile(bool on) {
     profiling_ = on;
+    timing_.start();
     for (Method& m : methods_) {
-        m.calls = 0;
-        for (Code& c : m.code) c.ns = 0;
+        m.calls = m.rows = 0;
+        for (Code& c : m.code) {
+            c.units = 0;
+            c.touched = {};
+        }
     }
 }
 

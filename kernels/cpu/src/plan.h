@@ -7,6 +7,8 @@
 
 #include "memory.h"
 #include "op.h"
+#include "timing.h"
+#include "touched.h"
 
 namespace tmlc {
 
@@ -55,7 +57,9 @@ public:
         std::vector<const TensorInfo*> info;
         std::vector<int64_t> ints;
         std::vector<double> floats;
-        double ns = 0;  // spent here since profiling was switched on
+        uint64_t units = 0;  // of the clock of `Timing`, spent here since profiling was switched on
+        Touched touched;     // since then
+        void (Plan::*count)(Code&, const RunArgs&) = nullptr;  // of what only a run can tell
     };
     struct Method {
         int64_t max_n = 0;
@@ -64,7 +68,7 @@ public:
         std::vector<const Code*> advances;     // those with a limit
         std::vector<int64_t> positions;        // where the slot holds a position
         const char* unbatched = nullptr;       // why it takes one session at a time; nullptr: it takes several
-        int64_t calls = 0;
+        int64_t calls = 0, rows = 0;           // runs since profiling was switched on, and their positions
     };
 
     const std::vector<Method>& methods() const { return methods_; }
@@ -74,7 +78,8 @@ public:
     int64_t scratch_bytes() const { return scratch_.bytes(); }
     const Block& arena() const { return arena_; }
     const Block& scratch() const { return scratch_; }
-    void profile(bool on);
+    void profile(bool on);  // from zero; on: every call is timed
+    double unit_ns() const { return timing_.unit_ns(); }
     void portable_bits(bool on) { portable_ = on; }  // RunArgs::portable of every call from here on
 
 private:
@@ -92,6 +97,8 @@ private:
     int check_positions(const Method& m, Fault& fault) const;
     int run_code(Parallel& par, int method, Method& m, int64_t n, const Buffer* inputs, const Buffer* outputs, Fault& fault);
     int run_by_session(const Code& c, const RunArgs& all);
+    void count_experts_of(Code& c, const RunArgs& args) { count_experts(args, experts_, c.touched); }
+    void count_keys_of(Code& c, const RunArgs& args) { count_keys(args, c.touched); }
 
     std::vector<TensorInfo> tensors_;
     std::vector<Method> methods_;
@@ -102,6 +109,8 @@ private:
     Block arena_, scratch_;
     const uint8_t* weights_ = nullptr;
     int64_t weight_bytes_ = 0, arena_wanted_ = 0, slot_bytes_ = 0, scratch_wanted_ = 0;
+    std::vector<uint64_t> experts_;        // a bit for each that any call can name
+    Timing timing_;
     int threads_ = 1;
     bool profiling_ = false, portable_ = false;
     std::atomic<bool> running_{false};

@@ -271,11 +271,8 @@ TMLC_INLINE void quant_rows(const float* const* x, const void* w, int64_t k, flo
             const v16 scale = load_f16(run + count * codes + g * 32);
             for (int half = 0; half < halves; ++half, --left) {
                 if (halves > 1 && left == 0) break;
-                for (int64_t line = 0; line < whole / halves; line += 64) {
-                    constexpr bool slow = F == Form::int8 && sizeof...(R) > 1;
-                    ask_ahead(run + g * whole + half * (whole / halves) + line, slow ? read_further : read_ahead);
-                    if constexpr (slow) ask_near(run + g * whole + line);
-                }
+                for (int64_t line = 0; line < whole / halves; line += 64)
+                    ask_ahead<F, sizeof...(R)>(run + g * whole + half * (whole / halves) + line);
                 v16 v[sizeof...(R)];
                 group_sums<nibbles>(run + g * codes + half * 256, run + count * (codes + 32) + g * 16, row, at, v, all);
                 asm volatile("" : "+r"(at));  // or gcc keeps a running pointer for each row, in vector registers

@@ -163,6 +163,18 @@ class HostDevice(Driver):
         work()
         return time.perf_counter() - begun
 
+    def mark(self) -> Any:
+        held = [0.0]
+
+        def work() -> None:
+            held[0] = time.perf_counter()
+
+        self._ask("mark", work)
+        return held
+
+    def elapsed(self, begin: Any, end: Any) -> float:
+        return float(end[0] - begin[0])
+
     def close(self) -> None:
         self.closed = True
 

@@ -7,10 +7,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tmlc.errors import UsageError
+from tmlc.package.reader import open_package
 from tmlc.report.latency import Budget, Spread, as_dict, growth, spread, turn_latency
 from tmlc.report.machine import machine
+from tmlc.report.profile.ceilings import Ceilings
+from tmlc.report.profile.kernels import KernelTicks, fill
+from tmlc.report.profile.memory import memory_map
 from tmlc.report.profile.parts import SCHEMA, Parts
 from tmlc.report.profile.samples import Samples, ran
+from tmlc.report.profile.stages import MethodCall, in_order
 from tmlc.report.startup import measure_startup, peak_rss_bytes
 from tmlc.runtimes.core.clock import Clock
 from tmlc.runtimes.media.player import play
@@ -18,6 +24,9 @@ from tmlc.runtimes.media.recording import Recording
 
 if TYPE_CHECKING:
     from tmlc.runtimes.core.engine import Engine
+
+ON_PROCESSOR = ("cpu", "onnx")
+"""Families of targets whose kernels run on this machine's cores."""
 
 
 def resident_bytes() -> int | None:
@@ -45,6 +54,7 @@ def profile_engine(
     inputs: dict[str, Any],
     settings: dict[str, Any],
     startup_runs: int,
+    kernels_every: int | None = None,
     report: Callable[[str, int, int], None],
 ) -> dict[str, Any]:
     """Play `count` ≥ 2 ticks and measure. The first tick is told apart: it touches memory for the first
@@ -52,32 +62,46 @@ def profile_engine(
 
     Args:
         inputs: what is played, in words, its clock and seed; `settings`: how the engine was loaded.
+        kernels_every: every how many ticks single kernel calls are timed; None times none.
     """
     manifest, backend = engine.manifest, engine.model.backend
+    parts, samples = Parts(), Samples()
+    ticks, ceilings = _timing(engine, kernels_every, parts)
     session = engine.session(seed=inputs["seed"])
-    samples = Samples()
+    calls: list[MethodCall] = []
     missed, late, spoke = 0, 0.0, 0
     resident_first: int | None = None
     mark = min(count - 1, max(1, count // 10))
-    before = _preempted()
+    begun = before = _preempted()
+    engine.model.watch = lambda *call: calls.append(MethodCall(*call))
+    if ticks is not None:
+        ticks.before(0)
     for played in play(session, recording, count, clock):
-        samples.add(played)
+        samples.add(played, calls)
+        calls.clear()
         missed += played.late_ms + played.step_ms > budget.step_ms
         late = max(late, played.late_ms)
         spoke += not played.output.stats.get("silent", 0)
         if played.index == mark:
             resident_first = resident_bytes()
         report("playing", played.index + 1, count)
-    preempted = _preempted() - before
+        now = _preempted()
+        if ticks is not None:
+            ticks.after(now > before)
+            if played.index + 1 < count:
+                ticks.before(played.index + 1)
+        before = _preempted()
+    preempted = before - begun
     resident_last, peak = resident_bytes(), peak_rss_bytes()
     session.close()
+    engine.model.watch = None
+    _finish_timing(engine, parts, ticks, ceilings, samples, package)
     report("starting fresh processes", 0, startup_runs)
     startup = measure_startup(package, settings["threads"], startup_runs) if startup_runs else None
     report("starting fresh processes", startup_runs, startup_runs)
     measured = spread(samples.step[1:])
     audio = ran(samples.first_audio)
-    stages = {name: values for name, column in samples.stages.items() if (values := ran(column))}
-    parts = Parts()
+    stages = {name: values for name in in_order(samples.stages) if (values := ran(samples.stages[name]))}
     return {
         "schema": SCHEMA,
         "package": str(package),
@@ -115,6 +139,43 @@ def profile_engine(
         **parts.to_json(),
         "samples": samples.to_json(),
     }
+
+
+def _timing(engine: Engine, every: int | None, parts: Parts) -> tuple[KernelTicks | None, Ceilings | None]:
+    """The timers of kernels and the machine's ceilings, as far as this target has them; reasons in `parts`."""
+    why = "left out: profile without --no-kernels" if every is None else ""
+    timer = None
+    if not why:
+        try:
+            timer = engine.backend.kernel_timer()
+        except UsageError as error:
+            why = error.what
+    if timer is None or every is None:
+        for part in ("kernels", "profiling_cost", "ceilings"):
+            parts.missing(part, why)
+        return None, None
+    if engine.target.partition(":")[0] not in ON_PROCESSOR:
+        parts.missing("ceilings", "what a GPU can do at best is not measured here; tmlc plan has its maker's figures")
+        return KernelTicks(timer, every), None
+    ceilings = Ceilings(engine.manifest.memory.weight_bytes, engine.backend.threads)
+    ceilings.measure()
+    return KernelTicks(timer, every), ceilings
+
+
+def _finish_timing(
+    engine: Engine, parts: Parts, ticks: KernelTicks | None, ceilings: Ceilings | None, samples: Samples, path: Path
+) -> None:
+    """The parts about kernels and memory, once the session is over."""
+    best = None
+    if ceilings is not None:
+        ceilings.measure()
+        best = ceilings.to_json()
+        parts.measured("ceilings", best)
+    with open_package(path, verify=False) as package:
+        parts.measured("memory_map", memory_map(package))
+        if ticks is not None:
+            plan = package.json(package.manifest.targets["cpu"].plan) if engine.target == "cpu" else None
+            fill(parts, ticks, samples.step, plan, best)
 
 
 def _shared(part: Spread, step: Spread) -> dict[str, Any]:

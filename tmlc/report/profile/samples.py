@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from tmlc.report.profile.stages import MethodCall, in_order, tick_stages
 from tmlc.runtimes.media.player import Played
 
-NOT_STAGES = ("first_audio", "total", "wait")
-"""Timings of a tick that are not the time of one method."""
 MOST_SAMPLES = 20_000
 """A longer session keeps every second tick, every third and so on in its JSON; its statistics see all of them."""
 Column = list[float | None]
@@ -18,8 +18,8 @@ Column = list[float | None]
 class Samples:
     """Times of each tick in ms, one list a figure, all of one length; None where a stage did not run in a tick.
 
-    `between_calls` is what is left of a step when its stages and the wait for the device are taken off: checking the
-    input, copies, Python between the calls, clocks.
+    `between_calls` is what is left of a step when its stages and the wait for the device are taken off: copies, Python
+    between the calls, clocks.
     """
 
     step: list[float] = field(default_factory=list)
@@ -28,14 +28,15 @@ class Samples:
     first_audio: Column = field(default_factory=list)
     stages: dict[str, Column] = field(default_factory=dict)
 
-    def add(self, played: Played) -> None:
+    def add(self, played: Played, calls: Sequence[MethodCall]) -> None:
         timings = {name: float(ms) for name, ms in played.output.timings.items()}
-        stages = {name: ms for name, ms in timings.items() if name not in NOT_STAGES}
+        waited = timings.get("wait", 0.0)
+        ended = played.started_ns + round(played.step_ms * 1e6)
+        stages = tick_stages(calls, played.started_ns, ended, waited)
         for name in stages:
             self.stages.setdefault(name, [None] * len(self.step))
         for name, column in self.stages.items():
             column.append(stages.get(name))
-        waited = timings.get("wait", 0.0)
         self.step.append(played.step_ms)
         self.wait.append(waited)
         self.first_audio.append(timings.get("first_audio"))
@@ -55,7 +56,7 @@ class Samples:
             "wait_ms": kept(self.wait),
             "between_calls_ms": kept(self.between_calls),
             "first_audio_ms": kept(self.first_audio),
-            "stages_ms": {name: kept(column) for name, column in self.stages.items()},
+            "stages_ms": {name: kept(self.stages[name]) for name in in_order(self.stages)},
         }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from tmlc.report.profile.kernels_view import kernel_tables
 from tmlc.report.tables import grid, megabytes, milliseconds, table
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ def profile_tables(view: dict[str, Any]) -> list[RenderableType]:
             f"median of the last {grown['window_seconds']:.0f} s is {grown['ratio']:.3f} × that of the first "
             f"({milliseconds(grown['first_ms'])} → {milliseconds(grown['last_ms'])})"
         )
+    kernels = kernel_tables(view)
     memory = view["memory"]
     early, end = memory["resident_early_bytes"], memory["resident_end_bytes"]
     resident = f"; {megabytes(early)} early, {megabytes(end)} at the end" if early and end else ""
@@ -77,4 +79,4 @@ def profile_tables(view: dict[str, Any]) -> list[RenderableType]:
         rest.append(("fresh process", f"{parts} (median of {start['runs']}); peak {peak}"))
     rest += [("assumed", assumptions["decode_ms"]), ("", assumptions["send_ms"])]
     rest += [("not counted", assumptions["hesitation"])]
-    return [head, timing, latency, grid(rest)]
+    return [head, timing, latency, *kernels, grid(rest)]
