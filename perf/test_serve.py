@@ -169,6 +169,8 @@ def test_nano_by_bench(checkpoint: Path, tmp_path: Path, figure: Callable[..., N
     figure(f"{what}: turn latency p50", view["turn_latency_ms"]["p50"], "ms")
     figure(f"{what}: turn latency p99", view["turn_latency_ms"]["p99"], "ms", 400.0)
     figure(f"{what}: misses", 100 * view["misses"], "%", 0.1)
-    figure(f"{what}: growth", view["growth"]["ratio"], "×", 1.05)
+    figure(f"{what}: age of a tick, last minute / first", view["growth"]["ratio"], "×", 1.05)
+    figure(f"{what}: answering tick, last minute / first", view["latency_growth"]["ratio"], "×")
+    figure(f"{what}: resident memory after warming up", view["server_memory"]["mb_per_minute"], "MB/min")
     figure(f"{what}: load generator late, p99", view["generator"]["send_late_ms"]["p99"], "ms", 20.0)
     assert not view["generator"]["bottleneck"], "the load generator was late: nothing was measured"

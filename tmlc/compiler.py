@@ -17,6 +17,7 @@ import torch
 
 import tmlc
 from tmlc.emit.golden import record_golden, tolerances
+from tmlc.emit.graph import tick_layout
 from tmlc.emit.packing import check_finite
 from tmlc.emit.targets import Coverage, Emitted, Progress, StoredWeight, check_choice, find_target, weight_entries
 from tmlc.errors import CheckpointError, TmlcError, UsageError
@@ -32,7 +33,6 @@ from tmlc.package.manifest import (
     MemoryInfo,
     ModelInfo,
     TargetInfo,
-    TickLayout,
 )
 from tmlc.pipeline.check import Checker
 from tmlc.pipeline.manager import run_pipeline
@@ -230,7 +230,7 @@ def compile(
             methods=engine.methods,
             states=engine.states,
             session_bytes=engine.slot_bytes,
-            tick=_tick_layout(ready.meta["tick"]),
+            tick=tick_layout(ready.meta["tick"]),
             context=ContextInfo(**ready.meta["context"]),
             memory=MemoryInfo(weight_entries(engine.weights)[1], engine.arena_bytes, report.scratch_bytes),
             targets={target: TargetInfo(engine.plan, precision, engine.layout)},
@@ -245,13 +245,6 @@ def compile(
     report.session_bytes = engine.slot_bytes
     report.package_bytes, report.digest = writer.size, writer.digest
     return report
-
-
-def _tick_layout(tick: dict[str, Any]) -> TickLayout:
-    """The frontend's description of a tick, under the manifest's names."""
-    renamed = {"video_frames": "clip_frames", "samples_per_position": "out_hop", "eos": "eos_token_ids"}
-    fields = {renamed.get(name, name): value for name, value in tick.items()}
-    return TickLayout(**{**fields, "eos_token_ids": tuple(fields.get("eos_token_ids", ()))})
 
 
 def _pipeline(
@@ -286,12 +279,12 @@ def _configured(
     kv_dtype = KV[kv] if kv is not None else {"fp32": "f32", "fp16": "f16", None: None}.get(precision, "bf16")
     coder = next((name for name, kind in QUANTISERS.items() if kind == precision), None)
     if coder is not None:
-        steps = _with_codes(steps, coder)
+        steps = with_codes(steps, coder)
     steps = steps.configure("quantize.cast", precision=precision if coder is None else "bf16")
     return steps.configure("state.insert", **bounds, kv_dtype=kv_dtype)
 
 
-def _with_codes(steps: Pipeline, coder: str) -> Pipeline:
+def with_codes(steps: Pipeline, coder: str) -> Pipeline:
     """The steps with the pass that makes codes before the one that casts what is left."""
     names = [step.name for step in steps.steps]
     if coder in names:

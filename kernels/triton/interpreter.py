@@ -165,6 +165,8 @@ def _install() -> None:
 
     base.InterpretedFunction.__call__ = call  # the language is patched once, below, and stays so
     base._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
+    # Triton 3.6 asks numpy for the number in an array of one, which numpy refuses from 2.4 on.
+    tl.core.tensor.__index__ = lambda self: int(self.handle.data.item())
 
 
 _install()

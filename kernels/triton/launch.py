@@ -11,8 +11,9 @@ TRITON_NAMES = {
 }  # fmt: skip
 
 #: Where a pointer points. `slots` and `counts` are the bucket's two arrays (bucket.py); `state` is the pool of slots,
-#: and offsets there are those of one slot, to which a kernel adds the session's own.
-SPACES = ("weight", "arena", "state", "input", "output", "scratch", "slots", "counts")
+#: and offsets there are those of one slot, to which a kernel adds the session's own. `between` is what passes from one
+#: method of a chain to the next.
+SPACES = ("weight", "arena", "state", "input", "output", "scratch", "slots", "counts", "between")
 ALIGNMENT = 16
 
 

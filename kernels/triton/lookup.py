@@ -1,4 +1,5 @@
-"""Rows of tables: embedding and bag_embedding. An index outside its table gives NaN: hosts check what they send."""
+"""Rows of tables: embedding and bag_embedding, and rows of activations. An index outside its table gives NaN: hosts
+check what they send."""
 
 from typing import Any
 
@@ -41,3 +42,28 @@ def lower_embedding(call: Call) -> Lowered:
     }  # fmt: skip
     grid = (call.rows(out), -(-table.cols // block))
     return Lowered((launch("embedding_kernel", grid, values, {"BLOCK": block}, 4 if block > 256 else 1),))
+
+
+@device
+def take_rows_kernel(out, source, index, entries, cols, BLOCK: tl.constexpr):
+    """out[row] = source[index[row]], bit for bit; rows whose index is outside stay. Grid (rows, blocks of columns)."""
+    row = tl.program_id(0).to(tl.int64)
+    col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    at = tl.load(index + row).to(tl.int64)
+    inside = (col < cols) & (at >= 0) & (at < entries)
+    values = tl.load(source + at * cols + col, mask=inside, other=0.0)
+    tl.store(out + row * cols + col, values, mask=inside)
+
+
+@lowering("take_rows")
+def lower_take_rows(call: Call) -> Lowered:
+    """Not an op of the IR: what passes rows from one method of a chain to the next. All operands are dense."""
+    source, index, out = call.operand("source"), call.operand("index"), call.outputs[0]
+    call.need(source.cols == source.stride == out.cols == out.stride, "rows that differ, or are not dense")
+    block = min(1024, power(out.cols, 32))
+    values: dict[str, Any] = {
+        "out": call.pointer(out), "source": call.pointer(source), "index": call.pointer(index, ("i32",)),
+        "entries": call.rows(source), "cols": Aligned(out.cols),
+    }  # fmt: skip
+    grid = (call.rows(out), -(-out.cols // block))
+    return Lowered((launch("take_rows_kernel", grid, values, {"BLOCK": block}, 4 if block > 256 else 1),))

@@ -12,7 +12,9 @@ import numpy as np
 
 import tmlc
 from tmlc.runtimes.core.engine import Engine
+from tmlc.runtimes.core.tick import InteractionDriver
 from tmlc.runtimes.cuda.backend import CudaBackend
+from tmlc.runtimes.cuda.chains import Chain
 from tmlc.runtimes.cuda.driver import Driver
 from tmlc.runtimes.cuda.plan import BucketInfo, LaunchInfo, PointerArg
 
@@ -75,8 +77,41 @@ def graph(
     }  # fmt: skip
 
 
-def ticks(engine: Engine, count: int, sessions: int = 1) -> dict[str, Any]:
-    """Whole ticks of sessions in lock-step, sound in and out, as a server runs them; milliseconds."""
+def chain(backend: CudaBackend, one: Chain, weights: int, rate: float, times: int) -> dict[str, Any]:
+    """The graph of a part of a tick, by the device's clock, and by the host's when it waits for each replay, as a tick
+    does: what the second is longer is the gap that the host leaves."""
+    backend.rehearse_chain(one)
+    seconds = repeated(backend.driver, lambda: backend.replay_chain(one), times)
+    waited = []
+    for _ in range(times):
+        begun = time.perf_counter()
+        backend.replay_chain(one)
+        backend.driver.synchronize()
+        waited.append(time.perf_counter() - begun)
+    alone = statistics.median(waited)
+    return {
+        "chain": one.name, "sessions": one.batch, "launches": len(backend.chain_launches(one)), "seconds": seconds,
+        "waited_seconds": alone, "host_gap_seconds": alone - seconds, "weight_bytes": weights,
+        "of_floor": weights / rate / seconds,
+    }  # fmt: skip
+
+
+def ticks(
+    engine: Engine, count: int, sessions: int = 1, methods: bool = False, most_seconds: float = 120.0
+) -> dict[str, Any]:
+    """Whole ticks of sessions in lock-step, sound in and out, as a server runs them; milliseconds. Fewer than `count`
+    where they would take longer than `most_seconds`; the answer says how many. With `methods` a call for each method in
+    place of the graphs of a tick."""
+    driver = engine.driver
+    if methods:
+        engine.driver = InteractionDriver(engine.model, engine.slots.count)
+    try:
+        return _ticks(engine, count, sessions, most_seconds) | {"by_methods": methods}
+    finally:
+        engine.driver = driver
+
+
+def _ticks(engine: Engine, count: int, sessions: int, most_seconds: float) -> dict[str, Any]:
     layout = engine.manifest.tick
     opened = [engine.session(seed=k) for k in range(sessions)]
     draw = np.random.default_rng(0)
@@ -86,20 +121,21 @@ def ticks(engine: Engine, count: int, sessions: int = 1) -> dict[str, Any]:
     else:
         given = [tmlc.TickInput(tokens=[1]) for _ in opened]
     free = engine.backend.driver.memory()[0]  # type: ignore[attr-defined]
-    times = []
-    for _ in range(count):
+    times, silent, started = [], 0, time.perf_counter()
+    while not times or (len(times) < count and time.perf_counter() - started < most_seconds):
         begun = time.perf_counter()
         for out in engine.tick_batch(opened, given):
             if isinstance(out, Exception):
                 raise out
+            silent += out.stats["silent"]
         times.append(1e3 * (time.perf_counter() - begun))
     grown = free - engine.backend.driver.memory()[0]  # type: ignore[attr-defined]
     for session in opened:
         session.close()
-    last = times[-max(1, count // 10) :]
+    last = times[-max(1, len(times) // 10) :]
     return {
-        "sessions": sessions, "ticks": count, "p50_ms": statistics.median(times),
-        "p99_ms": sorted(times)[min(count - 1, int(0.99 * count))], "max_ms": max(times),
+        "sessions": sessions, "ticks": len(times), "asked": count, "silent": silent, "p50_ms": statistics.median(times),
+        "p99_ms": sorted(times)[min(len(times) - 1, int(0.99 * len(times)))], "max_ms": max(times),
         "last_tenth_over_first": statistics.median(last) / statistics.median(times[: len(last)]),
         "device_bytes_grown": grown,
     }  # fmt: skip

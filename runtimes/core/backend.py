@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tmlc.errors import InputError, PackageError, UsageError
+from tmlc.runtimes.core.chains import Chains
 from tmlc.runtimes.core.kernels import KernelTimer
 from tmlc.runtimes.core.slots import HostSlots, Slot, SlotMemory
 
@@ -79,6 +80,7 @@ class Backend(ABC):
         isa, threads: the variant of the kernels and the number of threads, for reports.
         cores: the core of each thread where they are pinned; the first is meant for whoever calls.
         unbatched: why a call takes one session only; empty when it takes several.
+        chains: parts of a tick that the target runs at once; None: it runs methods only.
     """
 
     target: str
@@ -88,6 +90,7 @@ class Backend(ABC):
     threads: int
     cores: tuple[int, ...] | None = None
     unbatched: str = ""
+    chains: Chains | None = None
 
     def slots(self, count: int) -> SlotMemory:
         """Reserves the states of `count` sessions, where `call` reads and writes them: host memory, unless the target

@@ -20,6 +20,7 @@ from tmlc.package.manifest import Manifest
 from tmlc.package.reader import Package, open_package
 from tmlc.runtimes.core.backend import Backend
 from tmlc.runtimes.core.batch import tick_batch
+from tmlc.runtimes.core.chained import ChainedDriver
 from tmlc.runtimes.core.model import Model
 from tmlc.runtimes.core.placement import Placement
 from tmlc.runtimes.core.session import LogSink, Session
@@ -98,7 +99,11 @@ class Engine:
             )
         self.slots = SlotPool(backend.slots(sessions))
         self.model = Model(backend, manifest, sessions)
-        self.driver: Driver = DRIVERS[self.kind](self.model, sessions)
+        self.driver: Driver
+        if backend.chains is not None:
+            self.driver = ChainedDriver(self.model, sessions, backend.chains)
+        else:
+            self.driver = DRIVERS[self.kind](self.model, sessions)
         self._package: Package | None = None
         self._device = threading.Lock()
         self._closed = False

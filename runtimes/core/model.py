@@ -19,6 +19,7 @@ import numpy as np
 from tmlc.errors import CapacityError, ContextFullError, KernelError, PackageError
 from tmlc.package.manifest import Manifest
 from tmlc.runtimes.core.backend import DTYPES, Backend, MethodSpec, TensorSpec
+from tmlc.runtimes.core.chains import Key
 from tmlc.runtimes.core.slots import Slot
 
 MAX_TICK_BYTES = 1 << 28
@@ -27,8 +28,6 @@ MAX_COLS = 1 << 22  # of a hidden state and of the logits
 Sink = Callable[[np.ndarray], None]
 Rows = tuple[int, np.ndarray]
 """A session's number in the batch, and rows of it: dense, a whole number of positions."""
-Key = tuple[int, int, int]
-"""Of a random number: (seed, tick, index of the output in its tick)."""
 
 
 def _rows(dtype: str, a: int, cols: int) -> TensorSpec:

@@ -21,6 +21,7 @@ from enum import StrEnum
 import numpy as np
 
 from tmlc.errors import InputError
+from tmlc.runtimes.core.cushion import Cushion
 from tmlc.runtimes.core.tick import MAX_QUEUED_TOKENS
 from tmlc.runtimes.core.voice import HOP_SECONDS, is_silent
 
@@ -29,7 +30,7 @@ MAX_LATE = 5
 LATE_SECONDS = 0.4
 """Input of a REALTIME stream that is older than this when its tick comes is dropped."""
 CUSHION_SECONDS = 0.1
-"""Backlog of a REALTIME stream that is left alone: it evens out the jitter of the network."""
+"""Backlog of a REALTIME stream above which silence is left out at once; `cushion.py` says what is too much below."""
 BUFFERED_SECONDS = 30.0
 
 
@@ -52,7 +53,7 @@ class Taken:
         ticks: float32 [samples of a tick] for each tick, oldest first; None where nothing had come.
         missing: samples of these ticks that had not come.
         late: samples dropped because they were older than 400 ms.
-        skipped: silent samples left out to catch up.
+        skipped: silent samples left out, to catch up or because no edge needed that much to wait.
         heard: samples that ever came and wait no more: taken by these ticks or earlier ones, or dropped.
     """
 
@@ -73,13 +74,14 @@ class SampleStream:
 
     def __init__(self, rate: int, tick: int, pace: Pace) -> None:
         self.pace, self._tick, self._hop = pace, tick, max(1, round(rate * HOP_SECONDS))
-        self._late, self._cushion = round(rate * LATE_SECONDS), round(rate * CUSHION_SECONDS)
+        self._late, self._backlog = round(rate * LATE_SECONDS), round(rate * CUSHION_SECONDS)
         self.bound = (MAX_LATE + 1) * tick + self._late if pace is Pace.REALTIME else round(rate * BUFFERED_SECONDS)
         self._ring = np.zeros(max(1, min(self.bound, 8 * tick)), np.float32)
         self._start = self._size = self._came = 0
         self._lock = threading.Lock()
         self._dropped = 0
         self._flowing = False
+        self._cushion = Cushion(rate, tick)
 
     def __len__(self) -> int:
         return self._size
@@ -92,6 +94,7 @@ class SampleStream:
             if over and self.pace is Pace.REALTIME:
                 gone = min(over, self._size)
                 self._discard(gone)
+                self._cushion.clear()
                 samples = samples[over - gone :]
             elif over:
                 samples = samples[: samples.size - over]
@@ -130,29 +133,43 @@ class SampleStream:
         """What the next `ticks` ticks hear (all but the last were missed).
 
         Of a REALTIME stream, what is older than 400 ms goes first. Then silent hops of 50 ms are left out while more
-        waits than these ticks need and 100 ms. A tick for which too little has come is filled up with silence: before
-        the samples where the stream begins, else behind them, so that speech that has begun is not cut in two.
+        waits than these ticks need and 100 ms. Of any stream, what no edge of the last 20 s needed to wait is let go in
+        pauses (`cushion.py`). A tick for which too little has come is filled up with silence: before the samples where
+        the stream begins, else behind them, so that speech that has begun is not cut in two.
         """
         out, need = Taken(), ticks * self._tick
         with self._lock:
             if self.pace is Pace.REALTIME:
                 out.late = max(0, self._size - need - (self._late - self._tick))
-                self._discard(out.late)
+                if out.late:
+                    self._discard(out.late)
+                    self._cushion.clear()
                 out.skipped = self._skip(need)
+            if (spare := min(self._cushion.spare, self._size - need)) > 0:
+                out.skipped += self._keep(self._cushion.let_go(self._peek(0, self._size), spare))
             for _ in range(ticks):
                 count = min(self._tick, self._size)
                 out.missing += self._tick - count
                 out.ticks.append(self._filled(count) if count else None)
                 self._flowing = count > 0
             out.heard = self._came - self._size
+            self._cushion.took(out.ticks, not out.missing, self._size, self._came)
         return out
+
+    def _keep(self, left: np.ndarray) -> int:
+        """Puts what is left of the backlog in its place; returns how many samples are gone."""
+        gone = self._size - left.size
+        if gone:
+            self._start, self._size = 0, left.size
+            self._ring[: left.size] = left
+        return gone
 
     def _skip(self, need: int) -> int:
         """Leaves out silent hops of the backlog; returns how many samples that were."""
-        over = (self._size - need - self._cushion) // self._hop
+        over = (self._size - need - self._backlog) // self._hop
         if over <= 0:
             return 0
-        waiting = self._pop(self._size)
+        waiting = self._peek(0, self._size)
         whole = waiting.size // self._hop * self._hop
         kept, skipped = [], 0
         for hop in waiting[:whole].reshape(-1, self._hop):
@@ -160,10 +177,7 @@ class SampleStream:
                 skipped += 1
             else:
                 kept.append(hop)
-        left = np.concatenate([*kept, waiting[whole:]])
-        self._start, self._size = 0, left.size
-        self._ring[: left.size] = left
-        return skipped * self._hop
+        return self._keep(np.concatenate([*kept, waiting[whole:]]))
 
     def _filled(self, count: int) -> np.ndarray:
         if count == self._tick:
@@ -187,6 +201,7 @@ class SampleStream:
             self._dropped += self._size
             self._discard(self._size)
             self._flowing = False
+            self._cushion.clear()
 
     def dropped(self) -> int:
         """Samples that were dropped for want of room, or refused, since the last call."""

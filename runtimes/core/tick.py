@@ -39,7 +39,8 @@ import numpy as np
 
 from tmlc.errors import InputError, KernelError
 from tmlc.package.manifest import TickLayout
-from tmlc.runtimes.core.model import Key, Model
+from tmlc.runtimes.core.chains import Key
+from tmlc.runtimes.core.model import Model
 from tmlc.runtimes.core.slots import Slot
 from tmlc.runtimes.core.text import TextDecoder, Tokenizer
 
@@ -289,12 +290,13 @@ class InteractionDriver(Driver):
         model.put_text([(s, staged.inject) for s, staged in arrived if staged.inject])
         model.put_audio([(s, staged.pcm) for s, staged in arrived])
         model.put_video([(s, clip) for s, staged in arrived if (clip := self._clip(jobs[s], staged)) is not None])
-        typed = []
-        for s, staged in arrived:
-            queue = jobs[s].talk.queue
-            queue.extend(staged.tokens)
-            typed.append((s, [queue.popleft() for _ in range(min(self.layout.text_in, len(queue)))]))
-        model.put_text(typed)
+        model.put_text([(s, self._typed(jobs[s], staged)) for s, staged in arrived])
+
+    def _typed(self, job: Job, staged: Staged) -> list[int]:
+        """The typed tokens that this tick takes off the session's queue."""
+        queue = job.talk.queue
+        queue.extend(staged.tokens)
+        return [queue.popleft() for _ in range(min(self.layout.text_in, len(queue)))]
 
     def _clip(self, job: Job, staged: Staged) -> np.ndarray | None:
         """The clip of this tick, unless it comes too soon after the last one."""

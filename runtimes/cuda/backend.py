@@ -7,7 +7,7 @@ out) and unpacks. All memory is reserved, all machine code loaded and all graphs
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,11 +26,13 @@ from tmlc.runtimes.core.backend import DTYPES, Backend, MethodSpec, check_inputs
 from tmlc.runtimes.core.kernels import KernelTimer
 from tmlc.runtimes.core.placement import Placement, refuse_cpu_options
 from tmlc.runtimes.core.slots import Slot, SlotMemory
+from tmlc.runtimes.cuda.chains import Chain, Link
 from tmlc.runtimes.cuda.driver import Address, Driver, KernelLaunch
 from tmlc.runtimes.cuda.kernel_times import CudaTimer, Key
-from tmlc.runtimes.cuda.plan import BucketInfo, MethodPlan, Plan, PointerArg, architectures, read_plan, up
+from tmlc.runtimes.cuda.plan import BucketInfo, LaunchInfo, MethodPlan, Plan, PointerArg, architectures, read_plan, up
 from tmlc.runtimes.cuda.schedule import Piece, schedule
 from tmlc.runtimes.cuda.slots import DeviceSlots
+from tmlc.runtimes.cuda.ticks import FEATURE, CudaChains, read_chains
 
 FOLDER = "engines/triton"
 UPLOAD = 64 << 20  # bytes of weights that one copy carries
@@ -73,6 +75,7 @@ class CudaBackend(Backend):
     def __init__(self, package: Package, target: str, driver: Driver) -> None:
         self.driver, self._lost = driver, ""
         self._memory: DeviceSlots | None = None
+        self.chains: CudaChains | None = None
         try:
             self._open(package, target)
         except BaseException:
@@ -96,6 +99,9 @@ class CudaBackend(Backend):
         self.target, self.isa, self.threads = target, f"sm{sm}", 1
         self.slot_bytes = self.plan.slot_bytes
         self.methods: dict[str, MethodSpec] = {name: m.spec for name, m in self.plan.methods.items()}
+        if FEATURE in package.manifest.required_features:
+            layout = package.manifest.tick
+            self.chains = CudaChains(self, read_chains(self.plan, code_file, layout), layout)
         self._functions = [self._load(package, variant) for variant in self.plan.variants]
         self._reserve(package)
 
@@ -116,7 +122,8 @@ class CudaBackend(Backend):
         plan, driver = self.plan, self.driver
         sizes = {
             "weight": package.weights.nbytes, "arena": plan.arena_bytes, "scratch": plan.scratch_bytes,
-            "in": plan.in_bytes, "out": plan.out_bytes,
+            "in": max(plan.in_bytes, self._widest("input")), "out": max(plan.out_bytes, self._widest("output")),
+            "between": self._widest("between"),
         }  # fmt: skip
         needed, (free, total) = sum(up(size) for size in sizes.values()), driver.memory()
         if needed > free:
@@ -131,45 +138,77 @@ class CudaBackend(Backend):
         for at in range(0, package.weights.nbytes, UPLOAD):
             driver.to_device(self._base["weight"] + at, package.weights[at : at + UPLOAD])
         driver.synchronize()
-        self._in, self._out = driver.host_buffer(max(plan.in_bytes, 1)), driver.host_buffer(max(plan.out_bytes, 1))
+        self._in, self._out = (driver.host_buffer(max(sizes[name], 1)) for name in ("in", "out"))
         self._results = {
             name: [out.allocate(method.spec.max_n) for out in method.spec.outputs]
             for name, method in plan.methods.items()
         }
         self._graphs: dict[Key, Any] = {}
+        self._ticks: dict[str, Any] = {}
         self._marked: dict[Key, Any] = {}  # in their place while kernels are timed
         self._note: Callable[[Key, int], None] | None = None
 
+    def _widest(self, space: str) -> int:
+        """Bytes of a space of the chains."""
+        return max((chain.nbytes[space] for chain in self.chains.glue), default=0) if self.chains else 0
+
     def slots(self, count: int) -> SlotMemory:
-        """Reserves the states in device memory, and captures the graph of every bucket (they hold its address)."""
+        """Reserves the states in device memory, and captures the graphs of every bucket and chain (they hold its
+        address)."""
         counters = [p.offset for method in self.plan.methods.values() for p in method.positions]
         self._memory = DeviceSlots(self.driver, count, self.slot_bytes, counters)
         for name, method in self.plan.methods.items():
             for bucket in method.buckets:
                 work = self.work(bucket)
                 self._graphs[name, bucket.batch, bucket.n] = self.driver.capture(work)
+        for chain in self.chains.glue if self.chains is not None else ():
+            self._ticks[chain.key] = self.driver.capture(self.chain_work(chain))
         return self._memory
 
     def rehearse(self, bucket: BucketInfo) -> None:
         """Puts a full call of zeros in place, of the first slots (one again and again where there are fewer than the
         bucket takes), so that kernels and graphs can be run for measuring. What the slots hold is lost."""
+        self._rehearse(bucket.in_bytes, bucket.batch, {bucket.counts: bucket.n})
+
+    def rehearse_chain(self, chain: Chain) -> None:
+        """The same for a chain, with as many positions everywhere as it takes."""
+        counts = {link.counts: link.n for link in chain.links if isinstance(link, Link)}
+        self._rehearse(chain.nbytes["input"], chain.batch, counts)
+
+    def _rehearse(self, nbytes: int, batch: int, counts: Mapping[int, int]) -> None:
         assert self._memory is not None
-        self._in[: bucket.in_bytes] = 0
-        slots = self._in[: 8 * bucket.batch].view(np.int64)
-        slots[:] = [self._memory.offset(k % self._memory.count) for k in range(bucket.batch)]
-        self._in[bucket.counts : bucket.counts + 4 * bucket.batch].view(np.int32)[:] = bucket.n
-        self.driver.to_device(self._base["in"], self._in[: bucket.in_bytes])
+        self._in[:nbytes] = 0
+        self._in[: 8 * batch].view(np.int64)[:] = [self._memory.offset(k % self._memory.count) for k in range(batch)]
+        for at, n in counts.items():
+            self._in[at : at + 4 * batch].view(np.int32)[:] = n
+        self.driver.to_device(self._base["in"], self._in[:nbytes])
         self.driver.synchronize()
 
     def replay(self, method: str, bucket: BucketInfo) -> None:
         """Starts a bucket's graph on what its buffers hold, as `call` does; for measuring."""
         self.driver.replay(self._graphs[method, bucket.batch, bucket.n])
 
+    def replay_chain(self, chain: Chain) -> None:
+        """The same of a chain's graph."""
+        self.driver.replay(self._ticks[chain.key])
+
     def work(self, bucket: BucketInfo, mark: Callable[[], None] | None = None) -> Callable[[], None]:
         """What one call of a bucket asks of the driver: a copy in, the kernels, a copy out. `mark` is called before the
         first kernel and behind each."""
-        launches = self.launches(bucket)
-        arriving, leaving = self._in[: bucket.in_bytes], self._out[: bucket.out_bytes]
+        return self._work(self.launches(bucket), bucket.in_bytes, bucket.out_bytes, mark)
+
+    def chain_work(self, chain: Chain) -> Callable[[], None]:
+        """The same of a chain."""
+        return self._work(self.chain_launches(chain), chain.nbytes["input"], chain.nbytes["output"])
+
+    def _work(
+        self,
+        launches: Sequence[KernelLaunch],
+        in_bytes: int,
+        out_bytes: int,
+        mark: Callable[[], None] | None = None,
+    ) -> Callable[[], None]:
+        arriving, leaving = self._in[:in_bytes], self._out[:out_bytes]
 
         def run() -> None:
             self.driver.to_device(self._base["in"], arriving)
@@ -185,29 +224,57 @@ class CudaBackend(Backend):
         return run
 
     def kernel_timer(self) -> KernelTimer:
-        """Times of every launch, by events in the graphs. All sessions' slots must be reserved."""
+        """Times of every launch, by events in the graphs of methods: ticks run method by method meanwhile. All slots
+        must be reserved."""
 
         def use(graphs: dict[Key, Any] | None, note: Callable[[Key, int], None] | None) -> None:
             self._marked, self._note = graphs or {}, note
+            if self.chains is not None:
+                self.chains.ready = note is None
 
         return CudaTimer(self, use)
 
     def launches(self, bucket: BucketInfo) -> list[KernelLaunch]:
         """The bucket's launches, bound to this device's addresses."""
+        inputs = [self._base["in"] + at for at in bucket.inputs]
+        outputs = [self._base["out"] + at for at in bucket.outputs]
+        return self._bound(bucket.launches, inputs, outputs, self._base["in"] + bucket.counts)
+
+    def chain_launches(self, chain: Chain) -> list[KernelLaunch]:
+        """The launches of a chain: its methods over the places where they meet, and what moves rows between them."""
+        assert self.chains is not None
+        base = {"input": self._base["in"], "between": self._base["between"], "output": self._base["out"]}
+        bound, glue = [], iter(self.chains.glue[chain])
+        for link in chain.links:
+            if isinstance(link, Link):
+                found = self.plan.methods[link.method].buckets
+                bucket = next(b for b in found if (b.batch, b.n) == (chain.batch, link.n))
+                inputs = [base[space] + at for space, at in link.inputs]
+                out = base[link.output[0]] + link.output[1]
+                bound += self._bound(bucket.launches, inputs, [out], base["input"] + link.counts)
+            else:
+                bound += self._bound([next(glue)], [base["input"]], [base["output"]], base["input"])
+        return bound
+
+    def _bound(
+        self, launches: Sequence[LaunchInfo], inputs: Sequence[int], outputs: Sequence[int], counts: int
+    ) -> list[KernelLaunch]:
+        """Launches with the addresses of a call's inputs, outputs and counts; slots begin every upload."""
         assert self._memory is not None
         pool = self._memory.address
         base = {
             "arena": lambda which: self._base["arena"],
             "scratch": lambda which: self._base["scratch"],
+            "between": lambda which: self._base["between"],
             "state": lambda which: pool,
             "weight": lambda which: self._base["weight"] + self._tensors[which],
-            "input": lambda which: self._base["in"] + bucket.inputs[which],
-            "output": lambda which: self._base["out"] + bucket.outputs[which],
+            "input": lambda which: inputs[which],
+            "output": lambda which: outputs[which],
             "slots": lambda which: self._base["in"],
-            "counts": lambda which: self._base["in"] + bucket.counts,
+            "counts": lambda which: counts,
         }
         bound = []
-        for launch in bucket.launches:
+        for launch in launches:
             variant = self.plan.variants[launch.variant]
             args = tuple(
                 Address(base[arg.space](arg.which) + arg.offset, arg.space, arg.nbytes)
@@ -221,6 +288,38 @@ class CudaBackend(Backend):
             ))  # fmt: skip
         return bound
 
+    # Chains: what `CudaChains` asks.
+
+    @property
+    def staging(self) -> tuple[np.ndarray, np.ndarray]:
+        """The page-locked buffers that graphs copy from and to."""
+        return self._in, self._out
+
+    def offset(self, slot: Slot) -> int:
+        """Where a slot begins in the pool."""
+        assert self._memory is not None
+        return self._memory.offset(slot)
+
+    def run_chain(self, key: str, slots: Sequence[Slot], needs: Sequence[Mapping[str, int]]) -> None:
+        """Replays a chain's graph over what is staged, waits for it, and moves the counters of its sessions.
+
+        Raises DeviceError, KernelError as `call` does.
+        """
+        assert self._memory is not None
+        self._replay(self._ticks[key])
+        for slot, need in zip(slots, needs, strict=True):
+            for method, n in need.items():
+                self._memory.advance(slot, self.plan.methods[method].positions, n)
+
+    def _replay(self, graph: Any) -> None:
+        try:
+            self.driver.activate()
+            self.driver.replay(graph)
+            self.driver.synchronize()
+        except DeviceError as error:
+            self._lost = error.what
+            raise
+
     def call(
         self, method: str, parts: Sequence[tuple[int, Slot]], inputs: Sequence[np.ndarray]
     ) -> Sequence[np.ndarray]:
@@ -231,42 +330,48 @@ class CudaBackend(Backend):
         assert memory is not None
         starts = np.cumsum([0, *(n for n, _ in parts)])
         results = self._results[method]
-        try:
-            self.driver.activate()
-            for bucket, pieces in schedule([n for n, _ in parts], plan.buckets):
-                self._pack(plan, bucket, pieces, parts, starts, inputs)
-                key = method, bucket.batch, bucket.n
-                self.driver.replay(self._marked.get(key) or self._graphs[key])
-                self.driver.synchronize()
-                if self._note is not None:
-                    self._note(key, sum(piece[2] for piece in pieces))
-                self._unpack(plan, bucket, pieces, starts, results)
-        except DeviceError as error:
-            self._lost = error.what
-            raise
+        for bucket, pieces in schedule([n for n, _ in parts], plan.buckets):
+            self._pack(plan, bucket, pieces, parts, starts, inputs)
+            key = method, bucket.batch, bucket.n
+            self._replay(self._marked.get(key) or self._graphs[key])
+            if self._note is not None:
+                self._note(key, sum(piece[2] for piece in pieces))
+            self._unpack(plan, bucket, pieces, starts, results)
         for n, slot in parts:
             memory.advance(slot, plan.positions, n)
         return [array[: spec.rows(total)] for array, spec in zip(results, plan.spec.outputs, strict=True)]
 
     def _check(self, plan: MethodPlan, parts: Sequence[tuple[int, Slot]], inputs: Sequence[np.ndarray]) -> None:
         """Refuses a call before anything runs."""
+        self.admit([slot for _, slot in parts], [{plan.spec.name: n} for n, _ in parts])
+        for number, array in enumerate(inputs):
+            self.check_ids(plan.spec.name, number, array)
+
+    def admit(self, slots: Sequence[Slot], needs: Sequence[Mapping[str, int]]) -> None:
+        """Refuses sessions, each with its new positions of some methods, before anything runs.
+
+        Raises DeviceError when the device is lost, InputError for a session that comes twice or brings nothing,
+        ContextFullError and KernelError with `part` for one that has no room or is damaged.
+        """
         if self._lost:
             raise DeviceError(f"the device is lost: {self._lost}", fix="load the package again")
         memory = self._memory
         assert memory is not None
-        if len({slot for _, slot in parts}) != len(parts) or any(n < 1 for n, _ in parts):
+        if len(set(slots)) != len(slots) or any(n < 1 for need in needs for n in need.values()):
             raise InputError("a call takes each session once, with at least one position")
-        for number, (n, slot) in enumerate(parts):
+        for number, (slot, need) in enumerate(zip(slots, needs, strict=True)):
             try:
-                memory.check(slot, plan.positions, n)
+                for method, n in need.items():
+                    memory.check(slot, self.plan.methods[method].positions, n)
             except (ContextFullError, KernelError) as error:
                 error.part = number
                 raise
-        for array, below in zip(inputs, plan.id_limits, strict=True):
-            if below and array.size and not 0 <= int(array.min()) <= int(array.max()) < below:
-                raise KernelError(
-                    f"{plan.spec.name}: an id is outside 0..{below - 1}", fix="give ids of the vocabulary"
-                )
+
+    def check_ids(self, method: str, number: int, ids: np.ndarray) -> None:
+        """Raises KernelError where an argument of a method holds an id that its table does not have."""
+        below = self.plan.methods[method].id_limits[number]
+        if below and ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < below:
+            raise KernelError(f"{method}: an id is outside 0..{below - 1}", fix="give ids of the vocabulary")
 
     def _pack(
         self,
@@ -312,7 +417,7 @@ class CudaBackend(Backend):
         return buffer[at : at + nbytes].view(kind).reshape(bucket.batch, rows, spec.cols)
 
     def memory(self) -> dict[str, int]:
-        staging = self._sizes["in"] + self._sizes["out"]
+        staging = self._sizes["in"] + self._sizes["out"] + self._sizes["between"]
         return {
             "weights": self._sizes["weight"], "arena": self._sizes["arena"], "scratch": self._sizes["scratch"],
             "outputs": staging + sum(array.nbytes for arrays in self._results.values() for array in arrays),
@@ -322,6 +427,7 @@ class CudaBackend(Backend):
         if self._memory is not None:
             self._memory.closed = True
         self._graphs.clear()
+        self._ticks.clear()
         self._marked.clear()
         self.driver.close()
 

@@ -17,7 +17,7 @@ from tmlc.package.safetensors_io import TensorEntry
 from tmlc.runtimes.core.backend import DTYPES, MethodSpec, TensorSpec
 
 VERSION = 1
-SPACES = ("weight", "arena", "state", "input", "output", "scratch", "slots", "counts")
+SPACES = ("weight", "arena", "state", "input", "output", "scratch", "slots", "counts", "between")
 ALIGN = 256  # of every buffer, and of every argument inside the staging buffers
 MAX_BYTES = 2**46
 MAX_SHARED = 232448  # bytes of shared memory that any architecture gives a program
@@ -122,7 +122,7 @@ class Plan:
         return max((b.out_bytes for m in self.methods.values() for b in m.buckets), default=0)
 
 
-def _error(what: str, where: str) -> PlanError:
+def plan_error(what: str, where: str) -> PlanError:
     return PlanError(what, where=where, fix=FIX)
 
 
@@ -135,10 +135,10 @@ class _Reader:
 
     def __init__(self, value: Any, where: str, keys: tuple[str, ...]) -> None:
         if not isinstance(value, dict):
-            raise _error(f"expected an object, not {_shown(value)}", where)
+            raise plan_error(f"expected an object, not {_shown(value)}", where)
         if odd := sorted(set(value) ^ set(keys)):
             what = "is missing" if odd[0] in keys else "is not known"
-            raise _error(f"key {odd[0]!r} {what}", where)
+            raise plan_error(f"key {odd[0]!r} {what}", where)
         self.value, self.where = value, where
 
     def integer(self, key: str, low: int = 0, high: int = MAX_BYTES) -> int:
@@ -147,7 +147,7 @@ class _Reader:
     def text(self, key: str) -> str:
         value = self.value[key]
         if not isinstance(value, str) or not value or len(value) > 300 or not value.isprintable():
-            raise _error(f"{key} is not a short text", self.where)
+            raise plan_error(f"{key} is not a short text", self.where)
         return value
 
     def items(self, key: str, most: int = 1 << 22) -> list[Any]:
@@ -156,13 +156,13 @@ class _Reader:
 
 def integer(value: Any, where: str, low: int, high: int) -> int:
     if type(value) is not int or not low <= value <= high:
-        raise _error(f"expected a whole number from {low} to {high}, not {_shown(value)}", where)
+        raise plan_error(f"expected a whole number from {low} to {high}, not {_shown(value)}", where)
     return value
 
 
 def items(value: Any, where: str, most: int) -> list[Any]:
     if not isinstance(value, list) or len(value) > most:
-        raise _error(f"expected a list of at most {most}, not {_shown(value)}", where)
+        raise plan_error(f"expected a list of at most {most}, not {_shown(value)}", where)
     return value
 
 
@@ -173,11 +173,11 @@ def up(count: int) -> int:
 def architectures(plan: Any) -> list[int]:
     """The compute capabilities (90 for sm90) that a package has machine code for."""
     if not isinstance(plan, dict) or not isinstance(plan.get("architectures"), list):
-        raise _error("it lists no architectures", "plan.json")
+        raise plan_error("it lists no architectures", "plan.json")
     found = []
     for name in plan["architectures"]:
         if not (isinstance(name, str) and name.startswith("sm") and name[2:].isdigit() and len(name) < 8):
-            raise _error(f"unknown architecture {_shown(name)}", "plan.json")
+            raise plan_error(f"unknown architecture {_shown(name)}", "plan.json")
         found.append(int(name[2:]))
     return found
 
@@ -195,10 +195,11 @@ def read_plan(plan: Any, code: Any, sm: int, tensors: Mapping[str, TensorEntry])
     """
     keys = ("version", "architectures", "slot_bytes", "arena_bytes", "scratch_bytes", "weights", "methods")
     top = _Reader(plan, "plan.json", keys)
-    body = _Reader(code, f"sm{sm}/code.json", ("version", "driver", "variants", "code"))
+    chained = ("chains",) if isinstance(code, dict) and "chains" in code else ()  # chains.py reads them
+    body = _Reader(code, f"sm{sm}/code.json", ("version", "driver", "variants", "code", *chained))
     for reader in (top, body):
         if reader.integer("version", 0, 2**31) != VERSION:
-            raise _error(f"version {reader.value['version']} is not {VERSION}", reader.where)
+            raise plan_error(f"version {reader.value['version']} is not {VERSION}", reader.where)
     weights = tuple(_weight(name, tensors) for name in top.items("weights"))
     variants = tuple(_variant(v, f"{body.where}, variant {i}") for i, v in enumerate(body.items("variants")))
     sizes = {space: top.integer(f"{space}_bytes") for space in ("slot", "arena", "scratch")}
@@ -207,11 +208,11 @@ def read_plan(plan: Any, code: Any, sm: int, tensors: Mapping[str, TensorEntry])
     methods: dict[str, MethodPlan] = {}
     listed = top.items("methods", 4096)
     if not isinstance(code["code"], dict) or len(code["code"]) != len(listed):
-        raise _error("its methods are not those of plan.json", body.where)
+        raise plan_error("its methods are not those of plan.json", body.where)
     for index, value in enumerate(listed):
         read = _method(value, f"plan.json, method {index}", code["code"], places, sizes["slot"])
         if read.spec.name in methods:
-            raise _error(f"method {read.spec.name!r} is given twice", "plan.json")
+            raise plan_error(f"method {read.spec.name!r} is given twice", "plan.json")
         methods[read.spec.name] = read
     driver = body.integer("driver", 0, 10**6)
     return Plan(sm, driver, sizes["slot"], sizes["arena"], sizes["scratch"], weights, variants, methods)
@@ -231,10 +232,10 @@ def _variant(value: Any, where: str) -> VariantInfo:
     known = (*_POINTERS, *_INTEGERS, "fp32")
     for kind in signature:
         if not isinstance(kind, str) or kind.removesuffix(":16") not in known:
-            raise _error(f"unknown type of an argument {_shown(kind)}", where)
+            raise plan_error(f"unknown type of an argument {_shown(kind)}", where)
     warps = r.integer("num_warps", 1, 32)
     if warps & (warps - 1) or not isinstance(value["constexprs"], dict):
-        raise _error("num_warps or constexprs are not those of a kernel", where)
+        raise plan_error("num_warps or constexprs are not those of a kernel", where)
     r.integer("registers", 0, 255), r.integer("spill_bytes", 0, 2**20)
     return VariantInfo(
         r.text("name"), r.text("file"), r.text("sha256"), r.text("entry"), warps, r.integer("shared", 0, MAX_SHARED),
@@ -262,29 +263,29 @@ def _method(value: Any, where: str, code: dict[str, Any], places: _Places, slot_
     own = code.get(name)
     listed = r.items("buckets", 4096)
     if not isinstance(own, dict) or len(own) != len(listed) or not listed:
-        raise _error("code.json has other buckets than plan.json, or there are none", where)
+        raise plan_error("code.json has other buckets than plan.json, or there are none", where)
     buckets = []
     for pair in listed:
         sizes = [integer(v, f"{where}: buckets", 1, 2**20) for v in items(pair, where, 2)]
         if len(sizes) != 2 or f"b{sizes[0]}n{sizes[1]}" not in own:
-            raise _error(f"bucket {_shown(sizes)} has no code", where)
+            raise plan_error(f"bucket {_shown(sizes)} has no code", where)
         buckets.append(_bucket(sizes[0], sizes[1], own[f"b{sizes[0]}n{sizes[1]}"], spec, places))
     if not any((b.batch, b.n) == (1, 1) for b in buckets):
-        raise _error("there is no bucket for one position of one session", where)
+        raise plan_error("there is no bucket for one position of one session", where)
     positions = tuple(_position(p, f"{where}: positions", slot_bytes) for p in r.items("positions", 64))
     limits = tuple(integer(v, f"{where}: ids", 0, 2**31 - 1) for v in r.items("ids", 64))
     if len(limits) != len(inputs):
-        raise _error("ids must name a limit for each input", where)
+        raise plan_error("ids must name a limit for each input", where)
     return MethodPlan(spec, tuple(buckets), positions, limits)
 
 
 def _argument(value: Any, where: str) -> TensorSpec:
     r = _Reader(value, where, ("dtype", "rows", "cols"))
     if value["dtype"] not in DTYPES:
-        raise _error(f"unknown dtype {_shown(value['dtype'])}", where)
+        raise plan_error(f"unknown dtype {_shown(value['dtype'])}", where)
     rows = [integer(v, where, 0, 2**24) for v in r.items("rows", 2)]
     if len(rows) != 2:
-        raise _error("rows must be [a, b], meaning a·n + b", where)
+        raise plan_error("rows must be [a, b], meaning a·n + b", where)
     return TensorSpec(value["dtype"], rows[0], rows[1], r.integer("cols", 1, 2**31))
 
 
@@ -292,7 +293,7 @@ def _position(value: Any, where: str, slot_bytes: int) -> PositionInfo:
     r = _Reader(value, where, ("offset", "limit"))
     offset = r.integer("offset")
     if offset % 8 or offset + 8 > slot_bytes:
-        raise _error(f"a counter at {offset} is outside the slot", where)
+        raise plan_error(f"a counter at {offset} is outside the slot", where)
     return PositionInfo(offset, r.integer("limit", 0, 2**53))
 
 
@@ -313,7 +314,7 @@ def _bucket(batch: int, n: int, value: Any, spec: MethodSpec, places: _Places) -
         outputs.append(end)
         end += up(argument_bytes(argument, batch, n))
     if max(at, end) > MAX_BYTES:
-        raise _error("its arguments are absurdly large", where)
+        raise plan_error("its arguments are absurdly large", where)
     sizes = {
         **{(space, 0): size for space, size in places.fixed.items()},
         **{("weight", i): size for i, size in enumerate(places.weights)},
@@ -323,23 +324,26 @@ def _bucket(batch: int, n: int, value: Any, spec: MethodSpec, places: _Places) -
         ("counts", 0): 4 * batch,
     }
     launches = tuple(
-        _launch(launch, f"{where}, launch {i}", sizes, places.variants)
+        read_launch(launch, f"{where}, launch {i}", sizes, places.variants)
         for i, launch in enumerate(items(value, where, 1 << 20))
     )
     return BucketInfo(batch, n, counts, tuple(inputs), tuple(outputs), at, end, launches)
 
 
-def _launch(value: Any, where: str, sizes: dict[tuple[str, int], int], variants: tuple[VariantInfo, ...]) -> LaunchInfo:
+def read_launch(
+    value: Any, where: str, sizes: dict[tuple[str, int], int], variants: tuple[VariantInfo, ...]
+) -> LaunchInfo:
+    """A launch whose pointers stay inside `sizes`, bytes by (space, number)."""
     parts = items(value, where, 3)
     if len(parts) != 3:
-        raise _error("a launch is a variant, a grid and arguments", where)
+        raise plan_error("a launch is a variant, a grid and arguments", where)
     number = integer(parts[0], where, 0, len(variants) - 1)
     grid = [integer(v, f"{where}: grid", 1, high) for v, high in zip(
         items(parts[1], where, 3), (2**31 - 1, 65535, 65535), strict=False)]  # fmt: skip
     args = items(parts[2], where, 256)
     signature = variants[number].signature
     if len(grid) != 3 or len(args) != len(signature):
-        raise _error(f"the launch does not fit {variants[number].name}", where)
+        raise plan_error(f"the launch does not fit {variants[number].name}", where)
     read = tuple(_value(arg, kind, where, sizes) for arg, kind in zip(args, signature, strict=True))
     return LaunchInfo(number, (grid[0], grid[1], grid[2]), read)
 
@@ -350,21 +354,22 @@ def _value(arg: Any, kind: str, where: str, sizes: dict[tuple[str, int], int]) -
         most = 2 ** _INTEGERS[base]
         value = integer(arg, where, -most, most - 1)
         if aligned and value % 16:
-            raise _error(f"{value} is not the multiple of 16 that the kernel was compiled for", where)
+            raise plan_error(f"{value} is not the multiple of 16 that the kernel was compiled for", where)
         return value
     if base == "fp32":
         if type(arg) is not float or not math.isfinite(arg):
-            raise _error(f"expected a number, not {_shown(arg)}", where)
+            raise plan_error(f"expected a number, not {_shown(arg)}", where)
         return arg
     parts = items(arg, where, 4)
     if len(parts) != 4:
-        raise _error("a pointer is a space, a number, an offset and a size", where)
+        raise plan_error("a pointer is a space, a number, an offset and a size", where)
     space = SPACES[integer(parts[0], where, 0, len(SPACES) - 1)]
     which, offset, nbytes = (integer(v, where, 0, MAX_BYTES) for v in parts[1:])
     if (space, which) not in sizes:
-        raise _error(f"there is no {space} {which}", where)
+        raise plan_error(f"there is no {space} {which}", where)
     if offset + nbytes > sizes[space, which]:
-        raise _error(f"a pointer to {space} {which} ends at {offset + nbytes} of {sizes[space, which]} bytes", where)
+        size = sizes[space, which]
+        raise plan_error(f"a pointer to {space} {which} ends at {offset + nbytes} of {size} bytes", where)
     if aligned and offset % 16:
-        raise _error(f"a pointer to {space} at {offset} is not aligned as the kernel was compiled for", where)
+        raise plan_error(f"a pointer to {space} at {offset} is not aligned as the kernel was compiled for", where)
     return PointerArg(space, which, offset, nbytes)

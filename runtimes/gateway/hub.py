@@ -11,10 +11,10 @@ import numpy as np
 
 from tmlc.errors import InputError, TmlcError
 from tmlc.package.manifest import TickLayout
+from tmlc.runtimes.gateway.fields import WireError, as_wire
 from tmlc.runtimes.gateway.frames import FrameDecoder, ImageLimits
 from tmlc.runtimes.gateway.observer import Observer
 from tmlc.runtimes.gateway.sessions import LiveSession, Opening, Sessions
-from tmlc.runtimes.gateway.wire import WireError, as_wire
 
 SESSION_SECONDS = 24 * 3600
 log = logging.getLogger(__name__)

@@ -8,7 +8,6 @@ or to the server's background model.
 from __future__ import annotations
 
 import base64
-from dataclasses import dataclass
 from typing import Any
 
 from aiohttp import web
@@ -21,22 +20,21 @@ from tmlc.runtimes.core.live import EndReason
 from tmlc.runtimes.core.streams import Pace
 from tmlc.runtimes.gateway.audio import AudioFormat, Resampler, decode, encode
 from tmlc.runtimes.gateway.events import ClientTask, Closed, Delegated, Happening, Injected, Tick
-from tmlc.runtimes.gateway.frames import picture_of
-from tmlc.runtimes.gateway.hub import Hub
-from tmlc.runtimes.gateway.sessions import LiveSession, Opening
-from tmlc.runtimes.gateway.wire import (
+from tmlc.runtimes.gateway.fields import (
     MAX_AUDIO,
-    Connection,
     WireError,
     about,
     base64_of,
     check_config,
-    event_id,
     known_only,
     object_of,
     policy_of,
     text_of,
 )
+from tmlc.runtimes.gateway.held import Held
+from tmlc.runtimes.gateway.hub import Hub
+from tmlc.runtimes.gateway.sessions import LiveSession, Opening
+from tmlc.runtimes.gateway.wire import Connection, event_id
 
 USAGE_TICKS = 50
 MAX_HISTORY, MAX_HISTORY_CHARACTERS = 128, 16_384
@@ -89,27 +87,18 @@ REASONS = {
 """Live's words for why a session ended; everything else is a lost connection to the model."""
 
 
-@dataclass
-class _Transcript:
-    """What the model said and the client was not told, for the pressure's sake: from tick `first` to before `end`."""
-
-    text: str = ""
-    first: int = 0
-    end: int = 0
-
-
 class LiveConnection(Connection):
     """One primary WebSocket."""
 
     dialect = "live"
 
     def __init__(self, request: web.Request, socket: web.WebSocketResponse, hub: Hub, token: str | None) -> None:
-        super().__init__(request, socket, hub.observer)
-        self.hub, self._token = hub, token
+        super().__init__(request, socket, hub)
+        self._token = token
         self._config: dict[str, Any] = {}
         self._format = AudioFormat()
         self._muted = self._events = False
-        self._held = _Transcript()
+        self._held = Held()
         self._closing: str | None = None
 
     def accepted(self) -> frozenset[str]:
@@ -279,7 +268,9 @@ class LiveConnection(Connection):
         assert session is not None
         self._tell_started(own, resumed)
         session.attach(self)
-        for number, happening in session.events.after(after):
+        again = list(session.events.after(after))
+        self._held.resume(after, {number for number, _ in again})
+        for number, happening in again:
             self.push(number, happening)
 
     def _tell_started(self, own: str | None, resumed: bool) -> None:
@@ -302,18 +293,6 @@ class LiveConnection(Connection):
             self.session.hear(samples * 0 if self._muted else samples)
         if ours.get("video") is not None:
             self._see(object_of(ours, "video", "tmlc.video").get("image_url"), "tmlc.video.image_url", own)
-
-    def _see(self, url: Any, param: str, own: str | None) -> None:
-        self.may_see(param)
-        with about(param):
-            picture = picture_of(url, self.hub.image_limits)
-        self.aside(self._look(picture, param), own)
-
-    async def _look(self, picture: bytes, param: str) -> None:
-        session = self.session
-        frame = await self.hub.frame(picture, param)
-        if session is not None and self.session is session and session.ended is None:
-            session.see(frame)
 
     def _item(self, event: dict[str, Any], own: str | None) -> None:
         """`conversation.item.create` of the other dialect, for pictures and text."""
@@ -413,10 +392,7 @@ class LiveConnection(Connection):
             if self._events:
                 message["tmlc"] = {"sequence": number, "tick": tick.index}  # type: ignore[assignment]
             self.send(message, tick.index)
-        held = self._held
-        if tick.text and tick.index >= held.end:  # else it is in there, and the tick is sent a second time
-            held.first = held.first if held.text else tick.index
-            held.text, held.end = (held.text + tick.text)[-MAX_CHARACTERS:], tick.index + 1
+        self._held.add(number, tick.index, tick.text)
         if self.session.seat.level < Level.NO_TRANSCRIPTS:
             self._transcribe()
         if self._events:
@@ -433,10 +409,9 @@ class LiveConnection(Connection):
 
     def _transcribe(self) -> None:
         """Sends the transcript that waits."""
-        period, held = self.hub.sessions.tick_ms, self._held
-        if held.text:
-            start, end, text = held.first * period, held.end * period, held.text
-            held.text, held.first, held.end = "", 0, 0
+        if self._held and self.session is not None:
+            start, end = (tick * self.hub.sessions.tick_ms for tick in self._held.ticks)
+            text = self._held.tell(self._number, self.session.sent)
             self._answer("session.output_transcript.delta", None, delta=text, start_ms=start, end_ms=end)
 
     def _usage(self) -> dict[str, Any]:

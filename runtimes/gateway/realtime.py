@@ -16,11 +16,7 @@ from aiohttp import web
 from tmlc.runtimes.background.injections import MAX_CHARACTERS
 from tmlc.runtimes.core.streams import Pace
 from tmlc.runtimes.gateway.audio import decode
-from tmlc.runtimes.gateway.frames import picture_of
-from tmlc.runtimes.gateway.hub import Hub
-from tmlc.runtimes.gateway.responses import Responses, format_of, new_id
-from tmlc.runtimes.gateway.sessions import LiveSession, Opening
-from tmlc.runtimes.gateway.wire import (
+from tmlc.runtimes.gateway.fields import (
     MAX_AUDIO,
     WireError,
     about,
@@ -31,6 +27,9 @@ from tmlc.runtimes.gateway.wire import (
     policy_of,
     text_of,
 )
+from tmlc.runtimes.gateway.hub import Hub
+from tmlc.runtimes.gateway.responses import Responses, format_of, new_id
+from tmlc.runtimes.gateway.sessions import LiveSession, Opening
 
 MAX_OUTPUTS = 16
 """Outputs of function calls that wait for response.create."""
@@ -97,7 +96,9 @@ class RealtimeConnection(Responses):
         facts = {"resume_token": session.token, "resumed": resumed, "tick_ms": self.hub.sessions.tick_ms}
         self._tell("session.created", session=self._resource(), tmlc=facts)
         session.attach(self)
-        for number, happening in session.events.after(after):
+        again = list(session.events.after(after))
+        self._talk.held.resume(after, {number for number, _ in again})
+        for number, happening in again:
             self.push(number, happening)
 
     def _fresh(self) -> dict[str, Any]:
@@ -207,18 +208,6 @@ class RealtimeConnection(Responses):
         session.client_tasks = options["client_tasks"] = bool(made["tools"])
         session.beside.queue.playback = options["playback"]
         self._tell("session.updated", session=self._resource())
-
-    def _see(self, url: Any, param: str, own: str | None) -> None:
-        self.may_see(param)
-        with about(param):
-            picture = picture_of(url, self.hub.image_limits)
-        self.aside(self._look(picture, param), own)
-
-    async def _look(self, picture: bytes, param: str) -> None:
-        session = self.session
-        frame = await self.hub.frame(picture, param)
-        if session is not None and self.session is session and session.ended is None:
-            session.see(frame)
 
     def _create(self, event: dict[str, Any], own: str | None) -> None:
         session = self.session

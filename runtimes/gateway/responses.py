@@ -13,13 +13,15 @@ from typing import Any
 
 from aiohttp import web
 
-from tmlc.runtimes.background.injections import MAX_CHARACTERS, Fate
+from tmlc.runtimes.background.injections import Fate
 from tmlc.runtimes.core.admission import Level
 from tmlc.runtimes.core.live import EndReason
 from tmlc.runtimes.gateway.audio import AudioFormat, Resampler, encode
 from tmlc.runtimes.gateway.events import ClientTask, Closed, Delegated, Happening, Injected, Tick
+from tmlc.runtimes.gateway.fields import WireError, about
+from tmlc.runtimes.gateway.held import Held
 from tmlc.runtimes.gateway.hub import Hub
-from tmlc.runtimes.gateway.wire import Connection, WireError, about, event_id
+from tmlc.runtimes.gateway.wire import Connection, event_id
 
 QUIET_TICKS = 3
 """A response is done when the model has been silent for so long."""
@@ -79,10 +81,11 @@ class Items:
 
 
 class Talk:
-    """What outlives a connection: the items, outputs that were not said yet, and whether the model is hushed."""
+    """What outlives a connection: the items, outputs that were not said yet, words that the client was not told, and
+    whether the model is hushed."""
 
     def __init__(self) -> None:
-        self.items = Items()
+        self.items, self.held = Items(), Held()
         self.outputs: list[str] = []
         self.hushed = False  # a cancelled response: the model speaks on, and nobody is to hear it
 
@@ -93,13 +96,11 @@ class Responses(Connection):
     dialect = "realtime"
 
     def __init__(self, request: web.Request, socket: web.WebSocketResponse, hub: Hub) -> None:
-        super().__init__(request, socket, hub.observer)
-        self.hub = hub
+        super().__init__(request, socket, hub)
         self._config: dict[str, Any] = {}
         self._talk = Talk()
         self._response: Response | None = None
         self._user_item: str | None = None
-        self._held = ""
 
     def _streams(self) -> None:
         layout = self.hub.layout
@@ -156,6 +157,9 @@ class Responses(Connection):
                 if self._events and event.fate is not Fate.ENTERED:
                     self._tell("tmlc.injection", id=event.id, fate=event.fate)
             case Closed():
+                if self._response is None and self._talk.held:
+                    self._open(self._talk.held.ticks[0])
+                    self._show(self._talk.held.ticks[0])
                 self._finish()
                 if happening.reason not in (EndReason.CLOSED, EndReason.SHUTDOWN):
                     message = happening.detail or happening.reason
@@ -195,6 +199,7 @@ class Responses(Connection):
                 self.session.beside.unplayed(tick.index, tick.index)
             return
         if self._response is None:
+            speaks = speaks or (self._tells and bool(self._talk.held))  # of before the connection was cut
             if not speaks:
                 self._out_stream.push(tick.audio)  # the stream goes on, so that the next word has no seam
                 return
@@ -209,6 +214,11 @@ class Responses(Connection):
         waited = ASKED_TICKS if response.asked and not response.shown else QUIET_TICKS
         if response.quiet >= waited or response.ticks >= MAX_RESPONSE_TICKS:
             self._finish()
+
+    @property
+    def _tells(self) -> bool:
+        """Does the transcript go out at once? Written answers always do."""
+        return self._written or (self.session is not None and self.session.seat.level < Level.NO_TRANSCRIPTS)
 
     @property
     def _written(self) -> bool:
@@ -249,6 +259,7 @@ class Responses(Connection):
         response = self._response
         assert response is not None
         response.shown, response.first = True, tick
+        response.transcript = [self._talk.held.text] if self._talk.held else []
         item = self._item("in_progress")
         self._tell("response.output_item.added", response_id=response.id, output_index=0, item=item)
         self._tell("conversation.item.added", previous_item_id=self._talk.items.last, item=item)
@@ -267,12 +278,16 @@ class Responses(Connection):
             self._tell("response.output_audio.delta", tick.index, **self._place(), delta=delta)
         if tick.text:
             response.transcript.append(tick.text)
-        text, self._held = self._held + tick.text, ""
-        if text and not self._written and self.session.seat.level >= Level.NO_TRANSCRIPTS:
-            self._held = text[-MAX_CHARACTERS:]
-        elif text:
+            self._talk.held.add(self._number, tick.index, tick.text)
+        if self._tells:
+            self._transcribe()
+
+    def _transcribe(self) -> None:
+        """Sends the transcript that waits."""
+        if self._talk.held and self.session is not None:
             kind = "response.output_text.delta" if self._written else "response.output_audio_transcript.delta"
-            self._tell(kind, **self._place(), delta=text)
+            number = self._number or self.session.events.last + 1  # a message of no event goes out before the next one
+            self._tell(kind, **self._place(), delta=self._talk.held.tell(number, self.session.sent))
 
     def _finish(self) -> None:
         """The stretch is over."""
@@ -284,9 +299,7 @@ class Responses(Connection):
         if response.shown:
             item = self._item("incomplete" if response.cancelled else "completed")
             text, place = "".join(response.transcript), self._place()
-            if self._held:
-                self._tell("response.output_audio_transcript.delta", **place, delta=self._held)
-                self._held = ""
+            self._transcribe()
             if self._written:
                 self._tell("response.output_text.done", **place, text=text)
             else:

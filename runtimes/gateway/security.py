@@ -25,10 +25,10 @@ from aiohttp import web
 
 from tmlc.errors import UsageError
 from tmlc.runtimes.gateway.caps import ANYBODY, PASS, Pass
+from tmlc.runtimes.gateway.fields import WireError
 from tmlc.runtimes.gateway.observer import Observer
 from tmlc.runtimes.gateway.server import refusal
 from tmlc.runtimes.gateway.settings import is_loopback
-from tmlc.runtimes.gateway.wire import WireError
 
 SUBPROTOCOL = "openai-insecure-api-key."
 MIN_KEY, MAX_KEYS = 16, 10_000

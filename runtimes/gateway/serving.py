@@ -7,10 +7,12 @@ those that are left end with a snapshot. A second signal ends at once.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import gc
 import logging
 import signal
 import ssl
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,9 +127,11 @@ class Server:
                 where = f"http://{_shown(settings.admin_host)}:{admin_port}"
             page = f"{settings.scheme}://{_shown(settings.host)}:{port}/"
             admits = table.largest(0.8 * scheduler.step_budget, settings.sessions)
-            announce(Listening(f"{page}v1", page, where, hub.model, settings.sessions, admits, self._keys is not None))
-            await self._stop.wait()
-            await self._drain(scheduler)
+            keyed = self._keys is not None
+            with settled():
+                announce(Listening(f"{page}v1", page, where, hub.model, settings.sessions, admits, keyed))
+                await self._stop.wait()
+                await self._drain(scheduler)
         finally:
             sweeper.cancel()
             await asyncio.to_thread(scheduler.close)
@@ -159,6 +163,20 @@ class Server:
         while self._store is not None:
             await asyncio.to_thread(self._store.sweep)
             await asyncio.sleep(SWEEP_SECONDS)
+
+
+@contextlib.contextmanager
+def settled() -> Iterator[None]:
+    """All that was made so far lives as long as the server: the garbage collector does not look at it meanwhile.
+
+    A full collection holds up every thread, the device's too, for as long as it looks at 60,000 objects of modules.
+    """
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def caps_middleware(places: Places, caps: Caps, observer: Observer) -> Any:

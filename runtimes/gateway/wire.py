@@ -9,8 +9,6 @@
 from __future__ import annotations
 
 import asyncio
-import base64
-import binascii
 import contextlib
 import json
 import logging
@@ -18,24 +16,21 @@ import secrets
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Coroutine, Iterator
+from collections.abc import Coroutine
 from typing import Any
 
 from aiohttp import WSCloseCode, WSMsgType, web
 
-from tmlc.errors import CapacityError, InputError, SessionError, TmlcError, UsageError
-from tmlc.runtimes.background.injections import Policy
+from tmlc.errors import TmlcError
 from tmlc.runtimes.gateway.caps import Meter
 from tmlc.runtimes.gateway.events import Happening
-from tmlc.runtimes.gateway.observer import Observer
+from tmlc.runtimes.gateway.fields import WireError, about, as_wire
+from tmlc.runtimes.gateway.frames import picture_of
+from tmlc.runtimes.gateway.hub import Hub
 from tmlc.runtimes.gateway.sessions import LiveSession
 
 MAX_MESSAGE = 4 << 20
-MAX_AUDIO = 1 << 20
-"""Bytes of audio in one message: more than 20 s."""
 MAX_AUDIO_OUT, MAX_OUT, MAX_OUT_BYTES = 25, 1000, 8 << 20
-MAX_CONFIG = 1 << 17
-"""Characters of a session's settings as JSON: they are kept with its snapshots."""
 SLOW_READER, TAKEN_OVER, TOO_LATE = 1013, 4000, 4001
 """Codes with which we close: the client does not read (openai's clients come back after this one by themselves);
 another connection has the session; it did not start in time."""
@@ -51,42 +46,6 @@ METER = web.RequestKey("meter", Meter)
 log = logging.getLogger(__name__)
 
 
-class WireError(Exception):
-    """Something that a client sent is refused; the connection and the session go on.
-
-    Args:
-        code: OpenAI's, as far as it has one. param: the field that is wrong.
-    """
-
-    def __init__(self, message: str, code: str = "invalid_value", param: str | None = None, kind: str = "") -> None:
-        super().__init__(message)
-        self.message, self.code, self.param = message, code, param
-        self.kind = kind or "invalid_request_error"
-
-
-def as_wire(error: TmlcError) -> WireError:
-    """An error of tmlc in the words of the wire."""
-    message = f"{error.what}. {error.fix}" if error.fix else error.what
-    if isinstance(error, CapacityError):
-        return WireError(message, "rate_limit_exceeded", kind="rate_limit_error")
-    if isinstance(error, InputError | UsageError):
-        return WireError(message, "invalid_value")
-    if isinstance(error, SessionError):
-        return WireError(message, "session_not_found")
-    return WireError(message, "server_error", kind="server_error")
-
-
-@contextlib.contextmanager
-def about(param: str) -> Iterator[None]:
-    """What tmlc refuses in here is the fault of this field."""
-    try:
-        yield
-    except TmlcError as error:
-        wire = as_wire(error)
-        wire.param = param
-        raise wire from None
-
-
 def event_id() -> str:
     return "event_" + secrets.token_urlsafe(12)
 
@@ -100,8 +59,8 @@ class Connection(ABC):
 
     dialect: str
 
-    def __init__(self, request: web.Request, socket: web.WebSocketResponse, observer: Observer) -> None:
-        self.request, self.socket, self.observer = request, socket, observer
+    def __init__(self, request: web.Request, socket: web.WebSocketResponse, hub: Hub) -> None:
+        self.request, self.socket, self.hub, self.observer = request, socket, hub, hub.observer
         self.session: LiveSession | None = None
         self.meter: Meter | None = request.get(METER)
         # Type and text of a message, the tick of its audio or -1, the number of the event that it tells of or 0.
@@ -241,7 +200,8 @@ class Connection(ABC):
     async def _receive(self, text: str) -> None:
         own: str | None = None
         try:
-            if self.meter is not None and (why := self.meter.message(len(text))):
+            size = len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
+            if self.meter is not None and (why := self.meter.message(size)):
                 self.observer.refused("rate")
                 raise WireError(f"more {why} than this server takes", "rate_limit_exceeded", kind="rate_limit_error")
             try:
@@ -287,12 +247,21 @@ class Connection(ABC):
         except Exception as error:
             self._refuse(error, own)
 
-    def may_see(self, param: str) -> None:
-        """Raises WireError when the client sends more pictures than it may."""
+    def _see(self, url: Any, param: str, own: str | None) -> None:
+        """A picture for the session, decoded beside the messages that follow. Raises WireError."""
         if self.meter is not None and not self.meter.frame():
             self.observer.dropped("input_video", 1)
             message = "more pictures a second than this server takes"
             raise WireError(message, "rate_limit_exceeded", param, "rate_limit_error")
+        with about(param):
+            picture = picture_of(url, self.hub.image_limits)
+        self.aside(self._look(picture, param), own)
+
+    async def _look(self, picture: bytes, param: str) -> None:
+        session = self.session
+        frame = await self.hub.frame(picture, param)
+        if session is not None and self.session is session and session.ended is None:
+            session.see(frame)
 
     # What a dialect does.
 
@@ -343,71 +312,3 @@ class Connection(ABC):
         """Another connection has the session now."""
         self.session = None
         self.close(TAKEN_OVER)
-
-
-# What dialects read events with: each raises WireError that names the field.
-
-
-def text_of(event: dict[str, Any], name: str, most: int, param: str | None = None) -> str:
-    """A string of 1 to `most` characters."""
-    value, where = event.get(name), param or name
-    if not isinstance(value, str):
-        raise WireError(
-            f"{where} must be a string", "missing_required_parameter" if value is None else "invalid_type", where
-        )
-    if not value:
-        raise WireError(f"{where} is empty", "invalid_value", where)
-    if len(value) > most:
-        raise WireError(f"{where} has {len(value)} characters, more than {most}", "string_above_max_length", where)
-    return value
-
-
-def object_of(event: dict[str, Any], name: str, param: str | None = None) -> dict[str, Any]:
-    """An object; an empty one where there is none."""
-    value = event.get(name)
-    if value is None:
-        return {}
-    if not isinstance(value, dict):
-        raise WireError(f"{param or name} must be an object", "invalid_type", param or name)
-    return value
-
-
-def check_config(config: dict[str, Any], param: str) -> None:
-    """Refuses settings of a session that are too long to be kept."""
-    try:
-        size = len(json.dumps(config))
-    except RecursionError:
-        raise WireError(f"{param} is nested too deeply", "invalid_value", param) from None
-    if size > MAX_CONFIG:
-        raise WireError(f"{param} has more than {MAX_CONFIG} characters", "string_above_max_length", param)
-
-
-def policy_of(event: dict[str, Any]) -> Policy | None:
-    """When what the event brings may be said: `tmlc: {policy}`; None where the client leaves it to the server."""
-    given = object_of(event, "tmlc").get("policy")
-    if given is None:
-        return None
-    if given not in (Policy.WHEN_IDLE, Policy.NEXT_GAP, Policy.INTERRUPT):
-        raise WireError("tmlc.policy must be when_idle, next_gap or interrupt", "invalid_value", "tmlc.policy")
-    return Policy(given)
-
-
-def known_only(event: dict[str, Any], names: frozenset[str], param: str) -> None:
-    """Refuses fields that nobody here knows."""
-    for name in event:
-        if name not in names:
-            raise WireError(
-                f"unknown parameter: {param}.{str(name)[:64]}", "unknown_parameter", f"{param}.{str(name)[:64]}"
-            )
-
-
-def base64_of(value: Any, name: str, most: int) -> bytes:
-    """Bytes from base64."""
-    if not isinstance(value, str):
-        raise WireError(f"{name} must be base64 in a string", "invalid_type", name)
-    if len(value) > most * 4 // 3 + 4:
-        raise WireError(f"{name} has more than {most} bytes", "string_above_max_length", name)
-    try:
-        return base64.b64decode(value, validate=True)
-    except (binascii.Error, ValueError):
-        raise WireError(f"{name} is not valid base64", "invalid_value", name) from None

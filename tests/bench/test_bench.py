@@ -29,6 +29,7 @@ def test_every_attempt_is_counted_and_every_tick_measured(scripted, tmp_path):
     assert view["generator"]["processes"] == 2 and view["generator"]["send_late_ms"]["count"] >= 500
     assert view["server_metrics"] == {'tmlc_samples{of="all"}': server.heard}
     assert view["server"]["model"] == "scripted" and view["broken"] == []
+    assert view["server_memory"] is None, "this server does not say it"
     assert json.loads((tmp_path / "report.json").read_text()) == view
     assert "turn latency" in (tmp_path / "report.txt").read_text() and server.most == 2
 

@@ -5,7 +5,7 @@ import pytest
 
 from tmlc.bench.client import Histogram, Visited, voiced
 from tmlc.bench.dialogues import Dialogue, Utterance
-from tmlc.bench.figures import ages, changes, growth, interruptions, lost, of_histograms, summary, turns
+from tmlc.bench.figures import ages, changes, growth, interruptions, lost, of_histograms, slope, summary, turns
 from tmlc.bench.view import judge, tables
 from tmlc.report.tables import plain_text
 
@@ -90,6 +90,15 @@ def test_growth_compares_the_ends_of_a_bench():
     assert growth([])["ratio"] is None
 
 
+def test_the_servers_memory_counts_from_when_it_has_warmed_up():
+    samples = [(5.0 * k, 100.0 + min(30.0, 5.0 * k)) for k in range(400)]
+    found = slope(samples)
+    assert found == {"warm_seconds": 300.0, "start_mb": 100.0, "warm_mb": 130.0, "end_mb": 130.0,
+                     "mb_per_minute": pytest.approx(0.0, abs=1e-9)}  # fmt: skip
+    assert slope([(at, 100.0 + at / 60) for at, _ in samples])["mb_per_minute"] == pytest.approx(1.0)
+    assert slope([]) is None and slope([(0.0, 1.0), (5.0, 1.0), (10.0, 1.0)]) is None
+
+
 def test_dialogues_go_on_from_their_beginning():
     whole = Dialogue("two", RATE, np.arange(3000, dtype=np.float32), (Utterance(1.0, 2.0),))
     assert [u.end for u in whole.until(9.0)] == [2.0, 5.0, 8.0]
@@ -125,6 +134,8 @@ def test_the_table_shows_a_bench_in_which_nothing_came():
     generator = {"send_late_ms": parts, "loop_lag_ms": parts, "cpu_seconds": 1.0, "bottleneck": True}
     load = {"sessions": 3, "arrivals": "fixed", "seconds": 9.0, "piece": 20}
     view = summary([], [], []) | {"generator": generator, "load": load, "server_metrics": {"tmlc_ticks": 3.0},
+                                  "server_memory": slope([(5.0 * k, 100.0) for k in range(9)]),
                                   "server": {"url": "http://127.0.0.1:1/v1", "dialect": "live"}}  # fmt: skip
     text = plain_text(tables(view))
+    assert "+0.000 MB a minute" in text
     assert "IT was the bottleneck" in text and "tmlc_ticks" in text and "turn latency" in text

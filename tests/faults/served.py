@@ -34,6 +34,7 @@ from tmlc.runtimes.core.text import ByteTokenizer
 from tmlc.runtimes.gateway.hub import Hub
 from tmlc.runtimes.gateway.observer import Observer
 from tmlc.runtimes.gateway.server import make_app
+from tmlc.runtimes.gateway.serving import settled
 from tmlc.runtimes.gateway.sessions import Sessions
 from tmlc.runtimes.gateway.snapshots import SnapshotStore
 
@@ -118,7 +119,8 @@ async def serve(options: argparse.Namespace) -> None:
     await web.TCPSite(runner, "127.0.0.1", options.port).start()
     print(json.dumps({"port": runner.addresses[0][1]}), flush=True)
     try:
-        await asyncio.Event().wait()
+        with settled():
+            await asyncio.Event().wait()
     finally:
         await runner.cleanup()
         scheduler.close()

@@ -286,3 +286,13 @@ def test_a_message_over_the_burst_is_refused_with_the_bound_and_the_session_goes
         assert (await desk.first(socket, ("session.input_audio.muted",)))["type"]
 
     served(test)
+
+
+def test_a_message_counts_with_its_bytes_and_not_its_characters(served):
+    async def test(desk):
+        socket, _ = await desk.open()
+        await socket.send_str('{"type": "tmlc.input_text.append", "text": "' + "я" * 1500 + '"}')
+        error = (await desk.first(socket, ("error",)))["error"]
+        assert error["code"] == "rate_limit_exceeded" and "(3046, 2048 at most)" in error["message"]
+
+    served(test)

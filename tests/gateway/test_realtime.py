@@ -434,6 +434,47 @@ def test_under_pressure_a_transcript_waits_for_the_end_of_its_response(desk):
     desk(test)
 
 
+@pytest.mark.parametrize("says_more", [False, True])
+def test_words_that_were_held_back_when_the_connection_was_cut_are_told_once(desk, says_more):
+    async def test(desk):
+        wire = await desk.realtime()
+        token = wire.of("session.created")[0]["tmlc"]["resume_token"]
+        desk.scheduler._ladder.edge = lambda *_: False
+        desk.scheduler._ladder.level = Level.NO_TRANSCRIPTS
+        desk.model.says("abc", ticks=0 if says_more else 2)
+        await desk.edges(3)
+        assert not wire.said and wire.of("response.output_audio.delta")
+        again = await desk.connect("realtime", f"tmlc_resume={token}")
+        desk.wires.remove(wire)
+        await again.sync()
+        desk.scheduler._ladder.level = Level.NORMAL
+        if says_more:
+            desk.model.says("d")
+        await desk.edges(6)
+        whole = "abcd" if says_more else "abc"
+        assert again.said == whole == again.of("response.output_audio_transcript.done")[0]["transcript"]
+
+    desk(test)
+
+
+def test_words_that_were_held_back_are_told_before_the_end(desk):
+    async def test(desk):
+        wire = await desk.realtime()
+        token = wire.of("session.created")[0]["tmlc"]["resume_token"]
+        desk.scheduler._ladder.edge = lambda *_: False
+        desk.scheduler._ladder.level = Level.NO_TRANSCRIPTS
+        desk.model.says("ab", ticks=9)
+        await desk.edges(2)
+        again = await desk.connect("realtime", f"tmlc_resume={token}")
+        desk.wires.remove(wire)
+        await desk.edges(2)
+        desk.scheduler.close()
+        await again.close_code()
+        assert again.said == "ab" and again.events[-1]["type"] in ("response.done", "error")
+
+    desk(test)
+
+
 def test_who_comes_back_still_has_its_items_and_its_outputs(desk):
     async def test(desk):
         wire = await desk.realtime(tools=[TOOL])

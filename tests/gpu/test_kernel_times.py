@@ -20,10 +20,11 @@ def test_launches_are_timed_between_start_and_stop_and_change_no_bit(tiny, lab, 
         timer = gpu.backend.kernel_timer()
         with gpu.session(seed=4) as session:
             timer.start()
+            assert not gpu.backend.chains.ready, "a tick would not run the graphs that are timed"
             assert np.array_equal(session.append(tokens=[1, 2, 3]), want[0])
             assert timer.stop(disturbed=False)
             assert np.array_equal(session.append(tokens=[4]), want[1])  # nobody times this
-        assert not gpu.backend._marked and gpu.backend._note is None
+        assert not gpu.backend._marked and gpu.backend._note is None and gpu.backend.chains.ready
         calls, plan = timer.calls(disturbed=False), gpu.backend.plan
     machine.release(held)
     assert {call.method for call in calls} == {"embed_text", "decode", "unembed"}

@@ -39,13 +39,16 @@ def test_an_engine_is_checked_and_timed(perf, engine, tiny, monkeypatch):
     wanted = perf.checks.reference_logits(tiny.checkpoint, ids)
     assert wanted.dtype == np.float64 and wanted.shape == (5, 272)
     monkeypatch.setattr(perf.checks, "golden", lambda *_: {"passed": True})  # test_interaction.py replays them
-    monkeypatch.setattr(perf.timing, "ticks", lambda *_: {})
+    monkeypatch.setattr(perf.timing, "ticks", lambda *_: {})  # they run in a test of their own
     found = perf.measure(engine, tiny.gpu, tiny.checkpoint, wanted, times=1, ticks=1, copy_bytes=1 << 16)
     assert found["reference"]["max_error"] < 2e-4 < found["reference"]["spread"]
     assert found["reproducible"]["passed"] and found["copy_bytes_per_second"] > 0
     assert {row["method"] for row in found["kernels"]} == set(engine.backend.methods)
     assert all(row["seconds"] > 0 for row in found["kernels"])
     assert all(row["bytes"] > 0 for row in found["kernels"] if row["kernel"] == "linear_kernel")
+    assert {row["chain"] for row in found["chains"]} == {"listen", "listen_text", "write", "speak", "rest"}
+    floor = found["tick_floor_ms"]
+    assert 0 < floor["silent"] < floor["speaking"]
     decode = next(row for row in found["graphs"] if row["method"] == "decode")
     assert 0 < decode["weight_bytes"] < engine.backend.memory()["weights"]
     json.dumps(found)
@@ -64,6 +67,37 @@ def test_a_wrong_bit_is_found(perf, engine, monkeypatch):
     monkeypatch.setattr(engine.backend, "call", altered)
     found = perf.checks.bits(engine, [2, 2])
     assert not found["passed"] and found["hidden"] == [False, True] and found["states"] == [True, True]
+
+
+@pytest.mark.slow
+def test_ticks_are_counted_in_graphs_and_method_by_method(perf, engine):
+    """As many as were asked for, or as the time allows; the engine is left as it was."""
+    before, log = engine.driver, engine.backend.driver.log
+    graphs = []
+    for methods in (False, True):
+        begun = log.count("replay")
+        found = perf.timing.ticks(engine, 1, methods=methods)
+        graphs.append(log.count("replay") - begun)
+        assert (found["ticks"], found["asked"], found["by_methods"]) == (1, 1, methods)
+        assert found["device_bytes_grown"] == 0 and found["p50_ms"] > 0
+    assert graphs[0] <= 3 and 7 <= graphs[1] <= 23
+    assert perf.timing.ticks(engine, 100, most_seconds=1e-9)["ticks"] == 1 and engine.driver is before
+
+
+def test_without_a_gpu_the_engines_are_built_and_nothing_is_said_to_have_run(perf, tiny, tmp_path, monkeypatch, capsys):
+    import tmlc.model_zoo.interaction as zoo
+
+    if perf.device()[0]:
+        pytest.skip("this machine has a GPU")
+    made = {"seconds": 1.0}
+    monkeypatch.setattr(perf, "build", lambda folder, package, sm, precision: {**made, "sm": sm})
+    monkeypatch.setattr(zoo, "create_checkpoint", lambda *_: None)
+    monkeypatch.setattr(perf, "peers", lambda *_: {"not run": "PyTorch sees no GPU"})
+    out = tmp_path / "result.json"
+    assert perf.main(["--preset", "nano", "--precision", "fp8", "--sm", "100", "--out", str(out)]) == 1
+    body = json.loads(out.read_text())
+    assert body["not run"] and body["engines"] == [{"preset": "nano", "precision": "fp8", "build": {**made, "sm": 100}}]
+    assert "built for sm100, and nothing was run" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -210,12 +210,13 @@ def test_every_kernel_of_nano_compiles_for_every_architecture_without_spills(tmp
     from tmlc.model_zoo.interaction import create_checkpoint
 
     create_checkpoint("nano", 0, tmp_path / "nano")
-    target = "triton:sm80+sm90+sm100"
-    for precision in ("bf16", "int4"):
+    architectures = (80, 89, 90, 100, 120)
+    target = "triton:" + "+".join(f"sm{sm}" for sm in architectures)
+    for precision in ("bf16", "fp8", "int8", "int4"):
         out = tmp_path / f"{precision}.tmlc"
         tmlc.compile(tmp_path / "nano", out, target=target, precision=precision)
         with open_package(out) as held:
-            for sm in (80, 90, 100):
+            for sm in architectures:
                 spilled = {
                     v["name"]: v["spill_bytes"]
                     for v in held.json(f"engines/triton/sm{sm}/code.json")["variants"]

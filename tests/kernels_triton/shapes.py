@@ -144,6 +144,8 @@ def calls(model: Model, bucket: Bucket, sm: int) -> Iterator[Call]:
         yield call(op, {name: x(m.dense) for name in names}, x(m.dense), **attrs)
     yield call("scale_by", {"x": x(d), "s": w(1, 1)}, x(d))
     yield call("add_row", {"x": x(m.flow), "rows": w(33, m.flow)}, x(m.flow), index=7)
+    for cols in (d, 320, 800):  # of what passes from one method of a chain to the next
+        yield call("take_rows", {"source": x(cols), "index": x(1, "i32")}, x(cols))
     yield call("concat_columns", {"a": x(d), "b": x(kv)}, x(d + kv))
     yield call("head_columns", {"x": x(q)}, x(q // 2), num_heads=m.heads, start=0, stop=m.head // 2)
     yield call("concat_heads", {"a": x(q), "b": x(m.head)}, x(2 * q), num_heads=m.heads, shared=2)

@@ -13,7 +13,10 @@ import pytest
 from tmlc.errors import ContextFullError, KernelError
 from tmlc.package.manifest import ContextInfo, Manifest, MemoryInfo, ModelInfo, TickLayout
 from tmlc.runtimes.core.backend import Backend, MethodSpec, TensorSpec, check_inputs
+from tmlc.runtimes.core.clock import ManualClock
 from tmlc.runtimes.core.engine import Engine
+from tmlc.runtimes.core.live import Ended, Published
+from tmlc.runtimes.core.scheduler import Scheduler
 from tmlc.runtimes.core.text import ByteTokenizer
 
 WIDTH, VOCAB, HOP, MEL = 4, 260, 8, 3
@@ -205,3 +208,54 @@ def make_engine():
     yield make
     for engine in engines:
         engine.close()
+
+
+class Guest:
+    """A client of a scheduler: keeps what its sink and its log get."""
+
+    def __init__(self, scheduler: Scheduler, **options):
+        self.events: list[Published | Ended] = []
+        self.log: list[dict] = []
+        self.seat = scheduler.open(self.events.append, log=self.log.append, **options)
+
+    def hear(self, level: float, samples: int = 2 * HOP) -> None:
+        """Samples of one level; as many as a tick has, unless told otherwise."""
+        self.seat.hear(np.full(samples, level, np.float32))
+
+    @property
+    def outs(self):
+        return [event for event in self.events if isinstance(event, Published)]
+
+    @property
+    def end(self):
+        assert len([e for e in self.events if isinstance(e, Ended)]) <= 1
+        return self.events[-1] if self.events and isinstance(self.events[-1], Ended) else None
+
+    def noted(self, event):
+        return [record for record in self.log if record["event"] == event]
+
+
+class World:
+    """An engine, a clock that only the test moves, and a scheduler."""
+
+    def __init__(self, engine: Engine, table=None, resume_window=30.0):
+        self.engine, self.clock = engine, ManualClock()
+        self.scheduler = Scheduler(engine, clock=self.clock, table=table, resume_window=resume_window)
+
+    def guest(self, **options) -> Guest:
+        return Guest(self.scheduler, **options)
+
+    def edges(self, count: int = 1) -> None:
+        for _ in range(count):
+            self.clock.advance(0.2)
+            self.scheduler.step()
+
+
+@pytest.fixture
+def world(make_engine):
+    """make(table=…, resume_window=…, **options of the engine) -> World."""
+
+    def make(table=None, resume_window=30.0, **options):
+        return World(make_engine(**options), table, resume_window)
+
+    return make

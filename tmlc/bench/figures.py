@@ -102,6 +102,22 @@ def growth(samples: Iterable[tuple[float, float]]) -> dict[str, Any]:
     return {"window_seconds": window, "first_ms": first, "last_ms": last, "ratio": last / first if first > 0 else None}
 
 
+def slope(samples: Sequence[tuple[float, float]]) -> dict[str, float] | None:
+    """How the server's memory (moment in s, MB) went on after it had warmed up: `warm_seconds` from the first sample,
+    300 or a third of them all, then the line of least squares. None of fewer than three samples after that."""
+    if not samples:
+        return None
+    begin, end = samples[0][0], samples[-1][0]
+    warm = min(300.0, (end - begin) / 3)
+    at, value = np.array([sample for sample in samples if sample[0] >= begin + warm]).reshape(-1, 2).T
+    if at.size < 3:
+        return None
+    return {
+        "warm_seconds": warm, "start_mb": samples[0][1], "warm_mb": float(value[0]), "end_mb": float(value[-1]),
+        "mb_per_minute": float(60 * np.polyfit(at - at[0], value, 1)[0]),
+    }  # fmt: skip
+
+
 def _spread(values: Sequence[float]) -> dict[str, Any] | None:
     return as_dict(spread(values)) if values else None
 
@@ -131,6 +147,7 @@ def summary(visits: Sequence[Visited], dialogues: Sequence[Dialogue], chosen: Se
     """All client-side figures of a bench; `chosen` is the dialogue of each visit."""
     turn, answering, unanswered, stop, went_on = [], [], 0, [], 0
     aged: list[tuple[float, float]] = []
+    answered: list[tuple[float, float]] = []
     missing, jitter = 0, []
     errors = Counter[str]()
     for visited, which in zip(visits, chosen, strict=True):
@@ -140,6 +157,7 @@ def summary(visits: Sequence[Visited], dialogues: Sequence[Dialogue], chosen: Se
             unanswered += found["answering_ms"] is None
             if found["answering_ms"] is not None:
                 answering.append(found["answering_ms"])
+                answered.append((found["end"] or 0.0, found["answering_ms"]))
             if found["turn_ms"] is not None:
                 turn.append(found["turn_ms"])
         for stopped in interruptions(visited, dialogue):
@@ -165,6 +183,7 @@ def summary(visits: Sequence[Visited], dialogues: Sequence[Dialogue], chosen: Se
         "ticks": {"arrived": len(aged), "lost": missing, "late": late},
         "misses": (late + missing) / ticks if ticks else None,
         "growth": growth(aged),
+        "latency_growth": growth(answered),
         "stop_latency_ms": _spread(stop),
         "interruptions": {"all": len(stop) + went_on, "stopped": len(stop), "went_on": went_on},
     }  # fmt: skip

@@ -14,9 +14,9 @@ from typing import Any
 
 from tmlc.bench.client import Visited
 from tmlc.bench.dialects import DIALECTS
-from tmlc.bench.figures import LATE_MS, of_histograms, summary
+from tmlc.bench.figures import LATE_MS, of_histograms, slope, summary
 from tmlc.bench.plan import Load, Visit, visits
-from tmlc.bench.server import moved, read_metrics
+from tmlc.bench.server import Memory, moved, read_metrics
 from tmlc.bench.worker import load_dialogues
 from tmlc.errors import CheckError, UsageError
 
@@ -63,15 +63,19 @@ def run(
         "url": server.url, "key": server.key, "model": server.model, "dialect": server.dialect, "folder": folder,
         "count": MADE_UP, "seed": load.seed, "piece": load.piece / 1000, "zero": time.monotonic() + BEFORE_SECONDS,
     }  # fmt: skip
-    parts = [coming[k::count] for k in range(count)]
-    answers = _work([{**plan, "visits": [asdict(visit) for visit in part]} for part in parts if part], load, report)
+    parts, memory = [coming[k::count] for k in range(count)], Memory(server.metrics)
+    works = [{**plan, "visits": [asdict(visit) for visit in part]} for part in parts if part]
+    answers = _work(works, load, memory, report)
     after = read_metrics(server.metrics) if server.metrics is not None else None
-    return _report(
+    view = _report(
         server, load, coming, dialogues, answers, None if before is None or after is None else (before, after)
     )
+    return {**view, "server_memory": slope(memory.samples)}
 
 
-def _work(plans: Sequence[dict[str, Any]], load: Load, report: Callable[[str, int, int], None]) -> list[dict[str, Any]]:
+def _work(
+    plans: Sequence[dict[str, Any]], load: Load, memory: Memory, report: Callable[[str, int, int], None]
+) -> list[dict[str, Any]]:
     """Runs one process for each plan."""
     running = [
         subprocess.Popen(
@@ -97,6 +101,7 @@ def _work(plans: Sequence[dict[str, Any]], load: Load, report: Callable[[str, in
                 if passed > total + AFTER_SECONDS:
                     raise CheckError("the load generator did not end", fix="run it with fewer sessions")
                 report("holding sessions", min(total, round(passed)), total)
+                memory.look(passed)
                 try:
                     out, err = process.communicate(timeout=0.5)
                     break

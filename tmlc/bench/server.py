@@ -16,6 +16,8 @@ from types import TracebackType
 from tmlc.errors import UsageError
 
 START_SECONDS, STOP_SECONDS = 120.0, 20.0
+MEMORY_SECONDS = 5.0
+"""Between two looks at the server's memory."""
 
 
 def free_ports(count: int) -> list[int]:
@@ -119,6 +121,31 @@ def read_metrics(url: str) -> dict[str, float]:
         except ValueError:
             raise UsageError("this is not a page of metrics", where=url, fix="give the URL of /metrics") from None
     return found
+
+
+class Memory:
+    """Follows the resident memory of a server while it is benched.
+
+    Args:
+        url: of its metrics; None follows nothing.
+    """
+
+    def __init__(self, url: str | None) -> None:
+        self._url, self._next = url, 0.0
+        self.samples: list[tuple[float, float]] = []
+
+    def look(self, passed: float) -> None:
+        """`passed` seconds of the bench are over: reads the server's memory when it is time to. A server that does not
+        answer in time, or does not say it, is asked again later."""
+        if self._url is None or passed < self._next:
+            return
+        self._next = passed + MEMORY_SECONDS
+        try:
+            found = read_metrics(self._url).get("tmlc_resident_bytes", 0.0)
+        except UsageError:
+            return
+        if found:
+            self.samples.append((passed, found / 1e6))
 
 
 def moved(before: dict[str, float], after: dict[str, float]) -> dict[str, float]:

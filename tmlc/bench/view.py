@@ -68,14 +68,15 @@ def tables(view: dict[str, Any]) -> list[RenderableType]:
                 title, str(found["count"]), *(milliseconds(found[part]) for part in ("p50", "p95", "p99", "max"))
             )
     of = f"(medians of {grown['window_seconds']:.0f} s)"
-    ratio = "–" if grown["ratio"] is None else f"{grown['ratio']:.3f} × {of}"
+    ratios = ["–" if one["ratio"] is None else f"{one['ratio']:.3f} ×" for one in (grown, view["latency_growth"])]
     misses = "–" if view["misses"] is None else f"{view['misses']:.3%} of {ticks['arrived'] + ticks['lost']} ticks"
     counts = grid(
         [
             ("misses", f"{misses}: {ticks['late']} late, {ticks['lost']} lost"),
             ("turns", f"{turns['all']}, {turns['voiced']} answered with voice, {turns['unanswered']} not taken in"),
             ("interruptions", f"{stops['all']}: {stops['stopped']} stopped the model, {stops['went_on']} did not"),
-            ("growth", ratio),
+            ("growth", f"age of a tick {ratios[0]}, answering tick {ratios[1]} {of}"),
+            ("server's memory", _memory(view["server_memory"])),
             ("load generator", _generator(generator)),
         ]
     )
@@ -87,6 +88,16 @@ def tables(view: dict[str, Any]) -> list[RenderableType]:
             changed.add_row(name, f"{value:g}")
         parts.append(changed)
     return parts
+
+
+def _memory(found: dict[str, float] | None) -> str:
+    if found is None:
+        return "–"
+    warm, per_minute = found["warm_seconds"], round(found["mb_per_minute"], 3) + 0.0  # no -0.000
+    return (
+        f"{found['start_mb']:.1f} MB, {found['warm_mb']:.1f} after {warm:.0f} s, {found['end_mb']:.1f} at the end: "
+        f"{per_minute:+.3f} MB a minute"
+    )
 
 
 def _generator(generator: dict[str, Any]) -> str:

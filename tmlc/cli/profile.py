@@ -215,8 +215,8 @@ def command(
     tables = [*profile_tables(view), *advice_tables(view)]
     if outputs is not None and out is not None:
         with outputs:
-            for name, text in texts(out, view, tables).items():
-                outputs.path(name).write_text(text, encoding="utf-8")
+            for name, content in texts(out, view, tables).items():
+                outputs.path(name).write_text(content, encoding="utf-8")
     write_for_ci(view, junit, summary)
     if as_json:
         print_json(view)

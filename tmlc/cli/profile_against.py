@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 SECONDS = 80.0
 ALONE = (
     *("audio", "video", "fps", "text", "clock", "budget", "startup_runs", "no_kernels", "kernels_every"),
-    *("find_sessions", "ablate", "checkpoint", "quality"),
+    *("find_sessions", "ablate", "checkpoint", "quality", "junit", "summary"),
 )
 """Options of a profile that mean nothing here."""
 
@@ -60,7 +60,7 @@ def against_package(
                 one, two, played, shape, seed, lambda done, of: report("playing both in turns", done, of)
             )
         names = [{"package": str(path), "digest": engine.digest} for path, engine in ((a, one), (b, two))]
-    view = against(*names, found)
+    view = against(names[0], names[1], found)
     failed = slower(view, share) if share is not None else []
     view["fail_over"] = None if share is None else {"share": share, "failed": failed}
     tables = [*compare_tables(view), grid([("outputs", view["outputs"]["says"])])]

@@ -1,13 +1,15 @@
-"""What every emitter asks of a method's graph: results, views, arguments that need their own bytes, the slot."""
+"""What every emitter asks of a program: the tick, the slot, and of a method's graph results, views, arguments that need
+their own bytes."""
 
 import operator
+from typing import Any
 
 from torch import fx
 
 from tmlc.ir.ops import spec_of
 from tmlc.ir.program import Program
 from tmlc.ir.types import ITEM_BYTES
-from tmlc.package.manifest import StateInfo
+from tmlc.package.manifest import StateInfo, TickLayout
 
 ALIGN = 64
 
@@ -79,3 +81,10 @@ def key_values(graph: fx.Graph) -> set[tuple[fx.Node, int]]:
             keys.add(source_of(key))
             key = key.args[0] if is_view(key) else None
     return keys
+
+
+def tick_layout(tick: dict[str, Any]) -> TickLayout:
+    """The frontend's description of a tick, under the manifest's names."""
+    renamed = {"video_frames": "clip_frames", "samples_per_position": "out_hop", "eos": "eos_token_ids"}
+    fields = {renamed.get(name, name): value for name, value in tick.items()}
+    return TickLayout(**{**fields, "eos_token_ids": tuple(fields.get("eos_token_ids", ()))})

@@ -24,6 +24,7 @@ KNOWN_FEATURES = frozenset(
         "states.kv.int8",
         "onnx.graphs.v1",
         "tensorrt.plan.v1",
+        "triton.chains.v1",
         "triton.plan.v1",
         "weights.rows",
         "weights.rows.int8",

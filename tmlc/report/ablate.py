@@ -73,7 +73,7 @@ def ablation(
     """
     names = passes_to_leave_out(engine.manifest.pipeline, asked)
     check_source(engine.manifest, checkpoint)
-    rows = []
+    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="tmlc-ablate-") as folder:
         for name in names:
             out = Path(folder) / f"{len(rows)}.tmlc"

@@ -1,5 +1,6 @@
 """Kernels and plan of a model that no machine here could hold: `python -m tmlc.report.gpu_plan tml-small-276b` prints
-one JSON line with the seconds of each stage and the peak of memory.
+one JSON line with the seconds of each stage and the peaks of memory (of this process, and of the largest child that
+compiled kernels).
 
 The checkpoint is all holes (a sparse file: headers, and no data), so everything is what `tmlc compile` does up to the
 weights, which are never read: tracing, passes, lowering to launches, compiling every kernel, and the JSON of the plan.
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import sys
 import tempfile
 import time
@@ -68,11 +70,12 @@ def plan_on_meta(preset: str, target: str, precision: str, jobs: int | None = No
     Raises:
         EmitError: an op has no kernel, or a kernel does not compile.
     """
-    from tmlc.compiler import compile
+    from tmlc.compiler import QUANTISERS, compile, with_codes
     from tmlc.emit.targets import find_target
     from tmlc.emit.triton.build import build_variants
     from tmlc.emit.triton.plan import launches_json, variants_json
     from tmlc.emit.triton.target import TritonTarget
+    from tmlc.pipeline.pipeline import load_pipeline
 
     seconds: dict[str, float] = {}
     started = time.perf_counter()
@@ -87,7 +90,13 @@ def plan_on_meta(preset: str, target: str, precision: str, jobs: int | None = No
         folder = Path(scratch) / preset
         weight_bytes = create_hollow_checkpoint(preset, folder)
         lap("checkpoint of holes")
-        report = compile(folder, scratch, target=target, precision=precision, stop_after="memory.buckets")
+        steps = load_pipeline("triton", target)
+        coder = next((name for name, kind in QUANTISERS.items() if kind == precision), None)
+        if coder is not None:  # its report reads every weight
+            steps = with_codes(steps, coder).configure(coder, report=False)
+        report = compile(
+            folder, scratch, target=target, precision=precision, pipeline=steps, stop_after="memory.buckets"
+        )
         lap("trace and passes")
         chosen = find_target(target)
         assert isinstance(chosen, TritonTarget) and report.program is not None
@@ -108,8 +117,10 @@ def plan_on_meta(preset: str, target: str, precision: str, jobs: int | None = No
     return {
         "preset": preset, "target": target, "precision": precision, "seconds": seconds,
         "total_seconds": round(sum(seconds.values()), 2), "peak_bytes": peak_rss_bytes(),
+        "peak_bytes_of_a_child": 1024 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss,
         "checkpoint_bytes": weight_bytes, "launches": sum(len(lowered.all(sm)) for sm in chosen.architectures),
-        "variants": len(variants), "kernels": dict(Counter(v.kernel for v in variants)), "plan_bytes": size,
+        "chains": sum(map(len, lowered.chains.values())), "variants": len(variants),
+        "kernels": dict(Counter(v.kernel for v in variants)), "plan_bytes": size,
         "cubin_bytes": sum(len(f.cubin) for f in compiled.values()), "arena_bytes": lowered.arena_bytes,
         "scratch_bytes": lowered.scratch_bytes, "most_registers": max(f.registers for f in compiled.values()),
         "spills": spilled,

@@ -7,7 +7,6 @@ multiplies places, and asks the kernels' registry for launches.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
@@ -236,9 +235,3 @@ class MethodLowering:
 def _tensor_arguments(spec: Any) -> set[str]:
     """Names of the arguments that are tensors."""
     return {a.name for a in spec.overload._schema.arguments if "Tensor" in str(a.type)}
-
-
-def lower_methods(program: Program, slot_offsets: dict[str, int]) -> Iterator[MethodLowering]:
-    """Every method of a program."""
-    for method in program.methods.values():
-        yield MethodLowering(program, method, slot_offsets)

@@ -26,6 +26,7 @@ except ImportError as error:
     ) from error  # fmt: skip
 
 from tmlc.emit.triton.build import build_variants
+from tmlc.emit.triton.chains import chains_of, glue
 from tmlc.emit.triton.lower import MethodLowering
 from tmlc.emit.triton.plan import PLAN, code_name, cubin_name, launches_json, least_driver, plan_json, variants_json
 from tmlc.emit.triton.weights import TritonWeight, stored_weights
@@ -35,6 +36,7 @@ from tmlc.kernels.triton.registry import ARCHITECTURES, REFUSED, VIEWS, supporte
 from tmlc.kernels.triton.tuning import Tiles, table
 
 FEATURES = ("triton.plan.v1", "weights.rows")
+CHAINS = "triton.chains.v1"
 
 
 @dataclass
@@ -45,17 +47,20 @@ class Lowerings:
         methods: one for each method of the program, in its order.
         buckets: of each method.
         launches: by architecture, method and bucket.
+        chains: those between the methods of a tick, by architecture and chain.
         arena_bytes, scratch_bytes: what the largest bucket needs.
     """
 
     methods: list[MethodLowering]
     buckets: dict[str, list[Bucket]]
     launches: dict[int, dict[str, dict[Bucket, list[Launch]]]] = field(default_factory=dict)
+    chains: dict[int, dict[str, list[Launch]]] = field(default_factory=dict)
     arena_bytes: int = 0
     scratch_bytes: int = 0
 
     def all(self, sm: int) -> list[Launch]:
-        return [x for buckets in self.launches[sm].values() for found in buckets.values() for x in found]
+        methods = [x for buckets in self.launches[sm].values() for found in buckets.values() for x in found]
+        return methods + [x for found in self.chains[sm].values() for x in found]
 
     def variants(self) -> list[Variant]:
         """Every variant once, in order of first use."""
@@ -117,8 +122,9 @@ class TritonTarget(Target):
         methods = [MethodLowering(program, method, offsets) for method in program.methods.values()]
         out = Lowerings(methods, {name: [Bucket(b, n) for b, n in pairs] for name, pairs in chosen.items()})
         total = len(self.architectures) * sum(map(len, out.buckets.values()))
-        done = 0
+        done, chains = 0, chains_of(program, methods, out.buckets)
         for sm in self.architectures:
+            out.chains[sm] = {chain.key: glue(chain, sm) for chain in chains}
             for method in methods:
                 name = method.method.name
                 for bucket in out.buckets[name]:
@@ -157,7 +163,11 @@ class TritonTarget(Target):
                 for name, buckets in lowered.launches[sm].items()
             }
             head = {"version": plan["version"], "driver": least_driver(sm)}
-            files[code_name(sm)] = {**head, "variants": variants_json(own), "code": code}
+            chains = {
+                key: launches_json(launches, sm, places, numbers) for key, launches in lowered.chains[sm].items()
+            }
+            body = {"variants": variants_json(own), "code": code} | ({"chains": chains} if chains else {})
+            files[code_name(sm)] = {**head, **body}
             files.update((cubin_name(variant), figures.cubin) for variant, figures in own.items())
         weights = stored_weights(program, _program_weights(stored, program))
         caches = ["states.kv.int8"] if any(s.kind.startswith("kv_") and s.dtype == "u8" for s in states) else []
@@ -171,7 +181,7 @@ class TritonTarget(Target):
             slot_bytes=slot_bytes,
             arena_bytes=lowered.arena_bytes,
             scratch_bytes=lowered.scratch_bytes,
-            features=(*FEATURES, *_coded(weights), *caches),
+            features=(*FEATURES, *_coded(weights), *caches, *([CHAINS] if any(lowered.chains.values()) else [])),
             producer={"triton": metadata.version("triton")},
         )
 

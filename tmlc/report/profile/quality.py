@@ -83,8 +83,8 @@ def _effects(record: Mapping[str, Any]) -> list[float]:
     notes = record.get("notes")
     if not str(record.get("pass")).startswith("quantize.") or not isinstance(notes, list):
         return []
-    found = [layer for note in notes if (layer := read_layer(note)) and layer["effect"]]
-    return [float(layer["effect"]) * _left(layer) for layer in found]
+    layers = [layer for note in notes if (layer := read_layer(note))]
+    return [float(effect) * _left(layer) for layer in layers if (effect := layer["effect"])]
 
 
 def _left(layer: Mapping[str, str | None]) -> float:
