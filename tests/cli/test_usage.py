@@ -31,7 +31,7 @@ def test_every_verb_explains_itself_with_an_example(tmlc_cli, verb):
     assert f"  tmlc {verb}" in out[out.index("Examples:") :]
 
 
-@pytest.mark.parametrize("verb", ["compile", "inspect", "verify", "run", "profile", "doctor"])
+@pytest.mark.parametrize("verb", ["compile", "inspect", "verify", "run", "eval", "profile", "doctor"])
 def test_every_verb_has_json_and_debug(tmlc_cli, verb):
     out = tmlc_cli(verb, "--help").stdout
     assert "--json" in out and "--debug" in out
@@ -41,9 +41,9 @@ def test_version(tmlc_cli):
     assert __version__ in tmlc_cli("--version").stdout
 
 
-def test_verbs_that_are_not_built_are_not_there(tmlc_cli):
-    for verb in ("serve", "eval", "nonsense"):
-        assert two_lines(tmlc_cli(verb, code=2).stderr)
+def test_a_verb_that_does_not_exist_is_refused_by_its_name(tmlc_cli):
+    text = tmlc_cli("nonsense", code=2).stderr
+    assert two_lines(text) and "nonsense" in text
 
 
 @pytest.mark.parametrize(
@@ -66,6 +66,11 @@ def test_verbs_that_are_not_built_are_not_there(tmlc_cli):
         ["zoo", "create", "giant", "-o", "out"],
         ["zoo", "nonsense"],
         ["doctor", "now"],
+        ["serve"],
+        ["eval"],
+        ["eval", "missing.tmlc"],
+        ["eval", "missing.tmlc", "--tasks", "dance"],
+        ["eval", "missing.tmlc", "--data", "missing"],
     ],
 )
 def test_wrong_usage_is_exit_2_and_two_lines(tmlc_cli, tmp_path, monkeypatch, args):

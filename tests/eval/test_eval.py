@@ -5,6 +5,7 @@ import json
 import wave
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
@@ -14,6 +15,7 @@ from tmlc.eval.play import play
 from tmlc.eval.view import below, fallen
 from tmlc.model_zoo.interaction.checkpoint import create_checkpoint
 from tmlc.model_zoo.interaction.tasks import TASKS
+from tmlc.runtimes.media.audio import write_wav
 
 spec = importlib.util.spec_from_file_location("cli_conftest", Path(__file__).parents[1] / "cli/conftest.py")
 tiny = importlib.util.module_from_spec(spec)
@@ -72,6 +74,30 @@ def test_unknown_tasks_and_wrong_inputs_are_refused(package):
     assert result.exit_code == 2 and "no task dance" in result.output
     result = CliRunner().invoke(cli, ["eval", str(package), "--all-targets"])
     assert result.exit_code == 2 and "compiles one checkpoint" in result.output
+
+
+def test_recordings_of_others_are_played_and_counted(package, tmp_path):
+    for name, label, recording in (("candor_turn_taking", [{"timestamp": [0.5]}], "1"), ("icc_backchannel", None, "a")):
+        folder = tmp_path / name / recording
+        folder.mkdir(parents=True)
+        write_wav(folder / "input.wav", np.zeros(10000), 16000)
+        if label:
+            (folder / "turn_taking.json").write_text(json.dumps(label))
+    view = json.loads(run(package, "--data", tmp_path, "--json").stdout)
+    assert list(view["sets"]) == ["candor_turn_taking", "icc_backchannel"] and view["seconds"] == pytest.approx(1.6)
+    for figures in view["sets"].values():
+        assert figures["recordings"] == 1 and figures["errors"] == 0 and figures["rates"]["took over"]["of"] == 1
+    both = run(package, package, "--data", tmp_path, "--tasks", "icc_backchannel", "--episodes", 1)
+    assert both.output.count("backchannels_per_s") == 2 and "candor" not in both.output
+    for option in (["--min-score", "90%"], ["-o", tmp_path / "out"]):
+        assert "no score" in run(package, "--data", tmp_path, *option, code=2).output
+
+
+def test_all_targets_compiles_a_checkpoint_and_shows_one_table(checkpoint, monkeypatch):
+    monkeypatch.setattr("tmlc.cli.eval.PRECISIONS", ("fp32", "int4"))  # all four are in the slow test
+    result = run(checkpoint, "--all-targets", "--tasks", "time_speak", "--episodes", 1)
+    assert "compiling fp32" in result.stderr and "compiling int4" in result.stderr
+    assert "points from the first" in result.stdout and "cpu int4" in result.stdout
 
 
 @pytest.mark.slow

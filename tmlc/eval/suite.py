@@ -63,7 +63,7 @@ def evaluate(
     check_layout(engine)
     bank = SpeechBank.load()
     recogniser = Recogniser(bank)
-    view = _head(engine, model, seed)
+    view = head(engine, model, seed) | {"split": "test", "tasks": {}}
     kept: list[Result] = []
     spent = seconds = 0.0
     for name in tasks:
@@ -86,7 +86,8 @@ def evaluate(
     return view | speech(kept) | {"seconds": seconds, "times_real_time": seconds / spent if spent else None}
 
 
-def _head(engine: Engine, model: Path | None, seed: int) -> dict[str, Any]:
+def head(engine: Engine, model: Path | None, seed: int) -> dict[str, Any]:
+    """What was evaluated: the first entries of every report."""
     return {
         "schema": SCHEMA,
         "model": engine.manifest.model.name,
@@ -94,7 +95,5 @@ def _head(engine: Engine, model: Path | None, seed: int) -> dict[str, Any]:
         "digest": engine.digest,
         "target": engine.target,
         "precision": engine.manifest.targets[engine.target].precision,
-        "split": "test",
         "seed": seed,
-        "tasks": {},
     }

@@ -44,20 +44,26 @@ def clear_words(heard: Heard) -> tuple[int, int]:
 def summary(results: Sequence[Result]) -> dict[str, Any]:
     """The figures of one task: score and interval, rates with intervals, quantiles of times."""
     scores = [result.verdict.score for result in results]
-    counts: dict[str, list[int]] = {}
-    times: dict[str, list[float]] = {}
-    for result in results:
-        for name, (passed, of) in result.verdict.counts.items():
-            total = counts.setdefault(name, [0, 0])
-            total[0] += passed
-            total[1] += of
-        for name, values in result.verdict.times.items():
-            times.setdefault(name, []).extend(values)
     return {
         "score": float(np.mean(scores)),
         "interval": list(interval(scores)),
         "episodes": len(results),
         "errors": sum(bool(result.error) for result in results),
+    } | figures([result.verdict for result in results])
+
+
+def figures(verdicts: Iterable[Verdict]) -> dict[str, Any]:
+    """Rates with intervals, and quantiles of times, over all verdicts."""
+    counts: dict[str, list[int]] = {}
+    times: dict[str, list[float]] = {}
+    for verdict in verdicts:
+        for name, (passed, of) in verdict.counts.items():
+            total = counts.setdefault(name, [0, 0])
+            total[0] += passed
+            total[1] += of
+        for name, values in verdict.times.items():
+            times.setdefault(name, []).extend(values)
+    return {
         "rates": {name: _rate(passed, of) for name, (passed, of) in counts.items()},
         "times": {name: _quantiles(values) for name, values in times.items() if values},
     }

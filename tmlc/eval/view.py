@@ -25,21 +25,42 @@ def tables(view: dict[str, Any]) -> list[RenderableType]:
     for name, task in view["tasks"].items():
         low, high = task["interval"]
         scores.add_row(name, percent(task["score"]), f"{percent(low)} to {percent(high)}", str(task["episodes"]))
-        for what, rate in task["rates"].items():
-            details.add_row(name, what, percent(rate["rate"]), str(rate["of"]))
-        for what, time in task["times"].items():
-            shown = f"median {time['median']:.4g}, p95 {time['p95']:.4g}, max {time['max']:.4g}"
-            details.add_row(name, what, shown, str(time["of"]))
-        if task["errors"]:
-            details.add_row(name, "sessions that an error ended", str(task["errors"]), str(task["episodes"]))
-    words, clicks, speed = view["words"], view["clicks"], view["times_real_time"]
+        _details(details, name, task, task["episodes"])
+    words, clicks = view["words"], view["clicks"]
     rows = [
-        ("model", f"{view['model']} on {view['target']}, {view['precision']}"),
+        _model(view),
         ("words", f"{percent(words['rate'])} of {words['of']} written words are heard as written"),
         ("clicks", f"{clicks['clicks']} at {clicks['edges']} edges of ticks that sound"),
-        ("played", f"{view['seconds']:.0f} s of conversation, {speed:.1f} times faster than real time"),
+        _played(view),
     ]
     return [grid(rows), scores, details]
+
+
+def data_tables(view: dict[str, Any]) -> list[RenderableType]:
+    """Rates and times of one package on recordings of others."""
+    details = table("recordings", "set", "what", "figure", "of")
+    for name, figures in view["sets"].items():
+        _details(details, name, figures, figures["recordings"])
+    return [grid([_model(view), _played(view)]), details]
+
+
+def _details(made: Any, name: str, figures: dict[str, Any], count: int) -> None:
+    for what, rate in figures["rates"].items():
+        made.add_row(name, what, percent(rate["rate"]), str(rate["of"]))
+    for what, time in figures["times"].items():
+        shown = f"median {time['median']:.4g}, p95 {time['p95']:.4g}, max {time['max']:.4g}"
+        made.add_row(name, what, shown, str(time["of"]))
+    if figures["errors"]:
+        made.add_row(name, "sessions that an error ended", str(figures["errors"]), str(count))
+
+
+def _model(view: dict[str, Any]) -> tuple[str, str]:
+    return "model", f"{view['model']} on {view['target']}, {view['precision']}"
+
+
+def _played(view: dict[str, Any]) -> tuple[str, str]:
+    speed = view["times_real_time"]
+    return "played", f"{view['seconds']:.0f} s of conversation, {speed:.1f} times faster than real time"
 
 
 def comparison(views: Sequence[dict[str, Any]]) -> list[RenderableType]:
