@@ -3,7 +3,8 @@
     v1    SET/ID/input.wav, and turn_taking.json or interrupt.json where the rule needs a time
     v1.5  SET/ID/input.wav and metadata.json
 
-All labels are read and checked before the first recording is played; audio is read when its turn comes.
+All labels are read and checked before the first recording is played; audio is read when its turn comes, and only then
+is a time after its end found.
 """
 
 from __future__ import annotations
@@ -41,6 +42,11 @@ class Layout:
     field: str = ""
     listed: bool = False
     times: int = 0
+
+    @property
+    def path(self) -> str:
+        """Of the entry within the file, for errors."""
+        return f"[0].{self.field}" if self.listed else self.field
 
 
 _OVERLAP = Layout("metadata.json", "timestamps", times=2)
@@ -98,7 +104,7 @@ class Recordings(Sequence[Episode]):
         if times and times[-1] > len(heard):
             layout = SETS[self.name]
             raise InputError(
-                f"{layout.field} is {times[-1] / RATE:g} s, and input.wav ends at {len(heard) / RATE:g} s",
+                f"{layout.path} is {times[-1] / RATE:g} s, and input.wav ends at {len(heard) / RATE:g} s",
                 where=str(folder / layout.file), fix=FIX,
             )  # fmt: skip
         ticks = -(-len(heard) // TICK_SAMPLES)
@@ -143,9 +149,8 @@ def _times(folder: Path, layout: Layout) -> list[float]:
         return []
     path = folder / layout.file
     value: Any = _read(path)
-    where = layout.field
+    where = layout.path
     if layout.listed:
-        where = f"[0].{layout.field}"
         if not isinstance(value, list) or not value:
             raise InputError("not a list with an object in it", where=str(path), fix=FIX)
         value = value[0]
