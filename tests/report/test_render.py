@@ -1,15 +1,23 @@
-"""The report in headless Chromium, wide and narrow, light and dark: it is looked at, and the look itself is tested."""
+"""The report in headless Chromium, wide and narrow, light and dark: it is looked at, and the look itself is tested.
+
+What is not slow looks at the profile of a real package; the rest at made-up ones of every kind.
+"""
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from made_profile import bare_profile, full_profile
 
+from tmlc.cli.main import cli
+from tmlc.model_zoo.interaction.checkpoint import create_checkpoint
+from tmlc.model_zoo.interaction.config import InteractionConfig, read_preset
 from tmlc.report.advice import add_advice
 from tmlc.report.html.page import html_report
 
@@ -58,6 +66,9 @@ LOOK = """() => {
     }
     if (!a.scroll && a.r.right > innerWidth + 1) faults.push(`wider than the window: ${a.node.textContent}`);
   });
+  for (const box of [...document.querySelectorAll('.scroll')].filter(shown))
+    if ((innerWidth >= 1280 || box.querySelector('.pairs')) && box.scrollWidth > box.clientWidth)
+      faults.push(`table cut off: ${box.ariaLabel}`);
   if (document.documentElement.scrollWidth > innerWidth) faults.push('the page scrolls sideways');
   const part = (v) => { v /= 255; return v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4; };
   const rgb = (text) => text.match(/[\\d.]+/g).map(Number);
@@ -111,6 +122,40 @@ def report(view: dict[str, Any]) -> str:
     return html_report(view)
 
 
+@pytest.fixture(scope="module")
+def real(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The report of a session that a real engine ran: nano made smaller, all methods."""
+    folder = tmp_path_factory.mktemp("real")
+    config = read_preset("nano")["config"]
+    config["name"] = "tiny"
+    config["text_config"].update(
+        hidden_size=32, num_hidden_layers=2, layer_types=["hybrid_sliding", "hybrid"],
+        mlp_layer_types=["dense", "sparse"], num_attention_heads=2, num_key_value_heads=1, head_dim=16,
+        swa_num_attention_heads=2, swa_num_key_value_heads=1, swa_head_dim=16, intermediate_size=64,
+        moe_intermediate_size=16, n_routed_experts=4, num_experts_per_tok=2,
+    )  # fmt: skip
+    config["speech_config"].update(flow_width=32, flow_layers=1, flow_steps=2, vocoder_width=32, vocoder_layers=1)
+    create_checkpoint(InteractionConfig.from_dict(config), 0, folder / "tiny")
+    for given in (
+        ("compile", folder / "tiny", "-o", folder / "tiny.tmlc", "--json"),
+        ("profile", folder / "tiny.tmlc", "--seconds", "6", "--startup-runs", "0", "-o", folder / "report",
+         "--kernels-every", "4", "--budget", "60s"),
+    ):  # fmt: skip
+        done = CliRunner().invoke(cli, [str(a) for a in given])
+        assert done.exit_code == 0, done.output
+    view = json.loads((folder / "report.json").read_text())
+    assert view["kernels"]["calls"] and view["ceilings"] and view["memory_map"]
+    return (folder / "report.html").read_text()
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (400, "dark")])
+def test_the_report_of_a_real_session_reads(
+    look: Callable[..., list[str]], real: str, width: int, scheme: str
+) -> None:
+    assert look(real, width, scheme) == []
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (400, "dark"), (1280, "dark"), (400, "light")])
 def test_the_report_reads_wide_and_narrow_light_and_dark(
     look: Callable[..., list[str]], width: int, scheme: str
@@ -118,6 +163,7 @@ def test_the_report_reads_wide_and_narrow_light_and_dark(
     assert look(report(full_profile()), width, scheme) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "view",
     [
@@ -134,11 +180,13 @@ def test_every_kind_of_profile_reads(look: Callable[..., list[str]], view: Calla
     assert look(text, 1280, "light") == []
 
 
+@pytest.mark.slow
 def test_the_widths_between_read_too(look: Callable[..., list[str]]) -> None:
     text = report(full_profile())
     assert [fault for width in (360, 640, 899, 900, 1024) for fault in look(text, width, "light")] == []
 
 
+@pytest.mark.slow
 def test_tables_sort_by_a_click_and_need_no_script_to_be_read(browser: Any, tmp_path: Path) -> None:
     path = tmp_path / "report.html"
     path.write_text(report(full_profile()), encoding="utf-8")
@@ -158,6 +206,26 @@ def test_tables_sort_by_a_click_and_need_no_script_to_be_read(browser: Any, tmp_
     plain.context.close()
 
 
+def found_in(faults: list[str], what: str) -> bool:
+    return any(what in fault for fault in faults)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "found"),
+    [
+        ("</text>", '</text><text x="100" y="100">on</text><text x="104" y="102">top</text>', "texts overlap"),
+        (".pairs td {", ".none td {", "table cut off: Machine and settings"),
+    ],
+)
+def test_a_broken_report_of_a_real_session_is_found(
+    look: Callable[..., list[str]], real: str, old: str, new: str, found: str
+) -> None:
+    assert old in real
+    faults = look(real.replace(old, new), 400, "light")
+    assert found_in(faults, found), faults
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("old", "new", "found"),
     [
@@ -175,4 +243,4 @@ def test_a_broken_report_is_found(look: Callable[..., list[str]], old: str, new:
     text = report(full_profile())
     assert old in text
     faults = look(text.replace(old, new), 400, "light")
-    assert any(found in fault for fault in faults), faults
+    assert found_in(faults, found), faults
