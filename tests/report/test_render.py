@@ -138,7 +138,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> str:
     create_checkpoint(InteractionConfig.from_dict(config), 0, folder / "tiny")
     for given in (
         ("compile", folder / "tiny", "-o", folder / "tiny.tmlc", "--json"),
-        ("profile", folder / "tiny.tmlc", "--seconds", "6", "--startup-runs", "0", "-o", folder / "report",
+        ("profile", folder / "tiny.tmlc", "--seconds", "4", "--startup-runs", "0", "-o", folder / "report",
          "--kernels-every", "4", "--budget", "60s"),
     ):  # fmt: skip
         done = CliRunner().invoke(cli, [str(a) for a in given])
