@@ -12,6 +12,7 @@ from tmlc.runtimes.cuda.nvidia import NvidiaDriver
 from .test_nvidia import Bindings
 
 
+@pytest.mark.slow
 def test_launches_are_timed_between_start_and_stop_and_change_no_bit(tiny, lab, machine):
     held = machine.mark()
     with lab.load(tiny.gpu, machine, 2) as gpu:
@@ -49,6 +50,7 @@ def test_a_mark_in_a_graph_is_a_node_of_it_and_holds_a_time():
     assert bindings.names().count("cuEventDestroy") == 4  # and the two that every driver has
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(Path("/proc/driver/nvidia").exists(), reason="needs a machine without an NVIDIA driver")
 def test_a_machine_that_cannot_run_the_target_says_so_plainly(tiny):
     done = CliRunner().invoke(cli, ["profile", str(tiny.gpu), "--seconds", "2"])

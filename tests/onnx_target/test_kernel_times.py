@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 import tmlc
 from tmlc.runtimes.onnx.kernel_times import node_times
@@ -41,6 +42,7 @@ def test_a_view_moves_no_bytes_and_a_pick_what_it_gives() -> None:
     assert [call.nbytes for call in node_times("m", events, [1], [True])] == [0, 64]
 
 
+@pytest.mark.slow
 def test_a_real_package_tells_its_nodes_and_gives_the_same_bits(nano: dict[str, Path]) -> None:
     given = [tmlc.TickInput(audio=np.full(3200, 0.1, np.float32)) for _ in range(4)]
     with tmlc.load(nano["onnx"], threads=1, sessions=2) as engine:

@@ -123,6 +123,9 @@ def test_growth_of_steps_and_of_memory() -> None:
     view["growth"].update(last_ms=30.0, ratio=1.5)
     view["seconds"], view["step_ms"]["p99"] = 660.0, 60.0
     assert "by 1 ms a minute" in said(advice.growth, view) and "after 100 more minutes" in said(advice.growth, view)
+    quiet, view["noise"] = view["noise"], {"too_noisy": True, "why": ["something else ran"]}
+    assert advice.growth(view) == [], "nothing is known of growth on a noisy machine"
+    view["noise"] = quiet
     view["growth"]["ratio"] = None
     view["memory"].update(resident_early_bytes=100_000_000, resident_end_bytes=107_900_000)
     assert advice.growth(view) == []

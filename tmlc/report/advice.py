@@ -269,9 +269,12 @@ def first_tick(view: Mapping[str, Any]) -> list[Advice]:
 
 
 def growth(view: Mapping[str, Any]) -> list[Advice]:
-    """Steps or memory that grow with the conversation."""
+    """Steps or memory that grow with the conversation. Of steps on a noisy machine nothing is said: what else ran there
+    changes the medians as much.
+    """
     made, grown = [], view["growth"]
-    if grown["ratio"] is not None and grown["ratio"] >= GROWN:
+    noisy = bool(view["noise"] and view["noise"]["too_noisy"])
+    if not noisy and grown["ratio"] is not None and grown["ratio"] >= GROWN:
         minutes = max(view["seconds"] - grown["window_seconds"], 1e-9) / 60
         a_minute = (grown["last_ms"] - grown["first_ms"]) / minutes
         room = view["turn_latency"]["step_budget_ms"] - view["step_ms"]["p99"]

@@ -20,7 +20,7 @@ class Case:
 
 def profile_cases(view: Mapping[str, Any]) -> list[Case]:
     """The gates of a profile (its record `gate`; one without it is held to its p99), and what it was not held to."""
-    turn, steps, grown = view["turn_latency"], view["step_ms"], view["growth"]["ratio"]
+    turn, steps, grown = view["turn_latency"], view["step_ms"], view["growth"]
     allowed = turn["step_budget_ms"]
     given = {g["figure"]: g["passed"] for g in view.get("gate") or [{"figure": "p99", "passed": turn["within_budget"]}]}
     limits = {g["figure"]: f"; {g['limit']:.2%} allowed" for g in view.get("gate") or [] if g["unit"] == "share"}
@@ -29,7 +29,10 @@ def profile_cases(view: Mapping[str, Any]) -> list[Case]:
         for name in ("p50", "p95", "p99", "max")
         if name in given or name == "p99"
     ]
-    told = "too few ticks to tell" if grown is None else f"{grown - 1:+.1%} from the first minute to the last"
+    told = "too few ticks to tell"
+    if grown["ratio"] is not None:
+        window = f"{grown['window_seconds']:.3g} s"
+        told = f"{grown['ratio'] - 1:+.1%} from the first {window} to the last {window}"
     cases.append(Case("growth", given.get("growth"), told + limits.get("growth", "")))
     missed = f"{view['missed_deadlines']:,} of {view['ticks']:,} ticks missed their deadline"
     cases.append(Case("misses", given.get("misses"), missed + limits.get("misses", "")))

@@ -28,12 +28,14 @@ def section(name: str, title: str, lead: str, *body: str) -> str:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[Cell | str]], label: str, sortable: bool = False) -> str:
-    """A table in a box of its own that scrolls sideways. Columns whose cells carry a value are set to the right."""
+    """A table in a box of its own that scrolls sideways. Columns whose cells carry a value are set to the right. Tables
+    of names and values wrap instead.
+    """
     lines = [[cell if isinstance(cell, Cell) else Cell(cell) for cell in row] for row in rows]
     right = [bool(lines) and any(line[k].value is not None for line in lines) for k in range(len(head))]
     top = "".join(f'<th scope="col"{" class=n" if right[k] else ""}>{escape(name)}</th>' for k, name in enumerate(head))
     body = "".join("<tr>" + "".join(_cell(c, right[k]) for k, c in enumerate(line)) + "</tr>" for line in lines)
-    look = ' class="sortable"' if sortable else ""
+    look = ' class="sortable"' if sortable else ' class="pairs"' if len(head) == 2 else ""
     return (
         f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(label)}">'
         f"<table{look}><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>"
