@@ -12,6 +12,7 @@ import pytest
 from tmlc.errors import UsageError
 from tmlc.report.bootstrap import independent, tail_mean
 from tmlc.report.compare import compare, slower
+from tmlc.report.noise import noise
 from tmlc.report.profile.file import profile_text, read_profile
 
 LEVELS = {"decode": 6.0, "vocode": 1.5, "embed_text": 0.02}
@@ -189,3 +190,9 @@ def test_a_damaged_profile_is_refused(tmp_path: Path) -> None:
     for name in ("nan.json", "cut.json", "absent.json"):
         with pytest.raises(UsageError):
             read_profile(tmp_path / name)
+
+
+def test_a_session_that_became_much_faster_has_a_noise_in_the_order_of_its_change():
+    steps = np.concatenate([np.full(50, 100.0), np.full(350, 1.0)]) * np.random.default_rng(0).normal(1, 0.01, 400)
+    found = noise(steps.tolist(), 0, 400)
+    assert found["too_noisy"] and 0 <= found["median_known_to"] < 100
