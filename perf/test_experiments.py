@@ -1,7 +1,7 @@
 """What two profiles of one package agree on, whether slowdowns that are put in are found, and the cases of perf/cases.
 
-The slowdowns are real: a call put into a plan again until `decode` takes a twentieth longer, and a sleep in one tick of
-fifty. `--length` times the usual number of ticks are played.
+The slowdowns are real: a call put into a plan again so that `decode` takes more than a twentieth longer, and a sleep in
+one tick of fifty. `--length` makes all sessions so much longer or shorter.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from tmlc.runtimes.core.session import Session
 CASES = sorted((Path(__file__).parent / "cases").glob("*.yaml"))
 PAIRS, PROFILE_SECONDS, TURN_SECONDS = 10, 80.0, 80.0
 SLEEP_MS, SLEEP_EVERY = 30.0, 50
-PAD = 0.07
-"""Of decode's kernels: what is above 5 % stands for the part of a stage that is outside its kernels."""
+PAD = 0.2
+"""Of the kernels of decode, by their times in the table; how much longer the stage really took is a figure."""
 
 
 def profile(engine: Any, package: Path, case: Any, every: int | None = None) -> dict[str, Any]:
@@ -79,7 +79,7 @@ def test_ten_pairs_of_profiles_of_one_package_agree(nano: Path, figure: Callable
     figure("figures that were called different", len(names), "")
 
 
-def padded_plan(package: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+def padded_plan(package: Path, monkeypatch: pytest.MonkeyPatch, figure: Callable[..., None]) -> Any:
     """An engine whose `decode` calls a kernel again that writes what it wrote before."""
     from test_kernel_times import repeatable
 
@@ -89,6 +89,7 @@ def padded_plan(package: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     chosen = repeatable(table, plan)
     whole = sum(call["ms"] for call in table["calls"] if call["method"] == "decode")
     again = max(1, round(PAD * whole / chosen["ms"] + 0.5))
+    figure("padded kernel: runs added to each decode", again, "")
     before = Package.json
 
     def padded(opened: Package, name: str) -> Any:
@@ -108,7 +109,7 @@ def test_a_padded_kernel_is_found_and_an_equal_package_is_not(
 ) -> None:
     with tmlc.load(nano, threads=1) as plain, tmlc.load(nano, threads=1) as same:
         equal = in_turns(plain, same, TURN_SECONDS * length)
-        with padded_plan(nano, monkeypatch) as longer:
+        with padded_plan(nano, monkeypatch, figure) as longer:
             found = in_turns(plain, longer, TURN_SECONDS * length)
     figure("in turns, equal packages: figures called different", len(called_different(equal)), "", target=0)
     by_name = {f["name"]: f for f in found["figures"]}
