@@ -46,6 +46,7 @@ FACTS: dict[str, Any] = {}
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--record", action="store_true", help="write perf/results/<machine>.json")
     parser.addoption("--minutes", type=float, default=2.0, help="length of each run of perf/test_serve.py")
+    parser.addoption("--length", type=float, default=1.0, help="of perf/test_experiments.py, times the usual")
     parser.addoption("--enforce", action="store_true", help="fail a case whose figure misses its target")
 
 

@@ -17,7 +17,8 @@ from tmlc.report.latency import Budget
 from tmlc.report.profile.inputs import synthetic_recording
 from tmlc.report.profile.kernels import kernel_part
 from tmlc.report.profile.measure import profile_engine
-from tmlc.runtimes.core.clock import make_clock
+from tmlc.report.scenario.inputs import busy_case
+from tmlc.report.scenario.show import Show
 from tmlc.runtimes.core.session import Session
 from tmlc.runtimes.media.recording import TickShape
 
@@ -49,9 +50,9 @@ def test_what_timing_kernels_costs_and_what_the_stages_leave(
 
     monkeypatch.setattr(Session, "tick", timed)
     with tmlc.load(nano, threads=threads) as engine:
-        recording = synthetic_recording(shape_of(engine), SECONDS, engine.model.hears)
+        shape = shape_of(engine)
         view = profile_engine(
-            engine, recording, recording.count(SECONDS), make_clock("input", 0.2), Budget(), package=nano,
+            engine, Show(engine, busy_case(engine, shape, SECONDS), shape), Budget(), package=nano,
             inputs={"seed": 0}, settings={"threads": threads}, startup_runs=0, kernels_every=3, report=lambda *_: None,
         )  # fmt: skip
     name = f"nano, {threads} thread(s)"

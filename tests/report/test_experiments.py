@@ -108,6 +108,7 @@ def test_hesitation_counts_the_silence_of_the_model_only():
     already = hesitation([Talk([Utterance(0.0, 0.5)], voice_of("################"))])
     assert (already["already_speaking"], already["count"], already["p50"]) == (1, 0, None)
     assert hesitation([Talk([Utterance(0.0, 0.5)], voice_of("." * 16))])["unanswered"] == 1
+    assert hesitation([Talk([], voice_of("." * 16))])["ends"] == 0  # nobody spoke yet
 
 
 def test_stop_latency_is_until_nothing_more_is_heard():

@@ -80,7 +80,7 @@ def hesitation(talks: Sequence[Talk]) -> dict[str, Any]:
     ends = already = unanswered = 0
     for talk in talks:
         voice = talk.voice
-        following = [u.start for u in talk.utterances[1:]] + [math.inf]
+        following = [*(u.start for u in talk.utterances), math.inf][1:]
         for utterance, after in zip(talk.utterances, following, strict=True):
             first = voice.answering(1000 * utterance.end)
             last = len(voice.voiced) if after == math.inf else min(len(voice.voiced), voice.answering(1000 * after))
