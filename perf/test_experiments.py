@@ -28,9 +28,9 @@ from tmlc.report.scenario.show import Show
 from tmlc.runtimes.core.session import Session
 
 CASES = sorted((Path(__file__).parent / "cases").glob("*.yaml"))
-PAIRS, PROFILE_SECONDS, TURN_SECONDS = 10, 80.0, 80.0
+PAIRS, PROFILE_SECONDS, TURN_SECONDS = 10, 200.0, 400.0
 SLEEP_MS, SLEEP_EVERY = 30.0, 50
-PAD = 0.2
+PAD = 0.05
 """Of the kernels of decode, by their times in the table; how much longer the stage really took is a figure."""
 
 
