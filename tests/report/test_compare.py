@@ -192,7 +192,17 @@ def test_a_damaged_profile_is_refused(tmp_path: Path) -> None:
             read_profile(tmp_path / name)
 
 
-def test_a_session_that_became_much_faster_has_a_noise_in_the_order_of_its_change():
+def test_a_session_that_became_much_faster_has_a_noise_in_the_order_of_its_change() -> None:
     steps = np.concatenate([np.full(50, 100.0), np.full(350, 1.0)]) * np.random.default_rng(0).normal(1, 0.01, 400)
     found = noise(steps.tolist(), 0, 400)
     assert found["too_noisy"] and 0 <= found["median_known_to"] < 100
+
+
+def test_slow_ticks_of_a_disturbed_machine_are_too_noisy_to_tell() -> None:
+    quiet, slow = made(3), made(4, sleep=30.0)
+    assert verdicts(compare(quiet, slow))["slowest 5% of steps"] == "slower"
+    disturbed = compare(quiet, {**slow, "preempted": 400})
+    assert verdicts(disturbed)["slowest 5% of steps"] == "too noisy" and slower(disturbed, 0.0) == []
+    assert "interrupted" in str(disturbed["warnings"])
+    padded = compare(made(1), {**made(2, padded=1.3), "preempted": 400})
+    assert "vocode p50" in slower(padded, 0.1)

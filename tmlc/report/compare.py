@@ -12,7 +12,7 @@ TAIL_DRIFTS times (a burst moves them by more), is not called one.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,8 +23,9 @@ from tmlc.report.tables import grid, milliseconds, table
 
 FAMILY_ERROR = 0.01
 """How often a comparison of two equal engines calls any of its figures different; divided among the figures."""
-LEAST = 0.02
-"""A difference of less is never called one: it is what another placement of the same bytes in memory makes."""
+LEAST = 0.03
+"""A difference of less is never called one: another placement of the same bytes in memory moves the median of a short
+stage by up to 2.7 % between two sessions of one package (`perf/test_experiments.py`)."""
 LEAST_MS = 0.002
 MANY = 3
 """Ticks that must lie above a quantile before it says something."""
@@ -128,12 +129,20 @@ def compare(a: Mapping[str, Any], b: Mapping[str, Any], seed: int = 0) -> dict[s
     wanted.append(("between calls p50", *between, 0.5, bool(between[0].sum() / steps[0].sum() >= GATED_SHARE)))
     error = FAMILY_ERROR / len(wanted)
     figures = [figure(n, x, y, of, error, seed + k, gated) for k, (n, x, y, of, gated) in enumerate(wanted)]
+    noise = noise_of(steps, figures[0])
+    disturbed = [line for name, v in (("A", a), ("B", b)) for line in interrupted(v["preempted"], v["ticks"], name)]
+    if noise or disturbed:
+        # The slow ticks are then those in which the machine did something else; the medians have DRIFTS.
+        figures = [
+            replace(f, verdict="too noisy") if of != 0.5 and f.verdict in ("slower", "faster") else f
+            for f, (*_, of, _) in zip(figures, wanted, strict=True)
+        ]
     return {
         "a": _identity(a),
         "b": _identity(b),
         "confidence": 1 - error,
         "figures": [asdict(one) for one in figures],
-        "warnings": [*_unlike(a, b), *noise_of(steps, figures[0])],
+        "warnings": [*_unlike(a, b), *disturbed, *noise],
     }
 
 
@@ -156,8 +165,6 @@ def _unlike(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
             found.append(f"the {what} differ: {told}")
     if a["ticks"] != b["ticks"]:
         found.append(f"the sessions differ in length: {a['ticks']} and {b['ticks']} ticks")
-    for name, view in (("A", a), ("B", b)):
-        found += interrupted(view["preempted"], view["ticks"], name)
     only = sorted(set(a["samples"]["stages_ms"]) ^ set(b["samples"]["stages_ms"]))
     if only:
         found.append(f"only one of them has: {', '.join(only)}")
