@@ -199,10 +199,12 @@ def test_a_session_that_became_much_faster_has_a_noise_in_the_order_of_its_chang
 
 
 def test_slow_ticks_of_a_disturbed_machine_are_too_noisy_to_tell() -> None:
-    quiet, slow = made(3), made(4, sleep=30.0)
+    quiet, slow = made(3), made(4, sleep=5.0)
     assert verdicts(compare(quiet, slow))["slowest 5% of steps"] == "slower"
     disturbed = compare(quiet, {**slow, "preempted": 400})
     assert verdicts(disturbed)["slowest 5% of steps"] == "too noisy" and slower(disturbed, 0.0) == []
     assert "interrupted" in str(disturbed["warnings"])
+    sleepy = compare(quiet, {**made(4, sleep=60.0), "preempted": 400})
+    assert verdicts(sleepy)["slowest 5% of steps"] == "slower"
     padded = compare(made(1), {**made(2, padded=1.3), "preempted": 400})
     assert "vocode p50" in slower(padded, 0.1)

@@ -30,6 +30,8 @@ LEAST_MS = 0.002
 MANY = 3
 """Ticks that must lie above a quantile before it says something."""
 DRIFTS, TAIL_DRIFTS = 2.0, 4.0
+DISTURBED = 2.0
+"""Slow ticks of a disturbed machine must be so many times as slow: what it did besides moved their p99 by half."""
 GATED_SHARE = 0.01
 """Stages of a smaller share of the step are shown and never fail a comparison."""
 
@@ -134,7 +136,9 @@ def compare(a: Mapping[str, Any], b: Mapping[str, Any], seed: int = 0) -> dict[s
     if noise or disturbed:
         # The slow ticks are then those in which the machine did something else; the medians have DRIFTS.
         figures = [
-            replace(f, verdict="too noisy") if of != 0.5 and f.verdict in ("slower", "faster") else f
+            replace(f, verdict="too noisy")
+            if of != 0.5 and f.verdict in ("slower", "faster") and max(f.a, f.b) < DISTURBED * min(f.a, f.b)
+            else f
             for f, (*_, of, _) in zip(figures, wanted, strict=True)
         ]
     return {
