@@ -109,8 +109,11 @@ def test_a_padded_kernel_is_found_and_an_equal_package_is_not(
 ) -> None:
     with tmlc.load(nano, threads=1) as plain, tmlc.load(nano, threads=1) as same:
         equal = in_turns(plain, same, TURN_SECONDS * length)
+        case = busy_case(plain, tick_shape(plain.manifest), PROFILE_SECONDS * length)
+        before = profile(plain, nano, case)
         with padded_plan(nano, monkeypatch, figure) as longer:
             found = in_turns(plain, longer, TURN_SECONDS * length)
+            compared = compare(before, profile(longer, nano, case))
     figure("in turns, equal packages: figures called different", len(called_different(equal)), "", target=0)
     by_name = {f["name"]: f for f in found["figures"]}
     decode = max((f for f in by_name.values() if f["name"].startswith("decode")), key=lambda f: f["a"])
@@ -119,6 +122,9 @@ def test_a_padded_kernel_is_found_and_an_equal_package_is_not(
     missed = not any(name.startswith("decode") for name in called_different(found))
     figure("in turns, padded kernel: missed", missed, "", target=0)
     figure("in turns, padded kernel: missed by --fail-over 0%", not slower(found, 0.0), "", target=0)
+    missed = not any(name.startswith("decode") for name in called_different(compared))
+    figure("padded kernel: missed by --compare", missed, "", target=0)
+    figure("padded kernel: missed by --compare --fail-over 0%", not slower(compared, 0.0), "", target=0)
     assert found["outputs"]["tokens_from"] is None and found["outputs"]["audio_from"] is None
 
 
