@@ -175,3 +175,17 @@ def test_the_report_needs_no_compiler() -> None:
         "assert not {'torch', 'onnx', 'triton'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("untold", [("bytes", "operations", "gb_s", "gflop_s"), ("operations", "gflop_s")])
+def test_a_target_that_tells_no_bytes_or_operations_has_a_report_with_dashes(untold: tuple[str, ...]) -> None:
+    """TensorRT tells neither, a Triton plan no operations; no ceilings of a GPU are measured."""
+    view = full_profile()
+    view["ceilings"], view["not_measured"]["ceilings"] = None, "not measured on this target"
+    for call in view["kernels"]["calls"]:
+        call.update(dict.fromkeys((*untold, "of_bandwidth", "of_multiply", "bound")))
+    add_advice(view)
+    page = html_report(view)
+    assert 'id="kernels"' in page and 'id="roofline"' not in page and 'id="roofline"' in html_report(full_profile())
+    assert page.count("–") > html_report(full_profile()).count("–")
+    assert [e for e in read_trace(trace_text(view)) if e["ph"] == "X" and e["cat"] == "kernel"]

@@ -88,13 +88,15 @@ def figure(name: str, a: np.ndarray, b: np.ndarray, of: float | None, error: flo
     low, high = interval(difference / base, error)
     drift = _drift(a, b)
     wander = (DRIFTS if quantile == 0.5 else TAIL_DRIFTS) * (drift or 0.0)
-    large = abs(change) >= max(LEAST, wander) and abs(second - first) >= LEAST_MS
-    verdict = "no difference shown"
-    if large and low > 0:
-        verdict = "slower"
-    elif large and high < 0:
-        verdict = "faster"
+    verdict = verdict_of(change, second - first, low, high, wander)
     return Figure(name, first, second, change, low, high, drift, verdict, gated)
+
+
+def verdict_of(change: float, ms: float, low: float, high: float, wander: float) -> str:
+    """What a change, a share of A and `ms` long, shows: its interval, and by how much it may wander."""
+    if abs(change) < max(LEAST, wander) or abs(ms) < LEAST_MS or low <= 0 <= high:
+        return "no difference shown"
+    return "slower" if low > 0 else "faster"
 
 
 def _drift(a: np.ndarray, b: np.ndarray) -> float | None:
@@ -160,7 +162,7 @@ def _identity(view: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _unlike(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
-    """What else differs between two profiles or disturbed one, and would explain a difference."""
+    """What else differs between two profiles and would explain a difference."""
     found = []
     for what, key in (("machines", "machine"), ("inputs", "inputs"), ("settings", "settings")):
         parts = [k for k in {**a[key], **b[key]} if a[key].get(k) != b[key].get(k)]

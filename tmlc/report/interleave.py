@@ -17,7 +17,7 @@ import numpy as np
 
 from tmlc.errors import UsageError
 from tmlc.report.bootstrap import TAIL, independent, interval, quantile_draws
-from tmlc.report.compare import DRIFTS, FAMILY_ERROR, GATED_SHARE, LEAST, LEAST_MS, MANY, Figure, figure, noise_of
+from tmlc.report.compare import DRIFTS, FAMILY_ERROR, GATED_SHARE, MANY, Figure, figure, noise_of, verdict_of
 from tmlc.report.noise import windows
 from tmlc.report.scenario.case import Case
 from tmlc.report.scenario.inputs import parts
@@ -110,8 +110,7 @@ def paired(
     low, high = interval(quantile_draws(pairs, m, 0.5, np.random.default_rng(seed)) - 1, error)
     medians = windows(pairs)
     drift = None if medians is None else float(np.std(medians))
-    large = abs(change) >= max(LEAST, DRIFTS * (drift or 0.0)) and abs(second - first) >= LEAST_MS
-    verdict = "slower" if large and low > 0 else "faster" if large and high < 0 else "no difference shown"
+    verdict = verdict_of(change, second - first, low, high, DRIFTS * (drift or 0.0))
     return Figure(name, first, second, change, low, high, drift, verdict, gated)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -13,10 +13,9 @@ class Group:
 
     Attributes:
         calls: how many entries of plans; runs: how often they ran, all together.
-        ms: time of all runs; bytes, operations: of all runs.
+        ms: time of all runs; bytes, operations: of all runs, 0 where the target does not tell them.
         share: of the time of all timed kernels.
-        bounds: time by what bounds it.
-        ceiling: highest rate in GFLOP/s that fits the arithmetic, as far as the calls tell it; None: unknown.
+        at_multiply: time, weighted by the part of the multiply rate that was reached.
     """
 
     method: str
@@ -28,26 +27,25 @@ class Group:
     operations: float = 0.0
     share: float = 0.0
     at_multiply: float = 0.0
-    _bounds: dict[str, float] | None = None
+    _bounds: dict[str, float] = field(default_factory=dict)
 
     def add(self, call: Mapping[str, Any]) -> None:
         runs = float(call["runs"])
         self.calls += 1
         self.runs += runs
         self.ms += runs * call["ms"]
-        self.bytes += runs * call["bytes"]
-        self.operations += runs * call["operations"]
+        self.bytes += runs * (call["bytes"] or 0.0)
+        self.operations += runs * (call["operations"] or 0.0)
         self.share += call["share"]
         if call["of_multiply"]:
             self.at_multiply += runs * call["ms"] * call["of_multiply"]
-        bounds = self._bounds = self._bounds or {}
-        bounds[call["bound"]] = bounds.get(call["bound"], 0.0) + runs * call["ms"]
+        if call["bound"]:
+            self._bounds[call["bound"]] = self._bounds.get(call["bound"], 0.0) + runs * call["ms"]
 
     @property
     def bound(self) -> str:
-        """What bounds most of the time."""
-        bounds = self._bounds or {"": 0.0}
-        return max(bounds, key=lambda name: bounds[name])
+        """What bounds most of the time; a dash where nothing is known of it."""
+        return max(self._bounds, key=lambda name: self._bounds[name], default="–")
 
     @property
     def gb_s(self) -> float:
@@ -63,7 +61,7 @@ class Group:
         return self.at_multiply / self.ms if self.ms and self.at_multiply else None
 
     def of_bandwidth(self, ceiling_gb_s: float | None) -> float | None:
-        return self.gb_s / ceiling_gb_s if ceiling_gb_s else None
+        return self.gb_s / ceiling_gb_s if ceiling_gb_s and self.bytes else None
 
 
 def grouped(calls: Iterable[Mapping[str, Any]], key: Callable[[Mapping[str, Any]], tuple[str, str]]) -> list[Group]:

@@ -88,7 +88,7 @@ def _row(g: Group, parts: list[Part], ticks: int, ceiling: float | None) -> list
         percent(g.share),
         Cell(f"{ms:.3f}", ms),
         Cell(f"{g.runs / ticks:.4g}", g.runs / ticks),
-        Cell(figure(g.gb_s), g.gb_s),
+        Cell(figure(g.gb_s) if g.bytes else "–", g.gb_s),
         percent(g.of_bandwidth(ceiling)),
         Cell(figure(g.gflop_s) if g.operations else "–", g.gflop_s),
         percent(g.of_multiply),
@@ -108,9 +108,9 @@ def _single(calls: list[Mapping[str, Any]], parts: list[Part], ticks: int) -> st
             "–" if c["layer"] is None else str(c["layer"]),
             percent(c["share"]),
             Cell(milliseconds(c["ms"]) if c["ms"] >= 0.1 else f"{1000 * c['ms']:.1f} µs", c["ms"]),
-            Cell(megabytes(c["bytes"]), c["bytes"]),
-            Cell(figure(c["gb_s"]), c["gb_s"]),
-            c["bound"],
+            Cell("–" if c["bytes"] is None else megabytes(c["bytes"]), c["bytes"]),
+            Cell("–" if c["gb_s"] is None else figure(c["gb_s"]), c["gb_s"]),
+            c["bound"] or "–",
             Cell(", ".join(c["weights"]), long=True),
         ]
         for c in ordered[:MOST_CALLS]
