@@ -78,19 +78,8 @@ def test_a_kernel_padded_by_a_twentieth_is_seen_in_the_table(
     with tmlc.load(nano, threads=1) as engine:
         table, plan = measured([engine])[0]
     chosen = repeatable(table, plan)
-    before = Package.json
-
-    def padded(package: Package, name: str) -> Any:
-        value = before(package, name)
-        if name.endswith("plan.json"):
-            code = next(m["code"] for m in value["methods"] if m["name"] == "decode")
-            code.insert(chosen["index"], code[chosen["index"]])
-        return value
-
-    with tmlc.load(nano, threads=1) as plain, monkeypatch.context() as patch:
-        patch.setattr(Package, "json", padded)
-        with tmlc.load(nano, threads=1) as longer:
-            (a, _), (b, _) = measured([plain, longer])
+    with tmlc.load(nano, threads=1) as plain, load_padded(nano, chosen["index"], 1, monkeypatch) as longer:
+        (a, _), (b, _) = measured([plain, longer])
     one, two = ({c["index"]: c["ms"] for c in part["calls"] if c["method"] == "decode"} for part in (a, b))
     share = chosen["ms"] / sum(call["ms"] for call in table["calls"] if call["method"] == "decode")
     added = two[chosen["index"]] / sum(one.values())
@@ -124,6 +113,22 @@ def measured(engines: list[Any]) -> list[tuple[dict[str, Any], Any]]:
         found.append((kernel_part(timer.calls(disturbed=False), None, None, 1, counted[k], 0), with_plan))
         session.close()
     return found
+
+
+def load_padded(package: Path, index: int, again: int, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """An engine on one thread whose `decode` makes its call `index` so many times more."""
+    before = Package.json
+
+    def padded(opened: Package, name: str) -> Any:
+        value = before(opened, name)
+        if name.endswith("plan.json"):
+            code = next(m["code"] for m in value["methods"] if m["name"] == "decode")
+            code[index:index] = [code[index]] * again
+        return value
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Package, "json", padded)
+        return tmlc.load(package, threads=1)
 
 
 def repeatable(table: dict[str, Any], plan: Any) -> dict[str, Any]:

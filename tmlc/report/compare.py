@@ -24,8 +24,8 @@ from tmlc.report.tables import grid, milliseconds, table
 FAMILY_ERROR = 0.01
 """How often a comparison of two equal engines calls any of its figures different; divided among the figures."""
 LEAST = 0.03
-"""A difference of less is never called one: another placement of the same bytes in memory moves the median of a short
-stage by up to 2.7 % between two sessions of one package (`perf/test_experiments.py`)."""
+"""A difference of less is never called one: it is what another placement of the same bytes in memory makes. How far
+medians of one package really move between two sessions is a figure of `perf/test_experiments.py`."""
 LEAST_MS = 0.002
 MANY = 3
 """Ticks that must lie above a quantile before it says something."""
