@@ -100,7 +100,8 @@ def test_the_engine_answers_like_the_public_interface_does(demo):
 
 
 def test_the_report_holds_the_run_against_the_budget(demo):
-    tmlc("profile", demo / "nano.tmlc", *RECORDING, "--startup-runs", "1", "--budget", "60s", "-o", demo / "report")
+    options = ("--startup-runs", "1", "--sittings", "1", "--budget", "60s")
+    tmlc("profile", demo / "nano.tmlc", *RECORDING, *options, "-o", demo / "report")
     view = json.loads((demo / "report.json").read_text())
     assert view["ticks"] == 150 and view["turn_latency"]["budget_ms"] == 60000
     assert "missed deadlines" in (demo / "report.txt").read_text()

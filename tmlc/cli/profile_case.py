@@ -77,6 +77,8 @@ def choose(
         else:
             given = {"audio": audio, "video": video, "text": text}
             parts = {name: {"kind": "file", "path": str(path)} for name, path in given.items() if path is not None}
+            if video is not None:
+                parts["video"]["fps"] = fps
             case = Case.model_validate({"name": "recording", "seconds": length, "loop": loop, **parts})
     if round(case.seconds / shape.seconds, 6) <= case.warm_up:
         raise UsageError(
