@@ -53,6 +53,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--record", action="store_true", help="renew these figures in perf/results/<machine>.json")
     parser.addoption("--minutes", type=float, default=USUAL["minutes"], help="length of each run of perf/test_serve.py")
     parser.addoption("--length", type=float, default=USUAL["length"], help="of perf/test_experiments.py: a factor")
+    parser.addoption("--package", type=Path, help="plays perf/cases with this package (a trained one), not with nano")
     parser.addoption("--enforce", action="store_true", help="fail a case whose figure misses its target")
 
 

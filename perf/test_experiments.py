@@ -152,15 +152,27 @@ def test_a_sleep_in_one_tick_of_fifty_is_found(nano: Path, figure: Callable[...,
 
 
 @pytest.mark.parametrize("path", CASES, ids=lambda path: path.stem)
-def test_a_case(path: Path, nano: Path, figure: Callable[..., None], length: float) -> None:
+def test_a_case(
+    path: Path, request: pytest.FixtureRequest, figure: Callable[..., None], length: float
+) -> None:
+    """At its length, with `nano` of random weights, or with the package of `--package`."""
+    given = request.config.getoption("--package")
+    package: Path = given or request.getfixturevalue("nano")
     case = read_case(path)
-    with tmlc.load(nano, threads=1, sessions=case.sessions) as engine:
+    with tmlc.load(package, threads=1, sessions=case.sessions) as engine:
         least = (case.warm_up + 5) * tick_shape(engine.manifest).seconds
         case = case.model_copy(update={"seconds": max(least, case.seconds * length)})
-        view = profile(engine, nano, case)
-    allowed = view["turn_latency"]["step_budget_ms"]
-    figure(f"case {case.name}: step p50", view["step_ms"]["p50"], "ms")
-    figure(f"case {case.name}: step p99", view["step_ms"]["p99"], "ms", target=allowed)
-    figure(f"case {case.name}: missed deadlines", view["missed_deadlines"], "")
-    if view["hesitation"] is not None and view["hesitation"]["p50"] is not None:
-        figure(f"case {case.name}: median hesitation of the model", view["hesitation"]["p50"], "ms")
+        view = profile(engine, package, case)
+    name = f"case {case.name}" + (f", {given.name}" if given else "")
+    figure(f"{name}: step p50", view["step_ms"]["p50"], "ms")
+    figure(f"{name}: step p99", view["step_ms"]["p99"], "ms", target=view["turn_latency"]["step_budget_ms"])
+    figure(f"{name}: missed deadlines", view["missed_deadlines"], f"of {view['ticks']}")
+    waits, stop = view["hesitation"], view["stop_latency"]
+    if waits is not None and stop is not None:
+        figure(f"{name}: ends of speech that it answered", waits["count"], f"of {waits['ends']}")
+        figure(f"{name}: ends of speech while it spoke", waits["already_speaking"], f"of {waits['ends']}")
+        figure(f"{name}: times that it stopped when cut in on", stop["stopped"], f"of {stop['trials']}")
+        if waits["count"]:
+            figure(f"{name}: median hesitation of the model", waits["p50"], "ms")
+        if stop["stopped"]:
+            figure(f"{name}: median stop latency", stop["p50_ms"], "ms")

@@ -51,7 +51,7 @@ def test_a_comparison_writes_a_case_a_figure_even_when_it_fails(tmlc_cli, measur
     for name, factor in (("quick", 1.0), ("slow", 3.0)):
         steps = [factor * (20.0 + k % 3) for k in range(10)]
         figures = {"step": steps, "decode[0]": [ms - 1.0 for ms in steps]}
-        sittings = {"ticks": 100, "figures": figures, "preempted": [0] * 10}
+        sittings = {"ticks": 100, "figures": figures, "busy": [0.0] * 10}
         paths.append(tmp_path / f"{name}.json")
         paths[-1].write_text(json.dumps({**view, "sittings": sittings}))
     files = ("--fail-over", "3%", "--junit", gates, "--summary", summary)

@@ -100,7 +100,7 @@ def made_sittings(scale: float = 1.0) -> dict[str, Any]:
     """Ten sittings that differ by half a percent."""
     figures = {"step": 23.0, "step p99": 25.0, "decode": 14.0, "embed_text": 0.05, "kernel decode/moe layers.1": 0.7}
     columns = {name: [scale * ms * (1 + 0.001 * (k * 7 % 5)) for k in range(10)] for name, ms in figures.items()}
-    return {"ticks": 100, "figures": columns, "preempted": [0] * 10}
+    return {"ticks": 100, "figures": columns, "busy": [0.01] * 10}
 
 
 def full_profile(**given: Any) -> dict[str, Any]:

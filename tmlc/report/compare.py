@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from tmlc.report.noise import interrupted, wide
-from tmlc.report.profile.sittings import STEP
+from tmlc.report.noise import wide
+from tmlc.report.profile.sittings import BUSY, STEP
 from tmlc.report.ranks import place, shift
 from tmlc.report.tables import grid, milliseconds, table
 
@@ -103,7 +103,7 @@ def compare(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
     }
     names = [name for name in shares if shares[name] >= GATED_SHARE or not name.startswith("kernel ")]
     error = FAMILY_ERROR / len(names)
-    disturbed = [line for name, view in (("A", a), ("B", b)) for line in _interrupted(view["sittings"], name)]
+    disturbed = [line for name, view in (("A", a), ("B", b)) for line in _disturbed(view["sittings"], name)]
     figures = [
         figure(
             name, one[name], two[name], error, shares[name] >= GATED_SHARE, bool(disturbed) and name.startswith(SLOW)
@@ -138,12 +138,16 @@ def played(side: Mapping[str, Any]) -> str:
 def _identity(view: Mapping[str, Any]) -> dict[str, Any]:
     sat = view["sittings"]
     return {
-        **{key: view[key] for key in ("package", "digest")}, "ticks": sat["ticks"], "sittings": len(sat["preempted"])
+        **{key: view[key] for key in ("package", "digest")}, "ticks": sat["ticks"], "sittings": len(sat["busy"])
     }  # fmt: skip
 
 
-def _interrupted(sat: Mapping[str, Any], whose: str) -> list[str]:
-    return interrupted(sum(sat["preempted"]), sat["ticks"] * len(sat["preempted"]), whose)
+def _disturbed(sat: Mapping[str, Any], whose: str) -> list[str]:
+    """Whether other programs were at work beside more than a quarter of the sittings."""
+    count = sum(busy is not None and busy > BUSY for busy in sat["busy"])
+    if 4 * count <= len(sat["busy"]):
+        return []
+    return [f"other programs were at work beside {count} of {len(sat['busy'])} sittings of {whose}"]
 
 
 def _unlike(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:

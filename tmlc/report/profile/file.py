@@ -21,11 +21,11 @@ class _Sittings(BaseModel):
     model_config = ConfigDict(extra="forbid")
     ticks: Annotated[int, Field(ge=1)]
     figures: Annotated[dict[str, list[Time]], Field(min_length=1)]
-    preempted: Annotated[list[int], Field(min_length=1)]
+    busy: Annotated[list[Time | None], Field(min_length=1)]
 
     @model_validator(mode="after")
     def whole(self) -> _Sittings:
-        if any(len(values) != len(self.preempted) for values in self.figures.values()):
+        if any(len(values) != len(self.busy) for values in self.figures.values()):
             raise ValueError("figures of the sittings differ in length")
         if STEP not in self.figures:
             raise ValueError("the sittings have no step")
