@@ -133,7 +133,7 @@ def told(sat: Mapping[str, Any]) -> str:
 
 
 def figures(samples: Samples, kernels: Mapping[str, float]) -> dict[str, float]:
-    """The figures of one sitting in ms: of its steps, stages (`decode[0]`) and kernels (`kernel decode/moe layer 3`)."""
+    """The figures of one sitting in ms: its steps, stages (`decode[0]`) and kernels (`kernel decode/moe layer 3`)."""
     steps = np.asarray(samples.step[1:], np.float64)
     found = {STEP: undisturbed(steps)}
     found |= {f"step {name}": float(np.percentile(steps, 100 * of, method="higher")) for name, of in QUANTILES}
