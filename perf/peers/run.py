@@ -180,7 +180,7 @@ def main() -> None:
     chosen = [c for c in contenders(places) if not options.only or c.engine in options.only]
     touched = routing(places)
     floors = {p: floor_of(places[f"{p}.tmlc"], p, touched).to_json() for p in ("bf16", "int8", "int4")}
-    body = {
+    body: dict[str, Any] = {
         "date": datetime.date.today().isoformat(),
         "machine": machine(),
         "routing": touched,

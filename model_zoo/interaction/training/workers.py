@@ -11,6 +11,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 
 import torch
 import torch.multiprocessing as mp
@@ -36,7 +37,7 @@ class Workers:
         self.stage = make(Share(0, count))
         self._gradients: list[list[Tensor]] = []
         self._pipes: list[Connection] = []
-        self._processes: list[mp.Process] = []
+        self._processes: list[BaseProcess] = []
         context = mp.get_context("spawn")
         if count > 1:
             for tensor in self.stage.tensors.values():
