@@ -142,12 +142,14 @@ def test_sittings_that_differ_by_too_much_are_a_warning() -> None:
 
 def test_what_else_differs_is_a_warning() -> None:
     other = {**made(2), "machine": {"cpu": "two"}, "inputs": {"seed": 1}, "settings": {"pin": True}}
-    del other["sittings"]["figures"]["embed_text"]
+    for name in ("embed_text", "kernel speak/copy"):
+        del other["sittings"]["figures"][name]
     other["sittings"]["ticks"] = 80
     text = "\n".join(compare(made(1), other)["warnings"])
     for part in ("machines differ: cpu one and two", "seed 0 and 1", "pin False and True", "100 and 80 ticks",
                  "only one of them has: embed_text"):  # fmt: skip
         assert part in text
+    assert "speak/copy" not in text
 
 
 def test_a_stage_that_hardly_counts_is_shown_and_fails_nothing_and_such_a_kernel_is_left_out() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
@@ -166,7 +166,7 @@ def command(
     from tmlc.report.scenario.load import background_load
     from tmlc.report.scenario.show import Show
 
-    settings = {"threads": threads, "pin": pin, "huge_pages": huge_pages, "portable_bits": portable_bits}
+    settings: dict[str, Any] = {"threads": threads, "pin": pin, "huge_pages": huge_pages, "portable_bits": portable_bits}
     loaded = {**settings, "kernel_cache": None if kernel_cache is None else str(kernel_cache.absolute())}
 
     def load(path: Path, sessions: int) -> Engine:

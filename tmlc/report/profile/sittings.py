@@ -76,7 +76,7 @@ class Sittings:
         length = round(seconds / shape.seconds)
         warm_up = max(case.warm_up, min(WARM, length // 5))
         played = case.model_copy(update={"seconds": seconds, "warm_up": warm_up, "repetitions": 1})
-        self._job = {
+        self._job: dict[str, Any] = {
             "package": str(package), "settings": {**settings, "sessions": case.sessions}, "case": played.to_json(),
             "shape": asdict(shape), "seed": seed, "kernels_every": kernels_every,
         }  # fmt: skip
