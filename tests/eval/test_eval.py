@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 import wave
 from pathlib import Path
 
@@ -89,6 +90,12 @@ def test_recordings_of_others_are_played_and_counted(package, tmp_path):
         assert figures["recordings"] == 1 and figures["errors"] == 0 and figures["rates"]["took over"]["of"] == 1
     both = run(package, package, "--data", tmp_path, "--tasks", "icc_backchannel", "--episodes", 1)
     assert both.output.count("backchannels_per_s") == 2 and "candor" not in both.output
+    (tmp_path / "test").mkdir()
+    shutil.copy(Path(__file__).parents[2] / "examples/demo/camera.mp4", tmp_path / "test/a.mp4")
+    (tmp_path / "test.csv").write_text("name,count\na.mp4,7\n")
+    figures = json.loads(run(package, "--data", tmp_path, "--tasks", "repcount_test", "--json").stdout)["sets"]
+    assert figures["repcount_test"]["recordings"] == 1 and figures["repcount_test"]["errors"] == 0
+    assert figures["repcount_test"]["means"]["absolute error (MAE)"]["mean"] == pytest.approx(7 / 7.1)
     for option in (["--min-score", "90%"], ["-o", tmp_path / "out"]):
         assert "no score" in run(package, "--data", tmp_path, *option, code=2).output
 

@@ -36,7 +36,7 @@ tmlc eval nano.tmlc --data full-duplex-bench/
 @click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True, help="Of the first episode.")
 @click.option("--sessions", type=click.IntRange(1, 256), default=16, show_default=True, help="Ticked together.")
 @click.option("--all-targets", is_flag=True, help="PACKAGE is a checkpoint: compile it to each precision and compare.")
-@click.option("--data", type=_PATH, metavar="DIR", help="Play recordings of Full-Duplex-Bench v1 or v1.5 instead.")
+@click.option("--data", type=_PATH, metavar="DIR", help="Play data of Full-Duplex-Bench or RepCount instead.")
 @click.option("--min-score", metavar="PART", help="Exit code 1 when a score is below it, as 90%.")
 @click.option("-o", "--out", type=_PATH, metavar="DIR", help="Write audio and transcripts of failures here.")
 @THREADS
@@ -46,7 +46,7 @@ def command(
 ) -> None:  # fmt: skip
     """Play made-up conversations with exact labels to the model in PACKAGE, and score what it does.
 
-    With --data, recordings of others are played, and what they say is counted and timed; there is no score.
+    With --data, recordings of others are played, and what the model says is counted and timed; there is no score.
     With several packages, scores are compared with the first one's. Exit code 1 when --min-score is not kept, or
     when a precision costs more than it may (1 point, int4 3).
     """
