@@ -23,10 +23,14 @@ READ_SPACES = ("weight", "state", "arena", "input", "output", "scratch")
 
 def repeated(driver: Driver, work: Callable[[], None], times: int) -> float:
     """Seconds of one run, from `times` runs that follow each other (a few before them are not counted)."""
-    for _ in range(min(3, times)):
-        work()
+
+    def run(count: int) -> None:
+        for _ in range(count):
+            work()
+
+    run(min(3, times))
     driver.synchronize()
-    return driver.timed(lambda: [work() for _ in range(times)] and None) / times
+    return driver.timed(lambda: run(times)) / times
 
 
 def bandwidth(driver: Driver, nbytes: int, times: int = 20) -> float:
@@ -121,7 +125,8 @@ def _ticks(engine: Engine, count: int, sessions: int, most_seconds: float) -> di
     else:
         given = [tmlc.TickInput(tokens=[1]) for _ in opened]
     free = engine.backend.driver.memory()[0]  # type: ignore[attr-defined]
-    times, silent, started = [], 0, time.perf_counter()
+    times: list[float] = []
+    silent, started = 0, time.perf_counter()
     while not times or (len(times) < count and time.perf_counter() - started < most_seconds):
         begun = time.perf_counter()
         for out in engine.tick_batch(opened, given):
