@@ -2,10 +2,10 @@
 
 import importlib.util
 import json
-import shutil
 import wave
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 from click.testing import CliRunner
@@ -91,7 +91,12 @@ def test_recordings_of_others_are_played_and_counted(package, tmp_path):
     both = run(package, package, "--data", tmp_path, "--tasks", "icc_backchannel", "--episodes", 1)
     assert both.output.count("backchannels_per_s") == 2 and "candor" not in both.output
     (tmp_path / "test").mkdir()
-    shutil.copy(Path(__file__).parents[2] / "examples/demo/camera.mp4", tmp_path / "test/a.mp4")
+    with av.open(str(tmp_path / "test/a.mp4"), "w") as film:
+        stream = film.add_stream("mpeg4", rate=10)
+        stream.width = stream.height = 64
+        stream.pix_fmt = "yuv420p"
+        film.mux(stream.encode(av.VideoFrame.from_ndarray(np.zeros((64, 64, 3), np.uint8), format="rgb24")))
+        film.mux(stream.encode())
     (tmp_path / "test.csv").write_text("name,count\na.mp4,7\n")
     figures = json.loads(run(package, "--data", tmp_path, "--tasks", "repcount_test", "--json").stdout)["sets"]
     assert figures["repcount_test"]["recordings"] == 1 and figures["repcount_test"]["errors"] == 0
