@@ -166,7 +166,9 @@ def command(
     from tmlc.report.scenario.load import background_load
     from tmlc.report.scenario.show import Show
 
-    settings: dict[str, Any] = {"threads": threads, "pin": pin, "huge_pages": huge_pages, "portable_bits": portable_bits}
+    settings: dict[str, Any] = {
+        "threads": threads, "pin": pin, "huge_pages": huge_pages, "portable_bits": portable_bits,
+    }  # fmt: skip
     loaded = {**settings, "kernel_cache": None if kernel_cache is None else str(kernel_cache.absolute())}
 
     def load(path: Path, sessions: int) -> Engine:

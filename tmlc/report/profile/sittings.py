@@ -39,8 +39,8 @@ TICKS, WARM = 100, 20
 STEP = "step"
 QUANTILES = (("p95", 0.95), ("p99", 0.99))
 QUIET = 0.05
-"""Other programs, and other machines on the same processor, only ever add to a time. Between sittings of one engine the
-median of a step moved half as much again as this quantile (docs/latency.md)."""
+"""Other programs, and other machines on the same processor, only ever add to a time. From one sitting to the next the
+median of a step moves more than this quantile (`perf/test_sittings.py`)."""
 BUSY = 0.1
 """Part of the machine's cores that other programs may use beside a sitting. One that kept a core of two busy made steps
 of `nano` a seventh longer."""
