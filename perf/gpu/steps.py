@@ -33,7 +33,7 @@ LOST = 4  # exit code of a process whose device is lost
 
 #: Steps and the most seconds that each may take before its process is ended.
 ENGINE_STEPS = {
-    "build": 420, "load": 120, "golden": 90, "bits": 60, "bandwidth": 30, "kernels": 120, "graphs": 60, "chains": 60,
+    "build": 500, "load": 120, "golden": 90, "bits": 60, "bandwidth": 30, "kernels": 120, "graphs": 60, "chains": 60,
     "cpu": 300, "ticks": 150, "ticks of four": 150, "ticks by methods": 150, "reference": 300,
 }  # fmt: skip
 PEER_STEPS = {"experts, 1 row": 180, "linear, 1 row": 120, "experts, 16 rows": 180, "linear, 16 rows": 120}

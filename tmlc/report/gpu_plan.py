@@ -4,7 +4,7 @@ compiled kernels).
 
 The checkpoint is all holes (a sparse file: headers, and no data), so everything is what `tmlc compile` does up to the
 weights, which are never read: tracing, passes, lowering to launches, compiling every kernel, and the JSON of the plan.
-Nothing is written, and the compile cache is not used.
+Nothing is written, and the module run by itself does not use the compile cache.
 """
 
 from __future__ import annotations
