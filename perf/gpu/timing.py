@@ -58,10 +58,14 @@ REHEARSAL = Effort(1, 2, 1 << 12, 1 << 16, ((1, 1),), 1, 1.0, False)
 
 def repeated(driver: Driver, work: Callable[[], None], times: int) -> float:
     """Seconds of one run, from `times` runs that follow each other (a few before them are not counted)."""
-    for _ in range(min(3, times)):
-        work()
+
+    def run(count: int) -> None:
+        for _ in range(count):
+            work()
+
+    run(min(3, times))
     driver.synchronize()
-    return driver.timed(lambda: [work() for _ in range(times)] and None) / times
+    return driver.timed(lambda: run(times)) / times
 
 
 def bandwidth(driver: Driver, nbytes: int, times: int = 20) -> float:
@@ -300,8 +304,7 @@ def _ticks(engine: Engine, count: int, sessions: int, most_seconds: float) -> di
     else:
         given = [tmlc.TickInput(tokens=[1]) for _ in opened]
     free = engine.backend.driver.memory()[0]  # type: ignore[attr-defined]
-    times, silent, resident, started = np.zeros(count), 0, 0, time.perf_counter()
-    done = 0
+    times, done, silent, resident, started = np.zeros(count), 0, 0, 0, time.perf_counter()
     while not done or (done < count and time.perf_counter() - started < most_seconds):
         begun = time.perf_counter()
         for out in engine.tick_batch(opened, given):

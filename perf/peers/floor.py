@@ -75,4 +75,4 @@ class _Counter:
             item[0] += work.caches + (work.weights if call["op"] != "embedding" else 0.0)
             item[1] += work.multiply_adds if call["op"] in ("linear", "attention", "moe") else 0.0
         kinds = {op: "bf16" if op == "attention" else PRODUCT[self.precision] for op in sums}
-        return [Work(op, *item, kinds[op]) for op, item in sums.items() if any(item)]
+        return [Work(op, read, products, kinds[op]) for op, (read, products) in sums.items() if read or products]

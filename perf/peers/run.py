@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import report
 from floor import floor_of
-from prepare import CONTEXT, HERE, Contender, Places, contenders, prepare, routing
+from prepare import HERE, Contender, Places, contenders, prepare, routing
 
 from tmlc.report.machine import machine, slug
 
@@ -179,8 +179,8 @@ def main() -> None:
     failed = prepare(places, report.say)
     chosen = [c for c in contenders(places) if not options.only or c.engine in options.only]
     touched = routing(places)
-    floors = {p: floor_of(places[f"{p}.tmlc"], p, touched, CONTEXT).to_json() for p in ("bf16", "int8", "int4")}
-    body = {
+    floors = {p: floor_of(places[f"{p}.tmlc"], p, touched).to_json() for p in ("bf16", "int8", "int4")}
+    body: dict[str, Any] = {
         "date": datetime.date.today().isoformat(),
         "machine": machine(),
         "routing": touched,

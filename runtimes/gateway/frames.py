@@ -11,6 +11,8 @@ import base64
 import binascii
 import io
 import multiprocessing
+import os
+import threading
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -81,13 +83,21 @@ def decode_frame(data: bytes, height: int, width: int, limits: ImageLimits | Non
 
 
 def _limit(memory: int, seconds: int) -> None:
-    """In a new worker: what it may use."""
+    """In a new worker: what it may use, and that it ends with its server, also one that was killed."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         import resource
     except ImportError:  # a system without rlimits
         return
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _begin() -> None:

@@ -64,7 +64,7 @@ def streamed(unbounded, conversation) -> tuple[list[TickOutput], np.ndarray, Bat
     episode = Recorded(
         "recorded", 0, "test", TICKS, np.concatenate([item.audio for item in inputs]), video, text, {9: ""}, [],
         np.zeros(0, np.float32), [], np.array([259 not in out.tokens for out in outputs]), {},
-        [out.tokens for out in outputs],
+        tokens=[out.tokens for out in outputs],
     )  # fmt: skip
     episode.injected_tokens = lambda tick, ids: list(inputs[tick].inject)
     example = lay_out(episode, model.config, RecordedVoice(outputs))

@@ -10,6 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 import tmlc
+from tmlc.cli.eval import TARGETS
 from tmlc.cli.main import cli
 from tmlc.eval.play import play
 from tmlc.eval.view import below, fallen
@@ -94,16 +95,17 @@ def test_recordings_of_others_are_played_and_counted(package, tmp_path):
 
 
 def test_all_targets_compiles_a_checkpoint_and_shows_one_table(checkpoint, monkeypatch):
-    monkeypatch.setattr("tmlc.cli.eval.PRECISIONS", ("fp32", "int4"))  # all four are in the slow test
+    monkeypatch.setattr("tmlc.cli.eval.TARGETS", (("cpu", "fp32"), ("cpu", "int4")))  # all are in the slow test
     result = run(checkpoint, "--all-targets", "--tasks", "time_speak", "--episodes", 1)
-    assert "compiling fp32" in result.stderr and "compiling int4" in result.stderr
+    assert "compiling cpu fp32" in result.stderr and "compiling cpu int4" in result.stderr
     assert "points from the first" in result.stdout and "cpu int4" in result.stdout
 
 
 @pytest.mark.slow
-def test_a_checkpoint_is_compared_in_every_precision(checkpoint):
+def test_a_checkpoint_is_compared_on_every_target(checkpoint):
     view = json.loads(run(checkpoint, "--all-targets", "--tasks", "turn_taking", "--episodes", 1, "--json").stdout)
-    assert [model["precision"] for model in view["models"]] == ["fp32", "bf16", "int8", "int4"]
+    told = [(model["target"], model["precision"]) for model in view["models"]]
+    assert told == list(TARGETS)
     assert view["broken"] == []
 
 

@@ -1,6 +1,9 @@
 """Training: it learns, it can be interrupted anywhere, and what it writes is a checkpoint."""
 
 import json
+from contextlib import closing
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -8,16 +11,18 @@ import pytest
 import torch
 
 import tmlc
-from tmlc.errors import CheckpointError
+from tmlc.errors import CheckpointError, TmlcError
 from tmlc.model_zoo.interaction import InteractionConfig, InteractionModel, load_model, train
 from tmlc.model_zoo.interaction.tasks import TASKS, SpeechBank
+from tmlc.model_zoo.interaction.tasks.episode import EVENTS
 from tmlc.model_zoo.interaction.train import Plan
 from tmlc.model_zoo.interaction.training import state as states
 from tmlc.model_zoo.interaction.training.curves import draw
 from tmlc.model_zoo.interaction.training.late import late, runs
 from tmlc.model_zoo.interaction.training.sequence import OwnVoice, lay_out, token_ids
-from tmlc.model_zoo.interaction.training.stages import Mixture, ModelStage, Settings
+from tmlc.model_zoo.interaction.training.stages import Mixture, ModelStage, Settings, Share, VocoderStage
 from tmlc.model_zoo.interaction.training.vocoder import synthesise
+from tmlc.model_zoo.interaction.training.workers import Workers
 
 
 def small() -> InteractionConfig:
@@ -96,6 +101,41 @@ def test_a_run_that_is_killed_goes_on_to_the_same_bits(trained, tmp_path: Path, 
         assert all(torch.equal(once[key], again[key]) for key in once)
 
 
+@pytest.mark.parametrize("stop_after", [2, 4])
+def test_workers_share_a_batch_out_and_can_be_interrupted(bank, tmp_path: Path, stop_after: int) -> None:
+    both = replace(plan(size=2), workers=2)
+    whole = train.train(tmp_path / "whole", small(), both)
+    left = iter([True] * stop_after + [False] + [True] * 20)
+    train.train(tmp_path / "cut", small(), both, lambda: next(left))
+    assert same(train.train(tmp_path / "cut", small(), both), whole)
+
+
+def test_the_gradient_of_workers_is_the_mean_of_their_shares(bank) -> None:
+    plan = (Settings(size=2), bank, Mixture(limit=200, group=1))
+    wanted: dict[str, torch.Tensor] = {}
+    for index in range(2):
+        stage = ModelStage(InteractionModel.random(small(), 0), *plan, Share(index, 2))
+        stage.loss(0)[0].backward()
+        for name, tensor in stage.tensors.items():
+            if tensor.grad is not None:
+                wanted[name] = wanted.get(name, 0) + tensor.grad / 2
+    with closing(Workers(partial(ModelStage, InteractionModel.random(small(), 0), *plan), 2)) as workers:
+        workers.step(0)
+        for name, gradient in wanted.items():
+            torch.testing.assert_close(workers.stage.tensors[name].grad, gradient, msg=name)
+
+
+def test_a_worker_that_ended_is_told(bank) -> None:
+    make = partial(VocoderStage, InteractionModel.random(small(), 0), Settings(size=2), bank)
+    with closing(Workers(make, 2)) as workers:
+        (process,) = workers._processes
+        process.kill()
+        process.join()
+        with pytest.raises(TmlcError, match="worker process has ended"):
+            workers.step(0)
+            workers.step(1)
+
+
 def test_another_seed_is_another_run(trained, tmp_path: Path) -> None:
     assert not same(train.train(tmp_path, small(), plan(seed=1)), trained[1])
 
@@ -126,6 +166,8 @@ def test_the_sequence_of_an_episode_chooses_and_speaks_what_the_episode_asks_for
     assert len(example.seen) == 16 * len(episode.video)
     places = sorted([*example.text, *example.heard, *example.own, *example.seen])
     assert places == list(range(example.length))
+    assert len(example.noticed) == len(example.events) and (example.events or task == "time_speak")
+    assert set(example.noticed) <= {*example.heard, *example.seen}
     typed = "".join(episode.text).encode()
     assert typed in bytes(token for token in example.ids if token < 256) or task == "cue_speak"
 
@@ -146,6 +188,26 @@ def test_an_utterance_that_begins_late_is_the_same_and_its_missed_tick_does_not_
     silence = config.tick_config.silence_token_id
     free = [token for token, weight in zip(example.chosen, example.weights, strict=True) if not weight]
     assert free == [silence] * len(ticks)
+
+
+def test_a_word_is_named_in_the_position_in_which_it_is_over_and_in_the_next(bank, trained) -> None:
+    config, episode = small(), TASKS["turn_taking"].episode(4, "train", bank)
+    example = lay_out(episode, config, OwnVoice(trained[1].vocoder, config))
+    (first,) = [e for e in episode.events if e.sample == episode.labels["turns"][0]["end"]]
+    assert first.name == episode.labels["turns"][0]["word"] == EVENTS[example.events[2 * episode.events.index(first)]]
+    at = example.heard.index(example.noticed[2 * episode.events.index(first)])
+    assert at * 800 <= first.sample < (at + 1) * 800
+
+
+def test_what_a_clip_shows_is_named_at_its_last_patch(bank, trained) -> None:
+    config = small()
+    seed = next(n for n in range(20) if TASKS["rep_count"].episode(n, "train", bank).labels["seen"])
+    episode = TASKS["rep_count"].episode(seed, "train", bank)
+    example = lay_out(episode, config, OwnVoice(trained[1].vocoder, config))
+    named = {place: EVENTS[event] for place, event in zip(example.noticed, example.events, strict=True)}
+    ends = example.seen[15::16]
+    assert {"jump", "rest"} == {named[place] for place in ends if place in named}
+    assert sum(name == "jump" for name in named.values()) == episode.labels["count"]
 
 
 def test_speech_that_the_user_cut_short_is_never_late(bank) -> None:

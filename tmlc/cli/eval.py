@@ -15,8 +15,12 @@ from tmlc.errors import UsageError
 
 _PATH = click.Path(path_type=Path)
 EPISODES = 40
-PRECISIONS = ("fp32", "bf16", "int8", "int4")
-"""What --all-targets compiles a checkpoint to on this machine's CPU; the first is what the others are held against."""
+TARGETS = (
+    ("cpu", "fp32"), ("cpu", "bf16"), ("cpu", "int8"), ("cpu", "int4"),
+    ("onnx", "fp32"), ("onnx:contrib", "int8"), ("onnx:contrib", "int4"),
+)  # fmt: skip
+"""What --all-targets compiles a checkpoint to: all that runs without a GPU. The first is what the others are held
+against."""
 
 
 @verb(
@@ -35,7 +39,7 @@ tmlc eval nano.tmlc --data full-duplex-bench/
 @click.option("--episodes", type=click.IntRange(1, 10000), help="Of each task.  [default: 40, and all of --data]")
 @click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True, help="Of the first episode.")
 @click.option("--sessions", type=click.IntRange(1, 256), default=16, show_default=True, help="Ticked together.")
-@click.option("--all-targets", is_flag=True, help="PACKAGE is a checkpoint: compile it to each precision and compare.")
+@click.option("--all-targets", is_flag=True, help="PACKAGE is a checkpoint: compile it and compare.")
 @click.option("--data", type=_PATH, metavar="DIR", help="Play recordings of Full-Duplex-Bench v1 or v1.5 instead.")
 @click.option("--min-score", metavar="PART", help="Exit code 1 when a score is below it, as 90%.")
 @click.option("-o", "--out", type=_PATH, metavar="DIR", help="Write audio and transcripts of failures here.")
@@ -111,7 +115,8 @@ def _recordings(data: Path, sets: str | None, most: int | None, seed: int) -> Ca
 
 
 def _compiled(models: tuple[Path, ...], scratch: Path) -> list[Path]:
-    """Packages of one checkpoint, in each of `PRECISIONS`."""
+    """Packages of one checkpoint, for each of `TARGETS`; MissingDependencyError where what a target needs is not
+    installed."""
     if len(models) != 1 or not (models[0] / "config.json").is_file():
         raise UsageError(
             "--all-targets compiles one checkpoint", where=", ".join(map(str, models)),
@@ -121,8 +126,8 @@ def _compiled(models: tuple[Path, ...], scratch: Path) -> list[Path]:
     from tmlc.compiler import compile
 
     packages = []
-    for precision in PRECISIONS:
-        note(f"  compiling {precision}")
-        packages.append(scratch / f"{precision}.tmlc")
-        compile(models[0], packages[-1], precision=precision)
+    for target, precision in TARGETS:
+        note(f"  compiling {target} {precision}")
+        packages.append(scratch / f"{target.replace(':', '-')}-{precision}.tmlc")
+        compile(models[0], packages[-1], target=target, precision=precision)
     return packages

@@ -5,25 +5,29 @@ from __future__ import annotations
 from .episode import TICK_SAMPLES, VIDEO_EVERY, Task
 from .scenes import Scene
 from .spoken import ASKED
-from .stage import Stage, react
+from .stage import HEARD, Stage, react
 from .words import NUMBERS, SAMPLE_RATE, STORY
 
 TICKS_A_SECOND = 5
+AT_SECONDS = (6, 8, 10)
+"""Of "WORD at Ns"; the session is still within the model's context then."""
 
 
 def time_speak(stage: Stage) -> None:
-    """ "WORD every Ns" or "WORD in Ns"; time runs from the tick in which the last letter was typed."""
-    word, seconds = stage.pick(ASKED), int(stage.rng.integers(2, 5))
-    again = stage.rng.random() < 0.7
-    begin = stage.type(f"{word} {'every' if again else 'in'} {seconds}s", int(stage.rng.integers(1, 6)))
-    due = [begin + seconds * TICKS_A_SECOND * n for n in range(1, 5 if again else 2)]
+    """ "WORD every Ns", "WORD in Ns": time runs from the tick in which the last letter was typed. "WORD at Ns": it runs
+    from the beginning of the session."""
+    word, way = stage.pick(ASKED), str(stage.rng.choice(["every", "in", "at"], p=[0.6, 0.2, 0.2]))
+    seconds = int(stage.rng.choice(AT_SECONDS)) if way == "at" else int(stage.rng.integers(2, 5))
+    asked = stage.type(f"{word} {way} {seconds}s", int(stage.rng.integers(1, 6)))
+    begin = 0 if way == "at" else asked
+    due = [begin + seconds * TICKS_A_SECOND * n for n in range(1, 5 if way == "every" else 2)]
     due = [tick for tick in due if tick <= begin + 12 * TICKS_A_SECOND]
     for tick in due:
         stage.say(word, tick)
     # Until shortly before it would be due once more; a word that is said once must not be said again.
-    last = due[-1] + seconds * TICKS_A_SECOND - 3 if again else due[-1] + 5 * TICKS_A_SECOND
-    stage.lasts(last * TICK_SAMPLES)
-    stage.labels |= {"word": word, "due_ticks": due, "asked_tick": begin, "seconds": seconds, "again": again}
+    rest = seconds * TICKS_A_SECOND - 3 if way == "every" else 5 * TICKS_A_SECOND
+    stage.lasts((due[-1] + rest) * TICK_SAMPLES)
+    stage.labels |= {"word": word, "due_ticks": due, "asked_tick": asked, "seconds": seconds, "way": way}
 
 
 def cue_speak(stage: Stage) -> None:
@@ -36,7 +40,7 @@ def cue_speak(stage: Stage) -> None:
     ticks = [cue // TICK_SAMPLES if seen else react(cue) for cue in cues]
     for cue, tick in zip(cues, ticks, strict=True):
         if seen:
-            stage.show(tick, scene.flash())
+            stage.show(tick, "flash", scene.flash())
         else:
             beep(stage, cue)
         stage.say(word, tick)
@@ -58,7 +62,7 @@ def rep_count(stage: Stage) -> None:
     ticks = [event // TICK_SAMPLES if seen else react(event) for event in events]
     for number, event, tick in zip(NUMBERS, events, ticks, strict=False):
         if seen:
-            stage.show(tick, scene.jump())
+            stage.show(tick, "jump", scene.jump())
         else:
             beep(stage, event)
         stage.say(number, tick)
@@ -77,12 +81,15 @@ def start_stop(stage: Stage) -> None:
     if seen:
         scene = Scene(stage.rng)
         for tick in range(0, last + 11, VIDEO_EVERY):
-            stage.show(tick, scene.move() if first <= tick < last else scene.rest())
+            moving = first <= tick < last
+            stage.show(tick, "move" if moving else "rest", scene.move() if moving else scene.rest())
     else:
         # Both edges early enough in their tick to be told in the same one.
         on = first * TICK_SAMPLES + stage.between(0.0, 0.07)
         off = last * TICK_SAMPLES + stage.between(0.0, 0.05)
         stage.tone(float(stage.rng.uniform(140, 260)), on, off - on, level=0.06, overtones=3)
+        for sample in range(on + 1600, off, 1600):
+            stage.notice("hum", sample)
     stage.say("start", first)
     stage.say("stop", last)
     stage.lasts((last + 8) * TICK_SAMPLES)
@@ -91,6 +98,7 @@ def start_stop(stage: Stage) -> None:
 
 def beep(stage: Stage, at: int) -> None:
     stage.tone(float(stage.rng.uniform(900, 1300)), at, SAMPLE_RATE // 5)
+    stage.notice("beep", at + HEARD)
 
 
 def _moments(stage: Stage, begin: int, count: int, seen: bool, low: float, high: float) -> list[int]:
@@ -112,7 +120,7 @@ def _rest(stage: Stage, scene: Scene, end: int, besides: list[int]) -> None:
     """Clips in which nothing happens, up to sample `end`, but for those ticks."""
     for tick in range(0, end // TICK_SAMPLES + 1, VIDEO_EVERY):
         if tick not in besides:
-            stage.show(tick, scene.rest())
+            stage.show(tick, "rest", scene.rest())
 
 
 TASKS = (

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .bank import SpeechBank, Split
+from .words import MODEL_WORDS, USER_WORDS
 
 if TYPE_CHECKING:
     from .stage import Stage
@@ -25,6 +26,9 @@ TEXT_IN = 2
 TEXT_OUT = 2
 CLIP_FRAMES = 2
 FRAME_SIZE = 64
+
+EVENTS = (*MODEL_WORDS, *USER_WORDS, "somebody", "beep", "hum", "rest", "jump", "move", "flash")
+"""Names of what can be heard and seen."""
 
 DELEGATION, END_OF_DELEGATION = 0x0E, 0x0F
 """Bytes of `target_text` that stand for the special tokens <delegation> and <end_of_delegation>."""
@@ -51,6 +55,21 @@ class Utterance:
     end_sample: int
 
 
+@dataclass(frozen=True)
+class Event:
+    """Something in what the model hears or sees, for training to point at (`EVENTS` has the names).
+
+    Attributes:
+        name: a user's word, "somebody" for one of a person in the background, "beep", "hum", or what a clip shows.
+        sample: of `Episode.audio`, at which it is over and can be known; for a clip, the start of its tick.
+        seen: in the picture and not in the sound.
+    """
+
+    name: str
+    sample: int
+    seen: bool = False
+
+
 @dataclass
 class Episode:
     """What happens, and what should.
@@ -67,6 +86,7 @@ class Episode:
             delegations (`DELEGATION`, the task, `END_OF_DELEGATION`). A word that is cut short is cut here too.
         speaks: bool [ticks]; where False, the ideal model chooses <silence>.
         labels: what a score needs. Times of the user are samples of `audio`; names with `tick` are ticks.
+        events: what is to be heard and seen, in no order; no score looks at them.
     """
 
     task: str
@@ -82,6 +102,7 @@ class Episode:
     target_text: list[bytes]
     speaks: np.ndarray
     labels: dict[str, Any] = field(default_factory=dict)
+    events: list[Event] = field(default_factory=list)
 
     def output_tokens(self, tick: int, ids: TokenIds) -> list[int]:
         """What the ideal model chooses in a tick: <silence>; or its text, ended by <end_of_tick> where there is

@@ -10,7 +10,7 @@ import numpy as np
 
 from . import episode as ep
 from .bank import SpeechBank, Split
-from .episode import TICK_SAMPLES, Episode, Utterance
+from .episode import TICK_SAMPLES, Episode, Event, Utterance
 from .words import SAMPLE_RATE
 
 HEARD = SAMPLE_RATE * 12 // 100
@@ -50,7 +50,8 @@ class Stage:
         self.labels: dict[str, Any] = {}
         self.free = 0
         self._speed = int(self.rng.integers(2))
-        self._stretch = float(self.rng.uniform(0.94, 1.06))
+        # Wider in training: twenty-two voices are few to learn from, and a stretch moves pitch and formants.
+        self._stretch = float(self.rng.uniform(0.94, 1.06) if split == "test" else self.rng.uniform(0.86, 1.16))
         self._gain = float(10 ** (self.rng.uniform(-4, 4) / 20))
         self._noise_db = float(self.rng.uniform(-62, -46))
         self._tilt = float(self.rng.uniform(0.0, 0.95))
@@ -60,6 +61,7 @@ class Stage:
         self._inject: dict[int, str] = {}
         self._written: dict[int, bytes] = {}
         self._video: dict[int, np.ndarray] = {}
+        self._events: list[Event] = []
         self._end = 0
 
     def pick(self, items: Sequence[str]) -> str:
@@ -79,6 +81,7 @@ class Stage:
         if dull:
             pcm = _lowpass(pcm, dull)
         self.sound(pcm * np.float32(gain * self._gain), at)
+        self.notice(word if voice is None else "somebody", at + len(pcm))
         return at + len(pcm)
 
     def speech(self, words: Sequence[str], at: int, gap: tuple[float, float] = (0.02, 0.1), **how: Any) -> int:
@@ -101,6 +104,10 @@ class Stage:
         self._heard.append((at, pcm))
         self.lasts(at + len(pcm))
 
+    def notice(self, name: str, sample: int, seen: bool = False) -> None:
+        """Something that can be known from `sample` on (`Episode.events`)."""
+        self._events.append(Event(name, sample, seen))
+
     def tone(self, hertz: float, at: int, samples: int, level: float = 0.2, overtones: int = 0) -> None:
         """A tone with soft edges; with overtones it hums."""
         t = np.arange(samples) / SAMPLE_RATE
@@ -120,8 +127,10 @@ class Stage:
         self._inject[tick] = text
         self.lasts((tick + 1) * TICK_SAMPLES)
 
-    def show(self, tick: int, clip: np.ndarray) -> None:
+    def show(self, tick: int, name: str, clip: np.ndarray) -> None:
+        """A clip, and what it shows (one of `EVENTS`)."""
         self._video[tick] = clip
+        self.notice(name, tick * TICK_SAMPLES, seen=True)
         self.lasts((tick + 1) * TICK_SAMPLES)
 
     def lasts(self, sample: int) -> None:
@@ -191,7 +200,7 @@ class Stage:
         video = self._whole_video(ticks)
         return Episode(
             self.task, self.seed, self.split, ticks, np.clip(audio, -1, 1), video, text, dict(self._inject),
-            list(self._said), target, written, speaks, self.labels,
+            list(self._said), target, written, speaks, self.labels, self._events,
         )  # fmt: skip
 
     def _noise(self, samples: int) -> np.ndarray:

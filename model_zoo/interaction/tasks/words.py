@@ -16,6 +16,9 @@ USER_WORDS = ("say", "please", "count", "ask", "wait", "anna", "uhhuh", *STORY)
 SAMPLE_RATE = 16000
 
 MODEL_VOICE = "model"
-TRAINING_VOICES = ("adam", "bela", "carl", "dora", "emil", "faye", "gus", "hana", "ivan", "june")
+TRAINING_VOICES = (
+    "adam", "bela", "carl", "dora", "emil", "faye", "gus", "hana", "ivan", "june", "kira",
+    "liam", "mona", "nils", "olga", "paul", "rosa", "sven", "tina", "udo", "vera", "will",
+)  # fmt: skip
 TEST_VOICES = ("karl", "lena")
 """Never heard in training. Two of them, so that somebody can talk in the background of the other."""

@@ -31,16 +31,22 @@ class Load:
     counts: list[Tensor] = field(default_factory=list)
 
 
-def hidden_states(model: Backbone, x: Tensor, load: Load | None = None, real: Tensor | None = None) -> Tensor:
+def hidden_states(
+    model: Backbone, x: Tensor, load: Load | None = None, real: Tensor | None = None,
+    outputs: list[Tensor] | None = None,
+) -> Tensor:  # fmt: skip
     """x[batch, length, d] (embedded positions) → hidden states of the same shape, after the final norm.
 
     Args:
         load: collects the experts' loads.
         real: bool[batch, length], positions that are not padding; experts then run for these only.
+        outputs: collects what each layer gives, of the shape of x.
     """
     rows = None if real is None else torch.where(real.reshape(-1))[0]
     for layer in model.layers:
         x = _layer(cast(DecoderLayer, layer), x, load, rows)
+        if outputs is not None:
+            outputs.append(x)
     return rms_norm(model.norm, x)
 
 
@@ -150,16 +156,16 @@ def _sliding(q: Tensor, k: Tensor, v: Tensor, rel: Tensor, table: Tensor) -> Ten
 def _global(q: Tensor, k: Tensor, v: Tensor, rel: Tensor, table: Tensor) -> Tensor:
     """Block by block over all keys so far; the bias is a band of the table's extent at their end."""
     block, extent, length = GLOBAL_BLOCK, table.shape[1], q.shape[-2]
-    width = block + extent
     out = []
     for start in range(0, length, block):
         n = min(block, length - start)
         here = slice(start, start + n)
-        bias = torch.matmul(rel[..., here, :], table)
+        reach = min(extent, start + block)  # columns that lie before the first key are never looked at
+        bias = torch.matmul(rel[..., here, :], table[:, extent - reach :])
         zero = bias.new_zeros(1).expand(*bias.shape[:-1], 1)
         band = torch.cat([zero, bias, _after(n, block, bias).expand(*bias.shape[:-1], block)], -1)
         keys = start + n
-        band = _skew(band, width)[..., max(0, extent - start) : extent + n]
+        band = _skew(band, block + reach)[..., max(0, reach - start) : reach + n]
         out.append(_mixed(q[..., here, :], k[:, :, :keys], v[:, :, :keys], band))
     return torch.cat(out, -2)
 

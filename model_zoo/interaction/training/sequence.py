@@ -22,6 +22,7 @@ from ..features import speech_mel
 from ..modeling import InteractionModel
 from ..speech import Vocoder
 from ..tasks import Episode, TokenIds
+from ..tasks.episode import EVENTS
 from ..tokenizer import special_tokens
 from .late import runs
 from .parallel import embed_levels
@@ -49,6 +50,7 @@ class Example:
         own, own_pcm: places of the model's own voice, and the samples it hears of itself.
         seen, clips: places of video, and the clips uint8 [n, frames, height, width, 3].
         choices, chosen, weights: places whose hidden state chooses a token, the token, and how much it counts.
+        noticed, events: places at which something can be known that is heard or seen, and its number in `EVENTS`.
         spoken, mel: places whose hidden state speaks, and the mel frames float32 [n, frames_per_position · bins].
     """
 
@@ -61,6 +63,8 @@ class Example:
     choices: list[int] = field(default_factory=list)
     chosen: list[int] = field(default_factory=list)
     weights: list[float] = field(default_factory=list)
+    noticed: list[int] = field(default_factory=list)
+    events: list[int] = field(default_factory=list)
     spoken: list[int] = field(default_factory=list)
     heard_pcm: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.float32))
     own_pcm: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.float32))
@@ -185,6 +189,7 @@ def lay_out(
             frames.append(mel[t].reshape(tick.audio_out, -1))
         at += tick.audio_out
         spoke, ticks = not silent, t + 1
+    _events(example, episode, config, ticks)
     example.length = at
     example.heard_pcm = episode.audio.reshape(-1, own.shape[1])[: ticks * tick.audio_in]
     # The first position of all hears the silence before the session, each other one the samples before it.
@@ -192,6 +197,24 @@ def lay_out(
     example.clips = np.stack(seen) if seen else example.clips
     example.mel = np.concatenate(frames) if frames else np.zeros((0, mel[0].size // tick.audio_out), np.float32)
     return example
+
+
+def _events(example: Example, episode: Episode, config: InteractionConfig, ticks: int) -> None:
+    """Where what is heard and seen can be known: in the position that is heard when it is over and in the next, or in
+    the last one of the clip."""
+    hop, patches = config.audio_config.hop_length, config.vision_config.positions
+    tick, last = config.tick_config, -config.tick_config.video_every
+    clips: dict[int, int] = {}
+    for t in sorted(episode.video):
+        if t < ticks and t - last >= tick.video_every:
+            clips[t], last = example.seen[(len(clips) + 1) * patches - 1], t
+    for event in episode.events:
+        if event.seen:
+            places = [clips[t]] if (t := event.sample // config.tick_samples) in clips else []
+        else:
+            places = example.heard[event.sample // hop : event.sample // hop + 2]
+        example.noticed += places
+        example.events += [EVENTS.index(event.name)] * len(places)
 
 
 def _token(example: Example, token: int, at: int) -> int:
@@ -221,6 +244,8 @@ class Batch:
     choices: Tensor
     chosen: Tensor
     weights: Tensor
+    noticed: Tensor
+    events: Tensor
     spoken: Tensor
     mel: Tensor
 
@@ -251,6 +276,7 @@ def collate(examples: Sequence[Example], model: InteractionModel) -> Batch:
         places("own"), levels_of(model, [e.own_pcm for e in examples]),
         places("seen"), torch.from_numpy(np.concatenate([np.zeros((0, columns), np.uint8), *clips])),
         places("choices"), values("chosen", torch.int64), values("weights", torch.float32),
+        places("noticed"), values("events", torch.int64),
         places("spoken"), torch.from_numpy(np.concatenate([e.mel for e in examples])),
     )  # fmt: skip
 

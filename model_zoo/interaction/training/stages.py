@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import zlib
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,9 +21,15 @@ from ..backbone import MoE, unembed
 from ..modeling import InteractionModel
 from ..tasks import TASKS, SpeechBank
 from .late import late
+from .noticing import Noticing
 from .parallel import Load, hidden_states
 from .sequence import Batch, OwnVoice, collate, embed, lay_out
 from .vocoder import VoiceClips, vocoder_loss
+
+BESIDE = "noticing."
+"""How names of tensors begin that are trained and are not the model's."""
+HELD_OUT = 6
+"""Episodes a task on which the weights are checked."""
 
 
 @dataclass(frozen=True)
@@ -51,18 +58,31 @@ class Settings:
         return self.rate * (0.02 + 0.98 * 0.5 * (1.0 + float(np.cos(np.pi * part))))
 
 
+@dataclass(frozen=True)
+class Share:
+    """One of `of` equal parts of each batch."""
+
+    index: int = 0
+    of: int = 1
+
+
+WHOLE = Share()
+
+
 class Stage(ABC):
     """What is trained, and on what.
 
     Attributes:
         name: of the files of its state.
         tensors: name → parameter or buffer, by the names of the model's state_dict.
+        share: of each batch that is drawn here; `size` is that of the share.
     """
 
     name: str
 
-    def __init__(self, model: InteractionModel, settings: Settings) -> None:
-        self.model, self.settings = model, settings
+    def __init__(self, model: InteractionModel, settings: Settings, share: Share = WHOLE) -> None:
+        self.model, self.settings, self.share = model, settings, share
+        self.size = settings.size // share.of
         self.tensors = {n: t for n, t in model.state_dict(keep_vars=True).items() if self._trains(n, t)}
 
     @abstractmethod
@@ -70,18 +90,23 @@ class Stage(ABC):
 
     @abstractmethod
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
-        """The loss of a step, and what to log of it."""
+        """The loss of a step over the share, and what to log of it."""
 
     def after(self) -> dict[str, float]:
         """What is changed by counting and not by gradients, once a step; what to log of it."""
+        return {}
+
+    def check(self) -> dict[str, Any]:
+        """How the weights do on what they were not trained on; what to log of it."""
         return {}
 
     def describe(self) -> dict[str, Any]:
         return asdict(self.settings)
 
     def rng(self, purpose: str, step: int) -> np.random.Generator:
-        """The random numbers of one purpose at one step; those of two purposes or steps are independent."""
-        return np.random.default_rng([self.settings.seed, zlib.crc32(f"{self.name} {purpose}".encode()), step])
+        """The random numbers of one purpose at one step; those of two purposes, steps or shares are independent."""
+        key = zlib.crc32(f"{self.name} {purpose}".encode())
+        return np.random.default_rng([self.settings.seed, key, step, self.share.index])
 
 
 class VocoderStage(Stage):
@@ -89,8 +114,8 @@ class VocoderStage(Stage):
 
     name = "vocoder"
 
-    def __init__(self, model: InteractionModel, settings: Settings, bank: SpeechBank) -> None:
-        super().__init__(model, settings)
+    def __init__(self, model: InteractionModel, settings: Settings, bank: SpeechBank, share: Share = WHOLE) -> None:
+        super().__init__(model, settings, share)
         self.clips = VoiceClips(model.config, bank)
 
     def _trains(self, name: str, tensor: Tensor) -> bool:
@@ -98,7 +123,7 @@ class VocoderStage(Stage):
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
         device = self.model.self_voice.device
-        mel, pcm, on_grid = (t.to(device) for t in self.clips.batch(self.settings.size, self.rng("pieces", step)))
+        mel, pcm, on_grid = (t.to(device) for t in self.clips.batch(self.size, self.rng("pieces", step)))
         return vocoder_loss(self.model.vocoder, mel, pcm, on_grid)
 
 
@@ -127,20 +152,26 @@ class ModelStage(Stage):
 
     The loss is the weighted cross-entropy of every choice of the text head plus `speech_weight` times the
     flow-matching loss wherever the model speaks. The router's correction bias is moved towards even loads by counting
-    (Wang et al., "Auxiliary-Loss-Free Load Balancing Strategy for Mixture-of-Experts", 2024).
+    (Wang et al., "Auxiliary-Loss-Free Load Balancing Strategy for Mixture-of-Experts", 2024). Beside it `Noticing`
+    names what is heard and seen, from below the upper half of the layers; it is no part of the model.
     """
 
     name = "model"
     speech_weight = 0.1
     balance_rate = 1e-3
 
-    def __init__(self, model: InteractionModel, settings: Settings, bank: SpeechBank, mixture: Mixture) -> None:
-        super().__init__(model, settings)
+    def __init__(
+        self, model: InteractionModel, settings: Settings, bank: SpeechBank, mixture: Mixture, share: Share = WHOLE
+    ) -> None:
+        super().__init__(model, settings, share)
         self.bank, self.mixture = bank, mixture
         self.voice = OwnVoice(model.vocoder, model.config)
+        self.noticing = Noticing(model.text_config.hidden_size, settings.seed).to(model.self_voice.device)
+        self.tensors |= {BESIDE + n: p for n, p in self.noticing.named_parameters()}
         self._load = Load()
         self._routers = [m.gate for m in model.modules() if isinstance(m, MoE)]
         self._group: tuple[int, list[list[int]], list[Any]] = (-1, [], [])
+        self._held_out: dict[str, list[Batch]] = {}
 
     def _trains(self, name: str, tensor: Tensor) -> bool:
         return not name.startswith("vocoder.") and (isinstance(tensor, nn.Parameter) or "correction_bias" in name)
@@ -154,7 +185,7 @@ class ModelStage(Stage):
         if self._group[0] != group:
             rng = self.rng("episodes", group)
             drawn = [(str(rng.choice(self.mixture.tasks)), int(rng.integers(1 << 31)))
-                     for _ in range(self.mixture.group * self.settings.size)]  # fmt: skip
+                     for _ in range(self.mixture.group * self.size)]  # fmt: skip
             episodes = (TASKS[task].episode(seed, "train", self.bank) for task, seed in drawn)
             moved = (late(episode, self.mixture.late, rng) for episode in episodes)
             made = [lay_out(e, self.model.config, self.voice, self.mixture.limit, ticks) for e, ticks in moved]
@@ -176,7 +207,7 @@ class ModelStage(Stage):
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
         batch, self._load = self.batch(step), Load()
         seed = int(self.rng("flow", step).integers(1 << 62))
-        return model_loss(self.model, batch, self.speech_weight, seed, self._load)
+        return model_loss(self.model, self.noticing, batch, self.speech_weight, seed, self._load)
 
     @torch.no_grad()
     def after(self) -> dict[str, float]:
@@ -188,12 +219,37 @@ class ModelStage(Stage):
         return {"busiest_expert": worst}
 
 
+    @torch.no_grad()
+    def check(self) -> dict[str, Any]:
+        """Loss and shares as `model_loss` tells them over `HELD_OUT` episodes a task in the voices of tests, and the
+        shares of words that are chosen right a task."""
+        if not self._held_out:
+            for task in self.mixture.tasks:
+                episodes = (TASKS[task].episode(seed, "test", self.bank) for seed in range(HELD_OUT))
+                made = [lay_out(e, self.model.config, self.voice, self.mixture.limit) for e in episodes]
+                device = self.model.self_voice.device
+                self._held_out[task] = [collate([example], self.model).to(device) for example in made]
+        each: dict[str, dict[str, float]] = {}
+        for task, batches in self._held_out.items():
+            told = [model_loss(self.model, self.noticing, b, self.speech_weight, n)[1] for n, b in enumerate(batches)]
+            each[task] = means(told)
+        return {**means(list(each.values())), "tasks": {task: told["spoken_right"] for task, told in each.items()}}
+
+
+def means(rows: Sequence[dict[str, float]]) -> dict[str, float]:
+    """The mean of each figure over the rows that have it; NaN is none."""
+    names = {name for row in rows for name in row}
+    known = {name: [row[name] for row in rows if row.get(name, np.nan) == row.get(name)] for name in sorted(names)}
+    return {name: float(np.mean(values)) for name, values in known.items() if values}
+
+
 def model_loss(
-    model: InteractionModel, batch: Batch, speech_weight: float, seed: int, load: Load | None = None
+    model: InteractionModel, noticing: Noticing, batch: Batch, speech_weight: float, seed: int, load: Load | None = None
 ) -> tuple[Tensor, dict[str, float]]:
     """The loss of `ModelStage`, and its parts: cross-entropy of choices, share of them that are right (of <silence>
-    and of the rest), flow loss. `seed` is of the flow's noise and times."""
-    hidden = hidden_states(model.model, embed(model, batch), load, batch.real).flatten(0, 1)
+    and of the rest), loss and share of what is noticed, flow loss. `seed` is of the flow's noise and times."""
+    outputs: list[Tensor] = []
+    hidden = hidden_states(model.model, embed(model, batch), load, batch.real, outputs).flatten(0, 1)
     logits = unembed(hidden[batch.choices], model.lm_head.weight, model.text_config)
     each = nnf.cross_entropy(logits, batch.chosen, reduction="none")
     text = (each * batch.weights).sum() / batch.weights.sum()
@@ -201,7 +257,8 @@ def model_loss(
     silent = batch.chosen == model.config.tick_config.silence_token_id
     parts = {"text": float(text.detach())}
     parts |= {"silent_right": _share(right, silent), "spoken_right": _share(right, ~silent)}
-    loss = text
+    named, parts["noticed"], parts["noticed_right"] = noticing.loss(outputs[len(outputs) // 2 - 1].flatten(0, 1), batch)
+    loss = text + noticing.weight * named
     if len(batch.spoken):
         generator = torch.Generator(device=hidden.device).manual_seed(seed)
         flow = model.speech.loss(hidden[batch.spoken], batch.mel, generator)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,18 @@ class TrainState:
         keep = min(decay, (1 + self.step) / (10 + self.step))
         torch._foreach_lerp_(list(self.average.values()), [t.detach() for t in self.tensors.values()], 1 - keep)
         return float(norm)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The averages in the place of the weights, for as long as it lasts."""
+        kept = {name: tensor.detach().clone() for name, tensor in self.tensors.items()}
+        self.use_average()
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, tensor in self.tensors.items():
+                    tensor.copy_(kept[name])
 
     @torch.no_grad()
     def use_average(self) -> None:
