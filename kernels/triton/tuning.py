@@ -147,7 +147,10 @@ LATENCY = 0.8e-6  # seconds from asking memory for bytes to having them, under l
 #: Dynamic shared memory that a program can have; code for 8.0 also runs on 8.6 and 8.9, which have less than 8.0.
 SHARED_BYTES = {80: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
 LEAST_STAGES, MOST_STAGES = 3, 8
+#: Copies to shared memory that a program has begun at most: it keeps track of each in registers, and more have spilled.
+MOST_COPIES = 96
 ROWS = 16  # activations that stand beside a tile of weights, as float32
+_GROUPS = {"f8g128": 128, "i8g32": 32, "i4g32": 32, "i4g64": 64}
 _BITS = {"f32": 32, "bf16": 16, "f8g128": 8, "i8g32": 8, "i4g32": 4, "i4g64": 4}
 
 
@@ -176,5 +179,6 @@ def rule(shape: Shape) -> Blocks:
     on_the_way = rate * LATENCY / processors / busy
     tile = tiles * block_m * block_k * _BITS[dtype] // 8
     room = SHARED_BYTES[shape.sm] // 2 // (tile + 4 * ROWS * block_k)
-    most = min(1 + room, 1 + math.ceil(k / block_k), MOST_STAGES)
+    copies = tiles * (block_k // _GROUPS.get(dtype, block_k)) * (3 if _BITS[dtype] == 4 else 2)  # of one stage
+    most = min(1 + room, 1 + math.ceil(k / block_k), MOST_COPIES // copies, MOST_STAGES)
     return Blocks(block_m, block_k, 4, min(most, max(LEAST_STAGES, 1 + math.ceil(on_the_way / tile))))
