@@ -114,7 +114,7 @@ def experts(d: int, f: int, count: int, top_k: int, rows: int, times: int, devic
                 for parameter in module.parameters():
                     parameter.normal_(0, 0.02)
                 run = torch.compile(module) if way.endswith("compiled") else module
-                works = [lambda run=run, r=r: run(x, r, weights) for r in routes]  # type: ignore[misc]
+                works = [lambda run=run, r=r: run(x, r, weights) for r in routes]
                 out[way] = timed(works, times, device)
         except Exception as error:
             out[way] = {"error": f"{type(error).__name__}: {str(error).splitlines()[0][:300] if str(error) else ''}"}

@@ -199,7 +199,7 @@ class Subject:
 
     def _graphs(self) -> dict[str, Any]:
         effort, backend, rows = self.settings.effort, self.backend, []
-        alone = {}
+        alone: dict[tuple[str, str], float] = {}
         for row in (self.results.get(self.name, "kernels") or {"rows": []})["rows"]:
             key = row["method"], row["bucket"]
             alone[key] = alone.get(key, 0.0) + row["count"] * row["seconds"]

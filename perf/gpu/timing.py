@@ -201,7 +201,8 @@ def kernels(
     A graph holds `effort.launches` of one kernel, each over another copy of its weights; the fastest replay counts.
     Launches run in the order of the bucket, so each finds what those before it leave.
     """
-    driver, rows = backend.driver, {}
+    driver = backend.driver
+    rows: dict[Any, dict[str, Any]] = {}
     backend.rehearse(bucket)
     for info, bound in zip(bucket.launches, backend.launches(bucket), strict=True):
         variant = backend.plan.variants[info.variant]
