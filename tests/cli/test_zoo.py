@@ -2,17 +2,21 @@
 
 import json
 import math
+import shutil
 
 import pytest
 
+from tmlc.errors import UsageError
+from tmlc.model_zoo.interaction import shipped
 from tmlc.model_zoo.interaction.config import PRESETS
 
 
-def test_list_gives_every_preset_with_its_size(tmlc_cli):
+def test_list_gives_every_model_with_its_size(tmlc_cli):
     out = tmlc_cli("zoo", "list").stdout
-    assert all(name in out for name in PRESETS)
+    assert all(name in out for name in (*PRESETS, *shipped.SHIPPED))
     rows = {row["name"]: row for row in tmlc_cli("zoo", "list", "--json").json}
-    assert list(rows) == list(PRESETS)
+    assert list(rows) == [*PRESETS, *shipped.SHIPPED]
+    assert {rows[name]["weights"] for name in PRESETS} == {"random"}
     assert 4e6 < rows["nano"]["parameters"] < 6e6
     assert rows["small"]["active_parameters"] < rows["small"]["parameters"] / 5
 
@@ -69,3 +73,35 @@ def test_matrices_can_be_stored_in_bf16(tmlc_cli, tmp_path):
     tmlc_cli("zoo", "create", "nano", "--dtype", "bfloat16", "-o", tmp_path / "nano")
     tensors = tmlc_cli("inspect", tmp_path / "nano", "--json").json["tensors"]
     assert tensors["lm_head.weight"]["dtype"] == "BF16" and tensors["model.norm.weight"]["dtype"] == "F32"
+
+
+def files_of(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_trained_checkpoint_is_copied_as_it_is(tmlc_cli, nano, tmp_path, monkeypatch):
+    monkeypatch.setattr(shipped, "FOLDER", tmp_path / "checkpoints")
+    kept = tmp_path / "checkpoints" / "interaction-nano"
+    shutil.copytree(nano, kept)
+    (kept / "README.md").write_text("the model card")
+    made = tmlc_cli("zoo", "create", "interaction-nano", "-o", tmp_path / "out", "--json").json
+    assert made["weights"] == "trained" and made["seed"] is None and made["parameters"] > 4e6
+    assert files_of(tmp_path / "out") == files_of(kept)
+    assert "trained weights" in tmlc_cli("zoo", "create", "interaction-nano", "-o", tmp_path / "out", "--force").stdout
+    rows = {row["name"]: row for row in tmlc_cli("zoo", "list", "--json").json}
+    assert rows["interaction-nano"]["weights"] == "trained" and rows["interaction-nano"]["layers"] == 4
+    for option in (["--seed", "0"], ["--dtype", "bfloat16"], ["--shard-mb", "5"]):
+        result = tmlc_cli("zoo", "create", "interaction-nano", "-o", tmp_path / "other", *option, code=2)
+        assert option[0] in result.stderr and "copied as they are" in result.stderr
+
+
+def test_trained_weights_that_are_not_here_are_an_error_and_leave_nothing(tmlc_cli, tmp_path, monkeypatch):
+    monkeypatch.setattr(shipped, "FOLDER", tmp_path / "checkpoints")
+    result = tmlc_cli("zoo", "create", "interaction-nano", "-o", tmp_path / "out", code=2)
+    assert "model.safetensors" in result.stderr and "docs/training.md" in result.stderr
+    rows = {row["name"]: row for row in tmlc_cli("zoo", "list", "--json").json}
+    assert rows["interaction-nano"]["weights"] == "not here" and rows["interaction-nano"]["parameters"] is None
+    assert "not here" in tmlc_cli("zoo", "list").stdout
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(UsageError, match="comes with tmlc"):
+        shipped.shipped("nano")

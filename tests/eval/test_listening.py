@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
+from tmlc.eval.clicks import all_edges, jumps, prediction_error
 from tmlc.eval.intervals import interval, wilson
-from tmlc.eval.voice import jumps, segments
+from tmlc.eval.voice import segments
 from tmlc.model_zoo.interaction.tasks import TASKS
 from tmlc.model_zoo.interaction.tasks.words import MODEL_WORDS
 
@@ -59,6 +60,67 @@ def test_ideal_speech_has_no_click_and_a_step_at_an_edge_is_one(bank):
     edge = next(k for k in range(3200, len(audio), 3200) if np.abs(audio[k : k + 400]).max() > 0.1)
     audio[edge : edge + 3200] += 0.1
     assert jumps(audio).clicks >= 1
+
+
+@pytest.fixture(scope="module")
+def spoken(bank):
+    """What the ideal model says in some episodes."""
+    episodes = (TASKS[task].episode(seed, "test", bank) for task in ("backchannel", "barge_in") for seed in range(8))
+    return [episode.target_audio for episode in episodes]
+
+
+def laid(audio, forget):
+    """What a vocoder makes of frames of 50 ms each 12.5 ms; with `forget`, the part of a frame that is still to come at
+    an edge of ticks is lost there, as when a state is set back."""
+    window, made = np.hanning(801)[:800] / 2, np.zeros(len(audio) + 800)
+    whole = np.concatenate([audio, np.zeros(800)])
+    for at in range(0, len(audio), 200):
+        kept = min(800, 3200 - at % 3200) if forget else 800
+        made[at : at + kept] += (whole[at : at + 800] * window)[:kept]
+    return made[: len(audio)]
+
+
+def stepped(audio, size):
+    """A step at each edge, `size` times as high as the signal around it is strong; it fades in 4 ms."""
+    rng, made = np.random.default_rng(1), audio.astype(np.float64)
+    for edge in range(3200, len(audio), 3200):
+        height = size * np.sqrt(np.mean(np.square(audio[edge - 160 : edge + 160]))) * rng.choice([-1, 1])
+        made[edge : edge + 400] += height * np.exp(-np.arange(400) / 60)[: len(audio) - edge]
+    return made
+
+
+def test_edges_of_ideal_speech_do_not_stand_out(spoken):
+    for change in (lambda x: x, lambda x: laid(x, False), lambda x: x + RNG.normal(0, 0.003, len(x))):
+        view = all_edges([jumps(change(audio)) for audio in spoken])
+        assert view["stand_out"] is False and view["clicks"] == 0
+        assert abs(view["rank"] - view["elsewhere"]) < 3 * view["spread"]
+
+
+def test_edges_of_a_vocoder_that_is_set_back_there_stand_out(spoken):
+    view = all_edges([jumps(laid(audio, True)) for audio in spoken])
+    assert view["stand_out"] is True and view["rank"] > 0.9
+
+
+def test_steps_that_no_single_edge_shows_are_seen_over_all_of_them(spoken):
+    found = [jumps(stepped(audio, 0.3)) for audio in spoken]
+    view = all_edges(found)
+    assert view["clicks"] <= 1 and view["stand_out"] is True
+
+
+def test_of_a_few_edges_nothing_is_said(bank):
+    assert all_edges([])["stand_out"] is None
+    assert all_edges([jumps(bank.says("seven"))])["stand_out"] is None
+    assert all_edges([jumps(np.zeros(32000, np.float32))] * 9)["rank"] is None
+
+
+def test_linear_prediction_foresees_a_resonance_and_not_what_drives_it():
+    rng = np.random.default_rng(0)
+    drive = rng.normal(0, 0.01, 16000)
+    x = np.zeros(16000)
+    for n in range(2, 16000):
+        x[n] = 1.8 * x[n - 1] - 0.9 * x[n - 2] + drive[n]
+    error = prediction_error(x)
+    assert error.shape == x.shape and np.corrcoef(error[500:-500], drive[500:-500])[0, 1] > 0.95
 
 
 def test_intervals_hold_what_they_are_of():

@@ -30,6 +30,7 @@ tmlc eval nano.tmlc
 tmlc eval nano.tmlc --tasks turn_taking,barge_in --episodes 100 -o failures/
 tmlc eval nano.tmlc --min-score 90% --json
 tmlc eval fp32.tmlc int8.tmlc int4.tmlc
+tmlc eval nano/ nano.tmlc
 tmlc eval nano/ --all-targets
 tmlc eval nano.tmlc --data full-duplex-bench/
 """,
@@ -40,7 +41,7 @@ tmlc eval nano.tmlc --data full-duplex-bench/
 @click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True, help="Of the first episode.")
 @click.option("--sessions", type=click.IntRange(1, 256), default=16, show_default=True, help="Ticked together.")
 @click.option("--all-targets", is_flag=True, help="PACKAGE is a checkpoint: compile it and compare.")
-@click.option("--data", type=_PATH, metavar="DIR", help="Play recordings of Full-Duplex-Bench v1 or v1.5 instead.")
+@click.option("--data", type=_PATH, metavar="DIR", help="Play data of Full-Duplex-Bench or RepCount instead.")
 @click.option("--min-score", metavar="PART", help="Exit code 1 when a score is below it, as 90%.")
 @click.option("-o", "--out", type=_PATH, metavar="DIR", help="Write audio and transcripts of failures here.")
 @THREADS
@@ -48,9 +49,10 @@ def command(
     models: tuple[Path, ...], tasks: str | None, episodes: int | None, seed: int, sessions: int, all_targets: bool,
     data: Path | None, min_score: str | None, out: Path | None, threads: int | None, as_json: bool,
 ) -> None:  # fmt: skip
-    """Play made-up conversations with exact labels to the model in PACKAGE, and score what it does.
+    """Play made-up conversations with exact labels to the model in PACKAGE, and score what it does. A checkpoint's
+    folder is played in PyTorch, as it is.
 
-    With --data, recordings of others are played, and what they say is counted and timed; there is no score.
+    With --data, recordings of others are played, and what the model says is counted and timed; there is no score.
     With several packages, scores are compared with the first one's. Exit code 1 when --min-score is not kept, or
     when a precision costs more than it may (1 point, int4 3).
     """
@@ -93,9 +95,15 @@ def _evaluate(
     import tmlc
     from tmlc.eval.failures import Failures
 
-    failures = None if folder is None else Failures(folder)
-    with tmlc.load(package, threads=threads, sessions=sessions) as engine:
-        extra = {} if failures is None else {"failures": failures}
+    extra = {} if folder is None else {"failures": Failures(folder)}
+    if not (package / "config.json").is_file():
+        with tmlc.load(package, threads=threads, sessions=sessions) as engine:
+            return play(engine, report=report, model=package, **extra)
+    require_compiler("a checkpoint that is not compiled")
+    from tmlc.eval.eager import open_model
+    from tmlc.ir.run import one_thread
+
+    with one_thread(), open_model(package, sessions) as engine:
         return play(engine, report=report, model=package, **extra)
 
 

@@ -6,47 +6,51 @@ from pathlib import Path
 from typing import Any, Literal
 
 import click
+from click.core import ParameterSource
 
 from tmlc.cli.common import DEBUG, FORCE, JSON, check_output, print_json, progress, require_compiler, show
+from tmlc.errors import UsageError
 
 
 @click.group("zoo", epilog="\b\nExamples:\n  tmlc zoo list\n  tmlc zoo create nano --seed 0 -o nano/")
 def command() -> None:
-    """Reference models: list the presets, or create a checkpoint of one with random weights."""
+    """Reference models: list them, or create a checkpoint of one, with random weights or with trained ones."""
 
 
 @command.command("list", epilog="\b\nExamples:\n  tmlc zoo list\n  tmlc zoo list --json")
 @JSON
 @DEBUG
 def list_presets(as_json: bool) -> None:
-    """List the presets with their sizes."""
-    from tmlc.report.tables import megabytes, table
-    from tmlc.report.zoo_view import presets
+    """List the models with their sizes."""
+    from tmlc.report.tables import table
+    from tmlc.report.zoo_view import models
 
-    rows = presets()
+    rows = models()
     if as_json:
         print_json(rows)
         return
-    found = table("presets", "preset", "parameters", "active", "float32", "layers", "experts", "context", "what for")
+    titles = ("model", "weights", "parameters", "active", "float32", "layers", "experts", "context", "what for")
+    found = table("models", *titles)
     for row in rows:
-        found.add_row(
-            row["name"],
-            _count(row["parameters"]),
-            _count(row["active_parameters"]),
-            megabytes(row["parameters"] * 4),
-            str(row["layers"]),
-            row["experts"],
-            str(row["context"]),
-            row["purpose"],
-        )
+        found.add_row(row["name"], row["weights"], *_sizes(row), row["purpose"])
     show(found)
+
+
+def _sizes(row: dict[str, Any]) -> list[str]:
+    from tmlc.report.tables import megabytes
+
+    if row["parameters"] is None:
+        return ["–"] * 6
+    counts = [_count(row["parameters"]), _count(row["active_parameters"]), megabytes(row["parameters"] * 4)]
+    return [*counts, str(row["layers"]), row["experts"], str(row["context"])]
 
 
 @command.command(
     "create",
-    epilog="\b\nExamples:\n  tmlc zoo create nano -o nano/\n  tmlc zoo create small --dtype bfloat16 -o small/",
+    epilog="\b\nExamples:\n  tmlc zoo create nano -o nano/\n  tmlc zoo create small --dtype bfloat16 -o small/"
+    "\n  tmlc zoo create interaction-nano -o interaction-nano/",
 )
-@click.argument("preset")
+@click.argument("model")
 @click.option(
     "-o",
     "--out",
@@ -79,8 +83,10 @@ def list_presets(as_json: bool) -> None:
 @FORCE
 @JSON
 @DEBUG
+@click.pass_context
 def create(
-    preset: str,
+    context: click.Context,
+    model: str,
     out: Path,
     seed: int,
     shard_mb: int,
@@ -88,18 +94,32 @@ def create(
     force: bool,
     as_json: bool,
 ) -> None:
-    """Write a checkpoint of PRESET with random weights, in the Hugging Face folder form."""
+    """Write a checkpoint of MODEL in the Hugging Face folder form: a preset with random weights, or the trained weights
+    that come with tmlc."""
     require_compiler("creating a checkpoint")
-    from tmlc.report.zoo_view import create_preset
+    from tmlc.model_zoo.interaction.shipped import SHIPPED
+    from tmlc.report.zoo_view import create_preset, create_trained
 
     check_output(out, force)
-    with progress(as_json) as report:
-        result: dict[str, Any] = create_preset(preset, seed, out, shard_mb * 1_000_000, dtype, force, report)
+    if model in SHIPPED:
+        given = [name for name in ("seed", "shard_mb", "dtype") if context.get_parameter_source(name) is not _DEFAULT]
+        if given:
+            option = f"--{given[0].replace('_', '-')}"
+            raise UsageError(f"the weights of {model} are trained and copied as they are", where=option,
+                             fix=f"leave {option} out, or create a preset with random weights")  # fmt: skip
+        result = create_trained(model, out, force)
+    else:
+        with progress(as_json) as report:
+            result = create_preset(model, seed, out, shard_mb * 1_000_000, dtype, force, report)
     if as_json:
         print_json(result)
     else:
+        origin = "trained weights" if result["seed"] is None else f"seed {seed}"
         size = f"{_count(result['parameters'])} parameters in {result['shards']} shard(s)"
-        click.echo(f"{out}: {preset}, seed {seed}, {size}")
+        click.echo(f"{out}: {model}, {origin}, {size}")
+
+
+_DEFAULT = ParameterSource.DEFAULT
 
 
 def _count(number: int) -> str:

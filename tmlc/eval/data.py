@@ -1,4 +1,5 @@
-"""Recordings of Full-Duplex-Bench v1 and v1.5 on a person's own disk: the folders, their labels, their audio.
+"""Recordings of Full-Duplex-Bench v1 and v1.5 on a person's own disk: the folders, their labels, their audio; and which
+sets a folder holds, those of RepCount (`repcount.py`) among them.
 
     v1    SET/ID/input.wav, and turn_taking.json or interrupt.json where the rule needs a time
     v1.5  SET/ID/input.wav and metadata.json
@@ -18,6 +19,7 @@ from typing import Any, overload
 import numpy as np
 
 from tmlc.errors import InputError, UsageError
+from tmlc.eval.repcount import SPLITS, Counted, counted_sets
 from tmlc.eval.voice import RATE
 from tmlc.model_zoo.interaction.tasks import Episode
 from tmlc.model_zoo.interaction.tasks.episode import TICK_SAMPLES
@@ -117,25 +119,27 @@ class Recordings(Sequence[Episode]):
         )  # fmt: skip
 
 
-def find_sets(data: Path, names: str | None = None, most: int | None = None) -> list[Recordings]:
-    """The sets in a folder, in the order of `SETS`; with `names` ("a,b") only these, and all of them.
+def find_sets(data: Path, names: str | None = None, most: int | None = None) -> list[Recordings | Counted]:
+    """The sets in a folder, in the order of `SETS`, then of `SPLITS`; with `names` ("a,b") only these, and all of them.
 
     Raises:
         UsageError: no such folder, none of the sets in it, or one of `names` that is not.
-        InputError: as `Recordings` has it.
+        InputError: as `Recordings` and `Counted` have it.
     """
-    known = ", ".join(SETS)
     if not data.is_dir():
         raise UsageError("no such folder", where=str(data), fix="name the folder that holds the sets")
-    found = [name for name in SETS if (data / name).is_dir()]
+    found = [name for name in SETS if (data / name).is_dir()] + counted_sets(data)
     if not found:
-        raise UsageError("no set of Full-Duplex-Bench is here", where=str(data), fix=f"its folders are named {known}")
+        tables = ", ".join(f"{split}.csv" for split in SPLITS.values())
+        raise UsageError("no set of Full-Duplex-Bench or RepCount is here", where=str(data),
+                         fix=f"the folders are named {', '.join(SETS)}; RepCount has {tables}")  # fmt: skip
     wanted = found if names is None else [name.strip() for name in names.split(",") if name.strip()]
     missing = [name for name in wanted if name not in found]
     if missing or not wanted:
         what = f"no set {', '.join(missing)} in {data}" if missing else "no set is named"
         raise UsageError(what, where="--tasks", fix=f"choose from: {', '.join(found)}")
-    return [Recordings(data / name, most) for name in found if name in wanted]
+    chosen = [name for name in found if name in wanted]
+    return [Recordings(data / name, most) if name in SETS else Counted(data, name, most) for name in chosen]
 
 
 def _order(path: Path) -> tuple[int, int, str]:

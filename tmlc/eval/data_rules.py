@@ -1,7 +1,8 @@
-"""What is counted and timed in a recording of Full-Duplex-Bench, and the figures of a set.
+"""What is counted and timed in a recording of Full-Duplex-Bench or a video of RepCount, and the figures of a set.
 
 v1 (arXiv 2503.04721): take-over and response latency. v1.5 (arXiv 2507.23159): stop and response latency around an
-overlap. There is no score: what v1.5 scores beyond these times, a language model judges.
+overlap. There is no score: what v1.5 scores beyond these times, a language model judges. RepCount (TransRAC, CVPR
+2022): off-by-one accuracy and mean absolute error of the count.
 """
 
 from __future__ import annotations
@@ -13,12 +14,16 @@ from typing import Any
 
 from tmlc.eval.data import Recordings
 from tmlc.eval.play import check_layout, played
-from tmlc.eval.record import Record, out_tick
+from tmlc.eval.recogniser import Recogniser
+from tmlc.eval.record import Heard, Record, out_tick
+from tmlc.eval.repcount import Counted
 from tmlc.eval.rules import Verdict, milliseconds
 from tmlc.eval.suite import Progress, head
 from tmlc.eval.summary import figures
 from tmlc.eval.voice import JOIN, RATE, segments
+from tmlc.model_zoo.interaction.tasks import SpeechBank
 from tmlc.model_zoo.interaction.tasks.episode import TICK_SAMPLES
+from tmlc.model_zoo.interaction.tasks.words import NUMBERS
 from tmlc.runtimes.core.engine import Engine
 
 TAKE_OVER = RATE
@@ -121,9 +126,23 @@ DATA_RULES: dict[str, Callable[[Record, Sequence[int]], Verdict]] = {
 }
 
 
+def repetitions(heard: Heard, count: int) -> Verdict:
+    """The last number that is said is the model's count, none is 0. OBO: within one of the true count. MAE: the error
+    by the true count, and by 0.1 more, as TransRAC's own code has it, so that a count of 0 divides."""
+    said = [NUMBERS.index(word.word) + 1 for word in heard.words if word.word in NUMBERS]
+    last = said[-1] if said else 0
+    verdict = Verdict(0.0)
+    verdict.count("spoke a number", bool(said))
+    within = verdict.count("off by one (OBO)", abs(last - count) <= 1)
+    if count <= len(NUMBERS):
+        verdict.count(f"off by one, of counts up to {len(NUMBERS)}", within)
+    verdict.means["absolute error (MAE)"] = [abs(last - count) / (count + 0.1)]
+    return verdict
+
+
 def evaluate_data(
     engine: Engine,
-    sets: Sequence[Recordings],
+    sets: Sequence[Recordings | Counted],
     seed: int,
     report: Progress = lambda stage, done, total: None,
     model: Path | None = None,
@@ -144,11 +163,10 @@ def evaluate_data(
     view = head(engine, model, seed) | {"sets": {}}
     spent = seconds = 0.0
     for recordings in sets:
-        rule, verdicts, errors = DATA_RULES[recordings.name], [], 0
+        judge, verdicts, errors = _judge(recordings), [], 0
         begun = time.perf_counter()
         for index, record in played(engine, recordings, seed):
-            times = [round(at * RATE) for at in recordings.times[index]]
-            verdicts.append((index, rule(record, times)))
+            verdicts.append((index, judge(index, record)))
             errors += bool(record.error)
             seconds += len(record.audio) / RATE
             report(recordings.name, len(verdicts), len(recordings))
@@ -156,3 +174,12 @@ def evaluate_data(
         ordered = [verdict for _, verdict in sorted(verdicts, key=lambda pair: pair[0])]
         view["sets"][recordings.name] = {"recordings": len(recordings), "errors": errors} | figures(ordered)
     return view | {"seconds": seconds, "times_real_time": seconds / spent if spent else None}
+
+
+def _judge(recordings: Recordings | Counted) -> Callable[[int, Record], Verdict]:
+    """The rule of a set, for the record of one of its recordings."""
+    if isinstance(recordings, Counted):
+        recogniser, counts = Recogniser(SpeechBank.load()), recordings.counts
+        return lambda index, record: repetitions(Heard(record, recogniser), counts[index])
+    rule, times = DATA_RULES[recordings.name], recordings.times
+    return lambda index, record: rule(record, [round(at * RATE) for at in times[index]])

@@ -7,8 +7,9 @@ from functools import cached_property
 
 import numpy as np
 
+from tmlc.eval.clicks import Jumps, jumps
 from tmlc.eval.recogniser import Recogniser, Word
-from tmlc.eval.voice import Jumps, jumps, segments
+from tmlc.eval.voice import segments
 from tmlc.model_zoo.interaction.tasks.episode import TICK_SAMPLES
 
 

@@ -48,12 +48,14 @@ class Verdict:
         why: what went wrong; empty when nothing did.
         counts: name → (passed, of), added up over episodes.
         times: name → milliseconds, of which the median and the 95th percentile are shown.
+        means: name → numbers of which the mean is shown.
     """
 
     score: float
     why: list[str] = field(default_factory=list)
     counts: dict[str, tuple[int, int]] = field(default_factory=dict)
     times: dict[str, list[float]] = field(default_factory=dict)
+    means: dict[str, list[float]] = field(default_factory=dict)
 
     def count(self, name: str, passed: bool) -> bool:
         done, of = self.counts.get(name, (0, 0))

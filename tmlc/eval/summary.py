@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from tmlc.eval.intervals import interval, wilson
+from tmlc.eval.clicks import Jumps, all_edges
+from tmlc.eval.intervals import bootstrap, interval, wilson
 from tmlc.eval.record import Heard
 from tmlc.eval.rules import Verdict
-from tmlc.eval.voice import Jumps
 from tmlc.model_zoo.interaction.tasks import Episode
 from tmlc.model_zoo.interaction.tasks.words import MODEL_WORDS
 
@@ -53,9 +53,10 @@ def summary(results: Sequence[Result]) -> dict[str, Any]:
 
 
 def figures(verdicts: Iterable[Verdict]) -> dict[str, Any]:
-    """Rates with intervals, and quantiles of times, over all verdicts."""
+    """Rates with intervals, quantiles of times and, where there are some, means with intervals, over all verdicts."""
     counts: dict[str, list[int]] = {}
     times: dict[str, list[float]] = {}
+    means: dict[str, list[float]] = {}
     for verdict in verdicts:
         for name, (passed, of) in verdict.counts.items():
             total = counts.setdefault(name, [0, 0])
@@ -63,10 +64,13 @@ def figures(verdicts: Iterable[Verdict]) -> dict[str, Any]:
             total[1] += of
         for name, values in verdict.times.items():
             times.setdefault(name, []).extend(values)
-    return {
+        for name, values in verdict.means.items():
+            means.setdefault(name, []).extend(values)
+    found = {
         "rates": {name: _rate(passed, of) for name, (passed, of) in counts.items()},
         "times": {name: _quantiles(values) for name, values in times.items() if values},
     }
+    return found | ({"means": {name: _mean(values) for name, values in means.items()}} if means else {})
 
 
 def _rate(passed: int, of: int) -> dict[str, Any]:
@@ -78,13 +82,12 @@ def _quantiles(values: Sequence[float]) -> dict[str, float]:
     return {"median": float(low), "p95": float(p95), "max": float(max(values)), "of": len(values)}
 
 
+def _mean(values: Sequence[float]) -> dict[str, Any]:
+    return {"mean": float(np.mean(values)), "interval": list(bootstrap(values)), "of": len(values)}
+
+
 def speech(results: Iterable[Result]) -> dict[str, Any]:
     """How clear the words are, and whether the voice clicks at the edges of ticks, over all episodes."""
     kept = list(results)
     clear, of = (sum(result.clear[n] for result in kept) for n in (0, 1))
-    edges, clicks = sum(r.jumps.edges for r in kept), sum(r.jumps.clicks for r in kept)
-    bends = [r.jumps.worst / r.jumps.inside for r in kept if r.jumps.edges and r.jumps.inside > 0]
-    return {
-        "words": _rate(clear, of),
-        "clicks": {"edges": edges, "clicks": clicks, "worst": float(max(bends)) if bends else None},
-    }
+    return {"words": _rate(clear, of), "clicks": all_edges([result.jumps for result in kept])}

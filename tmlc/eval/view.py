@@ -30,10 +30,19 @@ def tables(view: dict[str, Any]) -> list[RenderableType]:
     rows = [
         _model(view),
         ("words", f"{percent(words['rate'])} of {words['of']} written words are heard as written"),
-        ("clicks", f"{clicks['clicks']} at {clicks['edges']} edges of ticks that sound"),
+        ("clicks", f"{clicks['clicks']} at {clicks['edges']} edges of ticks that sound; {all_edges(clicks)}"),
         _played(view),
     ]
     return [grid(rows), scores, details]
+
+
+def all_edges(clicks: dict[str, Any]) -> str:
+    """What is said of the edges of ticks when all are looked at together."""
+    if clicks["stand_out"] is None:
+        return "too few of them to look at all together"
+    verdict = "stand out" if clicks["stand_out"] else "do not stand out"
+    rank, elsewhere, spread = (100 * clicks[name] for name in ("rank", "elsewhere", "spread"))
+    return f"all together they {verdict}: rank {rank:.0f} %, elsewhere {elsewhere:.0f} ± {spread:.0f} %"
 
 
 def data_tables(view: dict[str, Any]) -> list[RenderableType]:
@@ -50,6 +59,9 @@ def _details(made: Any, name: str, figures: dict[str, Any], count: int) -> None:
     for what, time in figures["times"].items():
         shown = f"median {time['median']:.4g}, p95 {time['p95']:.4g}, max {time['max']:.4g}"
         made.add_row(name, what, shown, str(time["of"]))
+    for what, mean in figures.get("means", {}).items():
+        low, high = mean["interval"]
+        made.add_row(name, what, f"mean {mean['mean']:.3g} ({low:.3g} to {high:.3g})", str(mean["of"]))
     if figures["errors"]:
         made.add_row(name, "sessions that an error ended", str(figures["errors"]), str(count))
 
