@@ -277,7 +277,7 @@ def share_rings(program: Program) -> int:
 
 _BOTH = ("turn_taking", "rep_count")
 MISCOMPILES = (
-    Miscompile("mask_off_by_one", "a position sees those before it, and not itself", shift_mask, ("time_speak", "delegate")),
+    Miscompile("mask_off_by_one", "a position does not see itself", shift_mask, ("time_speak", "delegate")),
     Miscompile("ring_wraps_early", "global rings wrap after 64 positions", wrap_early, ("time_speak", "cue_speak")),
     Miscompile("rings_shared", "layers of one shape share one ring", share_rings, _BOTH, lowered=True),
     Miscompile("tail_lost", "short convolutions overwrite each other's tail", share_tails, _BOTH, lowered=True),
@@ -380,7 +380,8 @@ def dropped(good: Scores, wrong: Scores) -> list[str]:
 
 
 def tell(checkpoint: Path, chosen: Sequence[Miscompile], episodes: int) -> Iterator[tuple[Miscompile, str, bool]]:
-    """For each mistake: its scores beside those of the good package, fallen ones in bold, and whether one fell."""
+    """For each mistake: its scores beside those of the good package, fallen ones in bold, and whether one fell. Its
+    tasks are played until one tells."""
     with tempfile.TemporaryDirectory() as folder, traced_once():
         package = Path(folder) / "made.tmlc"
         tmlc.compile(checkpoint, package, precision="fp32")
@@ -388,15 +389,17 @@ def tell(checkpoint: Path, chosen: Sequence[Miscompile], episodes: int) -> Itera
         good = {task: scores(package, task, episodes) for task in played}
         for made in chosen:
             compile_wrong(made, checkpoint, package)
-            cells, told = [], False
+            cells: list[str] = []
+            fell: list[str] = []
             for task in made.tasks:
                 wrong = scores(package, task, episodes)
                 fell = dropped(good[task], wrong)
-                told |= bool(fell)
                 for name in (name for name in wrong if name in good[task]):
                     cell = f"{name} {100 * good[task][name][0]:.0f} → {100 * wrong[name][0]:.0f} %"
                     cells.append(f"**{cell}**" if name in fell else cell)
-            yield made, ", ".join(cells), told
+                if fell:
+                    break
+            yield made, ", ".join(cells), bool(fell)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -405,9 +408,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--episodes", type=int, default=24, help="of each task that is played")
     parser.add_argument("--only", metavar="A,B,…", help="only these mistakes")
-    parser.add_argument("--tasks", metavar="A,B,…", help="play these tasks, not those that tell a mistake best")
+    parser.add_argument("--tasks", metavar="A,B,…", help="play these, not those that tell a mistake best")
     options = parser.parse_args(arguments)
-    chosen = [made for made in MISCOMPILES if options.only is None or made.name in options.only.split(",")]
+    only = {made.name for made in MISCOMPILES} if options.only is None else set(options.only.split(","))
+    chosen = [made for made in MISCOMPILES if made.name in only]
+    if len(chosen) < len(only):
+        parser.error(f"--only names no mistake; choose from {', '.join(made.name for made in MISCOMPILES)}")
     if options.tasks is not None:
         chosen = [dataclasses.replace(made, tasks=tuple(chosen_tasks(options.tasks))) for made in chosen]
     missed = []
