@@ -89,10 +89,10 @@ def swap_gate_and_up(program: Program) -> int:
     return _reread(program, "experts.gate_up_proj", remake)
 
 
-def shift_bias(program: Program) -> int:
+def shift_bias(program: Program, by: int = 1) -> int:
     def remake(name: str) -> str:
         extent = program.weights[name].shape[1]
-        return _pieces(program, name, 1, [(1, extent), (extent - 1, extent)])
+        return _pieces(program, name, 1, [(by, extent), (extent - by, extent)])
 
     return _reread(program, "rel_logits_proj.proj", remake)
 
@@ -184,15 +184,19 @@ def _delay(program: Program, method: Method, x: fx.Node, rows: int) -> None:
         reader.replace_input_with(x, late)
 
 
-def shift_mask(program: Program) -> int:
-    """A position sees those before it, and not itself."""
+def shift_mask(program: Program, by: int = 1) -> int:
+    """A position sees those up to `by` before it, and none that is nearer."""
     decode = program.methods["decode"]
     nodes = decode.calls("attention")
     for node in nodes:
         for what in ("k", "v"):
-            _delay(program, decode, arg(node, what), 1)
-    # The key at distance d lies one further back now, and gets the bias of where it is.
-    return len(nodes) and shift_bias(program)
+            _delay(program, decode, arg(node, what), by)
+    # The key at distance d lies further back now, and gets the bias of where it is.
+    return len(nodes) and shift_bias(program, by)
+
+
+def shift_mask_by_a_block(program: Program) -> int:
+    return shift_mask(program, 16)
 
 
 def wrap_early(program: Program) -> int:
@@ -278,6 +282,7 @@ def share_rings(program: Program) -> int:
 _BOTH = ("turn_taking", "rep_count")
 MISCOMPILES = (
     Miscompile("mask_off_by_one", "a position does not see itself", shift_mask, ("time_speak", "delegate")),
+    Miscompile("mask_off_by_a_block", "a position sees blocks of 16 before it only", shift_mask_by_a_block, _BOTH),
     Miscompile("ring_wraps_early", "global rings wrap after 64 positions", wrap_early, ("time_speak", "cue_speak")),
     Miscompile("rings_shared", "layers of one shape share one ring", share_rings, _BOTH, lowered=True),
     Miscompile("tail_lost", "short convolutions overwrite each other's tail", share_tails, _BOTH, lowered=True),
