@@ -70,7 +70,7 @@ def test_what_a_session_does_does_not_depend_on_its_company(package, bank):
 
 def test_a_checkpoint_is_played_in_pytorch_as_its_engine_plays(checkpoint, package, bank):
     """The model of PyTorch: same words, and samples that differ by rounding."""
-    episodes = [TASKS["rep_count"].episode(seed, "test", bank) for seed in (0, 3)]
+    episodes = [TASKS[task].episode(0, "test", bank) for task in ("turn_taking", "rep_count")]
     assert {bool(episode.video) for episode in episodes} == {True, False}
     with one_thread(), open_model(checkpoint, 2) as model:
         assert (model.target, model.kind) == ("pytorch", "interaction")

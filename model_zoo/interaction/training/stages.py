@@ -269,6 +269,9 @@ def model_loss(
     parts |= {"silent_right": _share(right, silent), "spoken_right": _share(right, ~silent)}
     named, parts["noticed"], parts["noticed_right"] = noticing.loss(outputs[len(outputs) // 2 - 1].flatten(0, 1), batch)
     loss = text + noticing.weight * named
+    if len(batch.meant):
+        meant, parts["meant"], parts["meant_right"] = noticing.meant(hidden, batch)
+        loss = loss + noticing.weight * meant
     if len(batch.spoken):
         generator = torch.Generator(device=hidden.device).manual_seed(seed)
         flow = model.speech.loss(hidden[batch.spoken], batch.mel, generator)
