@@ -35,8 +35,8 @@ from .training.stages import BESIDE, Mixture, ModelStage, Settings, VocoderStage
 from .training.state import TrainState, read
 from .training.workers import Make, Workers
 
-VOCODER = Settings(steps=8000)
-MODEL = Settings(steps=40000, size=4, rate=1.2e-3, warm_up=300, weight_decay=0.05)
+VOCODER = Settings(steps=7000)
+MODEL = Settings(steps=8500, size=4, rate=1.2e-3, warm_up=300, weight_decay=0.05)
 LOG_EVERY = 10
 CHECK_EVERY = 500
 SAVE_SECONDS = 120.0

@@ -2,18 +2,21 @@
 
 import importlib.util
 import json
-import shutil
 import wave
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 from click.testing import CliRunner
 
 import tmlc
+from tmlc.cli.eval import TARGETS
 from tmlc.cli.main import cli
+from tmlc.eval.eager import open_model
 from tmlc.eval.play import play
 from tmlc.eval.view import below, fallen
+from tmlc.ir.run import one_thread
 from tmlc.model_zoo.interaction.checkpoint import create_checkpoint
 from tmlc.model_zoo.interaction.tasks import TASKS
 from tmlc.runtimes.media.audio import write_wav
@@ -65,6 +68,28 @@ def test_what_a_session_does_does_not_depend_on_its_company(package, bank):
         assert (one.audio == other.audio).all() and one.text == other.text and not one.error
 
 
+def test_a_checkpoint_is_played_in_pytorch_as_its_engine_plays(checkpoint, package, bank):
+    """The model of PyTorch: same words, and samples that differ by rounding."""
+    episodes = [TASKS[task].episode(0, "test", bank) for task in ("turn_taking", "rep_count")]
+    assert {bool(episode.video) for episode in episodes} == {True, False}
+    with one_thread(), open_model(checkpoint, 2) as model:
+        assert (model.target, model.kind) == ("pytorch", "interaction")
+        eager = play(model, episodes)
+        alone = play(model, episodes[1:])[0]
+    with tmlc.load(package, threads=1, sessions=2) as engine:
+        compiled = play(engine, episodes)
+    for one, other in zip(eager, compiled, strict=True):
+        assert one.text == other.text and not one.error and not other.error
+        np.testing.assert_allclose(one.audio, other.audio, atol=1e-4)
+    assert any("".join(record.text) for record in eager)
+    assert (alone.audio == eager[1].audio).all()  # a slot that was used before is a new session
+
+
+def test_a_folder_that_holds_a_checkpoint_is_evaluated_in_pytorch(checkpoint):
+    view = json.loads(run(checkpoint, "--tasks", "start_stop", "--episodes", 1, "--json").stdout)
+    assert view["target"] == "pytorch" and view["precision"] == "fp32" and view["tasks"]["start_stop"]["errors"] == 0
+
+
 def test_a_score_below_the_least_is_exit_code_one(package):
     result = run(package, "--tasks", "start_stop", "--episodes", 1, "--min-score", "90%", code=1)
     assert "start_stop is 0.0 %, below 90.0 %" in result.output
@@ -91,7 +116,12 @@ def test_recordings_of_others_are_played_and_counted(package, tmp_path):
     both = run(package, package, "--data", tmp_path, "--tasks", "icc_backchannel", "--episodes", 1)
     assert both.output.count("backchannels_per_s") == 2 and "candor" not in both.output
     (tmp_path / "test").mkdir()
-    shutil.copy(Path(__file__).parents[2] / "examples/demo/camera.mp4", tmp_path / "test/a.mp4")
+    with av.open(str(tmp_path / "test/a.mp4"), "w") as film:
+        stream = film.add_stream("mpeg4", rate=10)
+        stream.width = stream.height = 64
+        stream.pix_fmt = "yuv420p"
+        film.mux(stream.encode(av.VideoFrame.from_ndarray(np.zeros((64, 64, 3), np.uint8), format="rgb24")))
+        film.mux(stream.encode())
     (tmp_path / "test.csv").write_text("name,count\na.mp4,7\n")
     figures = json.loads(run(package, "--data", tmp_path, "--tasks", "repcount_test", "--json").stdout)["sets"]
     assert figures["repcount_test"]["recordings"] == 1 and figures["repcount_test"]["errors"] == 0
@@ -101,16 +131,17 @@ def test_recordings_of_others_are_played_and_counted(package, tmp_path):
 
 
 def test_all_targets_compiles_a_checkpoint_and_shows_one_table(checkpoint, monkeypatch):
-    monkeypatch.setattr("tmlc.cli.eval.PRECISIONS", ("fp32", "int4"))  # all four are in the slow test
+    monkeypatch.setattr("tmlc.cli.eval.TARGETS", (("cpu", "fp32"), ("cpu", "int4")))  # all are in the slow test
     result = run(checkpoint, "--all-targets", "--tasks", "time_speak", "--episodes", 1)
-    assert "compiling fp32" in result.stderr and "compiling int4" in result.stderr
+    assert "compiling cpu fp32" in result.stderr and "compiling cpu int4" in result.stderr
     assert "points from the first" in result.stdout and "cpu int4" in result.stdout
 
 
 @pytest.mark.slow
-def test_a_checkpoint_is_compared_in_every_precision(checkpoint):
+def test_a_checkpoint_is_compared_on_every_target(checkpoint):
     view = json.loads(run(checkpoint, "--all-targets", "--tasks", "turn_taking", "--episodes", 1, "--json").stdout)
-    assert [model["precision"] for model in view["models"]] == ["fp32", "bf16", "int8", "int4"]
+    told = [(model["target"], model["precision"]) for model in view["models"]]
+    assert told == list(TARGETS)
     assert view["broken"] == []
 
 

@@ -15,6 +15,7 @@ from tmlc.errors import CheckpointError, TmlcError
 from tmlc.model_zoo.interaction import InteractionConfig, InteractionModel, load_model, train
 from tmlc.model_zoo.interaction.tasks import TASKS, SpeechBank
 from tmlc.model_zoo.interaction.tasks.episode import EVENTS
+from tmlc.model_zoo.interaction.tasks.words import MODEL_WORDS
 from tmlc.model_zoo.interaction.train import Plan
 from tmlc.model_zoo.interaction.training import state as states
 from tmlc.model_zoo.interaction.training.curves import draw
@@ -197,6 +198,22 @@ def test_a_word_is_named_in_the_position_in_which_it_is_over_and_in_the_next(ban
     assert first.name == episode.labels["turns"][0]["word"] == EVENTS[example.events[2 * episode.events.index(first)]]
     at = example.heard.index(example.noticed[2 * episode.events.index(first)])
     assert at * 800 <= first.sample < (at + 1) * 800
+
+
+def test_a_word_of_the_models_is_named_in_all_its_ticks_and_not_when_it_is_cut_short(bank, trained) -> None:
+    config, voice = small(), OwnVoice(trained[1].vocoder, small())
+    episode = TASKS["barge_in"].episode(2, "train", bank)
+    example = lay_out(episode, config, voice)
+    named: dict[str, int] = {}
+    for word in example.words:
+        named[MODEL_WORDS[word]] = named.get(MODEL_WORDS[word], 0) + 1
+    written = b"".join(text or b"|" for text in episode.target_text).decode().replace("|", " ").split()
+    whole = [word for word in written if word in MODEL_WORDS]
+    assert set(named) == set(whole) and len(whole) >= 2
+    for word, count in named.items():  # 4 positions that speak in each tick, and 1 to 2 choices
+        ticks = whole.count(word) * -(-(len(word) + 1) // 2)
+        assert 5 * ticks <= count <= 7 * ticks, word
+    assert set(example.meant) <= {*example.choices, *example.spoken}
 
 
 def test_what_a_clip_shows_is_named_at_its_last_patch(bank, trained) -> None:

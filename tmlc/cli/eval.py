@@ -15,8 +15,12 @@ from tmlc.errors import UsageError
 
 _PATH = click.Path(path_type=Path)
 EPISODES = 40
-PRECISIONS = ("fp32", "bf16", "int8", "int4")
-"""What --all-targets compiles a checkpoint to on this machine's CPU; the first is what the others are held against."""
+TARGETS = (
+    ("cpu", "fp32"), ("cpu", "bf16"), ("cpu", "int8"), ("cpu", "int4"),
+    ("onnx", "fp32"), ("onnx:contrib", "int8"), ("onnx:contrib", "int4"),
+)  # fmt: skip
+"""What --all-targets compiles a checkpoint to: all that runs without a GPU. The first is what the others are held
+against."""
 
 
 @verb(
@@ -26,6 +30,7 @@ tmlc eval nano.tmlc
 tmlc eval nano.tmlc --tasks turn_taking,barge_in --episodes 100 -o failures/
 tmlc eval nano.tmlc --min-score 90% --json
 tmlc eval fp32.tmlc int8.tmlc int4.tmlc
+tmlc eval nano/ nano.tmlc
 tmlc eval nano/ --all-targets
 tmlc eval nano.tmlc --data full-duplex-bench/
 """,
@@ -35,7 +40,7 @@ tmlc eval nano.tmlc --data full-duplex-bench/
 @click.option("--episodes", type=click.IntRange(1, 10000), help="Of each task.  [default: 40, and all of --data]")
 @click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True, help="Of the first episode.")
 @click.option("--sessions", type=click.IntRange(1, 256), default=16, show_default=True, help="Ticked together.")
-@click.option("--all-targets", is_flag=True, help="PACKAGE is a checkpoint: compile it to each precision and compare.")
+@click.option("--all-targets", is_flag=True, help="PACKAGE is a checkpoint: compile it and compare.")
 @click.option("--data", type=_PATH, metavar="DIR", help="Play data of Full-Duplex-Bench or RepCount instead.")
 @click.option("--min-score", metavar="PART", help="Exit code 1 when a score is below it, as 90%.")
 @click.option("-o", "--out", type=_PATH, metavar="DIR", help="Write audio and transcripts of failures here.")
@@ -44,7 +49,8 @@ def command(
     models: tuple[Path, ...], tasks: str | None, episodes: int | None, seed: int, sessions: int, all_targets: bool,
     data: Path | None, min_score: str | None, out: Path | None, threads: int | None, as_json: bool,
 ) -> None:  # fmt: skip
-    """Play made-up conversations with exact labels to the model in PACKAGE, and score what it does.
+    """Play made-up conversations with exact labels to the model in PACKAGE, and score what it does. A checkpoint's
+    folder is played in PyTorch, as it is.
 
     With --data, recordings of others are played, and what the model says is counted and timed; there is no score.
     With several packages, scores are compared with the first one's. Exit code 1 when --min-score is not kept, or
@@ -89,9 +95,15 @@ def _evaluate(
     import tmlc
     from tmlc.eval.failures import Failures
 
-    failures = None if folder is None else Failures(folder)
-    with tmlc.load(package, threads=threads, sessions=sessions) as engine:
-        extra = {} if failures is None else {"failures": failures}
+    extra = {} if folder is None else {"failures": Failures(folder)}
+    if not (package / "config.json").is_file():
+        with tmlc.load(package, threads=threads, sessions=sessions) as engine:
+            return play(engine, report=report, model=package, **extra)
+    require_compiler("a checkpoint that is not compiled")
+    from tmlc.eval.eager import open_model
+    from tmlc.ir.run import one_thread
+
+    with one_thread(), open_model(package, sessions) as engine:
         return play(engine, report=report, model=package, **extra)
 
 
@@ -111,7 +123,8 @@ def _recordings(data: Path, sets: str | None, most: int | None, seed: int) -> Ca
 
 
 def _compiled(models: tuple[Path, ...], scratch: Path) -> list[Path]:
-    """Packages of one checkpoint, in each of `PRECISIONS`."""
+    """Packages of one checkpoint, for each of `TARGETS`; MissingDependencyError where what a target needs is not
+    installed."""
     if len(models) != 1 or not (models[0] / "config.json").is_file():
         raise UsageError(
             "--all-targets compiles one checkpoint", where=", ".join(map(str, models)),
@@ -121,8 +134,8 @@ def _compiled(models: tuple[Path, ...], scratch: Path) -> list[Path]:
     from tmlc.compiler import compile
 
     packages = []
-    for precision in PRECISIONS:
-        note(f"  compiling {precision}")
-        packages.append(scratch / f"{precision}.tmlc")
-        compile(models[0], packages[-1], precision=precision)
+    for target, precision in TARGETS:
+        note(f"  compiling {target} {precision}")
+        packages.append(scratch / f"{target.replace(':', '-')}-{precision}.tmlc")
+        compile(models[0], packages[-1], target=target, precision=precision)
     return packages

@@ -23,6 +23,7 @@ from ..modeling import InteractionModel
 from ..speech import Vocoder
 from ..tasks import Episode, TokenIds
 from ..tasks.episode import EVENTS
+from ..tasks.words import MODEL_WORDS
 from ..tokenizer import special_tokens
 from .late import runs
 from .parallel import embed_levels
@@ -51,6 +52,8 @@ class Example:
         seen, clips: places of video, and the clips uint8 [n, frames, height, width, 3].
         choices, chosen, weights: places whose hidden state chooses a token, the token, and how much it counts.
         noticed, events: places at which something can be known that is heard or seen, and its number in `EVENTS`.
+        meant, words: places in a tick of a word of the model's (what chooses, what speaks), and the number of the whole
+            word in `MODEL_WORDS`.
         spoken, mel: places whose hidden state speaks, and the mel frames float32 [n, frames_per_position · bins].
     """
 
@@ -65,6 +68,8 @@ class Example:
     weights: list[float] = field(default_factory=list)
     noticed: list[int] = field(default_factory=list)
     events: list[int] = field(default_factory=list)
+    meant: list[int] = field(default_factory=list)
+    words: list[int] = field(default_factory=list)
     spoken: list[int] = field(default_factory=list)
     heard_pcm: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.float32))
     own_pcm: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.float32))
@@ -154,6 +159,7 @@ def lay_out(
     seen: list[np.ndarray] = []
     frames: list[np.ndarray] = []
     spoke, at, last_clip, ticks = False, 0, -tick.video_every, 0
+    said_words = _words(episode)
     for t in range(episode.ticks):
         injected, tokens = episode.injected_tokens(t, ids), episode.output_tokens(t, ids)
         typed += episode.text[t].encode()
@@ -183,6 +189,9 @@ def lay_out(
                 example.weights.append(0.0 if t in forgiven else weight)
             at = _token(example, token, at)
         places = range(at, at + tick.audio_out)
+        if t in said_words:
+            example.meant += [*example.choices[len(example.choices) - len(tokens) :], *places]
+            example.words += [said_words[t]] * (len(tokens) + len(places))
         example.own += places
         if not silent:
             example.spoken += places
@@ -197,6 +206,21 @@ def lay_out(
     example.clips = np.stack(seen) if seen else example.clips
     example.mel = np.concatenate(frames) if frames else np.zeros((0, mel[0].size // tick.audio_out), np.float32)
     return example
+
+
+def _words(episode: Episode) -> dict[int, int]:
+    """tick → number in `MODEL_WORDS` of the word that is written in it; words that are cut short are left out."""
+    found: dict[int, int] = {}
+    begun, letters = -1, ""
+    for t, written in enumerate([*episode.target_text, b" "]):
+        if (not written or written.startswith(b" ")) and begun >= 0:
+            if letters in MODEL_WORDS:
+                found |= dict.fromkeys(range(begun, t), MODEL_WORDS.index(letters))
+            begun = -1
+        if written.startswith(b" "):
+            begun, letters = t, ""
+        letters += written.decode("latin-1").strip()
+    return found
 
 
 def _events(example: Example, episode: Episode, config: InteractionConfig, ticks: int) -> None:
@@ -246,6 +270,8 @@ class Batch:
     weights: Tensor
     noticed: Tensor
     events: Tensor
+    meant: Tensor
+    words: Tensor
     spoken: Tensor
     mel: Tensor
 
@@ -276,7 +302,7 @@ def collate(examples: Sequence[Example], model: InteractionModel) -> Batch:
         places("own"), levels_of(model, [e.own_pcm for e in examples]),
         places("seen"), torch.from_numpy(np.concatenate([np.zeros((0, columns), np.uint8), *clips])),
         places("choices"), values("chosen", torch.int64), values("weights", torch.float32),
-        places("noticed"), values("events", torch.int64),
+        places("noticed"), values("events", torch.int64), places("meant"), values("words", torch.int64),
         places("spoken"), torch.from_numpy(np.concatenate([e.mel for e in examples])),
     )  # fmt: skip
 

@@ -23,7 +23,7 @@ from ..tasks import TASKS, SpeechBank
 from .late import late
 from .noticing import Noticing
 from .parallel import Load, hidden_states
-from .sequence import Batch, OwnVoice, collate, embed, lay_out
+from .sequence import Batch, OwnVoice, collate, embed, lay_out, levels_of
 from .vocoder import VoiceClips, vocoder_loss
 
 BESIDE = "noticing."
@@ -138,6 +138,8 @@ class Mixture:
         jitter: greatest part of the dMel levels of an episode that is moved by one, up or down: the model's own voice
             is then never quite what it was, as it won't be when it speaks freely.
         late: part of the runs of speech that begin a tick later than they should (`late.py`).
+        deaf: part of the ticks in which the model hears nothing of itself. It must know from the conversation what it
+            is saying: in training its own voice tells it, but while it learns to speak, that voice says anything.
     """
 
     tasks: tuple[str, ...] = tuple(TASKS)
@@ -145,19 +147,21 @@ class Mixture:
     group: int = 8
     jitter: float = 0.15
     late: float = 0.15
+    deaf: float = 0.2
 
 
 class ModelStage(Stage):
     """Stems, backbone, text head and flow head, on whole episodes under teacher forcing.
 
-    The loss is the weighted cross-entropy of every choice of the text head plus `speech_weight` times the
+    The loss is the weighted cross-entropy of every choice of the text head plus one of `speech_weights` times the
     flow-matching loss wherever the model speaks. The router's correction bias is moved towards even loads by counting
     (Wang et al., "Auxiliary-Loss-Free Load Balancing Strategy for Mixture-of-Experts", 2024). Beside it `Noticing`
     names what is heard and seen, from below the upper half of the layers; it is no part of the model.
     """
 
     name = "model"
-    speech_weight = 0.1
+    speech_weights = (0.1, 0.5)
+    listens = 3000  # steps with the first weight: what to say is learned before how it sounds
     balance_rate = 1e-3
 
     def __init__(
@@ -171,13 +175,15 @@ class ModelStage(Stage):
         self._load = Load()
         self._routers = [m.gate for m in model.modules() if isinstance(m, MoE)]
         self._group: tuple[int, list[list[int]], list[Any]] = (-1, [], [])
+        self._hop = model.config.audio_config.hop_length
         self._held_out: dict[str, list[Batch]] = {}
 
     def _trains(self, name: str, tensor: Tensor) -> bool:
         return not name.startswith("vocoder.") and (isinstance(tensor, nn.Parameter) or "correction_bias" in name)
 
     def describe(self) -> dict[str, Any]:
-        return {**super().describe(), "mixture": asdict(self.mixture), "speech_weight": self.speech_weight}
+        weights = {"speech_weights": self.speech_weights, "listens": self.listens}
+        return {**super().describe(), "mixture": asdict(self.mixture), **weights}
 
     def batch(self, step: int) -> Batch:
         """The batch of a step: the same whenever it is asked for."""
@@ -203,11 +209,15 @@ class ModelStage(Stage):
             moved = np.where(rng.random(levels.shape) < part, rng.integers(0, 2, levels.shape) * 2 - 1, 0)
             levels += torch.from_numpy(moved)
             levels.clamp_(0, top)
+        ticks = len(batch.own) // self.model.config.tick_config.audio_out
+        deaf = np.repeat(rng.random(ticks) < self.mixture.deaf, self.model.config.tick_config.audio_out)
+        batch.own_levels[torch.from_numpy(deaf)] = levels_of(self.model, [np.zeros((1, self._hop), np.float32)])
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
         batch, self._load = self.batch(step), Load()
         seed = int(self.rng("flow", step).integers(1 << 62))
-        return model_loss(self.model, self.noticing, batch, self.speech_weight, seed, self._load)
+        weight = self.speech_weights[step >= self.listens]
+        return model_loss(self.model, self.noticing, batch, weight, seed, self._load)
 
     @torch.no_grad()
     def after(self) -> dict[str, float]:
@@ -231,7 +241,7 @@ class ModelStage(Stage):
                 self._held_out[task] = [collate([example], self.model).to(device) for example in made]
         each: dict[str, dict[str, float]] = {}
         for task, batches in self._held_out.items():
-            told = [model_loss(self.model, self.noticing, b, self.speech_weight, n)[1] for n, b in enumerate(batches)]
+            told = [model_loss(self.model, self.noticing, b, 0.0, n)[1] for n, b in enumerate(batches)]
             each[task] = means(told)
         return {**means(list(each.values())), "tasks": {task: told["spoken_right"] for task, told in each.items()}}
 
@@ -259,6 +269,9 @@ def model_loss(
     parts |= {"silent_right": _share(right, silent), "spoken_right": _share(right, ~silent)}
     named, parts["noticed"], parts["noticed_right"] = noticing.loss(outputs[len(outputs) // 2 - 1].flatten(0, 1), batch)
     loss = text + noticing.weight * named
+    if len(batch.meant):
+        meant, parts["meant"], parts["meant_right"] = noticing.meant(hidden, batch)
+        loss = loss + noticing.weight * meant
     if len(batch.spoken):
         generator = torch.Generator(device=hidden.device).manual_seed(seed)
         flow = model.speech.loss(hidden[batch.spoken], batch.mel, generator)
