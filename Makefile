@@ -15,7 +15,9 @@ BIN := $(VENV)/bin
 BUILD_INPUTS := pyproject.toml setup.py $(wildcard kernels/cpu/src/*)
 ROOMS := passes kernels runtimes model_zoo
 DEMO := out/demo
-RECORDING := --audio examples/demo/speech.wav --video examples/demo/camera.mp4 --text examples/demo/typed.yaml
+SCENES := talk time see
+RECORDING = --audio examples/demo/$(1).wav $(addprefix --text ,$(wildcard examples/demo/$(1).yaml)) \
+	$(addprefix --video ,$(wildcard examples/demo/$(1).mp4))
 
 # PyTorch and the kernels' own pool would both take all cores.
 export OMP_NUM_THREADS ?= 1
@@ -40,12 +42,13 @@ $(VENV)/dev.stamp: $(BUILD_INPUTS) | $(BIN)/python
 
 demo: $(VENV)/demo.stamp
 	@mkdir -p $(DEMO)
-	$(BIN)/tmlc zoo create nano --seed 0 -o $(DEMO)/nano --force
-	$(BIN)/tmlc compile $(DEMO)/nano -o $(DEMO)/nano.tmlc --check --force
-	$(BIN)/tmlc verify $(DEMO)/nano.tmlc
-	$(BIN)/tmlc run $(DEMO)/nano.tmlc $(RECORDING) -o $(DEMO) --force
-	$(BIN)/tmlc profile $(DEMO)/nano.tmlc $(RECORDING) -o $(DEMO)/report --force
-	@echo; echo "in $(DEMO): output.wav transcript.txt timeline.jsonl report.html report.json report.txt report.trace.json"
+	$(BIN)/tmlc zoo create interaction-nano -o $(DEMO)/interaction-nano --force
+	$(BIN)/tmlc compile $(DEMO)/interaction-nano -o $(DEMO)/interaction-nano.tmlc --check --force
+	$(BIN)/tmlc verify $(DEMO)/interaction-nano.tmlc
+	$(foreach scene,$(SCENES),$(BIN)/tmlc run $(DEMO)/interaction-nano.tmlc $(call RECORDING,$(scene)) -o $(DEMO)/$(scene) --force &&) true
+	$(BIN)/tmlc profile $(DEMO)/interaction-nano.tmlc $(call RECORDING,see) -o $(DEMO)/report --force
+	$(BIN)/python examples/demo/read_along.py $(DEMO)
+	@echo; echo "in $(DEMO): talk/ time/ see/ with output.wav transcript.txt timeline.jsonl; report.html report.json report.txt report.trace.json"
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .

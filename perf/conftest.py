@@ -1,13 +1,13 @@
 """Shared by the performance suites: the engines they measure, and the figures they record beside their targets.
 
-`make perf` runs everything, prints the figures, and writes perf/results/<machine>.json. A missed target fails a case
-only with --enforce: on a busy machine a figure is a fact about the machine.
+`make perf` runs everything, prints the figures, and records them in perf/results/<machine>.json; `pytest --record
+perf/test_tick.py` renews the figures of the tests that it runs (record.py). A missed target fails a case only with
+--enforce: on a busy machine a figure is a fact about the machine.
 """
 
 from __future__ import annotations
 
 import datetime
-import json
 import os
 import subprocess
 import sys
@@ -23,16 +23,21 @@ from tmlc.report.machine import machine, slug
 PERF = Path(__file__).parent
 RESULTS = PERF / "results"
 sys.path.insert(0, str(PERF))  # the suites share long_session.py, which is a script too
+USUAL = {"minutes": 2.0, "length": 1.0}
+"""Options that change what a figure means; with others than these it is recorded with them."""
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One measured value; `target` is an upper bound in the same unit, None where the figure stands for itself."""
+    """One measured value; `target` is an upper bound in the same unit, None where the figure stands for itself. `test`
+    measured it.
+    """
 
     name: str
     value: float
     unit: str
     target: float | None
+    test: str
 
     @property
     def met(self) -> bool | None:
@@ -41,12 +46,14 @@ class Figure:
 
 FIGURES: list[Figure] = []
 FACTS: dict[str, Any] = {}
+PASSED: set[str] = set()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--record", action="store_true", help="write perf/results/<machine>.json")
-    parser.addoption("--minutes", type=float, default=2.0, help="length of each run of perf/test_serve.py")
-    parser.addoption("--length", type=float, default=1.0, help="of perf/test_experiments.py, times the usual")
+    parser.addoption("--record", action="store_true", help="renew these figures in perf/results/<machine>.json")
+    parser.addoption("--minutes", type=float, default=USUAL["minutes"], help="length of each run of perf/test_serve.py")
+    parser.addoption("--length", type=float, default=USUAL["length"], help="of perf/test_experiments.py: a factor")
+    parser.addoption("--package", type=Path, help="plays perf/cases with this package (a trained one), not with nano")
     parser.addoption("--enforce", action="store_true", help="fail a case whose figure misses its target")
 
 
@@ -55,7 +62,7 @@ def figure(request: pytest.FixtureRequest) -> Callable[..., None]:
     """Records a figure: figure(name, value, unit, target=None)."""
 
     def record(name: str, value: float, unit: str, target: float | None = None) -> None:
-        made = Figure(name, float(value), unit, target)
+        made = Figure(name, float(value), unit, target, request.node.nodeid)
         FIGURES.append(made)
         if request.config.getoption("--enforce") and made.met is False:
             pytest.fail(f"{name}: {made.value:.4g} {unit}, the target is {target:g} {unit}")
@@ -103,30 +110,20 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     terminalreporter.write_line(f"load average {os.getloadavg()[0]:.1f} on {machine()['cores']} cores")
 
 
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.when == "call" and report.passed:
+        PASSED.add(report.nodeid)
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
+    import record
+
     if not FIGURES or not session.config.getoption("--record"):
         return
-    RESULTS.mkdir(exist_ok=True)
-    body = {
-        "date": datetime.date.today().isoformat(),
-        "machine": machine(),
-        "load_average": os.getloadavg()[0],
-        **FACTS,
-        "figures": [{**asdict(f), "met": f.met} for f in FIGURES],
-    }
-    (RESULTS / f"{slug()}.json").write_text(json.dumps(body, indent=2) + "\n", encoding="utf-8")
-    (RESULTS / f"{slug()}.md").write_text(_markdown(body), encoding="utf-8")
-
-
-def _markdown(body: dict[str, Any]) -> str:
-    """The figures as a table, for a page."""
-    box = body["machine"]
-    lines = [
-        f"`make perf` on {box['cpu']}, {box['cores']} cores, {body['date']}; load average {body['load_average']:.1f}.",
-        "", "| figure | value | target | |", "| --- | ---: | ---: | --- |",
-    ]  # fmt: skip
-    for f in body["figures"]:
-        target = "" if f["target"] is None else f"≤ {f['target']:g} {f['unit']}"
-        met = {None: "", True: "met", False: "missed"}[f["met"]]
-        lines.append(f"| {f['name']} | {f['value']:.4g} {f['unit']} | {target} | {met} |")
-    return "\n".join(lines) + "\n"
+    now = {"date": datetime.date.today().isoformat(), "machine": machine()}
+    other = {name: session.config.getoption(f"--{name}") for name, usual in USUAL.items()}
+    said = " ".join(f"--{name} {value:g}" for name, value in other.items() if value != USUAL[name])
+    each = {"date": now["date"], "load_average": os.getloadavg()[0], **({"options": said} if said else {})}
+    figures = [{**asdict(f), "met": f.met, **each} for f in FIGURES]
+    path = RESULTS / f"{slug()}.json"
+    record.write(path, record.merged(record.read(path), {**now, **FACTS}, figures, PASSED))

@@ -1,7 +1,9 @@
-"""What a compilation costs: the memory of a large one, and the time of an unchanged second one."""
+"""What a compilation costs: memory of a large one, time of an unchanged second one, and both for the kernels and the
+plan of a model that no machine here holds."""
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -9,6 +11,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from tmlc.report.compile_memory import create_wide_checkpoint, measure_compile
 
@@ -42,3 +46,21 @@ def test_unchanged(checkpoint: Path, tmp_path: Path, benchmark: Any, figure: Cal
     second = benchmark.pedantic(compile, rounds=1, iterations=1)
     figure("nano compile, nothing in the cache", first, "s")
     figure("nano compile, unchanged", second, "s", target=2.0)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+def test_large_gpu_plan(precision: str, benchmark: Any, figure: Callable[..., None]) -> None:
+    """Kernels and plan of tml-small-276b for triton:sm90 on two processes, nothing from a cache, weights on meta."""
+    pytest.importorskip("triton", reason="needs Triton (pip install 'tmlc[triton]')")
+    command = [sys.executable, "-m", "tmlc.report.gpu_plan", "tml-small-276b", "--precision", precision, "--jobs", "2"]
+
+    def plan() -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
+        return found
+
+    view = benchmark.pedantic(plan, rounds=1, iterations=1)
+    benchmark.extra_info.update({key: view[key] for key in ("seconds", "launches", "variants", "spills")})
+    name = f"tml-small-276b {precision}, triton:sm90"
+    figure(f"{name}: kernels and plan", view["total_seconds"], "s", target=300.0)
+    figure(f"{name}: memory of all processes at their peaks", view["peak_bytes_of_all"] / 1e9, "GB", target=4.0)
+    figure(f"{name}: variants that spill", len(view["spills"]), "", target=0.0)

@@ -117,17 +117,10 @@ def measured(engines: list[Any]) -> list[tuple[dict[str, Any], Any]]:
 
 def load_padded(package: Path, index: int, again: int, monkeypatch: pytest.MonkeyPatch) -> Any:
     """An engine on one thread whose `decode` makes its call `index` so many times more."""
-    before = Package.json
-
-    def padded(opened: Package, name: str) -> Any:
-        value = before(opened, name)
-        if name.endswith("plan.json"):
-            code = next(m["code"] for m in value["methods"] if m["name"] == "decode")
-            code[index:index] = [code[index]] * again
-        return value
+    from altered_sitting import padded
 
     with monkeypatch.context() as patch:
-        patch.setattr(Package, "json", padded)
+        patch.setattr(Package, "json", padded(index, again))
         return tmlc.load(package, threads=1)
 
 

@@ -204,6 +204,7 @@ def compile(
     with _timed(seconds, "emit"):
         engine = chosen.emit(ready, source, tell)
         report.scratch_bytes = engine.scratch_bytes
+        report.notes += engine.notes
     report.out = Path(out)
     with PackageWriter(out, folder) as writer:
         for name, content in engine.files.items():

@@ -5,6 +5,7 @@ chosen depends on the weight and the architecture only, never on the number of r
 of sums.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -139,19 +140,45 @@ def table() -> Tiles:
     return Tiles(yaml.safe_load(resources.files(__package__).joinpath(TABLE).read_text("utf-8")), TABLE)
 
 
+#: Multiprocessors, and bytes a second of memory, of what a rule has in mind: A100, L40S, H200, B200, RTX 5090
+#: (data sheets).
+DEVICES = {80: (108, 2.0e12), 89: (142, 0.86e12), 90: (132, 4.8e12), 100: (148, 8.0e12), 120: (170, 1.79e12)}
+LATENCY = 0.8e-6  # seconds from asking memory for bytes to having them, under load: an assumption
+#: Dynamic shared memory that a program can have; code for 8.0 also runs on 8.6 and 8.9, which have less than 8.0.
+SHARED_BYTES = {80: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
+LEAST_STAGES, MOST_STAGES = 3, 8
+#: Copies to shared memory that a program has begun at most: it keeps track of each in registers, and more have spilled.
+MOST_COPIES = 96
+ROWS = 16  # activations that stand beside a tile of weights, as float32
+_GROUPS = {"f8g128": 128, "i8g32": 32, "i4g32": 32, "i4g64": 64}
+_BITS = {"f32": 32, "bf16": 16, "f8g128": 8, "i8g32": 8, "i4g32": 4, "i4g64": 4}
+
+
 def rule(shape: Shape) -> Blocks:
-    """What a table does not list: narrow tiles, so that a tick has programs for every multiprocessor, and reads of
-    at least 128 bytes a row."""
+    """What a table does not list, worked out and not measured.
+
+    A tick reads each weight once, so what counts is that memory is kept busy: by Little's law bandwidth times latency
+    bytes must be on their way at any time. Tiles are as tall as still gives every multiprocessor a program, and stages
+    as many as bring a multiprocessor's share of those bytes on the way (one stage is computed, the others arrive),
+    while two programs find room in its shared memory. `block_k` decides the order of sums of f32 and bf16, so it
+    follows from the weight only.
+    """
     dtype, m, k = shape.dtype, shape.m, shape.k
     if shape.op == "attention":
         keys = 16 if dtype == "f32" else 32 if dtype == "u8" or max(m, k) > 128 else 64
         # Blackwell keeps sums outside the registers and moves them: with 4 warps wide heads do not fit.
         return Blocks(16, keys, 8 if shape.sm == 100 and max(m, k) > 64 else 4, 2)
-    block_m = 16 if m <= 1024 else 32 if m <= 8192 else 64
     if dtype == "f32":
-        return Blocks(min(block_m, 32), 32 if k > 32 else 16, 4, 3)
-    if dtype == "bf16":
-        return Blocks(block_m, 128 if k > 64 else 64 if k > 32 else 32, 4, 4)
-    if dtype == "f8g128":
-        return Blocks(block_m, 128, 4, 3)
-    return Blocks(block_m, 64 if dtype == "i4g64" else 128, 4, 3)
+        return Blocks(16 if m <= 1024 else 32, 32 if k > 32 else 16, 4, 3)
+    block_k = (128 if k > 64 else 64 if k > 32 else 32) if dtype == "bf16" else 64 if dtype == "i4g64" else 128
+    # A call names two experts at least, and a program reads rows of their gate and of their up.
+    pairs = tiles = 2 if shape.op == "moe_gate_up" else 1
+    processors, rate = DEVICES[shape.sm]
+    block_m = next((size for size in (64, 32) if pairs * m / size >= 0.95 * processors), 16)
+    busy = min(1.0, pairs * math.ceil(m / block_m) / processors)  # part of the multiprocessors that get a program
+    on_the_way = rate * LATENCY / processors / busy
+    tile = tiles * block_m * block_k * _BITS[dtype] // 8
+    room = SHARED_BYTES[shape.sm] // 2 // (tile + 4 * ROWS * block_k)
+    copies = tiles * (block_k // _GROUPS.get(dtype, block_k)) * (3 if _BITS[dtype] == 4 else 2)  # of one stage
+    most = min(1 + room, 1 + math.ceil(k / block_k), MOST_COPIES // copies, MOST_STAGES)
+    return Blocks(block_m, block_k, 4, min(most, max(LEAST_STAGES, 1 + math.ceil(on_the_way / tile))))

@@ -13,12 +13,19 @@ from tmlc.report.verify import replay
 from tmlc.runtimes.core.engine import Engine
 from tmlc.runtimes.core.session import Session
 
+CUTS = (1, 3, 16, 7, 5, 32, 1, 15)
+
 
 def golden(engine: Engine, package: Path) -> dict[str, Any]:
     """The recorded calls of the package, which eager PyTorch answered: `tmlc verify`."""
     view = replay(engine, package, lambda *_: None)
     keys = ("method", "calls", "max_error", "tolerance", "passed")
     return {"passed": view["passed"], "methods": [{key: row[key] for key in keys} for row in view["methods"]]}
+
+
+def text(vocab: int, count: int = sum(CUTS)) -> list[int]:
+    """The tokens that every engine is checked on."""
+    return [int(v) for v in np.random.default_rng(7).integers(0, min(vocab, 250), count)]
 
 
 def reference_logits(checkpoint: Path, ids: Sequence[int]) -> np.ndarray:
@@ -35,18 +42,29 @@ def reference_logits(checkpoint: Path, ids: Sequence[int]) -> np.ndarray:
     return logits
 
 
-def against_reference(engine: Engine, wanted: np.ndarray, ids: Sequence[int], cuts: Sequence[int]) -> dict[str, Any]:
-    """How far streamed logits are from the reference: the largest and the mean square difference, and the reference's
-    own spread."""
+def streamed(engine: Engine, ids: Sequence[int], cuts: Sequence[int]) -> np.ndarray:
+    """Logits [positions, vocab] of a session that gets the tokens in pieces."""
     at, parts = 0, []
     with engine.session() as session:
         for count in cuts:
-            parts.append(session.append(tokens=ids[at : at + count]))
+            count = min(count, engine.model.chunk)
+            parts.append(session.append(tokens=ids[at : at + count]).copy())
             at += count
-    off = np.concatenate(parts).astype(np.float64) - wanted[:at]
+    return np.concatenate(parts)
+
+
+def difference(found: np.ndarray, wanted: np.ndarray, tolerance: float) -> dict[str, Any]:
+    """How far logits are from others: the largest and the mean square difference, the others' own spread, the part of
+    the positions that differ by more than `tolerance` of the largest (where a row takes another expert, that is no
+    rounding any more), and the part whose best token is another."""
+    wanted = wanted[: len(found)].astype(np.float64)
+    off = np.abs(found.astype(np.float64) - wanted)
+    beyond = (~(off.max(1) <= tolerance * np.abs(wanted).max())).mean()  # a NaN is beyond
+    other = (found.argmax(1) != wanted.argmax(1)).mean()
     return {
-        "positions": at, "max_error": float(np.abs(off).max()), "rms_error": float(np.sqrt((off**2).mean())),
-        "spread": float(wanted.std()),
+        "positions": len(found), "max_error": float(off.max()), "rms_error": float(np.sqrt((off**2).mean())),
+        "spread": float(wanted.std()), "tolerance": tolerance, "positions_beyond": float(beyond),
+        "other_best_token": float(other), "finite": bool(np.isfinite(found).all()),
     }  # fmt: skip
 
 

@@ -7,6 +7,7 @@ reads what it copied back. Everything is checked for all sessions before anythin
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,6 +27,25 @@ FEATURE = "triton.chains.v1"
 
 Put = Callable[["Run", int, int], None]
 """Writes what one session brings: the run, the session's place in it, and its number among all that were asked."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a chain is to do for several sessions, one entry each.
+
+    Attributes:
+        chain: its name.
+        slots: of the sessions.
+        needs: new positions by method.
+        texts: ids for `embed_text`.
+        put: writes what a session brings.
+    """
+
+    chain: str
+    slots: Sequence[Slot]
+    needs: Sequence[Mapping[str, int]]
+    texts: Sequence[Sequence[int]]
+    put: Put
 
 
 def read_chains(plan: Plan, code: Any, layout: TickLayout) -> dict[Chain, list[LaunchInfo]]:
@@ -167,7 +187,7 @@ class CudaChains(Chains):
                 run.choose(row, one.key, one.temperature)
 
         name = "listen_text" if any(texts) else "listen"
-        tokens = self._tokens(name, [one.slot for one in asked], needs, texts, put)
+        tokens = self._tokens(Asked(name, [one.slot for one in asked], needs, texts, put))
         return [None if one.key is None else token for one, token in zip(asked, tokens, strict=True)]
 
     def write(self, asked: Sequence[Writing]) -> list[int]:
@@ -178,18 +198,12 @@ class CudaChains(Chains):
             run.choose(row, one.key, one.temperature)
 
         needs = [{"embed_text": 1, "decode": 1} for _ in asked]
-        return self._tokens("write", [one.slot for one in asked], needs, [[one.token] for one in asked], put)
+        texts = [[one.token] for one in asked]
+        return self._tokens(Asked("write", [one.slot for one in asked], needs, texts, put))
 
-    def _tokens(
-        self,
-        name: str,
-        slots: Sequence[Slot],
-        needs: Sequence[Mapping[str, int]],
-        texts: Sequence[Sequence[int]],
-        put: Put,
-    ) -> list[int]:
+    def _tokens(self, asked: Asked) -> list[int]:
         tokens: list[int] = []
-        for run, count in self._runs(name, slots, needs, texts, put):
+        for run, count in self._runs(asked):
             tokens += run.result("token", np.int32, (run.chain.batch,))[:count].tolist()
         return tokens
 
@@ -232,36 +246,29 @@ class CudaChains(Chains):
 
         samples: list[np.ndarray] = []
         if any(one.keys for one in asked):
-            for run, size in self._runs("speak", slots, needs, texts, speaking):
+            for run, size in self._runs(Asked("speak", slots, needs, texts, speaking)):
                 own = [run.result(f"pcm{j}", np.float32, (run.chain.batch, hop))[:size] for j in range(count)]
                 samples += list(np.stack(own, 1))
         else:
-            for run, size in self._runs("rest", slots, needs, texts, resting):
+            for run, size in self._runs(Asked("rest", slots, needs, texts, resting)):
                 shape = (run.chain.batch, run.chain.positions("vocode"), hop)
                 samples += list(run.result("pcm", np.float32, shape)[:size, :count].copy())
         return samples
 
-    def _runs(
-        self,
-        name: str,
-        slots: Sequence[Slot],
-        needs: Sequence[Mapping[str, int]],
-        texts: Sequence[Sequence[int]],
-        put: Put,
-    ) -> Iterator[tuple[Run, int]]:
+    def _runs(self, asked: Asked) -> Iterator[tuple[Run, int]]:
         """Runs a chain for all sessions, in groups as large as there are graphs for; each run is given out when it is
         done, with how many sessions it held."""
-        backend, at = self._backend, 0
-        backend.admit(slots, needs)
-        for ids in texts:
+        backend, slots, at = self._backend, asked.slots, 0
+        backend.admit(slots, asked.needs)
+        for ids in asked.texts:
             backend.check_ids("embed_text", 0, np.array(ids, np.int32))
-        held = self._by_name[name]
+        held = self._by_name[asked.chain]
         while at < len(slots):
             size = min(len(slots) - at, held[-1].batch)
             chain = next(chain for chain in held if chain.batch >= size)
             run = Run(chain, *backend.staging, [backend.offset(slot) for slot in slots[at : at + size]])
             for row in range(size):
-                put(run, row, at + row)
-            backend.run_chain(chain.key, slots[at : at + size], needs[at : at + size])
+                asked.put(run, row, at + row)
+            backend.run_chain(chain.key, slots[at : at + size], asked.needs[at : at + size])
             yield run, size
             at += size

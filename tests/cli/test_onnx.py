@@ -46,7 +46,7 @@ def test_run_and_profile(tmlc_cli, graphs, tmp_path):
     soundfile.write(tmp_path / "speech.wav", np.random.default_rng(0).standard_normal(9000) * 0.1, 16000)
     out = tmlc_cli("run", graphs, "--audio", tmp_path / "speech.wav", "-o", tmp_path / "out", "--json")
     assert out.json["ticks"] == 3 and len(out.json["files"]) == 3
-    view = tmlc_cli("profile", graphs, "--seconds", 1, "--startup-runs", 1, "--json").json
+    view = tmlc_cli("profile", graphs, "--seconds", 1, "--startup-runs", 1, "--sittings", 1, "--json").json
     assert view["machine"]["isa"].startswith("onnxruntime ") and view["startup"]["runs"] == 1
 
 

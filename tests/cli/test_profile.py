@@ -25,11 +25,11 @@ from tmlc.report.scenario.inputs import busy_case
 from tmlc.report.scenario.show import Show
 from tmlc.runtimes.core.session import Session
 
-QUICK = ("--startup-runs", "0", "--no-kernels")
+QUICK = ("--startup-runs", "0", "--sittings", "0", "--no-kernels")
 
 
 def test_the_report_has_every_figure(tmlc_cli, package):
-    view = tmlc_cli("profile", package, "--seconds", "4", "--startup-runs", "1", "--no-kernels", "--json").json
+    view = tmlc_cli("profile", package, "--seconds", "4", "--startup-runs", "1", *QUICK[2:], "--json").json
     assert view["ticks"] == 20 and view["step_ms"]["count"] == 19
     steps = view["step_ms"]
     assert 0 < steps["p50"] <= steps["p95"] <= steps["p99"] <= steps["max"]
@@ -50,10 +50,10 @@ def test_the_json_form_is_the_published_one(tmlc_cli, package):
     schema = json.loads((files("tmlc.report") / "profile.schema.json").read_text(encoding="utf-8"))
     jsonschema.Draft202012Validator.check_schema(schema)
     validator = jsonschema.Draft202012Validator(schema)
-    view = tmlc_cli("profile", package, "--seconds", "2", "--startup-runs", "1", "--json").json
+    view = tmlc_cli("profile", package, "--seconds", "2", "--startup-runs", "1", "--sittings", "2", "--json").json
     validator.validate(view)
-    assert view["schema"] == 2 and len(view["samples"]["step_ms"]) == 9
-    for wrong in ({**view, "schema": 1}, {**view, "more": 1}, {k: v for k, v in view.items() if k != "samples"}):
+    assert view["schema"] == 3 and len(view["samples"]["step_ms"]) == 9
+    for wrong in ({**view, "schema": 2}, {**view, "more": 1}, {k: v for k, v in view.items() if k != "samples"}):
         assert not validator.is_valid(wrong)
     assert all((view[part] is None) == (part in view["not_measured"]) for part in PARTS)
 
@@ -156,7 +156,7 @@ def test_memory_is_told_by_name_and_adds_up(tmlc_cli, package):
 
 
 def test_kernels_are_timed_in_the_ticks_that_were_asked_for(tmlc_cli, package):
-    view = tmlc_cli("profile", package, "--seconds", "6", "--startup-runs", "0", "--kernels-every", "5", "--json").json
+    view = tmlc_cli("profile", package, "--seconds", "6", *QUICK[:4], "--kernels-every", "5", "--json").json
     kernels = view["kernels"]
     assert kernels["every"] == 5 and 0 < kernels["ticks"] <= 5  # of 30 ticks: 5, 10, …, 25
     assert sum(call["share"] for call in kernels["calls"]) == pytest.approx(1.0)
@@ -168,7 +168,7 @@ def test_kernels_are_timed_in_the_ticks_that_were_asked_for(tmlc_cli, package):
 
 
 def test_the_table_says_the_same_to_a_person(tmlc_cli, package):
-    out = tmlc_cli("profile", package, "--seconds", "1", "--startup-runs", "1").stdout
+    out = tmlc_cli("profile", package, "--seconds", "1", "--startup-runs", "1", "--sittings", "1").stdout
     words = ("p50", "p99", "jitter", "turn latency against 400 ms", "tick wait", "assumed", "missed deadlines",
              "growth", "weights", "slot", "fresh process", "peak",
              "ceilings", "GB/s", "GFLOP/s", "largest", "not measured: it takes 8", "kernels (top 12")  # fmt: skip
@@ -198,28 +198,32 @@ def test_a_missed_budget_is_exit_1_and_still_reported(tmlc_cli, package, tmp_pat
 
 def test_two_reports_are_compared(tmlc_cli, package, tmp_path):
     for name in "ab":
-        tmlc_cli("profile", package, "--seconds", "20", *QUICK, "-o", tmp_path / name)
+        options = ("--startup-runs", "0", "--sittings", "2", "--kernels-every", "2")
+        tmlc_cli("profile", package, "--seconds", "4", *options, "-o", tmp_path / name)
     a, b = tmp_path / "a.json", tmp_path / "b.json"
     view = tmlc_cli("profile", "--compare", a, b, "--json").json
-    assert {"step p50", "step p95", "step p99", "first audio p50", "append p50"} <= {f["name"] for f in view["figures"]}
+    names = {f["name"] for f in view["figures"]}
+    assert {"step", "step p95", "step p99", "first audio", "append", "decode[0]", "between calls"} <= names
+    assert any(name.startswith("kernel decode/linear layer ") for name in names)
+    assert {f["verdict"] for f in view["figures"]} == {"too few sittings"}
+    assert "too few sittings" in view["warnings"][-1]
+    assert (view["a"]["sittings"], view["a"]["ticks"]) == (2, 16)
     assert view["a"]["digest"] == view["b"]["digest"] and view["fail_over"] is None
-    out = tmlc_cli("profile", "--compare", a, b).stdout
-    assert all(word in out for word in ("B against A", "interval", "verdict", "append p50"))
-    for path, factor in ((a, 1.0), (b, 3.0)):  # ticks that no other program disturbed
-        path.write_text(json.dumps({**json.loads(path.read_text()), "samples": quiet_samples(factor)}))
+    out = " ".join(tmlc_cli("profile", "--compare", a, b).stdout.split())
+    assert all(word in out for word in ("B against A", "interval", "verdict", "append", "2 × 16 ticks"))
+    for path, factor in ((a, 1.0), (b, 3.0)):  # more of them, that no other program disturbed
+        path.write_text(json.dumps({**json.loads(path.read_text()), "sittings": quiet_sittings(factor)}))
     result = tmlc_cli("profile", "--compare", a, b, "--fail-over", "3%", "--json", code=1)
-    assert "slower by more than 3%" in result.stderr and "step p50" in result.json["fail_over"]["failed"]
+    assert "slower by more than 3%" in result.stderr and "step" in result.json["fail_over"]["failed"]
     tmlc_cli("profile", "--compare", b, a, "--fail-over", "3%")  # faster
+    b.write_text(json.dumps({**json.loads(b.read_text()), "sittings": None}))
+    assert "without --sittings 0" in tmlc_cli("profile", "--compare", a, b, code=2).stderr
 
 
-def quiet_samples(factor):
-    step = [factor * (5 + 0.01 * (k * 7 % 11)) for k in range(400)]
-    stages = {"decode": [0.9 * ms for ms in step]}
-    rest = [0.1 * ms for ms in step]
-    return {
-        "every": 1, "step_ms": step, "wait_ms": [0.0] * 400, "between_calls_ms": rest, "first_audio_ms": [None] * 400,
-        "stages_ms": stages,
-    }  # fmt: skip
+def quiet_sittings(factor):
+    step = [factor * (5 + 0.01 * (k * 7 % 11)) for k in range(10)]
+    figures = {"step": step, "decode[0]": [0.9 * ms for ms in step]}
+    return {"ticks": 100, "figures": figures, "busy": [0.0] * 10}
 
 
 @pytest.mark.parametrize(

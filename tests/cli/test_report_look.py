@@ -18,8 +18,8 @@ pytestmark = needs_browser
 def real(tmlc_cli, package, tmp_path_factory) -> str:
     """A report with kernels, ceilings and memory."""
     folder = tmp_path_factory.mktemp("real")
-    tmlc_cli("profile", package, "--seconds", "4", "--startup-runs", "0", "--kernels-every", "4", "--budget", "60s",
-             "-o", folder / "report")  # fmt: skip
+    tmlc_cli("profile", package, "--seconds", "4", "--startup-runs", "0", "--sittings", "2", "--kernels-every", "4",
+             "--budget", "60s", "-o", folder / "report")  # fmt: skip
     view = json.loads((folder / "report.json").read_text())
     assert view["kernels"]["calls"] and view["ceilings"] and view["memory_map"]
     return (folder / "report.html").read_text()

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import yaml
 
 pytest.importorskip("triton", reason="needs Triton (pip install 'tmlc[triton]')")
 
@@ -33,27 +34,7 @@ from tmlc.runtimes.cuda.backend import CudaBackend
 TARGET = "triton:sm90"
 #: Few buckets, so that lowering and capturing stay quick: what they hold is cut into them.
 BUCKETS = {"batch": [1, 4], "positions": [1, 4]}
-TINY = {
-    "model_type": "tmlc_interaction",
-    "name": "tiny",
-    "text_config": dict(
-        vocab_size=288, unpadded_vocab_size=272, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=12, swa_num_attention_heads=4, swa_num_key_value_heads=1, swa_head_dim=16,
-        sliding_window_size=9, d_rel=4, rel_extent=21, log_scaling_n_floor=30,
-        layer_types=["hybrid_sliding", "hybrid"], mlp_layer_types=["dense", "sparse"],
-        intermediate_size=40, moe_intermediate_size=20, n_routed_experts=6, num_experts_per_tok=2, n_shared_experts=1,
-        route_scale=2.0, logits_mup_width_multiplier=2.0, eos_token_id=258,
-    ),
-    # A tenth of the usual rate: the interpreter takes a minute for one spectrum of 1600 samples.
-    "audio_config": dict(sample_rate=1600, hop_length=80, window_length=160, n_mel_bins=16),
-    "vision_config": dict(patch_size=8, temporal_patch_size=2, num_hidden_layers=2, height=8, width=16),
-    "speech_config": dict(
-        n_mel_bins=16, hop_length=20, flow_width=32, flow_layers=1, flow_steps=2, vocoder_width=24, vocoder_layers=1,
-        vocoder_kernel=5, vocoder_window=60,
-    ),
-    "tick_config": dict(video_every=2, text_in=2, text_out=2, silence_token_id=259, end_of_tick_token_id=260),
-    "runtime_config": dict(context=48, context_policy="ring_with_sinks", sinks=16, max_append=8),
-}  # fmt: skip
+TINY = yaml.safe_load((Path(__file__).parents[2] / "perf/gpu/tiny.yaml").read_text("utf-8"))
 
 
 def named(variants, on_done=lambda done, total: None, jobs=None):

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,12 +13,13 @@ import tmlc
 from tmlc.emit.targets import find_target
 from tmlc.emit.triton import build
 from tmlc.emit.triton.plan import least_driver
+from tmlc.emit.triton.target import spills
 from tmlc.emit.triton.weights import stored_weights
 from tmlc.errors import EmitError, PipelineError, TargetError, UsageError
 from tmlc.ir.program import Fact, Method, Program
 from tmlc.kernels.triton.launch import Variant
 from tmlc.kernels.triton.layouts import unpack
-from tmlc.kernels.triton.variants import variant_key
+from tmlc.kernels.triton.variants import Compiled, variant_key
 from tmlc.package.reader import open_package
 from tmlc.pipeline.registry import get_pass
 from tmlc.report.gpu_plan import create_hollow_checkpoint
@@ -196,6 +198,14 @@ def test_a_kernel_that_does_not_compile_is_named_and_stops_the_rest():
     bad = Variant(good.kernel, good.constexprs, (*good.signature[:-1], "*u8"), good.num_warps, good.num_stages, 90)
     with pytest.raises(EmitError, match=good.kernel):
         build.build_variants([bad, good], jobs=1)
+
+
+def test_variants_that_spill_are_told_to_whoever_compiles():
+    first, second = some_variants()
+    fine = Compiled(b"", first.kernel, 4, 0, 40, 0, 2)
+    assert spills({first: fine, second: fine}) == ()
+    (note,) = spills({first: fine, second: replace(fine, spill_bytes=120)})
+    assert note.startswith("1 of 2 kernel variants spill registers") and f"{second.kernel} on sm90 120 bytes" in note
 
 
 def test_a_checkpoint_of_holes_takes_no_room(tmp_path):

@@ -3,7 +3,9 @@ is a device in host memory that runs each launch once, and says the time that a 
 
 import contextlib
 import hashlib
+import itertools
 import json
+import math
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from click.testing import CliRunner
 import tmlc.cli.tune as cli_tune
 import tmlc.emit.triton.tune as tune
 import tmlc.emit.triton.tune_timer as tune_timer
+import tmlc.kernels.triton.tuning as tuning
 from tmlc.cache import DigestMemo, compile_key
 from tmlc.cli.main import cli
 from tmlc.emit.targets import find_target
@@ -20,8 +23,9 @@ from tmlc.emit.triton.host_device import HostDevice, Kernel
 from tmlc.errors import CapacityError, EmitError, PackageError, TargetError, UsageError
 from tmlc.kernels.triton.bucket import Bucket
 from tmlc.kernels.triton.launch import Operand
-from tmlc.kernels.triton.registry import Call, lower
-from tmlc.kernels.triton.tuning import Blocks, Shape, Tiles, rule, table
+from tmlc.kernels.triton.layouts import FORMS
+from tmlc.kernels.triton.registry import ARCHITECTURES, Call, lower
+from tmlc.kernels.triton.tuning import SHARED_BYTES, Blocks, Shape, Tiles, rule, table
 from tmlc.kernels.triton.variants import Compiled, variant_key
 from tmlc.package.reader import open_package
 from tmlc.runtimes.cuda.driver import DeviceInfo
@@ -149,6 +153,34 @@ def test_candidates_never_change_the_order_of_sums():
         shape, Tiles([{"op": "moe_down", "block_m": 128, "block_k": 64, "warps": 8, "stages": 5}], "x")
     )
     assert held[0] == first and held[1] == rule(shape) and len(held) == len(set(held))
+
+
+@pytest.mark.parametrize("sm", ARCHITECTURES)
+def test_the_rule_keeps_memory_busy_and_never_changes_the_order_of_sums(sm):
+    """fp8 [4096, 4096] on an H200: 128 tiles of 32 rows for 132 multiprocessors, seven blocks of 4 KB on their way."""
+    processors, rate = tuning.DEVICES[sm]
+    for dtype, op, (m, k) in itertools.product(
+        ("bf16", "f8g128", "i8g32", "i4g32", "i4g64"), ("linear", "moe_gate_up", "moe_down"),
+        ((64, 192), (1024, 1024), (2048, 4096), (4096, 4096), (201024, 4096)),
+    ):  # fmt: skip
+        made = rule(Shape(op, dtype, sm, m, k))
+        assert made.block_k == rule(Shape(op, dtype, 90, m, k)).block_k
+        tiles, bits = 2 if op == "moe_gate_up" else 1, tuning._BITS[dtype]
+        programs = tiles * math.ceil(m / made.block_m) / processors
+        assert made.block_m == 16 or programs >= 0.95, "some multiprocessors have no program"
+        stage = tiles * made.block_m * made.block_k * bits // 8
+        shared, parts = stage + 64 * made.block_k, made.block_k // (FORMS[dtype].group or made.block_k)
+        copies = tiles * parts * (3 if bits == 4 else 2)
+        assert (made.stages - 1) * shared <= SHARED_BYTES[sm] // 2 and made.stages * copies <= 96
+        enough = (made.stages - 1) * stage * min(1, programs) >= rate * tuning.LATENCY / processors
+        no_more = (
+            made.stages in (8, 1 + math.ceil(k / made.block_k))
+            or made.stages * shared > SHARED_BYTES[sm] // 2
+            or (made.stages + 1) * copies > 96
+        )
+        assert enough or no_more, (op, dtype, m, k, made)
+    if sm == 90:
+        assert rule(Shape("linear", "f8g128", 90, 4096, 4096)) == Blocks(32, 128, 4, 8)
 
 
 def test_the_fastest_is_chosen_and_what_spills_is_never_timed(samples, machine, few):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from shapes import LARGE, MODELS, NANO, Model, calls
 
+import tmlc.kernels.triton.variants as variants_module
 from tmlc.errors import EmitError
 from tmlc.kernels.triton.bucket import Bucket
 from tmlc.kernels.triton.launch import Variant
@@ -79,6 +82,25 @@ def test_a_launch_with_other_arguments_is_refused():
         launch("advance_kernel", (1,), {"position": 1}, {})
     with pytest.raises(EmitError, match="grid"):
         launch("advance_kernel", (0,), {"position": 1, "slots": 1, "counts": 1}, {})
+
+
+def test_what_spills_is_tried_with_all_registers_and_then_with_fewer_stages(monkeypatch):
+    """The first that does not spill is taken; where all do, the one that spills the least."""
+    asked = []
+
+    def compiled(spills):
+        def made(source, target, variant, stages, registers):
+            asked.append((stages, registers))
+            return Compiled(b"", "k", 4, 0, 40, spills(stages, registers), 2)
+
+        monkeypatch.setattr(variants_module, "_compiled", made)
+        asked.clear()
+        return compile_variant(replace(variants(NANO, 90, ("rms_norm",))[0], num_stages=5)).spill_bytes
+
+    assert compiled(lambda stages, registers: 0) == 0 and asked == [(5, None)]
+    assert compiled(lambda stages, registers: 8 * (stages > 3)) == 0
+    assert asked == [(5, None), (5, 255), (4, 255), (3, 255)]
+    assert compiled(lambda stages, registers: 16 - 8 * (stages == 4)) == 8
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Made-up profiles in the JSON form of version 2: every part there, or none but what every profile has."""
+"""Made-up profiles in the JSON form of the current version: every part there, or none but what every profile has."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def bare_profile(count: int = 649, slow: float = 0.0, scale: float = 1.0, budget
         return {**as_dict(spread(column)), "share": sum(column) / sum(step)}
 
     return {
-        "schema": 2, "package": "made/nano.tmlc", "digest": "c0ffee" * 10 + "abcd", "model": "nano",
+        "schema": 3, "package": "made/nano.tmlc", "digest": "c0ffee" * 10 + "abcd", "model": "nano",
         "machine": {"system": "Linux 6.1", "architecture": "x86_64", "cpu": "Some Processor 9000", "cores": 2,
                     "memory_bytes": 24 << 30, "python": "3.11.9", "isa": "v4", "threads": 2},
         "inputs": {"what": "made-up audio, video and text", "clock": "input", "seed": 0},
@@ -96,12 +96,19 @@ def made_kernels(layers: int = 12) -> tuple[dict[str, Any], list[dict[str, Any]]
     return {"every": 10, "ticks": 65, "calls": calls}, weights + rest
 
 
+def made_sittings(scale: float = 1.0) -> dict[str, Any]:
+    """Ten sittings that differ by half a percent."""
+    figures = {"step": 23.0, "step p99": 25.0, "decode": 14.0, "embed_text": 0.05, "kernel decode/moe layers.1": 0.7}
+    columns = {name: [scale * ms * (1 + 0.001 * (k * 7 % 5)) for k in range(10)] for name, ms in figures.items()}
+    return {"ticks": 100, "figures": columns, "busy": [0.01] * 10}
+
+
 def full_profile(**given: Any) -> dict[str, Any]:
     """A profile with every part, and with names that would be markup if they were not escaped."""
     view = bare_profile(**given)
     kernels, memory_map = made_kernels()
     passes = [
-        {"pass": name, "config": {"level": k}, "matches": 3 * k, "ms": 12.5 * k, "ops_before": 900 - k,
+        {"pass": name, "config": {"level": k}, "matches": 3 * k, "ops_before": 900 - k,
          "ops_after": 890 - 9 * k}
         for k, name in enumerate(("fuse_router", "stack_experts", "merge_linears", "residual_norm"), 1)
     ]  # fmt: skip
@@ -131,6 +138,7 @@ def full_profile(**given: Any) -> dict[str, Any]:
         "noise": {"preempted_per_tick": 0.004, "median_known_to": 0.004, "wanders_by": 0.01, "too_noisy": False,
                   "why": []},
         "scenario": {"name": f"two people {RUDE}", "sessions": 1, "loop": "closed", "background": {"threads": 0}},
+        "sittings": made_sittings(),
         "quality": {"kl": 6.2e-4, "against": "float32", "scores": {
             "turn_taking": {"score": 0.82, "interval": [0.79, 0.85]}, RUDE: {"score": 0.4, "interval": None}}},
     }  # fmt: skip

@@ -23,7 +23,7 @@ import package_mutations as mutations
 import snapshot_mutations
 
 import tmlc
-import tmlc.kernels.cpu as kernels
+import tmlc.kernels.cpu.library as kernels
 from tmlc.package.reader import Package, open_package
 from tmlc.report.package_view import describe_package, method_ir, package_tables
 from tmlc.report.tables import plain_text

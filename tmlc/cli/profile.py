@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
@@ -33,6 +33,7 @@ from tmlc.errors import UsageError
 if TYPE_CHECKING:
     from tmlc.runtimes.core.engine import Engine
 
+SITTINGS, MOST_SITTINGS = 10, 100
 KERNELS_EVERY = 3  # shares no factor with what a tick does every second or fifth time
 
 
@@ -78,6 +79,13 @@ tmlc profile --compare before.json after.json --fail-over 3%
     show_default=True,
     help="Fresh processes to measure start-up with.",
 )
+@click.option(
+    "--sittings",
+    type=click.IntRange(0, MOST_SITTINGS),
+    default=SITTINGS,
+    show_default=True,
+    help="Fresh processes that play the session's beginning: what --compare reads.",
+)
 @click.option("--no-kernels", is_flag=True, help="Time no single kernel calls, and measure no ceilings.")
 @click.option(
     "--kernels-every",
@@ -115,6 +123,7 @@ def command(
     clock: str,
     budget: str,
     startup_runs: int,
+    sittings: int,
     no_kernels: bool,
     kernels_every: int,
     seed: int,
@@ -151,16 +160,19 @@ def command(
     from tmlc.report.profile.experiments import add_ablation, add_sessions_held
     from tmlc.report.profile.measure import profile_engine
     from tmlc.report.profile.quality import read_scores
+    from tmlc.report.profile.sittings import Sittings
     from tmlc.report.profile.view import profile_tables
     from tmlc.report.scenario.case import read_case
     from tmlc.report.scenario.load import background_load
     from tmlc.report.scenario.show import Show
 
+    settings: dict[str, Any] = {
+        "threads": threads, "pin": pin, "huge_pages": huge_pages, "portable_bits": portable_bits,
+    }  # fmt: skip
+    loaded = {**settings, "kernel_cache": None if kernel_cache is None else str(kernel_cache.absolute())}
+
     def load(path: Path, sessions: int) -> Engine:
-        return tmlc.load(
-            path, threads=threads, sessions=sessions, pin=pin, portable_bits=portable_bits, huge_pages=huge_pages,
-            kernel_cache=kernel_cache,
-        )  # fmt: skip
+        return tmlc.load(path, sessions=sessions, **loaded)
 
     case = read_case(case_file) if case_file is not None else None
     if against is not None:
@@ -175,7 +187,6 @@ def command(
     total = parse_milliseconds(budget)
     check_files(junit, summary)
     outputs = Outputs(out.absolute().parent, names(out), force) if out is not None else None
-    settings = {"threads": threads, "pin": pin, "huge_pages": huge_pages, "portable_bits": portable_bits}
     engine = load(package, 1 if case is None else case.sessions)
     try:
         shape = tick_shape(engine.manifest)
@@ -189,6 +200,8 @@ def command(
         chosen = choose(engine, shape, case, audio, video, fps, text, seconds, clock)
         case = chosen.case
         inputs = {"what": chosen.what, "clock": case.clock, "seed": seed}
+        every = None if no_kernels else kernels_every
+        sat = Sittings(package, loaded, case, shape, seed, every, sittings) if sittings else None
         with progress(as_json) as report, background_load(case.load, package):
             view = profile_engine(
                 engine,
@@ -198,7 +211,8 @@ def command(
                 inputs=inputs,
                 settings=settings,
                 startup_runs=startup_runs,
-                kernels_every=None if no_kernels else kernels_every,
+                kernels_every=every,
+                sittings=sat,
                 report=report,
                 evaluated=evaluated,
             )

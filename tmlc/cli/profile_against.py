@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 SECONDS = 80.0
 ALONE = (
-    *("audio", "video", "fps", "text", "clock", "budget", "startup_runs", "no_kernels", "kernels_every"),
+    *("audio", "video", "fps", "text", "clock", "budget", "startup_runs", "sittings", "no_kernels", "kernels_every"),
     *("find_sessions", "ablate", "checkpoint", "quality", "junit", "summary"),
 )
 """Options of a profile that mean nothing here."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
@@ -76,7 +76,11 @@ def choose(
             case = busy_case(engine, shape, length, loop)
         else:
             given = {"audio": audio, "video": video, "text": text}
-            parts = {name: {"kind": "file", "path": str(path)} for name, path in given.items() if path is not None}
+            parts: dict[str, dict[str, Any]] = {
+                name: {"kind": "file", "path": str(path)} for name, path in given.items() if path is not None
+            }
+            if video is not None:
+                parts["video"]["fps"] = fps
             case = Case.model_validate({"name": "recording", "seconds": length, "loop": loop, **parts})
     if round(case.seconds / shape.seconds, 6) <= case.warm_up:
         raise UsageError(

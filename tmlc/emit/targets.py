@@ -82,6 +82,7 @@ class Emitted:
         arena_bytes, scratch_bytes: memory that an engine needs beside weights and slots.
         features: what a reader must know to use the engine (the manifest's `required_features`).
         producer: versions of the tools that took part.
+        notes: what whoever compiles should know.
     """
 
     plan: str
@@ -95,6 +96,7 @@ class Emitted:
     scratch_bytes: int
     features: tuple[str, ...]
     producer: dict[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 def weight_entries(weights: Sequence[StoredWeight]) -> tuple[dict[str, TensorEntry], int]:

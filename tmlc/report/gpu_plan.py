@@ -4,7 +4,7 @@ compiled kernels).
 
 The checkpoint is all holes (a sparse file: headers, and no data), so everything is what `tmlc compile` does up to the
 weights, which are never read: tracing, passes, lowering to launches, compiling every kernel, and the JSON of the plan.
-Nothing is written, and the compile cache is not used.
+Nothing is written, and the module run by itself does not use the compile cache.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def plan_on_meta(preset: str, target: str, precision: str, jobs: int | None = No
     """
     from tmlc.compiler import QUANTISERS, compile, with_codes
     from tmlc.emit.targets import find_target
-    from tmlc.emit.triton.build import build_variants
+    from tmlc.emit.triton.build import build_variants, default_jobs
     from tmlc.emit.triton.plan import launches_json, variants_json
     from tmlc.emit.triton.target import TritonTarget
     from tmlc.pipeline.pipeline import load_pipeline
@@ -114,10 +114,11 @@ def plan_on_meta(preset: str, target: str, precision: str, jobs: int | None = No
             size += len(json.dumps([variants_json(own), launches], separators=(",", ":")))
         lap("plan")
     spilled = {f"{v.kernel} {dict(v.constexprs)}": f.spill_bytes for v, f in compiled.items() if f.spill_bytes}
+    count, child = jobs or default_jobs(), 1024 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     return {
         "preset": preset, "target": target, "precision": precision, "seconds": seconds,
-        "total_seconds": round(sum(seconds.values()), 2), "peak_bytes": peak_rss_bytes(),
-        "peak_bytes_of_a_child": 1024 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss,
+        "total_seconds": round(sum(seconds.values()), 2), "jobs": count, "peak_bytes": peak_rss_bytes(),
+        "peak_bytes_of_a_child": child, "peak_bytes_of_all": peak_rss_bytes() + count * child,
         "checkpoint_bytes": weight_bytes, "launches": sum(len(lowered.all(sm)) for sm in chosen.architectures),
         "chains": sum(map(len, lowered.chains.values())), "variants": len(variants),
         "kernels": dict(Counter(v.kernel for v in variants)), "plan_bytes": size,

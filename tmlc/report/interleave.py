@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tmlc.errors import UsageError
-from tmlc.report.bootstrap import TAIL, independent, interval, quantile_draws
-from tmlc.report.compare import DRIFTS, FAMILY_ERROR, GATED_SHARE, MANY, Figure, figure, noise_of, verdict_of
-from tmlc.report.noise import windows
+from tmlc.report.bootstrap import TAIL, independent, interval, quantile_draws, tail_mean, tails
+from tmlc.report.compare import FAMILY_ERROR, GATED_SHARE, Figure, verdict_of
+from tmlc.report.noise import WINDOWS, too_few, wandering, wide, windows
 from tmlc.report.scenario.case import Case
 from tmlc.report.scenario.inputs import parts
 from tmlc.report.scenario.play import open_sessions, tick_all, words_to_say
@@ -29,6 +29,11 @@ if TYPE_CHECKING:
     from tmlc.runtimes.core.engine import Engine
 
 WARM = 4
+MANY = 3
+"""Ticks that must lie above a quantile before it says something."""
+DRIFTS, TAIL_DRIFTS = 2.0, 4.0
+"""A change that is not so many times as large as it wanders between windows of the session is not called one: the
+machine was busy for a while. A burst moves the slow ticks by more."""
 NOT_STAGES = ("first_audio", "total", "wait")
 
 
@@ -83,7 +88,7 @@ class Interleaved:
         each = error / (4 + len(names))
         found = [paired("step p50", np.array(self.a), np.array(self.b), kept, each, seed)]
         tails = (("step p95", 0.95), ("step p99", 0.99), (f"slowest {TAIL:.0%} of steps", None))
-        found += [figure(name, *steps, of, each, seed + k, True) for k, (name, of) in enumerate(tails, 1)]
+        found += [slow_ticks(name, *steps, of, each, seed + k) for k, (name, of) in enumerate(tails, 1)]
         for name in names:
             x, y = (np.array(column) for column in self.stages[name])
             ran = kept & (x > 0) & (y > 0)
@@ -97,21 +102,59 @@ def paired(
 ) -> Figure:
     """The change of the median from A to B by ratios within pairs of neighbouring ticks; `kept`: ticks that count."""
     if not kept.any():
-        return Figure(name, 0.0, 0.0, 0.0, None, None, None, "too few ticks", gated)
+        return Figure(name, 0.0, 0.0, 0.0, None, None, "too few ticks", gated)
     first, second = float(np.median(a[kept])), float(np.median(b[kept]))
-    whole = len(a) // 2 * 2
-    both = kept[:whole].reshape(-1, 2).all(axis=1)
-    ratios = np.maximum(b[:whole], 1e-9) / np.maximum(a[:whole], 1e-9)
-    pairs = np.sqrt(ratios.reshape(-1, 2).prod(axis=1))[both]
+    pairs = ratios(a, b, kept)
     if pairs.size < 2 * MANY:
-        return Figure(name, first, second, second / max(first, 1e-9) - 1, None, None, None, "too few ticks", gated)
+        return Figure(name, first, second, second / max(first, 1e-9) - 1, None, None, "too few ticks", gated)
     change = float(np.median(pairs)) - 1
     m = independent(pairs, np.ones(pairs.size), 0.5)
     low, high = interval(quantile_draws(pairs, m, 0.5, np.random.default_rng(seed)) - 1, error)
-    medians = windows(pairs)
-    drift = None if medians is None else float(np.std(medians))
-    verdict = verdict_of(change, second - first, low, high, DRIFTS * (drift or 0.0))
-    return Figure(name, first, second, change, low, high, drift, verdict, gated)
+    verdict = verdict_of(change, second - first, low, high, DRIFTS * (wander(windows(pairs)) or 0.0))
+    return Figure(name, first, second, change, low, high, verdict, gated)
+
+
+def ratios(a: np.ndarray, b: np.ndarray, kept: np.ndarray) -> np.ndarray:
+    """B / A of each pair of neighbouring ticks that both count: the geometric mean of two ratios."""
+    whole = len(a) // 2 * 2
+    both = kept[:whole].reshape(-1, 2).all(axis=1)
+    each = np.maximum(b[:whole], 1e-9) / np.maximum(a[:whole], 1e-9)
+    return np.sqrt(each.reshape(-1, 2).prod(axis=1))[both]
+
+
+def wander(medians: np.ndarray | None) -> float | None:
+    """How much a change wanders in the session, from its medians in windows; None: too few ticks for windows."""
+    return None if medians is None else float(np.std(medians))
+
+
+def slow_ticks(name: str, a: np.ndarray, b: np.ndarray, of: float | None, error: float, seed: int) -> Figure:
+    """The quantile `of` of both, or the mean of the slowest ticks: a bootstrap of the difference. What both have in
+    common, such as a step that grows with the conversation, is divided out before independent ticks are counted.
+    """
+    random = np.random.default_rng(seed)
+    if of is None:
+        first, second = tail_mean(a), tail_mean(b)
+    else:
+        first, second = (float(np.percentile(v, 100 * of, method="higher")) for v in (a, b))
+    base = max(first, 1e-9)
+    change = (second - first) / base
+    quantile = 1 - TAIL if of is None else of
+    one, two = windows(a), windows(b)
+    level = np.ones(a.size)
+    if one is not None and two is not None:
+        centres = (np.arange(WINDOWS) + 0.5) / WINDOWS
+        level = np.interp((np.arange(a.size) + 0.5) / a.size, centres, (one + two) / 2)
+    m, n = (independent(v, level, quantile) for v in (a, b))
+    if min(m, n) * (1 - quantile) < MANY:
+        return Figure(name, first, second, change, None, None, "too few ticks", True)
+    if of is None:
+        difference = tails(b, n, random) - tails(a, m, random)
+    else:
+        difference = quantile_draws(b, n, of, random) - quantile_draws(a, m, of, random)
+    low, high = interval(difference / base, error)
+    moved = None if one is None or two is None else wander(two / one)
+    verdict = verdict_of(change, second - first, low, high, TAIL_DRIFTS * (moved or 0.0))
+    return Figure(name, first, second, change, low, high, verdict, True)
 
 
 def interleave(
@@ -176,6 +219,14 @@ def _keep(found: Interleaved, taken: list[float], outputs: list[list[TickOutput]
             column += [0.0] * (len(found.a) - len(column))
 
 
+def _noise(found: Interleaved, median: Figure) -> list[str]:
+    """Why nothing should be concluded from the medians, if so."""
+    if median.low is None or median.high is None:
+        return [too_few(len(found.a), len(found.b))]
+    moved = wander(windows(ratios(np.array(found.a), np.array(found.b), np.array(found.alike, bool))))
+    return [*wide((median.high - median.low) / 2), *wandering(moved, "the change of the step")]
+
+
 def against(a: Mapping[str, Any], b: Mapping[str, Any], found: Interleaved) -> dict[str, Any]:
     """The comparison in the JSON form of `tmlc.report.compare`, with `outputs`: how those of B differ.
 
@@ -183,12 +234,12 @@ def against(a: Mapping[str, Any], b: Mapping[str, Any], found: Interleaved) -> d
     """
     figures = found.figures()
     ticks, alike = len(found.alike), sum(found.alike)
-    warnings = noise_of((np.array(found.a), np.array(found.b)), figures[0])
+    warnings = _noise(found, figures[0])
     if alike < ticks:
         warnings.append(f"in {ticks - alike} of {ticks} ticks they did other work, and these count for nothing")
     return {
-        "a": {**a, "ticks": ticks},
-        "b": {**b, "ticks": ticks},
+        "a": {**a, "ticks": ticks, "sittings": 1},
+        "b": {**b, "ticks": ticks, "sittings": 1},
         "confidence": 1 - FAMILY_ERROR / len(figures),
         "figures": [asdict(one) for one in figures],
         "warnings": warnings,

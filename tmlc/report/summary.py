@@ -9,6 +9,7 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from tmlc.report.compare import played
 from tmlc.report.gates import Case, comparison_cases, profile_cases
 from tmlc.report.html.verdict import verdict
 from tmlc.report.tables import milliseconds
@@ -54,7 +55,7 @@ def comparison_summary(found: Mapping[str, Any]) -> str:
             else "No difference shown"
         )
     )
-    sides = " against ".join(f"{found[side]['package']} ({found[side]['ticks']:,} ticks)" for side in "ba")
+    sides = " against ".join(f"{found[side]['package']} ({played(found[side])})" for side in "ba")
     lines = [f"### {_text(title)}", "", _text(sides), "", *_cases(comparison_cases(found))]
     lines += [f"> {_text(warning)}\n>" for warning in found["warnings"]]
     return "\n".join(lines).rstrip("\n>") + "\n"

@@ -30,15 +30,22 @@ FIGURES = ("entry", "num_warps", "shared", "registers", "spill_bytes", "hidden_p
 
 
 @cache
-def toolchain() -> str:
-    """Digest of everything that decides a variant's machine code but the variant: kernels, Triton, Python."""
+def sources() -> str:
+    """Digest of the kernels' sources."""
     import tmlc.kernels.triton
 
     folder = Path(next(iter(tmlc.kernels.triton.__path__)))
-    digest = hashlib.sha256(f"{metadata.version('triton')} {sys.version_info[:3]}".encode())
+    digest = hashlib.sha256()
     for path in sorted(folder.glob("*.py")):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
+
+
+@cache
+def toolchain() -> str:
+    """Digest of everything that decides a variant's machine code but the variant: kernels, Triton, Python."""
+    what = f"{sources()} {metadata.version('triton')} {sys.version_info[:3]}"
+    return hashlib.sha256(what.encode()).hexdigest()
 
 
 def default_jobs() -> int:
@@ -141,9 +148,15 @@ def _answer(compiled: Compiled) -> dict[str, Any]:
     return {**figures, "cubin": base64.b64encode(compiled.cubin).decode("ascii")}
 
 
-def _place(variant: Variant) -> Path | None:
+def kept_folder() -> Path | None:
+    """Where the compile cache keeps the variants of this tool chain, a file each; None without a cache."""
     folder = cache_folder()
-    return None if folder is None else folder / "triton" / toolchain()[:16] / f"{variant_key(variant)}.json"
+    return None if folder is None else folder / "triton" / toolchain()[:16]
+
+
+def _place(variant: Variant) -> Path | None:
+    folder = kept_folder()
+    return None if folder is None else folder / f"{variant_key(variant)}.json"
 
 
 def _cached(variant: Variant) -> Compiled | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -34,6 +34,7 @@ from tmlc.kernels.triton.bucket import Bucket
 from tmlc.kernels.triton.launch import Launch, Pointer, Variant
 from tmlc.kernels.triton.registry import ARCHITECTURES, REFUSED, VIEWS, supported
 from tmlc.kernels.triton.tuning import Tiles, table
+from tmlc.kernels.triton.variants import Compiled
 
 FEATURES = ("triton.plan.v1", "weights.rows")
 CHAINS = "triton.chains.v1"
@@ -183,7 +184,21 @@ class TritonTarget(Target):
             scratch_bytes=lowered.scratch_bytes,
             features=(*FEATURES, *_coded(weights), *caches, *([CHAINS] if any(lowered.chains.values()) else [])),
             producer={"triton": metadata.version("triton")},
+            notes=spills(compiled),
         )
+
+
+def spills(compiled: Mapping[Variant, Compiled]) -> tuple[str, ...]:
+    """What to say of variants whose registers did not suffice; nothing where there are none."""
+    found = sorted(
+        f"{variant.kernel} on sm{variant.sm} {figures.spill_bytes} bytes a thread"
+        for variant, figures in compiled.items()
+        if figures.spill_bytes
+    )
+    if not found:
+        return ()
+    made = f"{len(found)} of {len(compiled)} kernel variants spill registers and are slower for it"
+    return (f"{made}: {', '.join(found)}. Made by Triton {metadata.version('triton')}; another version may do better.",)
 
 
 def _coded(weights: Sequence[TritonWeight]) -> list[str]:

@@ -19,7 +19,7 @@ from tmlc.errors import CapacityError, EmitError, KernelError, PackageError, Tar
 from tmlc.kernels.triton.launch import TRITON_NAMES, Aligned, Argument, Launch, Pointer, Variant
 from tmlc.kernels.triton.layouts import FORMS
 from tmlc.kernels.triton.norms import power
-from tmlc.kernels.triton.tuning import Blocks, Shape, Tiles, rule
+from tmlc.kernels.triton.tuning import SHARED_BYTES, Blocks, Shape, Tiles, rule
 from tmlc.kernels.triton.variants import Compiled
 from tmlc.package.reader import Package
 from tmlc.runtimes.cuda.driver import Driver
@@ -35,8 +35,6 @@ KERNELS = {
     "attention_kernel": ("attention", "dv", "d"),
 }
 MOST_POSITIONS = 16  # of the longer call that is measured: an append of a tick
-#: Dynamic shared memory that a program can have; code for 8.0 also runs on 8.6 and 8.9, which have less than 8.0.
-SHARED_BYTES = {80: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
 NOISE = 0.01  # a candidate must be faster by more than this part than one listed before it
 _CACHES = {4: "f32", 2: "bf16", 1: "u8"}
 _DTYPES = {name: dtype for dtype, name in TRITON_NAMES.items()}
@@ -179,7 +177,7 @@ def _once(found: Iterable[tuple[Shape, Sample]]) -> list[tuple[Shape, Sample]]:
 def candidates(shape: Shape, tiles: Tiles) -> list[Blocks]:
     """Legal block sizes: what `tiles` chooses, what the rule does, and all others in ascending order."""
     usual = rule(shape)
-    rows, inputs, warps, stages = [usual.block_m], [usual.block_k], [4, 8], [2, 3, 4, 5]
+    rows, inputs, warps, stages = [usual.block_m], [usual.block_k], [4, 8], [2, 3, 4, 6, 8]
     if shape.op == "router":
         warps = [usual.warps]  # the kernel's own affair
     elif shape.op == "attention":

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from tmlc.errors import CapacityError
-from tmlc.kernels.triton.launch import Argument, Launch, Pointer, Variant
+from tmlc.kernels.triton.launch import ITEM_BYTES, Argument, Launch, Pointer, Variant
 from tmlc.kernels.triton.mode import PARAMETERS
 from tmlc.kernels.triton.variants import Compiled, variant_key
 from tmlc.runtimes.cuda.driver import Address, Driver, KernelLaunch
 
-ROTATED = 256 << 20  # bytes of weights that one round reads: more than any device caches
+ROTATED = 256 << 20  # bytes of weights that are read before one is read again: more than any device caches
 LAUNCHES = 64  # of a graph
 REPEATS = 5  # replays; the fastest counts
 ALIGN = 256
@@ -62,7 +62,8 @@ class _Places:
                     key = (arg.space, arg.name)
                     sizes[key] = max(sizes.get(key, 0), arg.offset + arg.nbytes)
         self.weights = sum(_up(size) for key, size in sizes.items() if key[0] == "weight")
-        self.copies = 1 if not self.weights else max(1, min(LAUNCHES, -(-ROTATED // self.weights)))
+        read = int(self.weights * touched(sample.launch))
+        self.copies = max(1, min(LAUNCHES, -(-ROTATED // read))) if read else 1
         self.nbytes = 0
         self.offsets: dict[tuple[str, str], int] = {}
         for key in sorted(sizes, key=lambda key: (key[0] == "weight", key)):  # weights last, their copies behind
@@ -73,6 +74,18 @@ class _Places:
     def at(self, pointer: Pointer, copy: int) -> int:
         moved = copy * self.weights if pointer.space == "weight" else 0
         return self.offsets[pointer.space, pointer.name] + moved + pointer.offset
+
+
+def touched(launch: Launch) -> float:
+    """The part of a launch's weights that it reads at most: of stacked experts those that its pairs can name."""
+    values = named(launch)
+    pairs, order, tiles = (values.get(name) for name in ("experts", "order", "tile_count"))
+    if isinstance(pairs, Pointer) and "count_e" in values:
+        return min(1.0, pairs.nbytes // ITEM_BYTES[pairs.dtype] / _integer(values, "count_e"))
+    if not isinstance(order, Pointer) or not isinstance(tiles, Pointer):
+        return 1.0
+    count = order.nbytes // ITEM_BYTES[order.dtype]  # pairs sorted by expert, in count // 16 tiles and one an expert
+    return min(1.0, count / (tiles.nbytes // ITEM_BYTES[tiles.dtype] - count // 16))
 
 
 def _up(count: int) -> int:

@@ -13,6 +13,7 @@ from tmlc.report.html.stages import Part, base
 from tmlc.report.html.svg import both, escape, figure
 from tmlc.report.html.timeline import timeline
 from tmlc.report.html.waterfall import step_apart, waterfall
+from tmlc.report.profile.sittings import told
 from tmlc.report.tables import megabytes, milliseconds
 
 SPREAD = ("p50", "p95", "p99", "max", "jitter")
@@ -144,14 +145,14 @@ def passes_section(view: Mapping[str, Any]) -> str:
                 Cell(str(r.get("pass"))),
                 Cell(f"{r['matches']:,}", r["matches"]) if isinstance(r.get("matches"), int) else "–",
                 Cell(f"{r.get('ops_before')} → {r.get('ops_after')}"),
-                Cell(milliseconds(r["ms"]), r["ms"]) if isinstance(r.get("ms"), (int, float)) else "–",
                 Cell(_settings(r.get("config")), long=True),
             ]
             for r in view["passes"]
         ]
-        record = table(("pass", "matches", "ops", "took", "settings"), rows, "Passes of the compilation")
+        record = table(("pass", "matches", "ops", "settings"), rows, "Passes of the compilation")
         body.append(f"<h3>As the package records them</h3>{record}" if body else record)
     lead = "Each pass was left out, and the step measured again in turns." if ablation else "What the compilation did."
+    lead += " How long a pass took stands in the report of tmlc compile: a package keeps no times."
     return section("passes", "Passes, and what each one bought" if ablation else "Passes", lead, *body)
 
 
@@ -263,6 +264,8 @@ def setting_section(view: Mapping[str, Any]) -> str:
             shown = megabytes(value) if key.endswith("_bytes") and value else str(value)
             rows.append([f"{title}: {key.removesuffix('_bytes').replace('_', ' ')}", Cell(shown, long=True)])
     rows.append(["interrupted by other programs", f"{view['preempted']:,} times in {view['ticks']:,} ticks"])
+    if view["sittings"]:
+        rows.append(["sittings", Cell(told(view["sittings"]), long=True)])
     for key, name in (
         ("noise", "noise"),
         ("instructions", "instructions"),

@@ -11,25 +11,24 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from tmlc.errors import UsageError
 from tmlc.report.profile.parts import SCHEMA
+from tmlc.report.profile.sittings import STEP
 
 MAX_BYTES = 256 << 20
-Time = Annotated[float, Field(allow_inf_nan=False)]
+Time = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
-class _Samples(BaseModel):
+class _Sittings(BaseModel):
     model_config = ConfigDict(extra="forbid")
-    every: Annotated[int, Field(ge=1)]
-    step_ms: Annotated[list[Time], Field(min_length=1)]
-    wait_ms: list[Time]
-    between_calls_ms: list[Time]
-    first_audio_ms: list[Time | None]
-    stages_ms: dict[str, list[Time | None]]
+    ticks: Annotated[int, Field(ge=1)]
+    figures: Annotated[dict[str, list[Time]], Field(min_length=1)]
+    busy: Annotated[list[Time | None], Field(min_length=1)]
 
     @model_validator(mode="after")
-    def one_length(self) -> _Samples:
-        columns: list[list[Any]] = [self.wait_ms, self.between_calls_ms, self.first_audio_ms, *self.stages_ms.values()]
-        if any(len(column) != len(self.step_ms) for column in columns):
-            raise ValueError("lists of samples differ in length")
+    def whole(self) -> _Sittings:
+        if any(len(values) != len(self.busy) for values in self.figures.values()):
+            raise ValueError("figures of the sittings differ in length")
+        if STEP not in self.figures:
+            raise ValueError("the sittings have no step")
         return self
 
 
@@ -38,12 +37,10 @@ class _Compared(BaseModel):
 
     package: str
     digest: str
-    ticks: int
     machine: dict[str, Any]
     inputs: dict[str, Any]
     settings: dict[str, Any]
-    preempted: int
-    samples: _Samples
+    sittings: _Sittings
 
 
 def profile_text(view: dict[str, Any]) -> str:
@@ -68,6 +65,11 @@ def read_profile(path: Path) -> dict[str, Any]:
     version = value.get("schema") if isinstance(value, dict) else None
     if version != SCHEMA:
         raise UsageError(f"this is no profile of version {SCHEMA}", where=str(path), fix=fix)
+    if value.get("sittings", 0) is None:
+        raise UsageError(
+            "this profile has no sittings, so nothing says how far its figures move from one process to the next",
+            where=str(path), fix="profile again without --sittings 0",
+        )  # fmt: skip
     try:
         return _Compared.model_validate(value).model_dump()
     except ValidationError as error:

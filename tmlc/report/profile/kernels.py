@@ -56,6 +56,11 @@ class KernelTicks:
             self.quiet += counts and not disturbed
             self.disturbed += counts and disturbed
 
+    def calls(self) -> tuple[list[KernelCall], int, int]:
+        """What counts, in how many ticks, and in how many of these the system took a core away; ends the timer."""
+        disturbed = 0 if self.quiet >= LEAST_PAIRS else self.disturbed
+        return self.timer.calls(disturbed > 0), self.quiet + disturbed, disturbed
+
 
 def profiling_cost(steps: Sequence[float], timed: Sequence[bool], seed: int = 0) -> dict[str, Any] | str:
     """What timing kernels adds to a step; the reason where that cannot be said.
@@ -187,10 +192,8 @@ def fill(
         parts.missing("profiling_cost", cost)
     else:
         parts.measured("profiling_cost", cost)
-    disturbed = 0 if ticks.quiet >= LEAST_PAIRS else ticks.disturbed
-    calls = ticks.timer.calls(disturbed > 0)
+    calls, counted, disturbed = ticks.calls()
     if calls:
-        counted = ticks.quiet + disturbed
         parts.measured("kernels", kernel_part(calls, plan, ceilings, ticks.every, counted, disturbed))
     else:
         parts.missing("kernels", f"the session is too short: kernels are timed in one tick of {ticks.every}")

@@ -18,6 +18,7 @@ from tmlc.report.profile.meters import Meters
 from tmlc.report.profile.parts import SCHEMA, Parts
 from tmlc.report.profile.quality import pass_records, quality
 from tmlc.report.profile.samples import Samples, ran
+from tmlc.report.profile.sittings import Sittings, preemptions
 from tmlc.report.profile.stages import MethodCall, in_order
 from tmlc.report.scenario.show import Show
 from tmlc.report.startup import measure_startup, peak_rss_bytes
@@ -38,11 +39,6 @@ def resident_bytes() -> int | None:
     return pages * resource.getpagesize()
 
 
-def _preempted() -> int:
-    """How often the system took a core away from this process so far (involuntary context switches)."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
-
-
 def profile_engine(
     engine: Engine,
     shown: Show,
@@ -53,6 +49,7 @@ def profile_engine(
     settings: dict[str, Any],
     startup_runs: int,
     kernels_every: int | None = None,
+    sittings: Sittings | None = None,
     report: Callable[[str, int, int], None],
     evaluated: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
@@ -63,9 +60,11 @@ def profile_engine(
         evaluated: scores of `tmlc eval` (`quality.read_scores`).
         inputs: what is played, in words, its clock and seed; `settings`: how the engine was loaded.
         kernels_every: every how many ticks single kernel calls are timed; None times none.
+        sittings: the first half of them is played before the session, the rest behind it; None plays none.
     """
     manifest, backend = engine.manifest, engine.model.backend
     parts, samples = Parts(), Samples()
+    _sit(sittings, 2, report)
     ticks, ceilings = _timing(engine, kernels_every, parts)
     meters, count = Meters(), shown.count
     calls: list[MethodCall] = []
@@ -80,12 +79,12 @@ def profile_engine(
         if ticks is not None:
             ticks.before(index)
         meters.before()
-        before = _preempted()
+        before = preemptions()
 
     meters.start()
     engine.model.watch = lambda *call: calls.append(MethodCall(*call))
     for played in shown.ticks(ready):
-        taken = _preempted() - before
+        taken = preemptions() - before
         meters.after()
         if ticks is not None:
             ticks.after(taken > 0)
@@ -101,6 +100,11 @@ def profile_engine(
     engine.model.watch = None
     meters.fill(parts, samples.step, preempted)
     shown.fill(parts)
+    _sit(sittings, 1, report)
+    if sittings is not None:
+        parts.measured("sittings", sittings.to_json())
+    else:
+        parts.missing("sittings", "none were asked for: profile without --sittings 0")
     _of_the_package(parts, manifest.pipeline, evaluated)
     _finish_timing(engine, parts, ticks, ceilings, samples, package)
     report("starting fresh processes", 0, startup_runs)
@@ -146,6 +150,14 @@ def profile_engine(
         **parts.to_json(),
         "samples": samples.to_json(),
     }
+
+
+def _sit(sittings: Sittings | None, part: int, report: Callable[[str, int, int], None]) -> None:
+    """Plays one `part`-th of the sittings that are left."""
+    if sittings is not None:
+        for _ in range(sittings.left // part):
+            sittings.measure()
+            report("playing in fresh processes", sittings.count - sittings.left, sittings.count)
 
 
 def _of_the_package(parts: Parts, pipeline: Sequence[Mapping[str, Any]], evaluated: Mapping[str, Any] | None) -> None:

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from typing import Any
 
-SCHEMA = 2
+SCHEMA = 3
 """Version of the JSON form, described by profile.schema.json. It changes when a reader of the last would be wrong."""
 
 PARTS = (
     *("kernels", "ceilings", "profiling_cost", "memory_map", "passes", "ablation", "sessions_held", "stop_latency"),
-    *("hesitation", "energy", "instructions", "noise", "scenario", "quality", "advice"),
+    *("hesitation", "energy", "instructions", "noise", "scenario", "sittings", "quality", "advice"),
 )
 
 

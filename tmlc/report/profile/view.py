@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from tmlc.report.profile.experiments_view import experiment_tables
 from tmlc.report.profile.kernels_view import kernel_tables
+from tmlc.report.profile.sittings import told
 from tmlc.report.tables import grid, megabytes, milliseconds, table
 
 if TYPE_CHECKING:
@@ -72,6 +73,8 @@ def profile_tables(view: dict[str, Any]) -> list[RenderableType]:
         ("resident", f"peak {megabytes(memory['peak_rss_bytes'])}{resident}"),
         ("first tick", milliseconds(view["first_tick_ms"])),
     ]
+    if view["sittings"] is not None:
+        rest.append(("sittings", told(view["sittings"])))
     start = view["startup"]
     if start is not None:
         times = (("load", "load_ms"), ("first tick", "first_tick_ms"), ("together", "load_and_first_tick_ms"))

@@ -1,0 +1,207 @@
+"""The command line of run.py: which steps are left, each job in a process that can be ended, and what came of it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import bare
+import brought
+import steps
+from claims import claims
+from results import Results, now
+
+import tmlc
+from tmlc.errors import TargetError
+from tmlc.report.machine import installed, machine
+
+RUN = Path(__file__).parent / "run.py"
+LEFT, FAILED = 3, 1
+OVER = "the command's time was over"  # no fault of the step, which is left for another command
+GRACE = 5.0  # seconds behind the end in which a step may still end
+JOBS = ("small bf16", "small fp8", f"small {steps.PEERS}", "nano bf16", "nano fp8", "small int8", "small int4",
+        "nano int8", "nano int4")  # fmt: skip
+VERSIONS = ("torch", "triton", "transformers", "numpy", "cuda-bindings")
+
+
+def device() -> tuple[int, str]:
+    """The architecture of the GPU here, and "", or 0 and why there is none."""
+    from tmlc.runtimes.cuda.nvidia import NvidiaDriver
+
+    try:
+        probe = NvidiaDriver()
+    except TargetError as error:
+        return 0, error.what
+    sm = probe.info.architecture
+    probe.close()
+    return sm, ""
+
+
+class Run:
+    """The jobs of one command.
+
+    Args:
+        chosen: the command line.
+        tell: prints a line.
+    """
+
+    def __init__(self, chosen: argparse.Namespace, tell: Callable[[str], None] = print) -> None:
+        self.chosen, self.tell = chosen, tell
+        self.until = time.time() + chosen.seconds
+        self.sm, self.why = (90, "") if chosen.rehearse else device()
+        self.results = Results(chosen.out)
+        self.tried: set[tuple[str, str]] = set()
+
+    @property
+    def jobs(self) -> list[str]:
+        if self.chosen.rehearse:
+            return self.chosen.job or ["tiny bf16", f"tiny {steps.PEERS}"]
+        return self.chosen.job or list(JOBS)
+
+    def wanted(self, job: str) -> list[str]:
+        """The steps of a job that are neither done nor tried by this command, and `build` where its package is gone."""
+        if any((job, name) in self.tried and self.results.error(job, name) for name in ("build", "load")):
+            return []  # nothing can follow
+        left = [
+            name for name in self.named(job) if self.results.get(job, name) is None and (job, name) not in self.tried
+        ]
+        gone = not any(self.chosen.work.glob(f"{job.replace(' ', '-')}-sm*.tmlc"))
+        if left and left[0] != "build" and "build" in steps.steps_of(job) and gone and (job, "build") not in self.tried:
+            left.insert(0, "build")
+        return left
+
+    def named(self, job: str) -> list[str]:
+        """The steps of a job that this command is about."""
+        every = [name for name in steps.steps_of(job) if name in (self.chosen.step or steps.steps_of(job))]
+        return [name for name in every if name == "build"] if self.why else every
+
+    def all(self) -> int:
+        body = self.results.body
+        body["runs"].append({
+            "at": now(), "arguments": sys.argv[1:], "machine": machine(), "tmlc": tmlc.__version__,
+            "missing": bare.missing(), "rehearsal": self.chosen.rehearse, "not run": self.why,
+            "versions": {name: installed(name) for name in VERSIONS},
+        })  # fmt: skip
+        self.results.save()
+        for job in self.jobs:
+            while (left := self.wanted(job)) and time.time() < self.until:
+                self._process(job, left)
+        return self._end()
+
+    def _process(self, job: str, left: list[str]) -> None:
+        """One process for the steps of a job; ended when one of them takes too long, or at the end of the time."""
+        chosen, limits = self.chosen, steps.steps_of(job)
+        given = {"job": job, "steps": left, "sm": self.sm or chosen.sm, "until": self.until}
+        command = [
+            sys.executable, str(RUN), "--out", str(chosen.out), "--work", str(chosen.work), "--ticks",
+            str(chosen.ticks), "--most-seconds", str(chosen.most_seconds), "--process", json.dumps(given),
+            *(["--kernels", str(chosen.kernels)] if chosen.kernels else []),
+            *(["--rehearse"] if chosen.rehearse else []),
+        ]  # fmt: skip
+        child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        begun: list[tuple[str, float]] = []
+
+        def listen() -> None:
+            assert child.stdout is not None
+            for line in child.stdout:
+                if line.startswith("step "):
+                    begun.append((line[5:].strip(), time.time()))
+                self.tell(f"{job}: {line.rstrip()}")
+
+        listener = threading.Thread(target=listen, daemon=True)
+        listener.start()
+        started, ended = time.time(), ""
+        while child.poll() is None and not ended:
+            time.sleep(0.1)
+            name, since = begun[-1] if begun else (left[0], started)
+            if time.time() > self.until + GRACE:
+                ended = OVER
+            elif time.time() - since > limits[name] and not chosen.rehearse:  # the interpreter is slow
+                ended = f"it took more than {limits[name]} s"
+        if ended:
+            child.kill()
+        child.wait()
+        listener.join(5)
+        self.results = Results(chosen.out)
+        ran = [name for name, _ in begun]
+        last = ran[-1] if ran else left[0]
+        if ended or child.returncode not in (0, steps.LOST):
+            if self.results.get(job, last) is None and ended != OVER:
+                self.results.put(job, last, {"error": ended or f"its process ended with {child.returncode}"})
+            ran.append(last)
+        self.tried |= {(job, name) for name in ran}
+
+    def _end(self) -> int:
+        """Says what was found, and what is left."""
+        found = claims(self.results)
+        self.results.body["claims"] = found
+        self.results.save()
+        every = [(job, name) for job in self.jobs for name in self.named(job)]
+        if self.why:
+            self.tell(f"built for sm{self.chosen.sm}, and nothing was run: {self.why} ({self.chosen.out})")
+            self.tell("  run it on a machine with a GPU")
+            return FAILED
+        for row in found:
+            mark = {True: "met", False: "NOT MET", None: ""}[row["met"]]
+            value = f"{row['value']:.4g}" if isinstance(row["value"], float) else str(row["value"])
+            wanted = f" (wanted: {row['target']})" if row["target"] else ""
+            self.tell(f"{row['job']}: {row['claim']}: {value}{wanted} {mark}".rstrip())
+        failed = [(job, name) for job, name in every if self.results.error(job, name)]
+        for job, name in failed:
+            self.tell(f"FAILED {job}, {name}: {self.results.error(job, name)}")
+        left = [f"{job}, {name}" for job, name in every if not self.results.has(job, name)]
+        if left:
+            self.tell(f"left for another command: {'; '.join(left)}")
+            return LEFT
+        wrong = not self.chosen.rehearse and any(row["met"] is False for row in found)
+        self.tell(f"{'not all is as wanted' if wrong or failed else 'done'}: {self.chosen.out}")
+        return FAILED if wrong or failed else 0
+
+
+def process(chosen: argparse.Namespace) -> int:
+    """The child: some steps of one job."""
+    given: dict[str, Any] = json.loads(chosen.process)
+    effort = steps.effort_of(chosen.rehearse, chosen.ticks, chosen.most_seconds)
+    settings = steps.Settings(chosen.work, given["sm"], chosen.rehearse, effort, given["until"], chosen.kernels)
+
+    def tell(step: str) -> None:
+        print(f"step {step}", flush=True)
+
+    return steps.run_job(given["job"], settings, Results(chosen.out), given["steps"], tell)
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(prog="python perf/gpu/run.py", description="Build, check and time engines on a GPU.")
+    made.add_argument("--out", type=Path, default=Path("gpu.json"), help="the JSON to write, or to go on with")
+    made.add_argument("--job", action="append", help=f"may be given again. Default, in this order: {', '.join(JOBS)}")
+    made.add_argument("--step", action="append", help=f"of {', '.join(steps.ENGINE_STEPS)}. Default: all")
+    made.add_argument("--seconds", type=float, default=86_400.0, help="when to end, finished or not")
+    made.add_argument("--ticks", type=int, default=10_000, help="whole ticks of one session")
+    made.add_argument("--most-seconds", type=float, default=120.0, help="of each run of ticks")
+    made.add_argument("--work", type=Path, default=bare.ROOT / "build/gpu", help="where checkpoints and packages lie")
+    made.add_argument("--sm", type=int, default=90, help="what to build for on a machine without a GPU")
+    made.add_argument("--rehearse", action="store_true", help="the smallest model on a device in host memory, no GPU")
+    made.add_argument("--make-kernels", type=Path, metavar="DIR", help="only compile kernels, for --kernels")
+    made.add_argument("--kernels", type=Path, metavar="DIR", help="machine code that --make-kernels left there")
+    made.add_argument("--process", help=argparse.SUPPRESS)
+    return made
+
+
+def main(given: Sequence[str]) -> int:
+    chosen = parser().parse_args(given)
+    chosen.work.mkdir(parents=True, exist_ok=True)
+    os.environ.setdefault("TMLC_CACHE", str(chosen.work / "cache"))
+    if chosen.make_kernels:
+        chosen.make_kernels.mkdir(parents=True, exist_ok=True)
+        engines = [tuple(job.split()) for job in chosen.job or JOBS if not job.endswith(steps.PEERS)]
+        brought.make(chosen.make_kernels, engines, chosen.sm, print)
+        return 0
+    return process(chosen) if chosen.process else Run(chosen).all()
