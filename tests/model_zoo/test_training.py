@@ -281,11 +281,13 @@ def test_a_model_card_says_what_was_trained_and_measured(trained, tmp_path: Path
     task = {"score": 0.875, "interval": [0.75, 0.9375], "episodes": 40}
     scores = {
         "tasks": {"barge_in": task}, "words": {"rate": 0.96, "interval": [0.9, 1.0], "of": 200}, "seed": 7,
-        "clicks": {"edges": 900, "clicks": 3}, "digest": "ab" * 32, "target": "cpu", "precision": "fp32",
+        "clicks": {"edges": 900, "clicks": 3, "stand_out": False}, "digest": "ab" * 32, "target": "cpu",
+        "precision": "fp32",
     }  # fmt: skip
     card = (train.export(trained[0], small(), tmp_path / "out", scores) / "README.md").read_text()
     assert "| barge_in | 87.5 % | 75.0–93.8 % |" in card
-    assert "96.0 % of 200" in card and "3 of 900" in card and "model: 4 steps of 1 episodes" in card
+    assert "96.0 % of 200" in card and "model: 4 steps of 1 episodes" in card
+    assert "3 of 900; all edges together do not stand out" in card
     assert "turn_taking" not in card
 
 

@@ -15,19 +15,26 @@ CARD = """# {name}
 A small interaction model that hears, sees, reads, speaks and writes on a clock of {tick} ms. {parameters:,} parameters,
 of which {active:,} work at a position. It says {words} words, in one voice. Trained by tmlc from nothing, on synthetic
 conversations only; it is made to show that a compile keeps a model's behaviour, not to be talked to about the world.
+The weights are under tmlc's own licence, Apache-2.0.
+
+```sh
+tmlc compile {name} -o {name}.tmlc
+tmlc eval {name}.tmlc
+```
 
 ## Data
 
-Episodes of {tasks}, drawn afresh for every step (`tmlc.model_zoo.interaction.tasks`). All speech is that of {voice}:
-{training} voices of users in training, {test} others in evaluation, and the model's own. No recording of a person, no
-text of others.
+Episodes of {tasks}, drawn afresh for every step (`tmlc.model_zoo.interaction.tasks`).
+All speech is synthesised ({voice}): {training} voices of users in training, {test} others in
+evaluation, and the model's own. No recording of a person, no text of others.
 
 ## Recipe
 
 {recipe}
 
 Losses: weighted cross-entropy of the text head, flow matching of the speech head on log-mel frames, sample error and
-spectral distance of the vocoder. `docs/training.md` has the rest and the command.
+spectral distance of the vocoder; two heads that only training has name what is heard, seen and meant.
+`docs/training.md` has the rest, what was changed while it ran, and the command.
 
 ## Scores
 
@@ -63,7 +70,8 @@ def card(config: InteractionConfig, scores: Mapping[str, Any], stages: Mapping[s
     ]
     words, clicks = scores["words"], scores["clicks"]
     speech = f"Words that an independent recogniser hears as they were written: {_rate(words)}."
-    speech += f" Clicks at edges of ticks: {clicks['clicks']} of {clicks['edges']}."
+    together = "stand out" if clicks["stand_out"] else "do not stand out"
+    speech += f" Clicks at edges of ticks: {clicks['clicks']} of {clicks['edges']}; all edges together {together}."
     recipe = [
         f"- {name}: {made['done']:,} steps of {made['size']} {'episodes' if name == 'model' else 'pieces'}, "
         f"{made['seconds'] / 3600:.1f} h, AdamW at {made['rate']:g}, seed {made['seed']}, weights averaged "
