@@ -8,7 +8,6 @@ compile changed is the difference. Slow: one session after another, and every re
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -31,14 +30,6 @@ from tmlc.runtimes.core.text import load_tokenizer
 TARGET = "pytorch"
 
 
-@dataclass
-class _Opened:
-    """A slot's states as tensors over its very bytes."""
-
-    slot: np.ndarray
-    session: RunnerSession
-
-
 class EagerBackend(Backend):
     """The methods of a stateful program, in PyTorch.
 
@@ -55,7 +46,7 @@ class EagerBackend(Backend):
         self.methods = {name: _spec(method) for name, method in runner.program.methods.items()}
         self._types = {name: [type_of(node) for node in m.inputs] for name, m in runner.program.methods.items()}
         self.isa, self.threads = f"torch {torch.__version__}", torch.get_num_threads()
-        self._opened: dict[int, _Opened] = {}
+        self._sessions: dict[int, RunnerSession] = {}
 
     def call(
         self, method: str, parts: Sequence[tuple[int, np.ndarray]], inputs: Sequence[np.ndarray]
@@ -77,21 +68,22 @@ class EagerBackend(Backend):
         return [np.ascontiguousarray(np.concatenate(kept)) for kept in found]
 
     def _session(self, slot: np.ndarray) -> RunnerSession:
+        """A slot's states as tensors over its very bytes, which they keep."""
         address = slot.ctypes.data
-        if address not in self._opened:
+        if address not in self._sessions:
             session = self._runner.session()
             for info in self._states:
                 held = slot[info.offset : info.offset + info.bytes].view(DTYPES[info.dtype])
                 session.states[info.name] = torch.from_numpy(held).reshape(info.shape)
-            self._opened[address] = _Opened(slot, session)
-        return self._opened[address].session
+            self._sessions[address] = session
+        return self._sessions[address]
 
     def memory(self) -> dict[str, int]:
         """PyTorch does not say what its ops take beside the weights, and it is not counted."""
         return {"weights": sum(t.nbytes for t in self._runner._weights.values()), "arena": 0, "scratch": 0}
 
     def close(self) -> None:
-        self._opened.clear()
+        self._sessions.clear()
 
 
 def open_model(checkpoint: Path, sessions: int) -> Engine:

@@ -9,7 +9,7 @@ voice. What the model hears of itself is what the vocoder makes of the ideal mel
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -160,6 +160,7 @@ def lay_out(
     frames: list[np.ndarray] = []
     spoke, at, last_clip, ticks = False, 0, -tick.video_every, 0
     said_words = _words(episode)
+    shown: dict[int, int] = {}
     for t in range(episode.ticks):
         injected, tokens = episode.injected_tokens(t, ids), episode.output_tokens(t, ids)
         typed += episode.text[t].encode()
@@ -178,6 +179,7 @@ def lay_out(
         if clip is not None:
             example.seen += range(at, at + patches)
             at, last_clip = at + patches, t
+            shown[t] = at - 1
             seen.append(clip)
         for token in read:
             at = _token(example, token, at)
@@ -198,7 +200,7 @@ def lay_out(
             frames.append(mel[t].reshape(tick.audio_out, -1))
         at += tick.audio_out
         spoke, ticks = not silent, t + 1
-    _events(example, episode, config, ticks)
+    _events(example, episode, config, shown)
     example.length = at
     example.heard_pcm = episode.audio.reshape(-1, own.shape[1])[: ticks * tick.audio_in]
     # The first position of all hears the silence before the session, each other one the samples before it.
@@ -223,18 +225,13 @@ def _words(episode: Episode) -> dict[int, int]:
     return found
 
 
-def _events(example: Example, episode: Episode, config: InteractionConfig, ticks: int) -> None:
+def _events(example: Example, episode: Episode, config: InteractionConfig, shown: Mapping[int, int]) -> None:
     """Where what is heard and seen can be known: in the position that is heard when it is over and in the next, or in
-    the last one of the clip."""
-    hop, patches = config.audio_config.hop_length, config.vision_config.positions
-    tick, last = config.tick_config, -config.tick_config.video_every
-    clips: dict[int, int] = {}
-    for t in sorted(episode.video):
-        if t < ticks and t - last >= tick.video_every:
-            clips[t], last = example.seen[(len(clips) + 1) * patches - 1], t
+    the last one of the clip (`shown`: tick → that place)."""
+    hop = config.audio_config.hop_length
     for event in episode.events:
         if event.seen:
-            places = [clips[t]] if (t := event.sample // config.tick_samples) in clips else []
+            places = [shown[t]] if (t := event.sample // config.tick_samples) in shown else []
         else:
             places = example.heard[event.sample // hop : event.sample // hop + 2]
         example.noticed += places

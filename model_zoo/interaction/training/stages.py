@@ -175,7 +175,8 @@ class ModelStage(Stage):
         self._load = Load()
         self._routers = [m.gate for m in model.modules() if isinstance(m, MoE)]
         self._group: tuple[int, list[list[int]], list[Any]] = (-1, [], [])
-        self._hop = model.config.audio_config.hop_length
+        hop = model.config.audio_config.hop_length
+        self._silence = levels_of(model, [np.zeros((1, hop), np.float32)])
         self._held_out: dict[str, list[Batch]] = {}
 
     def _trains(self, name: str, tensor: Tensor) -> bool:
@@ -211,7 +212,7 @@ class ModelStage(Stage):
             levels.clamp_(0, top)
         ticks = len(batch.own) // self.model.config.tick_config.audio_out
         deaf = np.repeat(rng.random(ticks) < self.mixture.deaf, self.model.config.tick_config.audio_out)
-        batch.own_levels[torch.from_numpy(deaf)] = levels_of(self.model, [np.zeros((1, self._hop), np.float32)])
+        batch.own_levels[torch.from_numpy(deaf)] = self._silence
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
         batch, self._load = self.batch(step), Load()
