@@ -13,6 +13,7 @@ import triton.language as tl
 from tmlc.kernels.triton.launch import Aligned, Launch, Lowered, Operand, Pointer
 from tmlc.kernels.triton.layouts import FORMS, weight_pointers
 from tmlc.kernels.triton.mode import device
+from tmlc.kernels.triton.overlap import prefetch_rows, previous
 from tmlc.kernels.triton.registry import Call, launch, lowering
 from tmlc.kernels.triton.tuning import Blocks, slices
 
@@ -170,13 +171,16 @@ def linear_kernel(
     out, x, w, scales, zeros, bias, factor, addend, rows, m, k, w_stride, s_stride, x_stride, out_stride,
     addend_stride, alpha, cap,
     FORM: tl.constexpr, GROUP: tl.constexpr, SLICES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
-    ROWS: tl.constexpr,
+    ROWS: tl.constexpr, LINES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """out[rows, m] = addend + factor·(cap·tanh((alpha·x) · Wᵀ + bias)/cap)); grid (tiles of rows, tiles of m)."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     col = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     live, inside = row < rows, col < m
     wide_row, wide_col = row.to(tl.int64), col.to(tl.int64)
+    if OVERLAP:
+        prefetch_rows(w, wide_col * w_stride, inside, k, FORM, LINES)
+        previous()
     y = weight_product(
         w, scales, zeros, wide_col * w_stride, wide_col * s_stride, inside, x, wide_row * x_stride, live, k, alpha,
         FORM, GROUP, SLICES, BLOCK_M, BLOCK_K, ROWS,
@@ -231,6 +235,12 @@ def tile_rows(rows: int) -> int:
     return FEW_ROWS if rows <= FEW_ROWS else ROWS
 
 
+def lines(call: Call, weight: Operand, blocks: Blocks) -> int:
+    """Lines of 128 bytes of a row that a program reads at a time."""
+    read = slices(weight.dtype, weight.shape[-1], blocks.block_k, call.sm) * blocks.block_k
+    return max(1, read * FORMS[weight.dtype].bits // 8 // 128)
+
+
 def linear_launch(
     call: Call,
     out: Operand | Pointer,
@@ -248,7 +258,7 @@ def linear_launch(
     call.need(len(weight.shape) == 2 and x.cols == k, f"{weight.name} {weight.shape} does not take {x.cols} columns")
     rows = call.rows(x)
     values, fixed, blocks = product_values(call, weight, "linear", m)
-    fixed["ROWS"] = tile_rows(rows)
+    fixed |= {"ROWS": tile_rows(rows), "LINES": lines(call, weight, blocks), "OVERLAP": False}
     values |= {
         "out": call.pointer(out) if isinstance(out, Operand) else out,
         "out_stride": out.stride if isinstance(out, Operand) else out_stride,

@@ -82,9 +82,11 @@ def few(monkeypatch):
     monkeypatch.setattr(tune_timer, "ROTATED", 1 << 12)
     monkeypatch.setattr(tune, "build_variants", faked(spills=(4,)))
     every = tune.candidates
-    monkeypatch.setattr(
-        tune, "candidates", lambda s, t: [b for b in every(s, t) if b.block_m == rule(s).block_m and 1 < b.stages < 5][:4]
-    )
+
+    def some(shape, tiles):
+        return [b for b in every(shape, tiles) if b.block_m == rule(shape).block_m and 1 < b.stages < 5][:4]
+
+    monkeypatch.setattr(tune, "candidates", some)
 
 
 @contextlib.contextmanager

@@ -13,12 +13,13 @@ from typing import Any
 from tmlc.emit.targets import Progress
 from tmlc.emit.triton.build import build_variants, frozen
 from tmlc.emit.triton.plan import PLAN, code_name
-from tmlc.emit.triton.target import Lowerings
+from tmlc.emit.triton.target import OVERLAP, Lowerings
 from tmlc.emit.triton.tune_timer import Sample, Timer
 from tmlc.errors import CapacityError, EmitError, KernelError, PackageError, TargetError
 from tmlc.kernels.triton.launch import TRITON_NAMES, Aligned, Argument, Launch, Pointer, Variant
 from tmlc.kernels.triton.layouts import FORMS
 from tmlc.kernels.triton.norms import power
+from tmlc.kernels.triton.overlap import OVERLAP_FROM
 from tmlc.kernels.triton.tuning import SHARED_BYTES, Blocks, Shape, Tiles, rule, slices
 from tmlc.kernels.triton.variants import Compiled
 from tmlc.package.reader import Package
@@ -101,7 +102,10 @@ def package_samples(package: Package, sm: int) -> list[tuple[Shape, Sample]]:
         for bucket in _measured([(b.batch, b.n) for b in method.buckets]):
             info = next(b for b in method.buckets if (b.batch, b.n) == bucket)
             try:
-                found += _samples(name, bucket, _unbound(plan, info), sm)
+                launches = _unbound(plan, info)
+                if OVERLAP in package.manifest.required_features and sm >= OVERLAP_FROM:
+                    launches = [launch.overlapping() for launch in launches]
+                found += _samples(name, bucket, launches, sm)
             except (KeyError, ValueError, TypeError) as error:
                 raise PackageError(
                     "the package's kernels are not those of this version of tmlc", where=f"{package.path}, {name}",
