@@ -17,7 +17,7 @@ import yaml
 from tmlc.errors import EmitError
 
 TABLE = "tuning.yaml"
-OPS = ("attention", "linear", "moe_down", "moe_gate_up", "router")
+OPS = ("attention", "linear", "moe_down", "moe_gate_up")
 BOUNDS = ("min_m", "max_m", "min_k", "max_k")
 SIZES = ("block_m", "block_k", "warps", "stages")
 KEYS = {"op", "dtype", "sm", *BOUNDS, *SIZES}
