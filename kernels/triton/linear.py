@@ -15,6 +15,7 @@ from tmlc.kernels.triton.layouts import FORMS, weight_pointers
 from tmlc.kernels.triton.mode import device
 from tmlc.kernels.triton.overlap import prefetch_rows, previous
 from tmlc.kernels.triton.registry import Call, launch, lowering
+from tmlc.kernels.triton.steps import NO_STEPS, run_steps, steps_of, tanh
 from tmlc.kernels.triton.tuning import Blocks, slices
 
 #: Rows of activations in a tile: where there are no more, and else. A row is a column of the same instructions in both.
@@ -169,11 +170,12 @@ def weight_product(
 @device
 def linear_kernel(
     out, x, w, scales, zeros, bias, factor, addend, rows, m, k, w_stride, s_stride, x_stride, out_stride,
-    addend_stride, alpha, cap,
+    addend_stride, alpha, cap, a, b, c, a_stride, b_stride, c_stride, number0, number1, number2,
     FORM: tl.constexpr, GROUP: tl.constexpr, SLICES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
-    ROWS: tl.constexpr, LINES: tl.constexpr, OVERLAP: tl.constexpr,
+    ROWS: tl.constexpr, LINES: tl.constexpr, OVERLAP: tl.constexpr, STEPS: tl.constexpr, COUNT: tl.constexpr,
 ):  # fmt: skip
-    """out[rows, m] = addend + factor·(cap·tanh((alpha·x) · Wᵀ + bias)/cap)); grid (tiles of rows, tiles of m)."""
+    """out[rows, m] = addend + factor·(cap·tanh((alpha·x) · Wᵀ + bias)/cap)), and then the steps; grid (tiles of rows,
+    tiles of m). What the epilogue reads is asked for before the product, which hides the wait."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     col = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     live, inside = row < rows, col < m
@@ -181,31 +183,34 @@ def linear_kernel(
     if OVERLAP:
         prefetch_rows(w, wide_col * w_stride, inside, k, FORM, LINES)
         previous()
+    mask = inside[:, None] & live[None, :]
+    if bias is not None:
+        biases = tl.load(bias + col, mask=inside, other=0.0)
+    if factor is not None:
+        level = tl.load(factor)
+    if addend is not None:
+        added = tl.load(addend + wide_row[None, :] * addend_stride + col[:, None], mask=mask, other=0.0)
+    av, bv, cv = 0.0, 0.0, 0.0
+    if a is not None:
+        av = tl.load(a + wide_row[None, :] * a_stride + col[:, None], mask=mask, other=0.0)
+    if b is not None:
+        bv = tl.load(b + wide_row[None, :] * b_stride + col[:, None], mask=mask, other=0.0)
+    if c is not None:
+        cv = tl.load(c + wide_row[None, :] * c_stride + col[:, None], mask=mask, other=0.0)
     y = weight_product(
         w, scales, zeros, wide_col * w_stride, wide_col * s_stride, inside, x, wide_row * x_stride, live, k, alpha,
         FORM, GROUP, SLICES, BLOCK_M, BLOCK_K, ROWS,
     )  # fmt: skip
     if bias is not None:
-        y += tl.load(bias + col, mask=inside, other=0.0)[:, None]
+        y += biases[:, None]
     if factor is not None:
-        y *= tl.load(factor)
+        y *= level
     if cap is not None:
         y = cap * tanh(y / cap)
-    mask = inside[:, None] & live[None, :]
     if addend is not None:
-        y = tl.load(addend + wide_row[None, :] * addend_stride + col[:, None], mask=mask, other=0.0) + y
+        y = added + y
+    y = run_steps(y, av, bv, cv, number0, number1, number2, STEPS, COUNT)
     tl.store(out + wide_row[None, :] * out_stride + col[:, None], y, mask=mask)
-
-
-@device
-def tanh(x):
-    """tanh in float32, without cancellation near 0."""
-    size = tl.abs(x)
-    square = x * x
-    small = x * (1.0 + square * (-0.33333334 + square * (0.13333334 + square * -0.053968254)))
-    e = tl.exp(-2.0 * size)
-    large = (1.0 - e) / (1.0 + e)
-    return tl.where(size < 0.2, small, tl.where(x < 0.0, -large, large))
 
 
 def product_values(
@@ -252,8 +257,9 @@ def linear_launch(
     alpha: float = 1.0,
     cap: float = 0.0,
     out_stride: int = 0,
+    steps: tuple[dict[str, Any], dict[str, Any]] = (NO_STEPS, {"STEPS": (), "COUNT": 0}),
 ) -> Launch:
-    """One product of all rows of x; `out` may be a pointer to scratch, with its stride."""
+    """One product of all rows of x; `out` may be a pointer to scratch, with its stride. `steps`: of `steps_of`."""
     m, k = weight.shape[-2:]
     call.need(len(weight.shape) == 2 and x.cols == k, f"{weight.name} {weight.shape} does not take {x.cols} columns")
     rows = call.rows(x)
@@ -269,7 +275,9 @@ def linear_launch(
         "addend_stride": None if addend is None else addend.stride,
         "alpha": None if alpha == 1.0 else float(alpha),
         "cap": None if cap == 0.0 else float(cap),
+        **steps[0],
     }  # fmt: skip
+    fixed |= steps[1]
     grid = (-(-rows // fixed["ROWS"]), -(-m // blocks.block_m))
     return launch("linear_kernel", grid, values, fixed, blocks.warps, blocks.stages)
 
@@ -279,5 +287,14 @@ def lower_linear(call: Call) -> Lowered:
     product = linear_launch(
         call, call.outputs[0], call.operand("x"), call.operand("weight"), bias=call.optional("bias"),
         factor=call.optional("scale"), addend=call.optional("addend"),
+    )  # fmt: skip
+    return Lowered((product,))
+
+
+@lowering("linear_steps")
+def lower_linear_steps(call: Call) -> Lowered:
+    product = linear_launch(
+        call, call.outputs[0], call.operand("x"), call.operand("weight"), bias=call.optional("bias"),
+        steps=steps_of(call),
     )  # fmt: skip
     return Lowered((product,))
