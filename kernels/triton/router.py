@@ -7,7 +7,7 @@ import triton.language as tl
 
 from tmlc.kernels.triton.elementwise import sigmoid
 from tmlc.kernels.triton.launch import Lowered, Operand, Pointer
-from tmlc.kernels.triton.linear import ROWS, linear_launch, product_values, weight_product
+from tmlc.kernels.triton.linear import ROWS, exact_product, linear_launch, product_values
 from tmlc.kernels.triton.mode import device
 from tmlc.kernels.triton.norms import power
 from tmlc.kernels.triton.registry import Call, launch, lowering
@@ -76,9 +76,9 @@ def router_kernel(
     row = tl.program_id(0) * 16 + tl.arange(0, 16)
     live = row < rows
     e = tl.arange(0, BLOCK_E)
-    logits = weight_product(
-        w, None, None, e.to(tl.int64) * w_stride, e, e < routed + SHARED, x, row.to(tl.int64) * x_stride, live, k,
-        None, "f32", 0, BLOCK_E, BLOCK_K,
+    logits = exact_product(
+        w, e.to(tl.int64) * w_stride, e < routed + SHARED, x, row.to(tl.int64) * x_stride, live, k, None,
+        BLOCK_E, BLOCK_K, 16,
     )  # fmt: skip
     sink_route(logits, weights, experts, bias, scale, row, live, routed, route_scale, TOP_K, SHARED, BLOCK_E, BLOCK_TOP)
 
@@ -193,8 +193,7 @@ def lower_sink_router(call: Call) -> Lowered:
     weight, x = call.operand("weight"), call.operand("x")
     call.need(weight.dtype == "f32", f"a router with weights of {weight.dtype}", "keep routers in f32")
     if total <= FUSED_EXPERTS:
-        blocks = call.blocks("router", "f32", total, weight.shape[-1])
-        product, _ = product_values(call, weight)
+        product, _, blocks = product_values(call, weight, "router", total)
         values |= {name: product[name] for name in ("w", "k", "w_stride")}
         values |= {"x": call.pointer(x), "x_stride": x.stride}
         fixed["BLOCK_K"] = blocks.block_k

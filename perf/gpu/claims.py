@@ -10,7 +10,7 @@ from steps import PEERS
 
 FAST = ("small bf16", "small fp8")  # whose times are judged: nano's weights fit into a cache, codes have no target
 MOST_BEYOND = 0.05  # part of the positions whose logits may differ by more than the tolerance: rows of other experts
-PRODUCTS = ("linear_kernel", "moe_gate_up_kernel", "moe_down_kernel", "moe_down_pairs_kernel")
+PRODUCTS = ("linear_kernel", "moe_gate_up_kernel", "moe_down_kernel")
 
 
 def claims(results: Results) -> list[dict[str, Any]]:

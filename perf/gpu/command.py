@@ -86,7 +86,8 @@ class Run:
     def all(self) -> int:
         body = self.results.body
         body["runs"].append({
-            "at": now(), "arguments": sys.argv[1:], "machine": machine(), "tmlc": tmlc.__version__,
+            "at": now(), "arguments": [bare.relative(arg) for arg in sys.argv[1:]], "machine": machine(),
+            "tmlc": tmlc.__version__,
             "missing": bare.missing(), "rehearsal": self.chosen.rehearse, "not run": self.why,
             "versions": {name: installed(name) for name in VERSIONS},
         })  # fmt: skip

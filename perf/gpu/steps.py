@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import bare
 import brought
 import checks
 import numpy as np
@@ -82,7 +83,7 @@ def run_job(job: str, settings: Settings, results: Results, only: list[str], tel
             try:
                 row = owner.run(name)
             except Exception as error:
-                trace = traceback.format_exc().splitlines()[-12:]
+                trace = [bare.relative(line) for line in traceback.format_exc().splitlines()[-12:]]
                 results.put(job, name, {"error": f"{type(error).__name__}: {error}", "trace": trace})
                 if isinstance(error, DeviceError):
                     return LOST

@@ -1,7 +1,7 @@
 """What `tmlc tune` does: the launches of an engine → candidates of block sizes → which of them build → the fastest.
 
-No candidate changes the order in which a sum is added up: the inputs read at a time vary only where the groups of a
-quantised weight decide that order, attention keeps its keys at a time, and nothing is ever split over inputs.
+No candidate changes the order in which a sum is added up: products keep their slices of inputs and a warp for each,
+attention its keys at a time.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tmlc.errors import CapacityError, EmitError, KernelError, PackageError, Tar
 from tmlc.kernels.triton.launch import TRITON_NAMES, Aligned, Argument, Launch, Pointer, Variant
 from tmlc.kernels.triton.layouts import FORMS
 from tmlc.kernels.triton.norms import power
-from tmlc.kernels.triton.tuning import SHARED_BYTES, Blocks, Shape, Tiles, rule
+from tmlc.kernels.triton.tuning import SHARED_BYTES, Blocks, Shape, Tiles, rule, slices
 from tmlc.kernels.triton.variants import Compiled
 from tmlc.package.reader import Package
 from tmlc.runtimes.cuda.driver import Driver
@@ -30,7 +30,6 @@ KERNELS = {
     "linear_kernel": ("linear", "m", "k"),
     "moe_gate_up_kernel": ("moe_gate_up", "f", "k"),
     "moe_down_kernel": ("moe_down", "d", "k"),
-    "moe_down_pairs_kernel": ("moe_down", "d", "k"),
     "router_kernel": ("router", "routed", "k"),
     "attention_kernel": ("attention", "dv", "d"),
 }
@@ -143,7 +142,7 @@ def _samples(method: str, bucket: tuple[int, int], launches: Sequence[Launch], s
         if launch.kernel == "moe_sort_kernel":
             sort = launch
         if launch.kernel in KERNELS:
-            grouped = dict(launch.constexprs).get("GROUPED") or launch.kernel == "moe_down_pairs_kernel"
+            grouped = dict(launch.constexprs).get("GROUPED")
             found.append((shape_of(launch, sm), Sample(method, bucket, launch, sort if grouped else None)))
     return found
 
@@ -177,17 +176,12 @@ def _once(found: Iterable[tuple[Shape, Sample]]) -> list[tuple[Shape, Sample]]:
 def candidates(shape: Shape, tiles: Tiles) -> list[Blocks]:
     """Legal block sizes: what `tiles` chooses, what the rule does, and all others in ascending order."""
     usual = rule(shape)
-    rows, inputs, warps, stages = [usual.block_m], [usual.block_k], [4, 8], [2, 3, 4, 6, 8]
-    if shape.op == "router":
-        warps = [usual.warps]  # the kernel's own affair
-    elif shape.op == "attention":
+    rows, warps, stages = [usual.block_m], [usual.warps], [2, 3, 4, 6, 8]
+    if shape.op == "attention":
         warps, stages = [2, 4, 8], [1, 2, 3, 4]
-    else:
-        rows = [size for size in (16, 32, 64, 128) if size <= power(shape.m, 16)]
-        group = FORMS[shape.dtype].group
-        if group:
-            inputs = [size for size in (32, 64, 128, 256) if size % group == 0 and size <= power(shape.k, group)]
-    every = [Blocks(m, k, w, s) for m in rows for k in inputs for w in warps for s in stages]
+    elif shape.op != "router":
+        rows, stages = [size for size in (16, 32, 64) if size <= power(shape.m, 16)], [2, 3, 4]
+    every = [Blocks(m, usual.block_k, w, s) for m in rows for w in warps for s in stages]
     return list(dict.fromkeys([tiles.blocks(shape), usual, *every]))
 
 
@@ -200,7 +194,8 @@ def with_blocks(launch: Launch, shape: Shape, blocks: Blocks) -> Launch:
     elif shape.op == "router":
         fixed["BLOCK_K"], warps = blocks.block_k, launch.num_warps
     else:
-        fixed |= {"BLOCK_M": blocks.block_m, "BLOCK_K": blocks.block_k}
+        count = slices(shape.dtype, shape.k, blocks.block_k, shape.sm)
+        fixed |= {"BLOCK_M": blocks.block_m, "BLOCK_K": blocks.block_k, "SLICES": count}
         grid = (grid[0], -(-shape.m // blocks.block_m), grid[2])
     return replace(
         launch, constexprs=tuple(sorted(fixed.items())), grid=grid, num_warps=warps, num_stages=blocks.stages
