@@ -13,6 +13,7 @@ import triton.language as tl
 from tmlc.kernels.triton.launch import Aligned, Launch, Lowered, Operand, Pointer
 from tmlc.kernels.triton.layouts import FORMS, weight_pointers
 from tmlc.kernels.triton.mode import device
+from tmlc.kernels.triton.overlap import prefetch_rows, previous
 from tmlc.kernels.triton.registry import Call, launch, lowering
 from tmlc.kernels.triton.steps import NO_STEPS, run_steps, steps_of, tanh
 from tmlc.kernels.triton.tuning import Blocks, slices
@@ -171,7 +172,7 @@ def linear_kernel(
     out, x, w, scales, zeros, bias, factor, addend, rows, m, k, w_stride, s_stride, x_stride, out_stride,
     addend_stride, alpha, cap, a, b, c, a_stride, b_stride, c_stride, number0, number1, number2,
     FORM: tl.constexpr, GROUP: tl.constexpr, SLICES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
-    ROWS: tl.constexpr, STEPS: tl.constexpr, COUNT: tl.constexpr,
+    ROWS: tl.constexpr, LINES: tl.constexpr, OVERLAP: tl.constexpr, STEPS: tl.constexpr, COUNT: tl.constexpr,
 ):  # fmt: skip
     """out[rows, m] = addend + factor·(cap·tanh((alpha·x) · Wᵀ + bias)/cap)), and then the steps; grid (tiles of rows,
     tiles of m). What the epilogue reads is asked for before the product, which hides the wait."""
@@ -179,6 +180,9 @@ def linear_kernel(
     col = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     live, inside = row < rows, col < m
     wide_row, wide_col = row.to(tl.int64), col.to(tl.int64)
+    if OVERLAP:
+        prefetch_rows(w, wide_col * w_stride, inside, k, FORM, LINES)
+        previous()
     mask = inside[:, None] & live[None, :]
     if bias is not None:
         biases = tl.load(bias + col, mask=inside, other=0.0)
@@ -236,6 +240,12 @@ def tile_rows(rows: int) -> int:
     return FEW_ROWS if rows <= FEW_ROWS else ROWS
 
 
+def lines(call: Call, weight: Operand, blocks: Blocks) -> int:
+    """Lines of 128 bytes of a row that a program reads at a time."""
+    read = slices(weight.dtype, weight.shape[-1], blocks.block_k, call.sm) * blocks.block_k
+    return max(1, read * FORMS[weight.dtype].bits // 8 // 128)
+
+
 def linear_launch(
     call: Call,
     out: Operand | Pointer,
@@ -254,7 +264,7 @@ def linear_launch(
     call.need(len(weight.shape) == 2 and x.cols == k, f"{weight.name} {weight.shape} does not take {x.cols} columns")
     rows = call.rows(x)
     values, fixed, blocks = product_values(call, weight, "linear", m)
-    fixed["ROWS"] = tile_rows(rows)
+    fixed |= {"ROWS": tile_rows(rows), "LINES": lines(call, weight, blocks), "OVERLAP": False}
     values |= {
         "out": call.pointer(out) if isinstance(out, Operand) else out,
         "out_stride": out.stride if isinstance(out, Operand) else out_stride,

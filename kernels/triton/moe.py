@@ -16,6 +16,7 @@ from tmlc.kernels.triton.linear import (
     FEW_ROWS,
     ROWS,
     exact_product,
+    lines,
     product_values,
     tanh,
     weight_product,
@@ -23,6 +24,7 @@ from tmlc.kernels.triton.linear import (
 )
 from tmlc.kernels.triton.mode import device
 from tmlc.kernels.triton.norms import power
+from tmlc.kernels.triton.overlap import prefetch_rows, previous
 from tmlc.kernels.triton.registry import Call, launch, lowering
 
 #: Rows from which on pairs are grouped where the program does not say (grouped_from 0).
@@ -144,18 +146,22 @@ def moe_down_kernel(
     parts, hidden, w, scales, zeros, bias, experts, order, tile_first, tile_count, tile_expert, counts, n, per, top_k,
     count_e, d, k, w_stride, s_stride,
     GROUPED: tl.constexpr, FORM: tl.constexpr, GROUP: tl.constexpr, SLICES: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_K: tl.constexpr, ROWS: tl.constexpr, LINES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """parts[pair, d] = down_e hidden[pair] + bias; grid (tiles of pairs, blocks of d)."""
     pair, held, expert = tile_pairs(
         experts, order, tile_first, tile_count, tile_expert, counts, n, per, top_k, count_e, tl.program_id(0),
         GROUPED, ROWS,
     )  # fmt: skip
-    if tl.max(held.to(tl.int32), 0) == 0:
-        return
+    some = tl.max(held.to(tl.int32), 0) > 0
     col = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = col < d
     down_row = expert.to(tl.int64) * d + col
+    if OVERLAP:  # what chose and sorted the experts had ended when the gate's kernel let this one begin
+        prefetch_rows(w, down_row * w_stride, inside & some, k, FORM, LINES)
+        previous()  # before any program may end: the next kernel relies on it
+    if not some:
+        return
     y = weight_product(
         w, scales, zeros, down_row * w_stride, down_row * s_stride, inside, hidden, pair.to(tl.int64) * k, held, k,
         None, FORM, GROUP, SLICES, BLOCK_M, BLOCK_K, ROWS,
@@ -246,6 +252,7 @@ def moe_launches(
         "bias": None if biases[1] is None else call.pointer(biases[1]),
     }  # fmt: skip
     grid = (tiles, -(-d // blocks.block_m))
+    tile |= {"LINES": lines(call, down, blocks), "OVERLAP": False}
     launches.append(launch("moe_down_kernel", grid, values, fixed | tile, blocks.warps, blocks.stages))
     block = min(1024, power(d, 32))
     values = common | {

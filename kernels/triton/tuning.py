@@ -17,7 +17,7 @@ import yaml
 from tmlc.errors import EmitError
 
 TABLE = "tuning.yaml"
-OPS = ("attention", "linear", "moe_down", "moe_gate_up", "router")
+OPS = ("attention", "linear", "moe_down", "moe_gate_up")
 BOUNDS = ("min_m", "max_m", "min_k", "max_k")
 SIZES = ("block_m", "block_k", "warps", "stages")
 KEYS = {"op", "dtype", "sm", *BOUNDS, *SIZES}
@@ -164,8 +164,8 @@ def rule(shape: Shape) -> Blocks:
 
     A tick reads each weight once, and a product of one row is over before a pipeline has filled: so a program asks for
     all that it reads at once, a slice a warp, and tiles are as low as gives the most programs. Where a program needs
-    several turns and there are too few to hide each other's waits, it has two turns on the way if they fit. `block_k` decides the
-    order of sums, so it follows from the weight only.
+    several turns and there are too few to hide each other's waits, it has two turns on the way if they fit.
+    `block_k` decides the order of sums, so it follows from the weight only.
     """
     dtype, m, k = shape.dtype, shape.m, shape.k
     if shape.op == "attention":

@@ -27,8 +27,8 @@ RUN = Path(__file__).parent / "run.py"
 LEFT, FAILED = 3, 1
 OVER = "the command's time was over"  # no fault of the step, which is left for another command
 GRACE = 5.0  # seconds behind the end in which a step may still end
-JOBS = ("small bf16", "small fp8", f"small {steps.PEERS}", "nano bf16", "nano fp8", "small int8", "small int4",
-        "nano int8", "nano int4")  # fmt: skip
+JOBS = ("small bf16", "small bf16+overlap", "small fp8", "small fp8+overlap", f"small {steps.PEERS}", "nano bf16",
+        "nano fp8", "small int8", "small int4", "nano int8", "nano int4")  # fmt: skip
 VERSIONS = ("torch", "triton", "transformers", "numpy", "cuda-bindings")
 
 

@@ -82,9 +82,11 @@ def few(monkeypatch):
     monkeypatch.setattr(tune_timer, "ROTATED", 1 << 12)
     monkeypatch.setattr(tune, "build_variants", faked(spills=(4,)))
     every = tune.candidates
-    monkeypatch.setattr(
-        tune, "candidates", lambda s, t: [b for b in every(s, t) if b.block_m == rule(s).block_m and 1 < b.stages < 5][:4]
-    )
+
+    def some(shape, tiles):
+        return [b for b in every(shape, tiles) if b.block_m == rule(shape).block_m and 1 < b.stages < 5][:4]
+
+    monkeypatch.setattr(tune, "candidates", some)
 
 
 @contextlib.contextmanager
@@ -102,7 +104,7 @@ def samples(tiny):
 
 def test_a_packages_launches_are_those_that_a_table_has_a_say_in(samples):
     found = {shape.op for shape, _ in samples}
-    assert found == {"linear", "moe_gate_up", "moe_down", "router", "attention"}
+    assert found == {"linear", "moe_gate_up", "moe_down", "attention"}
     assert {sample.bucket for _, sample in samples} == {(1, 1), (1, 4), (1, 8)}
     for shape, sample in samples:
         assert tune.with_blocks(sample.launch, shape, table().blocks(shape)) == sample.launch, shape.name
@@ -142,7 +144,7 @@ def test_candidates_never_change_the_order_of_sums():
     for dtype in ("f32", "bf16"):
         shape = Shape("linear", dtype, 90, 4096, 4096)
         assert {b.block_k for b in tune.candidates(shape, table())} == {rule(shape).block_k}
-    for op, dtype in (("attention", "bf16"), ("attention", "u8"), ("router", "f32")):
+    for op, dtype in (("attention", "bf16"), ("attention", "u8")):
         shape = Shape(op, dtype, 100, 128, 128)
         assert {b.block_k for b in tune.candidates(shape, table())} == {rule(shape).block_k}
     for dtype, size in (("i4g64", 64), ("i8g32", 32), ("f8g128", 128)):  # a slice is a group, and a warp has whole ones
@@ -189,7 +191,7 @@ def test_the_fastest_is_chosen_and_what_spills_is_never_timed(samples, machine, 
 
     with released(machine):
         device = Stopwatch(machine, seconds)
-        tuned, compiled = tune.build_candidates(samples, table(), ["router", "linear"], lambda *_: None)
+        tuned, compiled = tune.build_candidates(samples, table(), ["linear"], lambda *_: None)
         tuned = [next(one for one in tuned if one.shape.op == "linear")]
         tune.measure(tuned, compiled, device, lambda *_: None)
     (one,) = tuned
@@ -232,7 +234,7 @@ def test_too_much_shared_memory_is_left_out(samples, monkeypatch):
 
 
 def test_another_device_and_too_little_memory_are_clear_errors(samples, machine, few):
-    tuned, compiled = tune.build_candidates(samples, table(), ["router"], lambda *_: None)
+    tuned, compiled = tune.build_candidates(samples, table(), ["attention"], lambda *_: None)
     with pytest.raises(TargetError, match="is sm80, and sm90 is to be tuned"):
         tune.measure(tuned, compiled, Stopwatch(machine, lambda kernel: 1.0, sm=80), lambda *_: None)
     with pytest.raises(CapacityError, match=r"timing needs \d+ bytes of device memory, 64 are free"):
@@ -245,7 +247,7 @@ def test_another_device_and_too_little_memory_are_clear_errors(samples, machine,
 def test_the_table_comes_back_as_it_was_written_sorted_and_the_same_every_time(tmp_path):
     by_hand = {"op": "linear", "min_m": 8192, "block_m": 128, "block_k": 128, "warps": 8, "stages": 4}
     shapes = [
-        Shape("router", "f32", 90, 33, 64),
+        Shape("moe_down", "f32", 90, 33, 64),
         Shape("linear", "bf16", 90, 64, 64),
         Shape("linear", "bf16", 80, 64, 64),
     ]
@@ -257,7 +259,7 @@ def test_the_table_comes_back_as_it_was_written_sorted_and_the_same_every_time(t
     read = Tiles.read(tmp_path / "t.yaml")
     assert read.entries == first.entries and read.to_yaml() == first.to_yaml()
     assert [(e["op"], e.get("sm")) for e in read.entries] == [
-        ("linear", [80]), ("linear", [90]), ("router", [90]), ("linear", None),
+        ("linear", [80]), ("linear", [90]), ("moe_down", [90]), ("linear", None),
     ]  # fmt: skip
     assert read.blocks(shapes[1]) == Blocks(32, 64, 8, 3)
     assert read.blocks(Shape("linear", "bf16", 90, 65, 64)) == rule(Shape("linear", "bf16", 90, 65, 64))
@@ -346,7 +348,7 @@ def test_what_makes_no_sense_is_refused(tiny, args, match):
 
 def test_a_dry_run_shows_registers_spills_and_shared_memory(tiny, monkeypatch):
     monkeypatch.setattr(tune, "build_variants", faked(spills=(4,)))
-    view = json.loads(cli_run("tune", tiny.gpu, "--op", "router", "--dry-run", "--json").stdout)
+    view = json.loads(cli_run("tune", tiny.gpu, "--op", "moe_down", "--dry-run", "--json").stdout)
     (one,) = view["shapes"]
     assert view["table"] is None and view["device"] is None and one["chosen"] is None
     assert {c["registers"] for c in one["candidates"]} == {40} and {c["shared"] for c in one["candidates"]} == {1000}
@@ -359,10 +361,10 @@ def test_the_verb_measures_and_keeps_what_the_table_had(tiny, tmp_path, monkeypa
     (tmp_path / "t.yaml").write_text(yaml.safe_dump([held]))
     with released(machine):
         monkeypatch.setattr(cli_tune, "open_driver", lambda: Stopwatch(machine, lambda k: 1e-6 / k.num_stages))
-        view = json.loads(cli_run("tune", tiny.gpu, "--op", "router", "-o", tmp_path / "t.yaml", "--json").stdout)
+        view = json.loads(cli_run("tune", tiny.gpu, "--op", "moe_down", "-o", tmp_path / "t.yaml", "--json").stdout)
     (one,) = view["shapes"]
     entries = Tiles.read(tmp_path / "t.yaml").entries
-    assert view["table"] and entries[-1] == held and entries[0]["op"] == "router"
+    assert view["table"] and entries[-1] == held and entries[0]["op"] == "moe_down"
     assert {key: entries[0][key] for key in one["chosen"]} == one["chosen"]
     assert [p.name for p in tmp_path.iterdir()] == ["t.yaml"]
 
