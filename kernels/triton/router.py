@@ -1,28 +1,55 @@
-"""Routers: which experts a row uses and with what weights, in one kernel where the logits fit a tile, ties to the
-lowest index. A tile is [experts, 16 rows]; a NaN is the worst score."""
+"""Routers: which experts a row uses and with what weights, ties to the lowest index; a NaN is the worst score.
+
+Logits are sums of float32 products, one for each row and expert, in an order that the width of a row decides; many
+programs have a few experts each. The choice is a small program for each row: experts lie across its threads.
+"""
 
 from typing import Any
 
 import triton.language as tl
 
 from tmlc.kernels.triton.elementwise import sigmoid
-from tmlc.kernels.triton.launch import Lowered, Operand, Pointer
-from tmlc.kernels.triton.linear import ROWS, linear_launch, product_values, weight_product
+from tmlc.kernels.triton.launch import Aligned, Launch, Lowered, Operand, Pointer
 from tmlc.kernels.triton.mode import device
 from tmlc.kernels.triton.norms import power
 from tmlc.kernels.triton.registry import Call, launch, lowering
 
-#: Experts, shared ones too, up to which the logits are computed in the router's own kernel.
-FUSED_EXPERTS, MOST_EXPERTS = 64, 1024
+MOST_EXPERTS = 1024
+#: Inputs that a program reads at once, and of them those of one warp: 32 a thread of a row, and as many of an expert.
+MOST_INPUTS, WARP_INPUTS = 8192, 1024
+#: Programs from which one takes more experts, which share what it reads of a row, and then more rows.
+ENOUGH_PROGRAMS, PLENTY_OF_PROGRAMS = 132, 1056
 
 
 @device
-def best_of(choice, taken, index):
-    """Lowest index [1, cols] of the largest choice that is not taken, and that choice [cols]."""
-    open_choice = tl.where(taken, float("-inf"), choice)
-    best = tl.max(open_choice, 0)
-    winner = tl.min(tl.where((open_choice == best[None, :]) & (taken == 0), index, 1 << 30), 0)
-    return best, winner
+def sortable(score):
+    """int32 numbers in the order of the scores; NaN as the worst, both zeros alike, none the smallest int32."""
+    score = tl.where(score != score, float("-inf"), score)
+    word = tl.where(score == 0.0, 0.0, score).to(tl.int32, bitcast=True)
+    return word ^ ((word >> 31) & 0x7FFFFFFF)
+
+
+@device
+def score_of(key):
+    """The score that `sortable` made a number of."""
+    return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@device
+def lowest_best(key, index):
+    """Index of the largest number, the lowest of equals. Whole numbers are reduced in one instruction of a warp."""
+    return tl.min(tl.where(key == tl.max(key, 0), index, 1 << 30), 0)
+
+
+@device
+def turns(key, index, TOP_K: tl.constexpr):
+    """For each index the turn in which it is chosen, -1 for never; the smallest int32 in `key` closes one."""
+    place = tl.full(key.shape, -1, tl.int32)
+    for i in range(TOP_K):
+        winner = lowest_best(key, index)
+        place = tl.where(index == winner, i, place)
+        key = tl.where(index == winner, -2147483648, key)
+    return place
 
 
 @device
@@ -31,135 +58,115 @@ def log_sigmoid(x):
 
 
 @device
-def sink_route(
-    logits, weights, experts, bias, scale, row, live, routed, route_scale,
-    TOP_K: tl.constexpr, SHARED: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """The choice by sigmoid + bias, and the softmax of the log-sigmoids of the chosen and the shared."""
-    e = tl.arange(0, BLOCK_E)[:, None]
-    index = e + tl.zeros((1, 16), tl.int32)
-    choice = sigmoid(logits) + tl.load(bias + e, mask=e < routed, other=0.0)
-    choice = tl.where(choice != choice, float("-inf"), choice)
-    taken = index >= routed
-    k = tl.arange(0, BLOCK_K)[:, None]
-    chosen = tl.full((BLOCK_K, 16), float("-inf"), tl.float32)
-    numbers = tl.zeros((BLOCK_K, 16), tl.int32)
-    for i in range(TOP_K + SHARED):
-        if i < TOP_K:
-            _best, winner = best_of(choice, taken, index)
-            taken = taken | (index == winner[None, :])
-        else:
-            winner = tl.zeros((16,), tl.int32) + (routed + i - TOP_K)
-        logit = tl.sum(tl.where(index == winner[None, :], logits, 0.0), 0)
-        chosen = tl.where(k == i, log_sigmoid(logit)[None, :], chosen)
-        numbers = tl.where(k == i, winner[None, :], numbers)
-    share = tl.exp(chosen - tl.max(chosen, 0)[None, :])
-    share = share / tl.sum(share, 0)[None, :] * route_scale * tl.load(scale)
-    store_routes(weights, experts, share, numbers, row, live, TOP_K + SHARED, BLOCK_K)
+def softmax_of(score, chosen):
+    """Softmax over the chosen ones, 0 elsewhere."""
+    share = tl.exp(score - tl.max(tl.where(chosen, score, float("-inf")), 0))
+    share = tl.where(chosen, share, 0.0)
+    return share / tl.sum(share, 0)
 
 
 @device
-def store_routes(weights, experts, share, numbers, row, live, K: tl.constexpr, BLOCK_K: tl.constexpr):
-    k = tl.arange(0, BLOCK_K)[:, None]
-    at = row.to(tl.int64)[None, :] * K + k
-    mask = (k < K) & live[None, :]
-    tl.store(weights + at, share, mask=mask)
-    tl.store(experts + at, numbers.to(experts.dtype.element_ty), mask=mask)
+def store_routes(weights, experts, share, index, place, row, K: tl.constexpr):
+    at = row * K + place
+    tl.store(weights + at, share, mask=place >= 0)
+    tl.store(experts + at, index.to(experts.dtype.element_ty), mask=place >= 0)
 
 
 @device
-def router_kernel(
-    weights, experts, x, w, bias, scale, rows, routed, k, w_stride, x_stride, route_scale,
-    TOP_K: tl.constexpr, SHARED: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_TOP: tl.constexpr, BLOCK_K: tl.constexpr,
+def router_logits_kernel(
+    logits, x, w, rows, total, k, w_stride, x_stride, per,
+    EXPERTS: tl.constexpr, ROWS: tl.constexpr, PIECES: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Logits x · Wᵀ in float32 and the choice from them; grid (tiles of 16 rows)."""
-    row = tl.program_id(0) * 16 + tl.arange(0, 16)
-    live = row < rows
-    e = tl.arange(0, BLOCK_E)
-    logits = weight_product(
-        w, None, None, e.to(tl.int64) * w_stride, e, e < routed + SHARED, x, row.to(tl.int64) * x_stride, live, k,
-        None, "f32", 0, BLOCK_E, BLOCK_K,
-    )  # fmt: skip
-    sink_route(logits, weights, experts, bias, scale, row, live, routed, route_scale, TOP_K, SHARED, BLOCK_E, BLOCK_TOP)
+    """Logits [rows, total] = x · Wᵀ in float32; grid (runs of EXPERTS experts, runs of `per` rows).
+
+    A sum is of one row and one expert: BLOCK_K products, across threads, whatever EXPERTS and ROWS are.
+    """
+    slot, inner = tl.arange(0, EXPERTS * ROWS), tl.arange(0, BLOCK_K)
+    first = tl.program_id(0) * EXPERTS
+    begin = tl.program_id(1) * per
+    w_wide, x_wide = w_stride.to(tl.int64), x_stride.to(tl.int64)
+    for turn in range(begin, tl.minimum(begin + per, rows), ROWS):
+        found = tl.zeros((EXPERTS * ROWS,), tl.float32)
+        for r in tl.static_range(ROWS):
+            for e in tl.static_range(EXPERTS):
+                acc = tl.zeros((BLOCK_K,), tl.float32)
+                for piece in tl.static_range(PIECES):
+                    at = piece * BLOCK_K + inner
+                    read = (at < k) & (first + e < total) & (turn + r < rows)
+                    wt = tl.load(w + (first + e) * w_wide + at, mask=read, other=0.0)
+                    xt = tl.load(x + (turn + r) * x_wide + at, mask=read, other=0.0)
+                    if PIECES == 1:
+                        acc = wt * xt
+                    else:
+                        acc += wt * xt
+                found = tl.where(slot == r * EXPERTS + e, tl.sum(acc, 0), found)
+        row, expert = turn + slot // EXPERTS, first + slot % EXPERTS
+        tl.store(logits + row.to(tl.int64) * total + expert, found, mask=(row < rows) & (expert < total))
 
 
 @device
 def sink_router_kernel(
-    weights, experts, logits, bias, scale, rows, routed, logits_stride, route_scale,
-    TOP_K: tl.constexpr, SHARED: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_TOP: tl.constexpr,
+    weights, experts, logits, bias, scale, routed, logits_stride, route_scale,
+    TOP_K: tl.constexpr, SHARED: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """The choice from logits [rows, experts + shared]; grid (tiles of 16 rows)."""
-    row = tl.program_id(0) * 16 + tl.arange(0, 16)
-    live = row < rows
+    """The choice by sigmoid + bias from logits [rows, experts + shared], and the softmax of the log-sigmoids of the
+    chosen and the shared; grid (rows)."""
+    row = tl.program_id(0).to(tl.int64)
     e = tl.arange(0, BLOCK_E)
-    values = tl.load(
-        logits + row.to(tl.int64)[None, :] * logits_stride + e[:, None],
-        mask=live[None, :] & (e < routed + SHARED)[:, None], other=0.0,
-    )  # fmt: skip
-    sink_route(values, weights, experts, bias, scale, row, live, routed, route_scale, TOP_K, SHARED, BLOCK_E, BLOCK_TOP)
+    logit = tl.load(logits + row * logits_stride + e, mask=e < routed + SHARED, other=0.0)
+    learned = tl.load(bias + e, mask=e < routed, other=0.0)
+    factor = route_scale * tl.load(scale)
+    key = tl.where(e < routed, sortable(sigmoid(logit) + learned), -2147483648)
+    place = turns(key, e, TOP_K)
+    if SHARED > 0:
+        place = tl.where((e >= routed) & (e < routed + SHARED), TOP_K + e - routed, place)
+    share = softmax_of(log_sigmoid(logit), place >= 0)
+    store_routes(weights, experts, share * factor, e, place, row, TOP_K + SHARED)
 
 
 @device
 def topk_router_kernel(
-    weights, experts, logits, bias, rows, count, each, logits_stride, scale,
+    weights, experts, logits, bias, count, each, logits_stride, scale,
     SCORES: tl.constexpr, NORMALISE: tl.constexpr, GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr,
-    TOP_K: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_TOP: tl.constexpr,
+    TOP_K: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """Top-k of softmax (0), sigmoid (1) or raw scores (2), of the best groups where there are groups."""
-    row = tl.program_id(0) * 16 + tl.arange(0, 16)
-    live = row < rows
-    e = tl.arange(0, BLOCK_E)[:, None]
-    index = e + tl.zeros((1, 16), tl.int32)
+    """Top-k of softmax (0), sigmoid (1) or raw scores (2), of the best groups where there are groups; grid (rows)."""
+    row = tl.program_id(0).to(tl.int64)
+    e = tl.arange(0, BLOCK_E)
     known = e < count
-    score = tl.load(
-        logits + row.to(tl.int64)[None, :] * logits_stride + e, mask=live[None, :] & known, other=float("-inf")
-    )
+    score = tl.load(logits + row * logits_stride + e, mask=known, other=float("-inf"))
     if SCORES == 0:
-        score = tl.exp(score - tl.max(score, 0)[None, :])
-        score = score / tl.sum(score, 0)[None, :]
+        score = softmax_of(score, known)
     elif SCORES == 1:
         score = sigmoid(score)
     choice = score
     if bias is not None:
         choice += tl.load(bias + e, mask=known, other=0.0)
-    choice = tl.where(choice != choice, float("-inf"), choice)
-    taken = (index >= count) | (index < 0)
+    key = tl.where(known, sortable(choice), -2147483648)
     if GROUPS > 1:
-        group = index // each
-        closed = taken
-        groups_taken = index >= GROUPS  # one row of the tile stands for a group
-        sums = tl.full((BLOCK_E, 16), float("-inf"), tl.float32)
+        group = e // each
+        sums = tl.full((BLOCK_E,), -2147483648, tl.int32)  # place g stands for group g
         for g in range(GROUPS):
-            other = taken | (group != g)
-            best, winner = best_of(choice, other, index)
+            mine = tl.where(group == g, key, -2147483648)
+            best = score_of(tl.max(mine, 0))
             if each > 1:
-                second, _index = best_of(choice, other | (index == winner[None, :]), index)
-                best += second
-            sums = tl.where(index == g, best[None, :], sums)
-        closed = index >= 0
+                best += score_of(tl.max(tl.where(e == lowest_best(mine, e), -2147483648, mine), 0))
+            sums = tl.where(e == g, sortable(best), sums)
+        closed = known
         for _turn in range(TOP_GROUPS):
-            _best, winner = best_of(sums, groups_taken, index)
-            groups_taken = groups_taken | (index == winner[None, :])
-            closed = closed & (group != winner[None, :])
-        taken = taken | closed
-    k = tl.arange(0, BLOCK_TOP)[:, None]
-    chosen = tl.full((BLOCK_TOP, 16), float("-inf") if SCORES == 2 else 0.0, tl.float32)
-    numbers = tl.zeros((BLOCK_TOP, 16), tl.int32)
-    for i in range(TOP_K):
-        _best, winner = best_of(choice, taken, index)
-        taken = taken | (index == winner[None, :])
-        value = tl.sum(tl.where(index == winner[None, :], score, 0.0), 0)
-        chosen = tl.where(k == i, value[None, :], chosen)
-        numbers = tl.where(k == i, winner[None, :], numbers)
-    if SCORES == 2:
-        chosen = tl.exp(chosen - tl.max(chosen, 0)[None, :])
-        chosen = chosen / tl.sum(chosen, 0)[None, :]
+            winner = lowest_best(sums, e)
+            sums = tl.where(e == winner, -2147483648, sums)
+            closed = closed & (group != winner)
+        key = tl.where(closed, -2147483648, key)
+    place = turns(key, e, TOP_K)
+    chosen = place >= 0
+    share = softmax_of(score, chosen) if SCORES == 2 else tl.where(chosen, score, 0.0)
     if NORMALISE:
-        total = tl.sum(chosen, 0)
+        total = tl.sum(share, 0)
         if SCORES == 1:
             total += 1e-20
-        chosen = chosen / total[None, :]
-    store_routes(weights, experts, chosen * scale, numbers, row, live, TOP_K, BLOCK_TOP)
+        share = share / total
+    store_routes(weights, experts, share * scale, e, place, row, TOP_K)
 
 
 def _results(call: Call, k: int) -> dict[str, Any]:
@@ -168,8 +175,30 @@ def _results(call: Call, k: int) -> dict[str, Any]:
     return {"weights": call.pointer(weights), "experts": call.pointer(experts, ("i32", "i64"))}
 
 
-def _grid(call: Call) -> tuple[int]:
-    return (-(-call.rows(call.outputs[0]) // ROWS),)
+def _warps(experts: int) -> int:
+    """One, whose threads need no shared memory to find the best, up to four experts a thread."""
+    return max(1, power(experts) // 128)
+
+
+def logits_launch(call: Call, logits: Pointer, x: Operand, weight: Operand) -> Launch:
+    """The logits of all rows, dense."""
+    (total, k), rows = weight.shape, call.rows(x)
+    call.need(x.cols == k, f"{weight.name} {weight.shape} does not take {x.cols} columns")
+    block = min(MOST_INPUTS, power(k, 32))
+    each, at_once, per = 1, min(4, power(rows)), min(4, rows)
+    while each < 4 and -(-total // (2 * each)) * -(-rows // per) >= ENOUGH_PROGRAMS:
+        each *= 2
+    if each == 4:  # a thread holds its part of four experts and of two rows
+        at_once = min(2, at_once)
+        if -(-total // each) * -(-rows // per) >= PLENTY_OF_PROGRAMS:
+            per = 16
+    values = {
+        "logits": logits, "x": call.pointer(x), "w": call.pointer(weight), "rows": rows, "total": total,
+        "k": Aligned(k), "w_stride": Aligned(k), "x_stride": Aligned(x.stride), "per": per,
+    }  # fmt: skip
+    fixed = {"EXPERTS": each, "ROWS": at_once, "PIECES": -(-k // block), "BLOCK_K": block}
+    grid = (-(-total // each), -(-rows // per))
+    return launch("router_logits_kernel", grid, values, fixed, max(1, block // WARP_INPUTS))
 
 
 @lowering("router", "sink_router")
@@ -179,30 +208,22 @@ def lower_sink_router(call: Call) -> Lowered:
     routed = bias.cols * bias.rows[1]
     total, rows = routed + shared, call.rows(call.outputs[0])
     call.need(total <= MOST_EXPERTS, f"{total} experts", f"up to {MOST_EXPERTS} are supported")
-    block = power(total, 16)
     values = _results(call, top_k + shared) | {
-        "bias": call.pointer(bias), "scale": call.pointer(scale), "rows": rows, "routed": routed,
+        "bias": call.pointer(bias), "scale": call.pointer(scale), "routed": routed,
         "route_scale": float(call.attrs["route_scale"]),
     }  # fmt: skip
-    fixed = {"TOP_K": top_k, "SHARED": shared, "BLOCK_E": block, "BLOCK_TOP": power(top_k + shared)}
-    warps = 4 if block <= 128 else 8
+    fixed = {"TOP_K": top_k, "SHARED": shared, "BLOCK_E": power(total, 32)}
+    warps = _warps(total)
     if call.op == "sink_router":
-        logits: Operand | Pointer = call.operand("logits")
-        values |= {"logits": call.pointer(call.operand("logits")), "logits_stride": call.operand("logits").stride}
-        return Lowered((launch("sink_router_kernel", _grid(call), values, fixed, warps),))
+        given = call.operand("logits")
+        values |= {"logits": call.pointer(given), "logits_stride": given.stride}
+        return Lowered((launch("sink_router_kernel", (rows,), values, fixed, warps),))
     weight, x = call.operand("weight"), call.operand("x")
     call.need(weight.dtype == "f32", f"a router with weights of {weight.dtype}", "keep routers in f32")
-    if total <= FUSED_EXPERTS:
-        blocks = call.blocks("router", "f32", total, weight.shape[-1])
-        product, _ = product_values(call, weight)
-        values |= {name: product[name] for name in ("w", "k", "w_stride")}
-        values |= {"x": call.pointer(x), "x_stride": x.stride}
-        fixed["BLOCK_K"] = blocks.block_k
-        return Lowered((launch("router_kernel", _grid(call), values, fixed, warps, blocks.stages),))
     logits = Pointer("scratch", "", 0, "f32", rows * total * 4)
     values |= {"logits": logits, "logits_stride": total}
-    first = linear_launch(call, logits, x, weight, out_stride=total)
-    return Lowered((first, launch("sink_router_kernel", _grid(call), values, fixed, warps)), logits.nbytes)
+    choice = launch("sink_router_kernel", (rows,), values, fixed, warps)
+    return Lowered((logits_launch(call, logits, x, weight), choice), logits.nbytes)
 
 
 @lowering("topk_router")
@@ -211,13 +232,11 @@ def lower_topk_router(call: Call) -> Lowered:
     top_k, groups = int(call.attrs["top_k"]), int(call.attrs["groups"])
     call.need(logits.cols <= MOST_EXPERTS, f"{logits.cols} experts", f"up to {MOST_EXPERTS} are supported")
     values = _results(call, top_k) | {
-        "logits": call.pointer(logits), "bias": None if bias is None else call.pointer(bias),
-        "rows": call.rows(call.outputs[0]), "count": logits.cols, "each": logits.cols // groups,
-        "logits_stride": logits.stride, "scale": float(call.attrs["scale"]),
+        "logits": call.pointer(logits), "bias": None if bias is None else call.pointer(bias), "count": logits.cols,
+        "each": logits.cols // groups, "logits_stride": logits.stride, "scale": float(call.attrs["scale"]),
     }  # fmt: skip
-    block = power(logits.cols, 16)
     fixed = {
         "SCORES": int(call.attrs["scores"]), "NORMALISE": bool(call.attrs["normalise"]), "GROUPS": groups,
-        "TOP_GROUPS": int(call.attrs["top_groups"]), "TOP_K": top_k, "BLOCK_E": block, "BLOCK_TOP": power(top_k),
+        "TOP_GROUPS": int(call.attrs["top_groups"]), "TOP_K": top_k, "BLOCK_E": power(logits.cols, 32),
     }  # fmt: skip
-    return Lowered((launch("topk_router_kernel", _grid(call), values, fixed, 4 if block <= 128 else 8),))
+    return Lowered((launch("topk_router_kernel", (call.rows(call.outputs[0]),), values, fixed, _warps(logits.cols)),))

@@ -105,9 +105,15 @@ def test_sink_router(machine, count, top_k, shared):
     agree(machine, "sink_router", sessions, attrs, [Shape("f32", k), Shape("i64", k)], 1e-6, weights, cuts=(2,))
 
 
-@pytest.mark.parametrize("count", [9, 75])
-def test_router_computes_its_logits(machine, count):
-    """In one kernel with few experts, after a product of its own with many."""
+@pytest.mark.parametrize(("count", "pieces"), [(9, 1), (9, 2), (75, 1)])
+def test_router_computes_its_logits(machine, monkeypatch, count, pieces):
+    """A program has one expert and few rows, or four experts and many rows, of all inputs or of pieces of them."""
+    from tmlc.kernels.triton import router
+
+    if pieces > 1:
+        monkeypatch.setattr(router, "MOST_INPUTS", 32)
+    monkeypatch.setattr(router, "ENOUGH_PROGRAMS", 20)
+    monkeypatch.setattr(router, "PLENTY_OF_PROGRAMS", 30)
     sessions = [Session({"x": draw(i, n, 33)}, count=n) for i, n in enumerate((4, 1, 17))]
     weights = {
         "weight": weight(draw(5, count + 1, 33)), "bias": weight(draw(2, 1, count)),

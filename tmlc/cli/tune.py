@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from tmlc.runtimes.cuda.driver import Driver
 
 _PATH = click.Path(path_type=Path)
-OPS = ("attention", "linear", "moe_down", "moe_gate_up", "router")
+OPS = ("attention", "linear", "moe_down", "moe_gate_up")
 
 
 @verb(

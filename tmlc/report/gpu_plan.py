@@ -64,8 +64,10 @@ def create_hollow_checkpoint(preset: str, folder: Path) -> int:
     return total
 
 
-def plan_on_meta(preset: str, target: str, precision: str, jobs: int | None = None) -> dict[str, Any]:
-    """Everything of a compilation but the weights, with its figures.
+def plan_on_meta(
+    preset: str, target: str, precision: str, jobs: int | None = None, overlap: bool = False
+) -> dict[str, Any]:
+    """Everything of a compilation but the weights, with its figures. `overlap`: with the pass memory.overlap.
 
     Raises:
         EmitError: an op has no kernel, or a kernel does not compile.
@@ -94,6 +96,8 @@ def plan_on_meta(preset: str, target: str, precision: str, jobs: int | None = No
         coder = next((name for name, kind in QUANTISERS.items() if kind == precision), None)
         if coder is not None:  # its report reads every weight
             steps = with_codes(steps, coder).configure(coder, report=False)
+        if overlap:
+            steps = steps.before("memory.buckets", "memory.overlap")
         report = compile(
             folder, scratch, target=target, precision=precision, pipeline=steps, stop_after="memory.buckets"
         )
@@ -133,10 +137,11 @@ def main() -> None:
     parser.add_argument("preset", help="of the zoo, e.g. tml-small-276b")
     parser.add_argument("--target", default="triton:sm90")
     parser.add_argument("--precision", default="bf16")
+    parser.add_argument("--overlap", action="store_true", help="with the pass memory.overlap")
     parser.add_argument("--jobs", type=int, help="processes that compile kernels; default: a core each")
     chosen = parser.parse_args()
     os.environ["TMLC_CACHE"] = "off"
-    print(json.dumps(plan_on_meta(chosen.preset, chosen.target, chosen.precision, chosen.jobs)))
+    print(json.dumps(plan_on_meta(chosen.preset, chosen.target, chosen.precision, chosen.jobs, chosen.overlap)))
 
 
 if __name__ == "__main__":
