@@ -16,7 +16,7 @@ from tmlc.kernels.triton.mode import device
 from tmlc.kernels.triton.overlap import prefetch_rows, previous
 from tmlc.kernels.triton.registry import Call, launch, lowering
 from tmlc.kernels.triton.steps import NO_STEPS, run_steps, steps_of, tanh
-from tmlc.kernels.triton.tuning import Blocks, slices
+from tmlc.kernels.triton.tuning import Blocks, slices, stages_that_fit
 
 #: Rows of activations in a tile: where there are no more, and else. A row is a column of the same instructions in both.
 FEW_ROWS, ROWS = 8, 16
@@ -376,7 +376,11 @@ def linear_launch(
     }  # fmt: skip
     fixed |= steps[1]
     grid = (-(-rows // fixed["ROWS"]), -(-m // blocks.block_m))
-    return launch("linear_kernel", grid, values, fixed, blocks.warps, blocks.stages)
+    stages = blocks.stages
+    if norm is not None:  # its weight lies beside the rows: fewer turns may fit on their way
+        each = blocks.block_m * FORMS[weight.dtype].bits // 8 + 4 * fixed["ROWS"] + 4
+        stages = stages_that_fit(stages, fixed["SLICES"] * blocks.block_k * each, call.sm)
+    return launch("linear_kernel", grid, values, fixed, blocks.warps, stages)
 
 
 @lowering("linear", "linear_add")

@@ -10,7 +10,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from shapes import w, x
 from triton_harness import Session, Shape, agree, bits, draw, run, weight
+
+from tmlc.kernels.triton.bucket import Bucket
+from tmlc.kernels.triton.registry import Call, lower
 
 EPS = {"eps": 1e-5}
 COUNTS = (3, 1, 17)
@@ -83,3 +87,12 @@ def test_a_router_norms_rows_and_hands_them_on(machine, monkeypatch, count, piec
     attrs = EPS | {"top_k": 3, "n_shared": 1, "route_scale": 2.5}
     shapes = [Shape("f32", 4), Shape("i64", 4), Shape("f32", 33)]
     agree(machine, "norm_router", sessions(33), attrs, shapes, 1e-5, weights, cuts=(2,))
+
+
+@pytest.mark.parametrize(("sm", "few", "more"), [(89, 3, 2), (90, 2, 2)])
+def test_the_norm_s_weight_fits_into_shared_memory_too(sm, few, more):
+    """Of two turns of 512 inputs on their way, 16 rows beside 16 rows of weights leave no room for it."""
+    given = {"x": x(1024), "norm": w(1, 1024), "weight": w(1792, 1024, dtype="bf16"), "bias": None}
+    for n, stages in ((1, few), (16, more)):
+        (product,) = lower(Call("norm_linear", given, EPS, (x(1792),), Bucket(1, n), sm)).launches
+        assert product.num_stages == stages
