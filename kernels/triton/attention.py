@@ -22,6 +22,8 @@ ENOUGH_PROGRAMS = 256
 #: Positions of a split, and how many splits a cache has while they are of no more than the most positions.
 LEAST_SPLIT, MOST_SPLIT, SPLITS = 64, 4096, 64
 MOST_HEAD = 256
+#: The largest score of no keys. No score is less, so differences of largest scores are never of infinities.
+LEAST = tl.constexpr(-3.4028234663852886e38)
 #: Parts whose loads are on their way together when they are added up.
 PARTS_AT_ONCE = 40
 
@@ -170,7 +172,7 @@ def attention_kernel(
         k_base += g * d
         v_base += g * dv
 
-    total_m = tl.full((16,), float("-inf"), tl.float32)
+    total_m = tl.full((16,), LEAST, tl.float32)
     total_l = tl.zeros((16,), tl.float32)
     total = tl.zeros((BLOCK_V, 16), tl.float32)
     mine = splits
@@ -192,7 +194,7 @@ def attention_kernel(
             hi = tl.minimum(lo + SPLIT, last_p + 1)
         length = (hi - lo).to(tl.int32)
         begin = tl.maximum(lo - first_p, -(1 << 30)).to(tl.int32)  # so far behind is beyond every table and window
-        m = tl.full((16,), float("-inf"), tl.float32)
+        m = tl.full((16,), LEAST, tl.float32)
         l = tl.zeros((16,), tl.float32)  # noqa: E741
         acc = tl.zeros((BLOCK_V, 16), tl.float32)
         for first in range(0, length, BLOCK_J):
@@ -243,9 +245,8 @@ def attention_kernel(
             scores = tl.where(visible, scores, float("-inf"))
             # Whole powers of two: what is rounded below does not depend on the largest score so far.
             new_m = tl.maximum(m, tl.ceil(tl.max(scores, 0)))
-            safe = tl.where(new_m == float("-inf"), 0.0, new_m)
-            shrink = whole_power(m - safe)
-            weights = tl.exp2(scores - safe[None, :])
+            shrink = whole_power(m - new_m)
+            weights = tl.exp2(scores - new_m[None, :])
             acc = acc * shrink[None, :]
             if EXACT:
                 l = l * shrink + tl.sum(weights, 0)  # noqa: E741
@@ -260,8 +261,7 @@ def attention_kernel(
                 acc += tl.dot(vt, rounded)
             m = new_m
         most = tl.maximum(total_m, m)
-        safe = tl.where(most == float("-inf"), 0.0, most)
-        old, new = whole_power(total_m - safe), whole_power(m - safe)
+        old, new = whole_power(total_m - most), whole_power(m - most)
         total_l = total_l * old + l * new
         total = total * old[None, :] + acc * new[None, :]
         total_m = most
@@ -284,28 +284,27 @@ def attention_kernel(
 @device
 def attention_combine_kernel(
     out, part_m, part_l, part_acc, sink_logits, counts, n, heads, dv, splits, out_stride, sink_stride,
-    PARTS: tl.constexpr, BLOCK_V: tl.constexpr,
+    TURNS: tl.constexpr, PARTS: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """Adds the parts of one query up in ascending order; grid (rows, heads)."""
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     if row % n >= tl.load(counts + row // n):
         return
     outer = tl.arange(0, BLOCK_V)
-    total_m, total_l = float("-inf"), 0.0
+    total_m, total_l = LEAST, 0.0
     total = tl.zeros((BLOCK_V,), tl.float32)
     if sink_logits is not None:
         sink = tl.load(sink_logits + row * sink_stride + head) * 1.4426950408889634
     begin = (row * heads + head) * splits
-    for first in range(0, splits, PARTS):
+    for first in range(0, TURNS * PARTS, PARTS):
         for i in tl.static_range(PARTS):  # one behind the last adds nothing
             there = first + i < splits
-            part = begin + first + i
-            m = tl.load(part_m + part, mask=there, other=float("-inf"))
+            part = begin + (first + i)
+            m = tl.load(part_m + part, mask=there, other=LEAST)
             l = tl.load(part_l + part, mask=there, other=0.0)  # noqa: E741
             acc = tl.load(part_acc + part * dv + outer, mask=there & (outer < dv), other=0.0)
             most = tl.maximum(total_m, m)
-            safe = tl.where(most == float("-inf"), 0.0, most)
-            old, new = whole_power(total_m - safe), whole_power(m - safe)
+            old, new = whole_power(total_m - most), whole_power(m - most)
             total_l = total_l * old + l * new
             total = total * old + acc * new
             total_m = most
@@ -419,7 +418,7 @@ def lower_attention(call: Call) -> Lowered:
         "counts": call.counts, "n": n, "heads": heads, "dv": Aligned(dv), "splits": splits,
     }  # fmt: skip
     turns = -(-splits // PARTS_AT_ONCE)
-    fixed = {"BLOCK_V": block_v, "PARTS": -(-splits // (4 * turns)) * 4}
+    fixed = {"BLOCK_V": block_v, "TURNS": turns, "PARTS": -(-splits // (4 * turns)) * 4}
     launches.append(launch("attention_combine_kernel", (rows, heads), values, fixed, 1))
     return Lowered(tuple(launches), 2 * m_bytes + parts * dv * 4)
 
