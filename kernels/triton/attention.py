@@ -22,8 +22,10 @@ ENOUGH_PROGRAMS = 256
 #: Positions of a split, and how many splits a cache has while they are of no more than the most positions.
 LEAST_SPLIT, MOST_SPLIT, SPLITS = 64, 4096, 64
 MOST_HEAD = 256
-#: What is unrolled, for its loads to be on their way together: ranks of the relative bias, parts that are added up.
-RANKS_AT_ONCE, PARTS_AT_ONCE = 16, 40
+#: The largest score of no keys. No score is less, so differences of largest scores are never of infinities.
+LEAST = tl.constexpr(-3.4028234663852886e38)
+#: Parts whose loads are on their way together when they are added up.
+PARTS_AT_ONCE = 40
 
 
 @device
@@ -91,18 +93,18 @@ def kv_write_kernel(
 
 
 @device
-def relative_bias(
-    rel, rel_table, share_at, live, distance, near, extent,
-    RANKS: tl.constexpr, PIECE: tl.constexpr, BLOCK_J: tl.constexpr,
-):  # fmt: skip
-    """Σ_r rel[query, r]·rel_table[r, distance] as [BLOCK_J, 16], ranks ascending; distance, near: [BLOCK_J, 16 or 1]"""
-    bias = tl.zeros((BLOCK_J, 16), tl.float32)
-    for first in range(0, RANKS, PIECE):
-        for i in tl.static_range(PIECE):
-            r = first + i
-            share = tl.load(rel + share_at + r, mask=live & (r < RANKS), other=0.0)
-            value = tl.load(rel_table + r * extent + distance, mask=near & (r < RANKS), other=0.0)
-            bias += share[None, :] * value
+def relative_bias(share, rel_table, ahead, places, j, held, extent, RANKS: tl.constexpr, BLOCK_R: tl.constexpr):
+    """Σ_r share[r, query]·rel_table[r, distance] as [keys, 16]: a product for each of the `places` positions, of which
+    `ahead` says where a query stands. Only the queries at a position take what is computed for it."""
+    r = tl.arange(0, BLOCK_R)
+    bias = tl.zeros((j.shape[0], 16), tl.float32)
+    for place in range(places):
+        distance = place - j
+        near = held & (distance >= 0) & (distance < extent)
+        values = tl.load(
+            rel_table + r[None, :] * extent + distance[:, None], mask=near[:, None] & (r < RANKS)[None, :], other=0.0
+        )
+        bias = tl.where((ahead == place)[None, :], tl.dot(values, share, input_precision="ieee"), bias)
     return bias
 
 
@@ -111,7 +113,7 @@ def attention_kernel(
     out, part_m, part_l, part_acc, q, position, k_cache, v_cache, rel, rel_table, sink_logits, slots, counts,
     n, group, d, dv, capacity, window, sinks, splits, k_stride, v_stride, q_stride, out_stride, rel_stride,
     sink_stride, extent, scale, log_floor, log_alpha, cap,
-    RING: tl.constexpr, INT8: tl.constexpr, EXACT: tl.constexpr, RANKS: tl.constexpr, PIECE: tl.constexpr,
+    RING: tl.constexpr, INT8: tl.constexpr, EXACT: tl.constexpr, RANKS: tl.constexpr, BLOCK_R: tl.constexpr,
     ALONE: tl.constexpr, PARALLEL: tl.constexpr, NARROW: tl.constexpr, SPLIT: tl.constexpr, BLOCK_J: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, ITEM: tl.constexpr,
 ):  # fmt: skip
@@ -151,6 +153,14 @@ def attention_kernel(
     if not EXACT:
         qt = qt.to(tl.bfloat16)
 
+    share, places = 0.0, 1
+    if RANKS > 0:
+        r = tl.arange(0, BLOCK_R)
+        share_at = rel + (row * rel_stride + head * RANKS)[None, :] + r[:, None]
+        share = tl.load(share_at, mask=live[None, :] & (r < RANKS)[:, None], other=0.0)
+        if not ALONE:
+            places = (last_p - first_p).to(tl.int32) + 1
+
     # Slots lie at multiples of 64 bytes; said here, for the compiler to load whole vectors.
     k_base = tl.multiple_of(slot // ITEM, 16)
     v_base = k_base
@@ -162,7 +172,7 @@ def attention_kernel(
         k_base += g * d
         v_base += g * dv
 
-    total_m = tl.full((16,), float("-inf"), tl.float32)
+    total_m = tl.full((16,), LEAST, tl.float32)
     total_l = tl.zeros((16,), tl.float32)
     total = tl.zeros((BLOCK_V, 16), tl.float32)
     mine = splits
@@ -184,7 +194,7 @@ def attention_kernel(
             hi = tl.minimum(lo + SPLIT, last_p + 1)
         length = (hi - lo).to(tl.int32)
         begin = tl.maximum(lo - first_p, -(1 << 30)).to(tl.int32)  # so far behind is beyond every table and window
-        m = tl.full((16,), float("-inf"), tl.float32)
+        m = tl.full((16,), LEAST, tl.float32)
         l = tl.zeros((16,), tl.float32)  # noqa: E741
         acc = tl.zeros((BLOCK_V, 16), tl.float32)
         for first in range(0, length, BLOCK_J):
@@ -214,16 +224,7 @@ def attention_kernel(
             bias = tl.zeros((BLOCK_J, 16), tl.float32)
             if RANKS > 0:  # noqa: SIM102 (the outer one is decided when the kernel is compiled)
                 if 1 - begin - first - BLOCK_J < extent:  # else every key of the block lies beyond the table
-                    share_at = row * rel_stride + head * RANKS
-                    if ALONE:
-                        far = -j[:, None]
-                        near = held[:, None] & (far >= 0) & (far < extent)
-                        bias = relative_bias(rel, rel_table, share_at, live, far, near, extent, RANKS, PIECE, BLOCK_J)
-                    else:
-                        near = held[:, None] & (distance >= 0) & (distance < extent) & live[None, :]
-                        bias = relative_bias(
-                            rel, rel_table, share_at, live, distance, near, extent, RANKS, PIECE, BLOCK_J
-                        )
+                    bias = relative_bias(share, rel_table, ahead, places, j, held, extent, RANKS, BLOCK_R)
             if EXACT:
                 scores = tl.dot(kt, qt, input_precision="ieee")
             elif INT8:
@@ -244,9 +245,8 @@ def attention_kernel(
             scores = tl.where(visible, scores, float("-inf"))
             # Whole powers of two: what is rounded below does not depend on the largest score so far.
             new_m = tl.maximum(m, tl.ceil(tl.max(scores, 0)))
-            safe = tl.where(new_m == float("-inf"), 0.0, new_m)
-            shrink = whole_power(m - safe)
-            weights = tl.exp2(scores - safe[None, :])
+            shrink = whole_power(m - new_m)
+            weights = tl.exp2(scores - new_m[None, :])
             acc = acc * shrink[None, :]
             if EXACT:
                 l = l * shrink + tl.sum(weights, 0)  # noqa: E741
@@ -261,8 +261,7 @@ def attention_kernel(
                 acc += tl.dot(vt, rounded)
             m = new_m
         most = tl.maximum(total_m, m)
-        safe = tl.where(most == float("-inf"), 0.0, most)
-        old, new = whole_power(total_m - safe), whole_power(m - safe)
+        old, new = whole_power(total_m - most), whole_power(m - most)
         total_l = total_l * old + l * new
         total = total * old[None, :] + acc * new[None, :]
         total_m = most
@@ -285,28 +284,27 @@ def attention_kernel(
 @device
 def attention_combine_kernel(
     out, part_m, part_l, part_acc, sink_logits, counts, n, heads, dv, splits, out_stride, sink_stride,
-    PARTS: tl.constexpr, BLOCK_V: tl.constexpr,
+    TURNS: tl.constexpr, PARTS: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """Adds the parts of one query up in ascending order; grid (rows, heads)."""
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     if row % n >= tl.load(counts + row // n):
         return
     outer = tl.arange(0, BLOCK_V)
-    total_m, total_l = float("-inf"), 0.0
+    total_m, total_l = LEAST, 0.0
     total = tl.zeros((BLOCK_V,), tl.float32)
     if sink_logits is not None:
         sink = tl.load(sink_logits + row * sink_stride + head) * 1.4426950408889634
     begin = (row * heads + head) * splits
-    for first in range(0, splits, PARTS):
+    for first in range(0, TURNS * PARTS, PARTS):
         for i in tl.static_range(PARTS):  # one behind the last adds nothing
             there = first + i < splits
-            part = begin + first + i
-            m = tl.load(part_m + part, mask=there, other=float("-inf"))
+            part = begin + (first + i)
+            m = tl.load(part_m + part, mask=there, other=LEAST)
             l = tl.load(part_l + part, mask=there, other=0.0)  # noqa: E741
             acc = tl.load(part_acc + part * dv + outer, mask=there & (outer < dv), other=0.0)
             most = tl.maximum(total_m, m)
-            safe = tl.where(most == float("-inf"), 0.0, most)
-            old, new = whole_power(total_m - safe), whole_power(m - safe)
+            old, new = whole_power(total_m - most), whole_power(m - most)
             total_l = total_l * old + l * new
             total = total * old + acc * new
             total_m = most
@@ -406,7 +404,7 @@ def lower_attention(call: Call) -> Lowered:
     ranks, alone = 0 if rel is None else rel.cols // heads, n == 1 or group % 16 == 0
     fixed = {
         "RING": ring, "INT8": int8, "EXACT": dtype == "f32", "RANKS": ranks, "ALONE": alone, "PARALLEL": parallel,
-        "PIECE": min(ranks, RANKS_AT_ONCE if alone else RANKS_AT_ONCE // 4),
+        "BLOCK_R": power(ranks or 1, 16),
         "NARROW": ring and capacity - sinks < blocks.block_k, "SPLIT": split_size(capacity, window),
         "BLOCK_J": blocks.block_k, "BLOCK_D": block_d, "BLOCK_V": block_v, "ITEM": _CACHES[dtype],
     }  # fmt: skip
@@ -420,7 +418,7 @@ def lower_attention(call: Call) -> Lowered:
         "counts": call.counts, "n": n, "heads": heads, "dv": Aligned(dv), "splits": splits,
     }  # fmt: skip
     turns = -(-splits // PARTS_AT_ONCE)
-    fixed = {"BLOCK_V": block_v, "PARTS": -(-splits // (4 * turns)) * 4}
+    fixed = {"BLOCK_V": block_v, "TURNS": turns, "PARTS": -(-splits // (4 * turns)) * 4}
     launches.append(launch("attention_combine_kernel", (rows, heads), values, fixed, 1))
     return Lowered(tuple(launches), 2 * m_bytes + parts * dv * 4)
 
