@@ -203,10 +203,8 @@ class _Scratch:
         return pointer
 
 
-def moe_launches(
-    call: Call, scratch: _Scratch, out: Operand | Pointer, addend: Operand | None, out_stride: int = 0
-) -> list[Launch]:
-    """The experts of every row, and `addend` before them; `out` may be scratch with its stride."""
+def moe_launches(call: Call, scratch: _Scratch) -> tuple[list[Launch], Pointer]:
+    """The experts of every row, and where their parts are, one behind the other: [rows·top_k, d]."""
     x, routes, experts = call.operand("x"), call.operand("weights"), call.operand("experts")
     gate_up, down = call.operand("gate_up"), call.operand("down")
     count_e, wide, d = gate_up.shape
@@ -254,15 +252,24 @@ def moe_launches(
     grid = (tiles, -(-d // blocks.block_m))
     tile |= {"LINES": lines(call, down, blocks), "OVERLAP": False}
     launches.append(launch("moe_down_kernel", grid, values, fixed | tile, blocks.warps, blocks.stages))
+    return launches, parts
+
+
+def combine_launch(
+    call: Call, parts: Pointer, out: Operand | Pointer, addend: Operand | None, out_stride: int = 0
+) -> Launch:
+    """The weighted sum of the parts of each row's experts, and `addend` before it; `out` may be scratch with its
+    stride."""
+    x, routes, d = call.operand("x"), call.operand("weights"), call.operand("down").shape[1]
     block = min(1024, power(d, 32))
-    values = common | {
+    values: dict[str, Any] = {
+        "counts": call.counts, "n": call.bucket.session_rows(x.rows), "per": x.rows[0], "top_k": routes.cols,
         "parts": parts, "d": Aligned(d), "out": call.pointer(out) if isinstance(out, Operand) else out,
         "out_stride": Aligned(out.stride if isinstance(out, Operand) else out_stride),
         "addend": None if addend is None else call.pointer(addend),
         "addend_stride": None if addend is None else Aligned(addend.stride), "weights": call.pointer(routes),
     }  # fmt: skip
-    launches.append(launch("moe_combine_kernel", (rows, -(-d // block)), values, {"BLOCK": block}, 4))
-    return launches
+    return launch("moe_combine_kernel", (call.rows(x), -(-d // block)), values, {"BLOCK": block}, 4)
 
 
 def _no_lists() -> dict[str, Pointer | None]:
@@ -272,19 +279,25 @@ def _no_lists() -> dict[str, Pointer | None]:
 @lowering("moe", "moe_add")
 def lower_moe(call: Call) -> Lowered:
     scratch = _Scratch()
-    launches = moe_launches(call, scratch, call.outputs[0], call.optional("addend"))
+    launches, parts = moe_launches(call, scratch)
+    launches.append(combine_launch(call, parts, call.outputs[0], call.optional("addend")))
     return Lowered(tuple(launches), scratch.used)
 
 
 @lowering("moe_conv_state")
 def lower_moe_conv(call: Call) -> Lowered:
+    """With one row a session the convolution adds the experts up itself; it would do so once a tap, so with more rows a
+    kernel of its own does."""
     scratch, out = _Scratch(), call.outputs[0]
-    mixed = scratch.piece("f32", call.rows(out) * out.cols)
-    launches = moe_launches(call, scratch, mixed, None, out.cols)
+    launches, parts = moe_launches(call, scratch)
+    source, shares = parts, call.operand("weights") if call.bucket.session_rows(out.rows) == 1 else None
+    if shares is None:
+        source = scratch.piece("f32", call.rows(out) * out.cols)
+        launches.append(combine_launch(call, parts, source, None, out.cols))
     launches.append(
         conv_launch(
-            call, out, (mixed, out.cols), call.operand("taps"), call.operand("tail"), call.attrs["residual"],
-            level=call.attrs["level"], addend=call.optional("addend"),
+            call, out, (source, out.cols), call.operand("taps"), call.operand("tail"), call.attrs["residual"],
+            level=call.attrs["level"], addend=call.optional("addend"), shares=shares,
         )
     )  # fmt: skip
     return Lowered(tuple(launches), scratch.used)

@@ -176,4 +176,6 @@ def calls(model: Model, bucket: Bucket, sm: int) -> Iterator[Call]:
     )  # fmt: skip
     yield call("philox_normal", {"key": x(3, "i64")}, x(320), size=320)
     yield call("sample", {"logits": x(m.vocabulary), "key": x(3, "i64"), "temperature": x(1)}, x(1, "i32"))
-    yield call("overlap_add_state", {"frames": x(800), "window": w(1, 800), "overlap": state(1, 600)}, x(200), hop=200)
+    for rows in ((1, 0), (4, 0)):
+        frames = {"frames": x(800, rows=rows), "window": w(1, 800), "overlap": state(1, 600)}
+        yield call("overlap_add_state", frames, x(200, rows=rows), hop=200)
