@@ -19,7 +19,20 @@ from tmlc.kernels.triton.registry import Call, launch, lowering
 
 #: Programs below which the splits of a cache become programs of their own.
 ENOUGH_PROGRAMS = 256
-MOST_SPLIT, MOST_HEAD = 4096, 256
+#: Positions of a split, and how many splits a cache has while they are of no more than the most positions.
+LEAST_SPLIT, MOST_SPLIT, SPLITS = 64, 4096, 64
+MOST_HEAD = 256
+#: The largest score of no keys. No score is less, so differences of largest scores are never of infinities.
+LEAST = tl.constexpr(-3.4028234663852886e38)
+#: Parts whose loads are on their way together when they are added up.
+PARTS_AT_ONCE = 40
+
+
+@device
+def whole_power(x):
+    """2^x of a whole number up to 0, and 0 below -126: whole numbers are put into a float's exponent, which takes no
+    slow instruction."""
+    return ((tl.maximum(x, -127.0) + 12583039.0).to(tl.int32, bitcast=True) << 23).to(tl.float32, bitcast=True)
 
 
 @device
@@ -31,17 +44,11 @@ def cache_row(position, capacity, sinks, RING: tl.constexpr):
 
 
 @device
-def kv_write_kernel(
-    cache, new, position, slots, counts, n, groups, d, capacity, sinks, row_stride, new_stride,
-    RING: tl.constexpr, INT8: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr, ITEM: tl.constexpr,
+def write_row(
+    cache, new, row, slot, at, groups, d, row_stride, new_stride,
+    INT8: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr, ITEM: tl.constexpr,
 ):  # fmt: skip
-    """Writes the rows of one session's new keys (or values) into its cache; grid (rows, runs of heads)."""
-    row = tl.program_id(0).to(tl.int64)
-    session, i = row // n, row % n
-    if i >= tl.load(counts + session):
-        return
-    slot = tl.load(slots + session)
-    at = cache_row(tl.load(position + slot // 8) + i, capacity, sinks, RING)
+    """One new row of a run of heads into row `at` of a cache."""
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     inner = tl.arange(0, BLOCK)
     mask = (head < groups)[:, None] & (inner < d)[None, :]
@@ -66,30 +73,70 @@ def kv_write_kernel(
 
 
 @device
+def kv_write_kernel(
+    k_cache, v_cache, k, v, position, slots, counts, n, groups, d, dv, capacity, sinks, k_stride, v_stride,
+    k_new_stride, v_new_stride,
+    RING: tl.constexpr, INT8: tl.constexpr, HEADS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    ITEM: tl.constexpr,
+):  # fmt: skip
+    """Writes the new keys and values of all sessions into their caches; grid (rows, runs of heads, keys and values)."""
+    row = tl.program_id(0).to(tl.int64)
+    session, i = row // n, row % n
+    slot = tl.load(slots + session)
+    if (i >= tl.load(counts + session)) | (slot < 0):  # no slot is negative; said here, both are read together
+        return
+    at = cache_row(tl.load(position + slot // 8) + i, capacity, sinks, RING)
+    if tl.program_id(2) == 0:
+        write_row(k_cache, k, row, slot, at, groups, d, k_stride, k_new_stride, INT8, HEADS, BLOCK_K, ITEM)
+    else:
+        write_row(v_cache, v, row, slot, at, groups, dv, v_stride, v_new_stride, INT8, HEADS, BLOCK_V, ITEM)
+
+
+@device
+def relative_bias(share, rel_table, ahead, places, j, held, extent, RANKS: tl.constexpr, BLOCK_R: tl.constexpr):
+    """Σ_r share[r, query]·rel_table[r, distance] as [keys, 16]: a product for each of the `places` positions, of which
+    `ahead` says where a query stands. Only the queries at a position take what is computed for it."""
+    r = tl.arange(0, BLOCK_R)
+    bias = tl.zeros((j.shape[0], 16), tl.float32)
+    for place in range(places):
+        distance = place - j
+        near = held & (distance >= 0) & (distance < extent)
+        values = tl.load(
+            rel_table + r[None, :] * extent + distance[:, None], mask=near[:, None] & (r < RANKS)[None, :], other=0.0
+        )
+        bias = tl.where((ahead == place)[None, :], tl.dot(values, share, input_precision="ieee"), bias)
+    return bias
+
+
+@device
 def attention_kernel(
     out, part_m, part_l, part_acc, q, position, k_cache, v_cache, rel, rel_table, sink_logits, slots, counts,
     n, group, d, dv, capacity, window, sinks, splits, k_stride, v_stride, q_stride, out_stride, rel_stride,
     sink_stride, extent, scale, log_floor, log_alpha, cap,
-    RING: tl.constexpr, INT8: tl.constexpr, EXACT: tl.constexpr, RANKS: tl.constexpr, PARALLEL: tl.constexpr,
-    SPLIT: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, ITEM: tl.constexpr,
+    RING: tl.constexpr, INT8: tl.constexpr, EXACT: tl.constexpr, RANKS: tl.constexpr, BLOCK_R: tl.constexpr,
+    ALONE: tl.constexpr, PARALLEL: tl.constexpr, NARROW: tl.constexpr, SPLIT: tl.constexpr, BLOCK_J: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, ITEM: tl.constexpr,
 ):  # fmt: skip
     """16 queries (rows × heads of one kv head) of a session over its cache; grid (sessions × tiles, kv heads, splits).
 
     EXACT: float32 caches, whose products are of float32 numbers; else of bf16 numbers.
+    ALONE: the queries of a tile stand at one position, so a key is at one distance from all of them.
+    NARROW: a ring of less rows than a block has keys.
     """
     tiles = tl.cdiv(n * group, 16)
     session, g = tl.program_id(0) // tiles, tl.program_id(1)
     t = (tl.program_id(0) % tiles) * 16 + tl.arange(0, 16)
     i, head = t // group, g * group + t % group
-    count = tl.load(counts + session)
-    if (tl.program_id(0) % tiles) * 16 >= count * group:
+    count, slot = tl.load(counts + session), tl.load(slots + session)
+    if ((tl.program_id(0) % tiles) * 16 >= count * group) | (slot < 0):  # no slot is; both are read together
         return
     live = i < count
-    slot = tl.load(slots + session)
     start = tl.load(position + slot // 8)
     row = session.to(tl.int64) * n + i
     p = start + i
-    first_p = start + (tl.program_id(0) % tiles) * 16 // group
+    first_i = (tl.program_id(0) % tiles) * 16 // group
+    ahead = i - first_i  # positions are counted from the first query on, in 32 bits
+    first_p = start + first_i
     last_p = start + tl.minimum(count, ((tl.program_id(0) % tiles) * 16 + 15) // group + 1) - 1
 
     tau = tl.zeros((16,), tl.float32) + 1.0
@@ -106,6 +153,14 @@ def attention_kernel(
     if not EXACT:
         qt = qt.to(tl.bfloat16)
 
+    share, places = 0.0, 1
+    if RANKS > 0:
+        r = tl.arange(0, BLOCK_R)
+        share_at = rel + (row * rel_stride + head * RANKS)[None, :] + r[:, None]
+        share = tl.load(share_at, mask=live[None, :] & (r < RANKS)[:, None], other=0.0)
+        if not ALONE:
+            places = (last_p - first_p).to(tl.int32) + 1
+
     # Slots lie at multiples of 64 bytes; said here, for the compiler to load whole vectors.
     k_base = tl.multiple_of(slot // ITEM, 16)
     v_base = k_base
@@ -117,80 +172,87 @@ def attention_kernel(
         k_base += g * d
         v_base += g * dv
 
-    total_m = tl.full((16,), float("-inf"), tl.float32)
+    total_m = tl.full((16,), LEAST, tl.float32)
     total_l = tl.zeros((16,), tl.float32)
     total = tl.zeros((BLOCK_V, 16), tl.float32)
-    z_first, z_last = 0, splits
+    mine = splits
     if PARALLEL:
-        z_first, z_last = tl.program_id(2), tl.program_id(2) + 1
-    for z in range(z_first, z_last):
+        mine = 1
+    for step in range(mine):
+        z = tl.program_id(2) + step
         if RING:  # split 0 holds the sinks; the others follow from the first position of the call
+            oldest = first_p - window + 1
             behind = tl.maximum(start - window + 1, sinks) // SPLIT * SPLIT + (z - 1) * SPLIT
-            lo = tl.where(z == 0, 0, tl.maximum(behind, (first_p - window + 1) // BLOCK_J * BLOCK_J))
-            lo = tl.maximum(lo, 0)
+            lo = tl.maximum(tl.where(z == 0, 0, tl.maximum(behind, oldest // BLOCK_J * BLOCK_J)), 0)
             hi = tl.where(z == 0, tl.minimum(sinks, last_p + 1), tl.minimum(behind + SPLIT, last_p + 1))
-            least = tl.where(z == 0, 0, sinks)
+            skip = tl.where(z == 0, 0, tl.maximum(tl.maximum(oldest, sinks) - lo, 0)).to(tl.int32)
+            ring = capacity - sinks
+            turned = ((lo - sinks) % ring).to(tl.int32)  # where `lo` lies in the ring
+            turned = tl.where(turned < 0, turned + ring, turned)
         else:
             lo = z * SPLIT
-            lo = lo.to(tl.int64)
             hi = tl.minimum(lo + SPLIT, last_p + 1)
-            least = 0
-        m = tl.full((16,), float("-inf"), tl.float32)
+        length = (hi - lo).to(tl.int32)
+        begin = tl.maximum(lo - first_p, -(1 << 30)).to(tl.int32)  # so far behind is beyond every table and window
+        m = tl.full((16,), LEAST, tl.float32)
         l = tl.zeros((16,), tl.float32)  # noqa: E741
         acc = tl.zeros((BLOCK_V, 16), tl.float32)
-        for j0 in range(lo, hi, BLOCK_J):
-            j = j0 + tl.arange(0, BLOCK_J)
-            held = (j < hi) & (j >= least)
+        for first in range(0, length, BLOCK_J):
+            k_index = tl.arange(0, BLOCK_J)
+            held = first + k_index < length
             if RING:
-                held = held & ((j >= first_p - window + 1) | (j < sinks))
-            at = cache_row(j, capacity, sinks, RING)
+                held = held & (first + k_index >= skip)
+                at = (turned + first) % ring + k_index
+                at = at % ring if NARROW else tl.where(at >= ring, at - ring, at)
+                at = tl.where(z == 0, first + k_index, sinks + at).to(tl.int64)
+            else:
+                at = (lo + first + k_index).to(tl.int64)
+            j = begin + first + k_index
             k_at = k_base + at * k_stride
             v_at = v_base + at * v_stride
             if INT8:
                 k_at = tl.multiple_of(k_at, 4)
                 v_at = tl.multiple_of(v_at, 4)
+            # What a block reads is asked for before anything is computed.
             kt = tl.load(k_cache + k_at[:, None] + inner[None, :], mask=held[:, None] & (inner < d)[None, :], other=0)
+            v_ptr = v_cache + v_at[None, :] + outer[:, None]
+            vt = tl.load(v_ptr, mask=held[None, :] & (outer < dv)[:, None], other=0)
+            if INT8:
+                k_scale = tl.load((k_cache + k_at + k_wide).to(tl.pointer_type(tl.float32)), mask=held, other=0.0)
+                v_scale = tl.load((v_cache + v_at + v_wide).to(tl.pointer_type(tl.float32)), mask=held, other=0.0)
+            distance = ahead[None, :] - j[:, None]
+            bias = tl.zeros((BLOCK_J, 16), tl.float32)
+            if RANKS > 0:  # noqa: SIM102 (the outer one is decided when the kernel is compiled)
+                if 1 - begin - first - BLOCK_J < extent:  # else every key of the block lies beyond the table
+                    bias = relative_bias(share, rel_table, ahead, places, j, held, extent, RANKS, BLOCK_R)
             if EXACT:
                 scores = tl.dot(kt, qt, input_precision="ieee")
             elif INT8:
-                k_scale = tl.load((k_cache + k_at + k_wide).to(tl.pointer_type(tl.float32)), mask=held, other=0.0)
                 codes = tl.where((inner < d)[None, :], kt.to(tl.int32) - 128, 0).to(tl.float32).to(tl.bfloat16)
                 scores = tl.dot(codes, qt) * k_scale[:, None]
             else:
                 scores = tl.dot(kt, qt)
-            distance = p[None, :] - j[:, None]
-            if RANKS > 0:  # noqa: SIM102 (the outer one is decided when the kernel is compiled)
-                if first_p - (j0 + BLOCK_J - 1) < extent:  # else every key of the block lies beyond the table
-                    near = held[:, None] & (distance >= 0) & (distance < extent) & live[None, :]
-                    bias = tl.zeros((BLOCK_J, 16), tl.float32)
-                    for r in range(RANKS):
-                        share = tl.load(rel + row * rel_stride + head * RANKS + r, mask=live, other=0.0)
-                        value = tl.load(rel_table + r * extent + distance, mask=near, other=0.0)
-                        bias += share[None, :] * value
-                    if cap is not None:
-                        scores += bias * tau[None, :]
-                    else:
-                        scores += bias * (tau * unit)[None, :]
+            if RANKS > 0:
+                if cap is not None:
+                    scores += bias * tau[None, :]
+                else:
+                    scores += bias * (tau * unit)[None, :]
             if cap is not None:
                 scores = cap * tanh(scores / cap) * unit
             visible = held[:, None] & (distance >= 0)
             if RING:
-                visible = visible & ((distance < window) | (j < sinks)[:, None])
+                visible = visible & ((distance < window) | (z == 0))
             scores = tl.where(visible, scores, float("-inf"))
             # Whole powers of two: what is rounded below does not depend on the largest score so far.
             new_m = tl.maximum(m, tl.ceil(tl.max(scores, 0)))
-            safe = tl.where(new_m == float("-inf"), 0.0, new_m)
-            shrink = tl.exp2(m - safe)
-            weights = tl.exp2(scores - safe[None, :])
+            shrink = whole_power(m - new_m)
+            weights = tl.exp2(scores - new_m[None, :])
             acc = acc * shrink[None, :]
-            v_ptr = v_cache + v_at[None, :] + outer[:, None]
-            vt = tl.load(v_ptr, mask=held[None, :] & (outer < dv)[:, None], other=0)
             if EXACT:
                 l = l * shrink + tl.sum(weights, 0)  # noqa: E741
                 acc += tl.dot(vt, weights, input_precision="ieee")
             elif INT8:
                 l = l * shrink + tl.sum(weights, 0)  # noqa: E741
-                v_scale = tl.load((v_cache + v_at + v_wide).to(tl.pointer_type(tl.float32)), mask=held, other=0.0)
                 codes = tl.where((outer < dv)[:, None], vt.to(tl.int32) - 128, 0).to(tl.float32).to(tl.bfloat16)
                 acc += tl.dot(codes, (weights * v_scale[:, None]).to(tl.bfloat16))
             else:
@@ -199,8 +261,7 @@ def attention_kernel(
                 acc += tl.dot(vt, rounded)
             m = new_m
         most = tl.maximum(total_m, m)
-        safe = tl.where(most == float("-inf"), 0.0, most)
-        old, new = tl.exp2(total_m - safe), tl.exp2(m - safe)
+        old, new = whole_power(total_m - most), whole_power(m - most)
         total_l = total_l * old + l * new
         total = total * old[None, :] + acc * new[None, :]
         total_m = most
@@ -209,13 +270,12 @@ def attention_kernel(
         part = (row * tl.num_programs(1) * group + head) * splits + tl.program_id(2)
         tl.store(part_m + part, total_m, mask=live)
         tl.store(part_l + part, total_l, mask=live)
-        held_part = store & (total_m > float("-inf"))[None, :]
-        tl.store(part_acc + part[None, :] * dv + outer[:, None], total, mask=held_part)
+        tl.store(part_acc + part[None, :] * dv + outer[:, None], total, mask=store)
     else:
         if sink_logits is not None:
             sink = tl.load(sink_logits + row * sink_stride + head, mask=live, other=0.0) * unit
             most = tl.maximum(total_m, tl.ceil(sink))
-            old = tl.exp2(total_m - most)
+            old = whole_power(total_m - most)
             total_l = total_l * old + tl.exp2(sink - most)
             total = total * old[None, :]
         tl.store(out + row[None, :] * out_stride + head[None, :] * dv + outer[:, None], total / total_l[None, :], store)
@@ -224,41 +284,41 @@ def attention_kernel(
 @device
 def attention_combine_kernel(
     out, part_m, part_l, part_acc, sink_logits, counts, n, heads, dv, splits, out_stride, sink_stride,
-    BLOCK_V: tl.constexpr,
+    TURNS: tl.constexpr, PARTS: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """Adds the parts of one query up in ascending order; grid (rows, heads)."""
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     if row % n >= tl.load(counts + row // n):
         return
     outer = tl.arange(0, BLOCK_V)
-    total_m, total_l = tl.full((1,), float("-inf"), tl.float32), tl.zeros((1,), tl.float32)
+    total_m, total_l = LEAST, 0.0
     total = tl.zeros((BLOCK_V,), tl.float32)
-    one = tl.arange(0, 1)
-    for z in range(splits):
-        part = (row * heads + head) * splits + z
-        m = tl.load(part_m + part + one)
-        held = m > float("-inf")
-        acc = tl.load(part_acc + part * dv + outer, mask=held & (outer < dv), other=0.0)
-        most = tl.maximum(total_m, m)
-        safe = tl.where(most == float("-inf"), 0.0, most)
-        old, new = tl.exp2(total_m - safe), tl.exp2(m - safe)
-        total_l = total_l * old + tl.load(part_l + part + one, mask=held, other=0.0) * new
-        total = total * old + acc * new
-        total_m = most
     if sink_logits is not None:
-        sink = tl.load(sink_logits + row * sink_stride + head + one) * 1.4426950408889634
+        sink = tl.load(sink_logits + row * sink_stride + head) * 1.4426950408889634
+    begin = (row * heads + head) * splits
+    for first in range(0, TURNS * PARTS, PARTS):
+        for i in tl.static_range(PARTS):  # one behind the last adds nothing
+            there = first + i < splits
+            part = begin + (first + i)
+            m = tl.load(part_m + part, mask=there, other=LEAST)
+            l = tl.load(part_l + part, mask=there, other=0.0)  # noqa: E741
+            acc = tl.load(part_acc + part * dv + outer, mask=there & (outer < dv), other=0.0)
+            most = tl.maximum(total_m, m)
+            old, new = whole_power(total_m - most), whole_power(m - most)
+            total_l = total_l * old + l * new
+            total = total * old + acc * new
+            total_m = most
+    if sink_logits is not None:
         most = tl.maximum(total_m, tl.ceil(sink))
-        old = tl.exp2(total_m - most)
+        old = whole_power(total_m - most)
         total_l = total_l * old + tl.exp2(sink - most)
         total = total * old
     tl.store(out + row * out_stride + head * dv + outer, total / total_l, mask=outer < dv)
 
 
 def split_size(capacity: int, window: int) -> int:
-    """Positions of a split, a power of two that the cache decides: at most 16 splits up to 64 k positions."""
-    if window:
-        return 128 if window <= 2048 else 512
-    return min(MOST_SPLIT, max(256, power(-(-capacity // 16))))
+    """Positions of a split, a power of two that the cache decides: at most 64 splits up to 256 k positions."""
+    return min(MOST_SPLIT, max(LEAST_SPLIT, power(-(-(window or capacity) // SPLITS))))
 
 
 def split_count(capacity: int, window: int, n: int) -> int:
@@ -294,17 +354,17 @@ def lower_attention(call: Call) -> Lowered:
         "capacity": Aligned(capacity), "sinks": Aligned(sinks),
     }  # fmt: skip
     ring, int8 = window > 0, dtype == "u8"
-    launches = []
-    for cache, new, width in ((caches[0], k, d), (caches[1], v, dv)):
-        block = power(-(-width // 4) * 4 if int8 else width, 4)
-        run = min(power(groups), max(1, 2048 // block))
-        values = shared | {
-            "cache": _state(call, cache, dtype), "new": call.pointer(new), "groups": groups, "d": Aligned(width),
-            "row_stride": Aligned(cache.stride), "new_stride": Aligned(new.stride),
-        }  # fmt: skip
-        fixed = {"RING": ring, "INT8": int8, "HEADS": run, "BLOCK": block, "ITEM": _CACHES[dtype]}
-        grid = (call.bucket.batch * n, -(-groups // run))
-        launches.append(launch("kv_write_kernel", grid, values, fixed, 1 if run * block <= 256 else 4))
+    block_k, block_v = (power(-(-width // 4) * 4 if int8 else width, 4) for width in (d, dv))
+    run = min(power(groups), max(1, 2048 // max(block_k, block_v)))
+    values = shared | {
+        "k_cache": _state(call, caches[0], dtype), "v_cache": _state(call, caches[1], dtype),
+        "k": call.pointer(k), "v": call.pointer(v), "groups": groups, "d": Aligned(d), "dv": Aligned(dv),
+        "k_stride": Aligned(caches[0].stride), "v_stride": Aligned(caches[1].stride),
+        "k_new_stride": Aligned(k.stride), "v_new_stride": Aligned(v.stride),
+    }  # fmt: skip
+    fixed = {"RING": ring, "INT8": int8, "HEADS": run, "BLOCK_K": block_k, "BLOCK_V": block_v, "ITEM": _CACHES[dtype]}
+    grid = (call.bucket.batch * n, -(-groups // run), 2)
+    launches = [launch("kv_write_kernel", grid, values, fixed, 1 if run * max(block_k, block_v) <= 256 else 4)]
 
     splits = split_count(capacity, window, n)
     tiles = -(-n * group // 16)
@@ -339,12 +399,14 @@ def lower_attention(call: Call) -> Lowered:
     }  # fmt: skip
     block_d, block_v = power(d, 16), power(dv, 16)
     blocks = call.blocks("attention", dtype, dv, d)
-    call.need(blocks.block_k <= 128, f"blocks of {blocks.block_k} keys", "splits hold whole blocks of up to 128")
+    most = f"splits hold whole blocks of up to {LEAST_SPLIT}"
+    call.need(blocks.block_k <= LEAST_SPLIT, f"blocks of {blocks.block_k} keys", most)
+    ranks, alone = 0 if rel is None else rel.cols // heads, n == 1 or group % 16 == 0
     fixed = {
-        "RING": ring, "INT8": int8, "EXACT": dtype == "f32", "RANKS": 0 if rel is None else rel.cols // heads,
-        "PARALLEL": parallel, "SPLIT": split_size(capacity, window),
-        "BLOCK_J": blocks.block_k,
-        "BLOCK_D": block_d, "BLOCK_V": block_v, "ITEM": _CACHES[dtype],
+        "RING": ring, "INT8": int8, "EXACT": dtype == "f32", "RANKS": ranks, "ALONE": alone, "PARALLEL": parallel,
+        "BLOCK_R": power(ranks or 1, 16),
+        "NARROW": ring and capacity - sinks < blocks.block_k, "SPLIT": split_size(capacity, window),
+        "BLOCK_J": blocks.block_k, "BLOCK_D": block_d, "BLOCK_V": block_v, "ITEM": _CACHES[dtype],
     }  # fmt: skip
     nothing = dict.fromkeys(last if parallel else scratch)
     values = inside | nothing | (scratch if parallel else last)
@@ -355,7 +417,9 @@ def lower_attention(call: Call) -> Lowered:
     values = scratch | last | {
         "counts": call.counts, "n": n, "heads": heads, "dv": Aligned(dv), "splits": splits,
     }  # fmt: skip
-    launches.append(launch("attention_combine_kernel", (rows, heads), values, {"BLOCK_V": block_v}, 1))
+    turns = -(-splits // PARTS_AT_ONCE)
+    fixed = {"BLOCK_V": block_v, "TURNS": turns, "PARTS": -(-splits // (4 * turns)) * 4}
+    launches.append(launch("attention_combine_kernel", (rows, heads), values, fixed, 1))
     return Lowered(tuple(launches), 2 * m_bytes + parts * dv * 4)
 
 

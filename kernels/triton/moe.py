@@ -288,11 +288,11 @@ def lower_moe(call: Call) -> Lowered:
 def lower_moe_conv(call: Call) -> Lowered:
     """With one row a session the convolution adds the experts up itself; it would do so once a tap, so with more rows a
     kernel of its own does."""
-    scratch, out, routes = _Scratch(), call.outputs[0], call.operand("weights")
+    scratch, out = _Scratch(), call.outputs[0]
     launches, parts = moe_launches(call, scratch)
-    source, shares = parts, routes
-    if call.bucket.session_rows(out.rows) > 1:
-        source, shares = scratch.piece("f32", call.rows(out) * out.cols), None
+    source, shares = parts, call.operand("weights") if call.bucket.session_rows(out.rows) == 1 else None
+    if shares is None:
+        source = scratch.piece("f32", call.rows(out) * out.cols)
         launches.append(combine_launch(call, parts, source, None, out.cols))
     launches.append(
         conv_launch(

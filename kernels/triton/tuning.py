@@ -179,7 +179,7 @@ def rule(shape: Shape) -> Blocks:
         return Blocks(16, keys, 8 if shape.sm == 100 and max(m, k) > 64 else 4, 2)
     if dtype == "f32":
         return Blocks(16 if m <= 1024 else 32, 32 if k > 32 else 16, 4, 3)
-    block_k = _GROUPS.get(dtype, 128 if k > 64 else 64 if k > 32 else 32)
+    block_k = _GROUPS.get(dtype, 128 if k > 128 else 64 if k > 64 else 32)  # two slices where K is that long
     count = slices(dtype, k, block_k, shape.sm)
     # A call names two experts at least, and a program reads rows of their gate and of their up.
     pairs = 1 if shape.op == "linear" else 2

@@ -1,6 +1,6 @@
 """The CUDA driver through `cuda-bindings`: one device, its primary context, one stream.
 
-This file only translates; it was never run on a GPU by the project's tests (docs/triton.md says what was proven where).
+This file only translates. The project's tests have no GPU; docs/triton.md says what ran on one.
 """
 
 from __future__ import annotations
