@@ -375,11 +375,14 @@ def linear_launch(
         **steps[0],
     }  # fmt: skip
     fixed |= steps[1]
-    grid = (-(-rows // fixed["ROWS"]), -(-m // blocks.block_m))
-    stages = blocks.stages
-    if norm is not None:  # its weight lies beside the rows: fewer turns may fit on their way
-        each = blocks.block_m * FORMS[weight.dtype].bits // 8 + 4 * fixed["ROWS"] + 4
+    stages, form = blocks.stages, FORMS[weight.dtype]
+    if norm is not None:
+        if form.group:  # codes, their values, x and its squares of more rows of weights do not fit into the registers
+            fixed["BLOCK_M"] = min(16, blocks.block_m)
+        # The norm's weight lies beside the rows: fewer turns may fit on their way.
+        each = fixed["BLOCK_M"] * form.bits // 8 + 4 * fixed["ROWS"] + 4
         stages = stages_that_fit(stages, fixed["SLICES"] * blocks.block_k * each, call.sm)
+    grid = (-(-rows // fixed["ROWS"]), -(-m // fixed["BLOCK_M"]))
     return launch("linear_kernel", grid, values, fixed, blocks.warps, stages)
 
 

@@ -28,6 +28,9 @@ FAMILIES = {
     "inkling": (InklingForCausalLM, InklingTextConfig, INKLING),
     "qwen3_moe": (Qwen3MoeForCausalLM, Qwen3MoeConfig, QWEN),
 }
+#: Engines round what they multiply at other places. These are models none of whose routers is so near a tie on the
+#: tokens below that it chooses otherwise for that (of seeds 5 to 11 four others did, and were 0.2 to 0.5 off there).
+SEEDS = {"inkling": 5, "qwen3_moe": 10}
 #: float32: the order of sums. bfloat16: rounded products, on logits of unit scale. Codes: the CPU rounds activations to
 #: a byte and now and then routes otherwise; the golden calls, eager PyTorch on the codes' values, are the measure.
 BOUNDS = {"fp32": 2e-4, "bf16": 5e-2, "int8": None, "int4": None}
@@ -37,7 +40,7 @@ CUTS = [8, 3, 8, 8, 1, 8, 4]
 def checkpoint(family: str, folder):
     """A random model whose logits have unit scale and whose router really chooses."""
     model_class, config_class, settings = FAMILIES[family]
-    torch.manual_seed(5)
+    torch.manual_seed(SEEDS[family])
     config = config_class(**settings)
     config._attn_implementation = "eager"
     model = model_class(config).eval()

@@ -72,15 +72,15 @@ def test_a_row_is_normed_as_by_the_kernel_of_norms(machine):
     assert np.array_equal(bits(fused), bits(apart))
 
 
-@pytest.mark.parametrize(("count", "pieces"), [(9, 1), (9, 2), (75, 1)])
-def test_a_router_norms_rows_and_hands_them_on(machine, monkeypatch, count, pieces):
+@pytest.mark.parametrize(("count", "pieces", "enough"), [(9, 1, 30), (9, 2, 30), (15, 1, 4)])
+def test_a_router_norms_rows_and_hands_them_on(machine, monkeypatch, count, pieces, enough):
     """A program has one expert and few rows, or four experts and many rows, of all inputs or of pieces of them."""
     from tmlc.kernels.triton import router
 
     if pieces > 1:
         monkeypatch.setattr(router, "MOST_INPUTS", 32)
-    monkeypatch.setattr(router, "ENOUGH_PROGRAMS", 20)
-    monkeypatch.setattr(router, "PLENTY_OF_PROGRAMS", 30)
+    monkeypatch.setattr(router, "ENOUGH_PROGRAMS", enough)
+    monkeypatch.setattr(router, "PLENTY_OF_PROGRAMS", 2 * enough)
     weights = weights_of(count + 1, 33, "f32") | {
         "bias": weight(draw(2, 1, count)), "scale": weight(np.array([[1.3]], np.float32)),
     }  # fmt: skip
