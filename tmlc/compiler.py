@@ -235,7 +235,7 @@ def compile(
             context=ContextInfo(**ready.meta["context"]),
             memory=MemoryInfo(weight_entries(engine.weights)[1], engine.arena_bytes, report.scratch_bytes),
             targets={target: TargetInfo(engine.plan, precision, engine.layout)},
-            tolerances=tolerances(calls, precision, _exact_caches(engine)),
+            tolerances=tolerances(ready, calls, precision, _exact_caches(engine)),
             tokenizer=tokenizer,
             producer={"tmlc": tmlc.__version__, "torch": torch.__version__, **engine.producer},
             pipeline=tuple(_stable(record) for record in ready.record),

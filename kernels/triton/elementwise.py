@@ -5,20 +5,10 @@ from typing import Any
 import triton.language as tl
 
 from tmlc.kernels.triton.launch import Aligned, Launch, Lowered, Operand, Pointer
-from tmlc.kernels.triton.linear import tanh
 from tmlc.kernels.triton.mode import device
 from tmlc.kernels.triton.norms import power
 from tmlc.kernels.triton.registry import Call, launch, lowering
-
-
-@device
-def sigmoid(x):
-    return 1.0 / (1.0 + tl.exp(-x))
-
-
-@device
-def gelu(x):
-    return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+from tmlc.kernels.triton.steps import arithmetic, sigmoid, table_row  # noqa: F401 (routers take sigmoid from here)
 
 
 @device
@@ -35,6 +25,7 @@ def elementwise_kernel(
     if a_rows is not None:
         at = row % a_rows
     x = tl.load(a + at * a_stride + col, mask=inside, other=0.0)
+    y, z = x, x
     if b is not None and OP != "scale_by":
         at = row
         if b_rows is not None:
@@ -45,33 +36,10 @@ def elementwise_kernel(
         if c_rows is not None:
             at = row % c_rows
         z = tl.load(c + at * c_stride + col, mask=inside, other=0.0)
-    if OP == "add":
-        result = x + y
-    elif OP == "mul":
-        result = x * y
-    elif OP == "add_scaled":
-        result = x + alpha * y
-    elif OP == "scale":
-        result = x * alpha
-    elif OP == "scale_by":
+    if OP == "scale_by":
         result = x * tl.load(b)
-    elif OP == "clamp":  # a NaN stays one
-        result = tl.where(x < alpha, alpha, x)
-        result = tl.where(result > beta, beta, result)
-    elif OP == "silu":
-        result = x * sigmoid(x)
-    elif OP == "gelu":
-        result = gelu(x)
-    elif OP == "swiglu":
-        result = x * sigmoid(x) * y
-    elif OP == "modulate":
-        result = x * (1.0 + y) + z
-    elif OP == "sigmoid":
-        result = sigmoid(x)
-    elif OP == "softcap":
-        result = alpha * tanh(x / alpha)
     else:
-        tl.static_assert(False, "an operation without arithmetic")
+        result = arithmetic(x, y, z, alpha, beta, OP)
     tl.store(out + row * out_stride + col, result, mask=inside)
 
 
@@ -142,9 +110,7 @@ def lower_scale_by(call: Call) -> Lowered:
 @lowering("add_row")
 def lower_add_row(call: Call) -> Lowered:
     rows, x = call.operand("rows"), call.operand("x")
-    table = call.pointer(rows)
-    index = int(call.attrs["index"])
-    row = Pointer(table.space, table.name, table.offset + 4 * index * rows.stride, "f32", 4 * rows.cols)
+    row = table_row(call, rows, int(call.attrs["index"]))
     return Lowered((elementwise_launch(call, "add", call.outputs[0], (x, (row, 0))),))
 
 

@@ -142,9 +142,13 @@ def _install() -> None:
         return splat(self, ret_ty, arg)
 
     def dot(self: Any, a: Any, b: Any, d: Any, *_: Any) -> Any:
-        left, right = _floats(a).astype(np.float32), _floats(b).astype(np.float32)
-        product = np.einsum("ik,kj->ij", left, right, dtype=np.float64, optimize=False).astype(np.float32)
-        return base.TensorHandle(product + d.data, d.dtype.scalar)
+        left, right = _floats(a).astype(np.float64), _floats(b).astype(np.float64)
+        # Column by column: what a column gives must not depend on how many there are.
+        columns = [
+            np.einsum("...ik,...k->...i", left, np.ascontiguousarray(right[..., j]), optimize=False)
+            for j in range(right.shape[-1])
+        ]
+        return base.TensorHandle(np.stack(columns, -1).astype(np.float32) + d.data, d.dtype.scalar)
 
     changed: dict[str, Callable[..., Any]] = {
         "create_masked_load": masked_load,

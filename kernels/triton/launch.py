@@ -78,6 +78,7 @@ class Launch:
         num_warps, num_stages: of the compiled kernel.
         grid: programs along x, y, z.
         args: the other parameters of the function, in its order.
+        overlap: whether it may begin before the launch before it has ended (overlap.py).
     """
 
     kernel: str
@@ -86,13 +87,21 @@ class Launch:
     num_stages: int
     grid: tuple[int, int, int]
     args: tuple[Argument, ...]
+    overlap: bool = False
 
     def signature(self) -> tuple[str, ...]:
         """The type of each argument: `*fp32:16` (16: a multiple of 16), `i32`, `i64`, `fp32`."""
         return tuple(_type(arg) for arg in self.args)
 
     def variant(self, sm: int) -> "Variant":
-        return Variant(self.kernel, self.constexprs, self.signature(), self.num_warps, self.num_stages, sm)
+        return Variant(
+            self.kernel, self.constexprs, self.signature(), self.num_warps, self.num_stages, sm, self.overlap
+        )
+
+    def overlapping(self) -> "Launch":
+        """The same launch, begun before the one before it has ended."""
+        fixed = tuple((name, True if name == "OVERLAP" else value) for name, value in self.constexprs)
+        return replace(self, constexprs=fixed, overlap=True)
 
 
 @dataclass(frozen=True)
@@ -105,6 +114,7 @@ class Variant:
     num_warps: int
     num_stages: int
     sm: int
+    overlap: bool = False
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
 """Products with weights of every form: linear, and what fusing passes put behind it.
 
-One scheme for any number of rows: a tile of weight rows is the left operand of a dot whose right operand is always 16
-rows of activations, summed over K in ascending blocks in float32. A row of the result is a column of that dot, so its
-bits depend neither on the other rows nor on how many there are.
+One scheme for any number of rows: a tile of weight rows is the left operand of a dot whose right operand is a few rows
+of activations. K is cut into slices; a warp sums its own, and they are added up at the end, so that a program has all
+it reads on the way at once. A row of the result is a column of that dot, so its bits depend neither on the other rows
+nor on how many there are.
 """
 
 from typing import Any
@@ -12,9 +13,13 @@ import triton.language as tl
 from tmlc.kernels.triton.launch import Aligned, Launch, Lowered, Operand, Pointer
 from tmlc.kernels.triton.layouts import FORMS, weight_pointers
 from tmlc.kernels.triton.mode import device
+from tmlc.kernels.triton.overlap import prefetch_rows, previous
 from tmlc.kernels.triton.registry import Call, launch, lowering
+from tmlc.kernels.triton.steps import NO_STEPS, run_steps, steps_of, tanh
+from tmlc.kernels.triton.tuning import Blocks, slices
 
-ROWS = 16
+#: Rows of activations in a tile: where there are no more, and else. A row is a column of the same instructions in both.
+FEW_ROWS, ROWS = 8, 16
 
 
 @device
@@ -28,107 +33,191 @@ def fp8_value(byte):
 
 
 @device
+def inputs(x, x_off, x_mask, kk, k, alpha):
+    """bf16 [slices, inputs, rows] of alpha·x, for the inputs kk [slices, inputs]."""
+    mask = x_mask[None, :, None] & (kk < k)[:, None, :]
+    values = tl.load(x + x_off[None, :, None] + kk[:, None, :], mask=mask, other=0.0)
+    if alpha is not None:
+        values = values * alpha
+    return tl.trans(values.to(tl.bfloat16), 0, 2, 1)
+
+
+@device
+def group_numbers(scales, zeros, s_off, w_mask, first, k, FORM: tl.constexpr, GROUP: tl.constexpr):
+    """Scale and zero point [slices, BLOCK_M] of the group that begins at input `first` of each slice."""
+    mask = w_mask[None, :] & (first < k)[:, None]
+    at = s_off[None, :] + (first // GROUP)[:, None]
+    scale = tl.load(scales + at, mask=mask, other=0.0).to(tl.float32)
+    if FORM == "i4":
+        zero = tl.load(zeros + at, mask=mask, other=0).to(tl.int32)
+    else:
+        zero = tl.zeros(scale.shape, tl.int32)
+    return scale, zero
+
+
+@device
+def slice_products(
+    acc, w, w_off, w_mask, first, scale, zero, low_x, high_x, k, FORM: tl.constexpr, BLOCK_K: tl.constexpr
+):
+    """acc [slices, BLOCK_M, rows] + W·x of each slice's inputs. Codes are multiplied as they are, and the product by
+    their scale. 4-bit codes: low_x and high_x are the halves of a group."""
+    if FORM == "bf16":
+        kk = first[:, None] + tl.arange(0, BLOCK_K)[None, :]
+        mask = w_mask[None, :, None] & (kk < k)[:, None, :]
+        values = tl.load(w + w_off[None, :, None] + kk[:, None, :], mask=mask, other=0.0)
+        acc = tl.dot(values, low_x, acc)
+    else:
+        mask = w_mask[None, :, None] & (first < k)[:, None, None]
+        if FORM == "i4":
+            at = (first // 2)[:, None] + tl.arange(0, BLOCK_K // 2)[None, :]
+            byte = tl.load(w + w_off[None, :, None] + at[:, None, :], mask=mask, other=0).to(tl.int32)
+            low = ((byte & 15) * 16 - zero[:, :, None]).to(tl.float32).to(tl.bfloat16)
+            high = ((byte >> 4) * 16 - zero[:, :, None]).to(tl.float32).to(tl.bfloat16)
+            part = tl.dot(high, high_x, tl.dot(low, low_x))
+            acc += part * (scale * 0.0625)[:, :, None]
+        else:
+            kk = first[:, None] + tl.arange(0, BLOCK_K)[None, :]
+            byte = tl.load(w + w_off[None, :, None] + kk[:, None, :], mask=mask, other=0)
+            if FORM == "i8":
+                value = (byte.to(tl.int32) - 128).to(tl.float32).to(tl.bfloat16)
+            else:
+                value = fp8_value(byte)
+            acc += tl.dot(value, low_x) * scale[:, :, None]
+    return acc
+
+
+@device
+def weight_products(
+    w, scales, zeros, w_off, s_off, w_off_2, s_off_2, w_mask, x, x_off, x_mask, k, alpha,
+    TWO: tl.constexpr, FORM: tl.constexpr, GROUP: tl.constexpr, SLICES: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """float32 [BLOCK_M, ROWS] = W[rows of w_off] · (alpha·x)[rows of x_off]ᵀ, and with TWO the same of w_off_2.
+
+    w_off, s_off: int64 [BLOCK_M], where a row of codes and of scales begins; x_off: int64 [ROWS]. SLICES·BLOCK_K
+    inputs are read at a time. Not for f32.
+    """
+    acc = tl.zeros((SLICES, BLOCK_M, ROWS), tl.float32)
+    acc_2 = tl.zeros((SLICES, BLOCK_M, ROWS), tl.float32)
+    first = tl.arange(0, SLICES) * BLOCK_K
+    scale, zero = first, first
+    scale_2, zero_2 = first, first
+    if FORM != "bf16":
+        scale, zero = group_numbers(scales, zeros, s_off, w_mask, first, k, FORM, GROUP)
+        if TWO:
+            scale_2, zero_2 = group_numbers(scales, zeros, s_off_2, w_mask, first, k, FORM, GROUP)
+    for start in range(0, k, SLICES * BLOCK_K):
+        first = start + tl.arange(0, SLICES) * BLOCK_K
+        # Scales come one turn ahead: asked for behind the codes, they would be waited for by themselves.
+        now, now_2 = scale, scale_2
+        at, at_2 = zero, zero_2
+        if FORM != "bf16":
+            following = first + SLICES * BLOCK_K
+            scale, zero = group_numbers(scales, zeros, s_off, w_mask, following, k, FORM, GROUP)
+            if TWO:
+                scale_2, zero_2 = group_numbers(scales, zeros, s_off_2, w_mask, following, k, FORM, GROUP)
+        if FORM == "i4":
+            kk = first[:, None] + tl.arange(0, BLOCK_K // 2)[None, :]
+            low_x = inputs(x, x_off, x_mask, kk, k, alpha)
+            high_x = inputs(x, x_off, x_mask, kk + BLOCK_K // 2, k, alpha)
+        else:
+            low_x = inputs(x, x_off, x_mask, first[:, None] + tl.arange(0, BLOCK_K)[None, :], k, alpha)
+            high_x = low_x
+        acc = slice_products(acc, w, w_off, w_mask, first, now, at, low_x, high_x, k, FORM, BLOCK_K)
+        if TWO:
+            acc_2 = slice_products(acc_2, w, w_off_2, w_mask, first, now_2, at_2, low_x, high_x, k, FORM, BLOCK_K)
+    total = tl.sum(acc, 0)
+    total_2 = total
+    if TWO:
+        total_2 = tl.sum(acc_2, 0)
+    return total, total_2
+
+
+@device
+def exact_product(
+    w, w_off, w_mask, x, x_off, x_mask, k, alpha, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr
+):
+    """The product with f32 weights, of float32 numbers: K in ascending blocks."""
+    acc = tl.zeros((BLOCK_M, ROWS), tl.float32)
+    for start in range(0, k, BLOCK_K):
+        kk = start + tl.arange(0, BLOCK_K)
+        inside = kk < k
+        values = tl.load(w + w_off[:, None] + kk[None, :], mask=w_mask[:, None] & inside[None, :], other=0.0)
+        rows = tl.load(x + x_off[None, :] + kk[:, None], mask=x_mask[None, :] & inside[:, None], other=0.0)
+        if alpha is not None:
+            rows = rows * alpha
+        acc = tl.dot(values, rows, acc, input_precision="ieee")
+    return acc
+
+
+@device
 def weight_product(
     w, scales, zeros, w_off, s_off, w_mask, x, x_off, x_mask, k, alpha,
-    FORM: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    FORM: tl.constexpr, GROUP: tl.constexpr, SLICES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    ROWS: tl.constexpr,
 ):  # fmt: skip
-    """float32 [BLOCK_M, 16] = W[rows of w_off] · (alpha·x)[rows of x_off]ᵀ.
-
-    w_off, s_off: int64 [BLOCK_M], where a row of codes and of scales begins; x_off: int64 [16].
-    """
-    acc = tl.zeros((BLOCK_M, 16), tl.float32)
-    if FORM == "f32" or FORM == "bf16":
-        for start in range(0, k, BLOCK_K):
-            kk = start + tl.arange(0, BLOCK_K)
-            inside = kk < k
-            wt = tl.load(w + w_off[:, None] + kk[None, :], mask=w_mask[:, None] & inside[None, :], other=0.0)
-            xt = tl.load(x + x_off[None, :] + kk[:, None], mask=x_mask[None, :] & inside[:, None], other=0.0)
-            if alpha is not None:
-                xt = xt * alpha
-            if FORM == "f32":
-                acc = tl.dot(wt, xt, acc, input_precision="ieee")
-            else:
-                acc = tl.dot(wt, xt.to(tl.bfloat16), acc)
+    """float32 [BLOCK_M, ROWS] = W[rows of w_off] · (alpha·x)[rows of x_off]ᵀ, weights of any form."""
+    if FORM == "f32":
+        y = exact_product(w, w_off, w_mask, x, x_off, x_mask, k, alpha, BLOCK_M, BLOCK_K, ROWS)
     else:
-        for start in range(0, k, BLOCK_K):
-            for part in tl.static_range(BLOCK_K // GROUP):
-                first = start + part * GROUP
-                group = first // GROUP
-                live = w_mask & (first < k)
-                scale = tl.load(scales + s_off + group, mask=live, other=0.0).to(tl.float32)
-                if FORM == "i4":
-                    zero = tl.load(zeros + s_off + group, mask=live, other=0).to(tl.int32)
-                    half = tl.arange(0, GROUP // 2)
-                    byte = tl.load(w + w_off[:, None] + (first // 2 + half)[None, :], mask=live[:, None], other=0).to(
-                        tl.int32
-                    )
-                    low = ((byte & 15) * 16 - zero[:, None]).to(tl.float32).to(tl.bfloat16)
-                    high = ((byte >> 4) * 16 - zero[:, None]).to(tl.float32).to(tl.bfloat16)
-                    below, above = first + half, first + GROUP // 2 + half
-                    x_low = tl.load(x + x_off[None, :] + below[:, None], mask=x_mask[None, :] & (below < k)[:, None],
-                                    other=0.0)  # fmt: skip
-                    x_high = tl.load(x + x_off[None, :] + above[:, None], mask=x_mask[None, :] & (above < k)[:, None],
-                                     other=0.0)  # fmt: skip
-                    if alpha is not None:
-                        x_low = x_low * alpha
-                        x_high = x_high * alpha
-                    part_sum = tl.dot(low, x_low.to(tl.bfloat16))
-                    part_sum = tl.dot(high, x_high.to(tl.bfloat16), part_sum)
-                    acc += part_sum * (scale * 0.0625)[:, None]
-                else:
-                    kk = first + tl.arange(0, GROUP)
-                    byte = tl.load(w + w_off[:, None] + kk[None, :], mask=live[:, None], other=0)
-                    xt = tl.load(x + x_off[None, :] + kk[:, None], mask=x_mask[None, :] & (kk < k)[:, None], other=0.0)
-                    if alpha is not None:
-                        xt = xt * alpha
-                    if FORM == "i8":
-                        value = (byte.to(tl.int32) - 128).to(tl.float32).to(tl.bfloat16)
-                    else:
-                        value = fp8_value(byte)
-                    acc += tl.dot(value, xt.to(tl.bfloat16)) * scale[:, None]
-    return acc
+        y, _ = weight_products(
+            w, scales, zeros, w_off, s_off, w_off, s_off, w_mask, x, x_off, x_mask, k, alpha,
+            False, FORM, GROUP, SLICES, BLOCK_M, BLOCK_K, ROWS,
+        )  # fmt: skip
+    return y
 
 
 @device
 def linear_kernel(
     out, x, w, scales, zeros, bias, factor, addend, rows, m, k, w_stride, s_stride, x_stride, out_stride,
-    addend_stride, alpha, cap,
-    FORM: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    addend_stride, alpha, cap, a, b, c, a_stride, b_stride, c_stride, number0, number1, number2,
+    FORM: tl.constexpr, GROUP: tl.constexpr, SLICES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    ROWS: tl.constexpr, LINES: tl.constexpr, OVERLAP: tl.constexpr, STEPS: tl.constexpr, COUNT: tl.constexpr,
 ):  # fmt: skip
-    """out[rows, m] = addend + factor·(cap·tanh((alpha·x) · Wᵀ + bias)/cap)); grid (tiles of rows, tiles of m)."""
-    row = tl.program_id(0) * 16 + tl.arange(0, 16)
+    """out[rows, m] = addend + factor·(cap·tanh((alpha·x) · Wᵀ + bias)/cap)), and then the steps; grid (tiles of rows,
+    tiles of m). What the epilogue reads is asked for before the product, which hides the wait."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     col = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     live, inside = row < rows, col < m
     wide_row, wide_col = row.to(tl.int64), col.to(tl.int64)
+    if OVERLAP:
+        prefetch_rows(w, wide_col * w_stride, inside, k, FORM, LINES)
+        previous()
+    mask = inside[:, None] & live[None, :]
+    if bias is not None:
+        biases = tl.load(bias + col, mask=inside, other=0.0)
+    if factor is not None:
+        level = tl.load(factor)
+    if addend is not None:
+        added = tl.load(addend + wide_row[None, :] * addend_stride + col[:, None], mask=mask, other=0.0)
+    av, bv, cv = 0.0, 0.0, 0.0
+    if a is not None:
+        av = tl.load(a + wide_row[None, :] * a_stride + col[:, None], mask=mask, other=0.0)
+    if b is not None:
+        bv = tl.load(b + wide_row[None, :] * b_stride + col[:, None], mask=mask, other=0.0)
+    if c is not None:
+        cv = tl.load(c + wide_row[None, :] * c_stride + col[:, None], mask=mask, other=0.0)
     y = weight_product(
         w, scales, zeros, wide_col * w_stride, wide_col * s_stride, inside, x, wide_row * x_stride, live, k, alpha,
-        FORM, GROUP, BLOCK_M, BLOCK_K,
+        FORM, GROUP, SLICES, BLOCK_M, BLOCK_K, ROWS,
     )  # fmt: skip
     if bias is not None:
-        y += tl.load(bias + col, mask=inside, other=0.0)[:, None]
+        y += biases[:, None]
     if factor is not None:
-        y *= tl.load(factor)
+        y *= level
     if cap is not None:
         y = cap * tanh(y / cap)
-    mask = inside[:, None] & live[None, :]
     if addend is not None:
-        y = tl.load(addend + wide_row[None, :] * addend_stride + col[:, None], mask=mask, other=0.0) + y
+        y = added + y
+    y = run_steps(y, av, bv, cv, number0, number1, number2, STEPS, COUNT)
     tl.store(out + wide_row[None, :] * out_stride + col[:, None], y, mask=mask)
 
 
-@device
-def tanh(x):
-    """tanh in float32, without cancellation near 0."""
-    size = tl.abs(x)
-    square = x * x
-    small = x * (1.0 + square * (-0.33333334 + square * (0.13333334 + square * -0.053968254)))
-    e = tl.exp(-2.0 * size)
-    large = (1.0 - e) / (1.0 + e)
-    return tl.where(size < 0.2, small, tl.where(x < 0.0, -large, large))
-
-
-def product_values(call: Call, weight: Operand) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Arguments and constexprs of `weight_product` that depend on the weight; the caller adds the tile."""
+def product_values(
+    call: Call, weight: Operand, op: str, m: int
+) -> tuple[dict[str, Any], dict[str, Any], Blocks]:
+    """Arguments and constexprs of `weight_product` that depend on the weight, and its block sizes, for an op of the
+    table with m rows of weights; the caller adds ROWS."""
     form = FORMS.get(weight.dtype)
     if form is None:
         raise call.fail(f"{weight.name}: no kernel reads weights of dtype {weight.dtype}", f"use {', '.join(FORMS)}")
@@ -139,7 +228,22 @@ def product_values(call: Call, weight: Operand) -> tuple[dict[str, Any], dict[st
     }  # fmt: skip
     if scales is None:
         values["s_stride"] = Aligned(0)
-    return values, {"FORM": form.family, "GROUP": form.group}
+    blocks = call.blocks(op, weight.dtype, m, weight.shape[-1])
+    return values, {
+        "FORM": form.family, "GROUP": form.group, "BLOCK_M": blocks.block_m, "BLOCK_K": blocks.block_k,
+        "SLICES": slices(weight.dtype, weight.shape[-1], blocks.block_k, call.sm),
+    }, blocks  # fmt: skip
+
+
+def tile_rows(rows: int) -> int:
+    """Rows of activations in a tile, for a call with so many."""
+    return FEW_ROWS if rows <= FEW_ROWS else ROWS
+
+
+def lines(call: Call, weight: Operand, blocks: Blocks) -> int:
+    """Lines of 128 bytes of a row that a program reads at a time."""
+    read = slices(weight.dtype, weight.shape[-1], blocks.block_k, call.sm) * blocks.block_k
+    return max(1, read * FORMS[weight.dtype].bits // 8 // 128)
 
 
 def linear_launch(
@@ -153,26 +257,28 @@ def linear_launch(
     alpha: float = 1.0,
     cap: float = 0.0,
     out_stride: int = 0,
+    steps: tuple[dict[str, Any], dict[str, Any]] = (NO_STEPS, {"STEPS": (), "COUNT": 0}),
 ) -> Launch:
-    """One product of all rows of x; `out` may be a pointer to scratch, with its stride."""
+    """One product of all rows of x; `out` may be a pointer to scratch, with its stride. `steps`: of `steps_of`."""
     m, k = weight.shape[-2:]
     call.need(len(weight.shape) == 2 and x.cols == k, f"{weight.name} {weight.shape} does not take {x.cols} columns")
     rows = call.rows(x)
-    values, fixed = product_values(call, weight)
-    blocks = call.blocks("linear", weight.dtype, m, k)
+    values, fixed, blocks = product_values(call, weight, "linear", m)
+    fixed |= {"ROWS": tile_rows(rows), "LINES": lines(call, weight, blocks), "OVERLAP": False}
     values |= {
         "out": call.pointer(out) if isinstance(out, Operand) else out,
         "out_stride": out.stride if isinstance(out, Operand) else out_stride,
-        "x": call.pointer(x), "x_stride": x.stride, "rows": rows, "m": m,
+        "x": call.pointer(x), "x_stride": Aligned(x.stride), "rows": rows, "m": m,
         "bias": None if bias is None else call.pointer(bias),
         "factor": None if factor is None else call.pointer(factor),
         "addend": None if addend is None else call.pointer(addend),
         "addend_stride": None if addend is None else addend.stride,
         "alpha": None if alpha == 1.0 else float(alpha),
         "cap": None if cap == 0.0 else float(cap),
+        **steps[0],
     }  # fmt: skip
-    grid = (-(-rows // ROWS), -(-m // blocks.block_m))
-    fixed |= {"BLOCK_M": blocks.block_m, "BLOCK_K": blocks.block_k}
+    fixed |= steps[1]
+    grid = (-(-rows // fixed["ROWS"]), -(-m // blocks.block_m))
     return launch("linear_kernel", grid, values, fixed, blocks.warps, blocks.stages)
 
 
@@ -181,5 +287,14 @@ def lower_linear(call: Call) -> Lowered:
     product = linear_launch(
         call, call.outputs[0], call.operand("x"), call.operand("weight"), bias=call.optional("bias"),
         factor=call.optional("scale"), addend=call.optional("addend"),
+    )  # fmt: skip
+    return Lowered((product,))
+
+
+@lowering("linear_steps")
+def lower_linear_steps(call: Call) -> Lowered:
+    product = linear_launch(
+        call, call.outputs[0], call.operand("x"), call.operand("weight"), bias=call.optional("bias"),
+        steps=steps_of(call),
     )  # fmt: skip
     return Lowered((product,))

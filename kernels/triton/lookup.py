@@ -13,20 +13,27 @@ from tmlc.kernels.triton.registry import Call, launch, lowering
 _IDS = ("i32", "i64")
 
 
+#: Bins of a bag at most, and columns of it that a program sums: one warp, which waits for no other.
+MOST_BINS, BAG_COLUMNS = 512, 8
+
+
 @device
-def embedding_kernel(out, table, ids, entries, per_bin, bins, d, ids_stride, out_stride, BLOCK: tl.constexpr):
-    """out[row] = Σ over bins, ascending, of table[bin·per_bin + ids[row, bin]]; grid (rows, blocks of columns)."""
+def embedding_kernel(
+    out, table, ids, entries, per_bin, bins, d, ids_stride, out_stride, BINS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """out[row] = Σ over bins of table[bin·per_bin + ids[row, bin]]; grid (rows, blocks of columns).
+
+    All rows are asked for at once. The order of the sum follows from BINS and BLOCK, which the table decides.
+    """
     row = tl.program_id(0).to(tl.int64)
     col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = col < d
-    total = tl.zeros((BLOCK,), tl.float32)
-    for b in range(bins):
-        index = tl.load(ids + row * ids_stride + b).to(tl.int64)
-        known = (index >= 0) & (index < entries)
-        at = b * per_bin + index
-        values = tl.load(table + at * d + col, mask=inside & known, other=float("nan"))
-        total += values.to(tl.float32)
-    tl.store(out + row * out_stride + col, total, mask=inside)
+    b = tl.arange(0, BINS)
+    index = tl.load(ids + row * ids_stride + b, mask=b < bins, other=0).to(tl.int64)
+    known = (index >= 0) & (index < entries)
+    wrong = tl.max((~known).to(tl.int32), 0)
+    at = (b * per_bin + index)[:, None] * d + col[None, :]
+    values = tl.load(table + at, mask=(known & (b < bins))[:, None] & (col < d)[None, :], other=0.0).to(tl.float32)
+    tl.store(out + row * out_stride + col, tl.where(wrong != 0, float("nan"), tl.sum(values, 0)), mask=col < d)
 
 
 @lowering("embedding", "bag_embedding")
@@ -34,14 +41,17 @@ def lower_embedding(call: Call) -> Lowered:
     table, out = call.operand("table"), call.outputs[0]
     ids = call.operand("ids" if call.op == "embedding" else "levels")
     per_bin = int(call.attrs["per_bin"]) if call.op == "bag_embedding" else 0
-    block = min(1024, power(table.cols, 32))
+    bins = power(ids.cols)
+    call.need(bins <= MOST_BINS, f"{ids.cols} bins")
+    block = min(1024 if bins == 1 else BAG_COLUMNS, power(table.cols, 16))
     values: dict[str, Any] = {
         "out": call.pointer(out), "table": call.pointer(table, ("f32", "bf16")), "ids": call.pointer(ids, _IDS),
         "entries": per_bin or table.rows[1], "per_bin": per_bin, "bins": ids.cols, "d": Aligned(table.cols),
         "ids_stride": ids.stride, "out_stride": Aligned(out.stride),
     }  # fmt: skip
     grid = (call.rows(out), -(-table.cols // block))
-    return Lowered((launch("embedding_kernel", grid, values, {"BLOCK": block}, 4 if block > 256 else 1),))
+    warps = 4 if block > 256 else 1
+    return Lowered((launch("embedding_kernel", grid, values, {"BINS": bins, "BLOCK": block}, warps),))
 
 
 @device

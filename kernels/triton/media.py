@@ -1,5 +1,6 @@
 """Sound and pictures: dMel levels, patches in fold order, overlap-add of the vocoder."""
 
+import math
 from typing import Any
 
 import triton.language as tl
@@ -7,89 +8,135 @@ import triton.language as tl
 from tmlc.kernels.triton.launch import Aligned, Lowered, Pointer
 from tmlc.kernels.triton.mode import device
 from tmlc.kernels.triton.norms import power
-from tmlc.kernels.triton.position import cos_sin
+from tmlc.kernels.triton.position import turned_cos_sin
 from tmlc.kernels.triton.registry import Call, launch, lowering
 
-MOST_OVERLAP = 8192
+#: Threads of a program of `spectrum_kernel`, samples that each of them asks for at a time, and most float64 numbers of
+#: its second sum; programs of a frame.
+THREADS, ASKED, MOST_NUMBERS, MOST_PROGRAMS = 256, 16, 2048, 128
+#: Samples that a program moves at a time.
+MOST_SAMPLES = 1024
+
+
+@device
+def part_cos_sin(part, WHOLE: tl.constexpr, STEP: tl.constexpr):
+    """(cos, sin) of 2π·part/WHOLE; part int32 from 0 to WHOLE - 1, STEP = 2π/WHOLE.
+
+    The quarter turn is found in whole numbers, so nothing is lost, however many turns were taken off before.
+    """
+    quarter = (part * 4 + WHOLE // 2) // WHOLE
+    rest = part * 4 - quarter * WHOLE  # in quarters of a step
+    return turned_cos_sin(rest.to(tl.float64) * tl.full(rest.shape, STEP / 4, tl.float64), quarter & 3)
 
 
 @device
 def spectrum_kernel(
-    magnitude, pcm, window, tail, slots, n, width, hop, pcm_stride, BLOCK_F: tl.constexpr, BLOCK_T: tl.constexpr
-):
-    """float64 |DFT| of one windowed frame, clamped at 1e-5; grid (frames, blocks of frequencies).
+    magnitude, pcm, window, tail, slots, n, pcm_stride,
+    WIDTH: tl.constexpr, HOP: tl.constexpr, A: tl.constexpr, B: tl.constexpr, BACK: tl.constexpr,
+    STEP_A: tl.constexpr, STEP: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, RUN: tl.constexpr,
+    KEPT: tl.constexpr,
+):  # fmt: skip
+    """float64 |DFT| of one windowed frame of WIDTH = A·B samples, clamped at 1e-5; grid (frames, residues modulo A).
 
-    The angle of sample t at frequency f is 2π·(f·t mod W)/W: whole numbers, so it loses nothing at high frequencies.
+    Sample t = B·q + r, frequency f = a + A·k: Σ_t x_t·w^(t·f) = Σ_r w^(r·f) · Σ_q x_(B·q + r)·w^(B·q·a), w of order
+    WIDTH. A program has one a: its inner sums serve all its frequencies. From one q to the q that a thread takes next
+    the angle grows by the same step, so RUN angles are one product each, and the first is exact.
     """
+    a, i = tl.program_id(1), tl.program_id(0) % n
     row = tl.program_id(0).to(tl.int64)
-    session, i = row // n, row % n
-    f = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
-    held = tail + tl.load(slots + session) // 4
-    real, imaginary = tl.zeros((BLOCK_F,), tl.float64), tl.zeros((BLOCK_F,), tl.float64)
-    before = width - hop  # samples of the tail
-    for start in range(0, width, BLOCK_T):
-        t = start + tl.arange(0, BLOCK_T)
-        source = i * hop + t - before  # place among the session's new samples
-        inside = t < width
-        old = tl.load(held + source + before, mask=inside & (source < 0), other=0.0)
-        fresh_row = session * n + source // hop
-        new = tl.load(pcm + fresh_row * pcm_stride + source % hop, mask=inside & (source >= 0), other=0.0)
-        sample = tl.where(source < 0, old, new).to(tl.float64)
-        sample = sample * tl.load(window + t, mask=inside, other=0.0).to(tl.float64)
-        turn = (f[:, None] * t[None, :]) % width
-        cos, sin = cos_sin(turn.to(tl.float64) * (6.283185307179586 / width.to(tl.float64)))
-        real += tl.sum(cos * sample[None, :], 1)
-        imaginary += tl.sum(sin * sample[None, :], 1)
-    power_ = real * real + imaginary * imaginary
-    bins = width // 2 + 1
-    tl.store(magnitude + row * bins + f, tl.sqrt(tl.maximum(power_, 1e-10)), mask=f < bins)
+    held = tail + tl.load(slots + tl.program_id(0) // n) // 4 + i.to(tl.int64) * HOP
+    fresh = pcm + (row - BACK) * pcm_stride
+    r = tl.arange(0, BLOCK_B)
+    step_cos, step_sin = part_cos_sin(BLOCK_A * a % A, A, STEP_A)
+    real, imaginary = tl.zeros((BLOCK_A, BLOCK_B), tl.float64), tl.zeros((BLOCK_A, BLOCK_B), tl.float64)
+    for start in range(0, A, BLOCK_A * RUN):
+        first = start + tl.arange(0, BLOCK_A)
+        cos, sin = part_cos_sin(first * a % A, A, STEP_A)
+        for j in tl.static_range(RUN):
+            q = first + j * BLOCK_A
+            t = q[:, None] * B + r[None, :]
+            inside = (q < A)[:, None] & (r < B)[None, :]
+            # The frame begins BACK rows of new samples before its own, or inside them; rows before row 0 are the tail.
+            place = t + (BACK * HOP - (WIDTH - HOP))
+            old = i - BACK + place // HOP < 0
+            at = tl.where(old, held + t, fresh + (place // HOP) * pcm_stride + place % HOP)
+            sample = tl.load(at, mask=inside, other=0.0).to(tl.float64)
+            sample = sample * tl.load(window + t, mask=inside, other=0.0).to(tl.float64)
+            real += cos[:, None] * sample
+            imaginary += sin[:, None] * sample
+            cos, sin = cos * step_cos - sin * step_sin, sin * step_cos + cos * step_sin
+    u, v = tl.split(tl.sum(tl.join(real, imaginary), 0))
+    u, v = u[None, :], v[None, :]
+    f = a + A * tl.arange(0, KEPT)
+    cos, sin = part_cos_sin(f[:, None] * r[None, :] % WIDTH, WIDTH, STEP)
+    x, y = tl.sum(cos * u - sin * v, 1), tl.sum(sin * u + cos * v, 1)  # of the conjugate: its size is the same
+    size = tl.sqrt(tl.maximum(x * x + y * y, tl.full((KEPT,), 1e-10, tl.float64)))
+    bins = WIDTH // 2 + 1
+    tl.store(magnitude + row * bins + f, size, mask=f < bins)
+
+
+@device
+def mel_centre(level, LO: tl.constexpr, HI: tl.constexpr, STEP: tl.constexpr, LEVELS: tl.constexpr):
+    """A centre, float32 as float64: counted from the nearer end, as `torch.linspace` does."""
+    up = level.to(tl.float64) * STEP + LO
+    down = (level - (LEVELS - 1)).to(tl.float64) * STEP + HI
+    return tl.where(level < LEVELS // 2, up, down).to(tl.float32).to(tl.float64)
+
+
+@device
+def shift_tail(
+    tail, pcm, slots, counts, session, n, per, pcm_stride,
+    HOP: tl.constexpr, HELD: tl.constexpr, BACK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The last HELD samples of tail and new samples become the tail.
+
+    A sample moves to a lower place or stays: pieces in ascending order read nothing that an earlier one has written.
+    """
+    count = tl.load(counts + session) * per
+    at = tail + tl.load(slots + session) // 4
+    fresh = pcm + (session.to(tl.int64) * n + count - BACK) * pcm_stride
+    for start in range(0, HELD, BLOCK):
+        r = start + tl.arange(0, BLOCK)
+        inside = (r < HELD) & (count > 0)
+        place = r + (BACK * HOP - HELD)  # counted from BACK rows before the end of the new samples
+        old = count - BACK + place // HOP < 0
+        source = tl.where(old, at + count.to(tl.int64) * HOP + r, fresh + (place // HOP) * pcm_stride + place % HOP)
+        sample = tl.load(source, mask=inside, other=0.0)
+        tl.debug_barrier()  # every thread has read the old samples
+        tl.store(at + r, sample, mask=inside)
 
 
 @device
 def mel_level_kernel(
-    levels_out, magnitude, filters, bins, bands, out_stride,
-    LO: tl.constexpr, HI: tl.constexpr, LEVELS: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_F: tl.constexpr,
+    levels_out, magnitude, filters, pcm, tail, slots, counts, n, per, bands, out_stride, pcm_stride,
+    BINS: tl.constexpr, LO: tl.constexpr, HI: tl.constexpr, STEP: tl.constexpr, LEVELS: tl.constexpr,
+    HOP: tl.constexpr, HELD: tl.constexpr, BACK: tl.constexpr, BLOCK: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """The nearest of LEVELS centres of log10(filters · magnitude); grid (frames, blocks of bands)."""
+    """The nearest of LEVELS centres of log10(filters · magnitude), and the tail moved on; grid (frames, bands + 1).
+
+    The last program of a session's first frame moves the tail: the spectra, which read it, are complete.
+    """
     row = tl.program_id(0).to(tl.int64)
-    band = tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)
-    mel = tl.zeros((BLOCK_B,), tl.float64)
-    for start in range(0, bins, BLOCK_F):
-        f = start + tl.arange(0, BLOCK_F)
-        inside = f < bins
-        share = tl.load(filters + band[:, None] * bins + f[None, :], mask=(band < bands)[:, None] & inside[None, :],
-                        other=0.0)  # fmt: skip
-        value = tl.load(magnitude + row * bins + f, mask=inside, other=0.0)
-        mel += tl.sum(share.to(tl.float64) * value[None, :], 1)
-    lo = tl.full((BLOCK_B,), LO, tl.float64)
-    hi = tl.full((BLOCK_B,), HI, tl.float64)
-    value = tl.log(tl.maximum(mel, 1e-10)) * 0.4342944819032518
-    value = tl.minimum(tl.maximum(value, lo), hi)
-    level = tl.zeros((BLOCK_B,), tl.int32)
-    below = lo.to(tl.float32).to(tl.float64)
-    for i in range(1, LEVELS):
-        centre = (lo + (hi - lo) * i / (LEVELS - 1)).to(tl.float32).to(tl.float64)
-        level += (value > (below + centre) * 0.5).to(tl.int32)  # in a tie the lower one
-        below = centre
-    tl.store(levels_out + row * out_stride + band, level.to(levels_out.dtype.element_ty), mask=band < bands)
-
-
-@device
-def shift_tail_kernel(tail, pcm, slots, counts, n, per, hop, held, pcm_stride, BLOCK: tl.constexpr):
-    """The last `held` samples of tail and new samples become the tail; one program a session."""
-    session = tl.program_id(0).to(tl.int64)
-    count = tl.load(counts + session) * per
-    if count == 0:
-        return
-    at = tail + tl.load(slots + session) // 4
-    r = tl.arange(0, BLOCK)
-    source = count * hop - held + r
-    inside = r < held
-    old = tl.load(at + source + held, mask=inside & (source < 0), other=0.0)
-    row = session * n + source // hop
-    new = tl.load(pcm + row * pcm_stride + source % hop, mask=inside & (source >= 0), other=0.0)
-    tl.debug_barrier()  # every thread has read the old samples
-    tl.store(at + r, tl.where(source < 0, old, new), mask=inside)
+    band = tl.program_id(1)
+    if band < bands:
+        shares = tl.zeros((BLOCK,), tl.float64)
+        for start in range(0, BINS, BLOCK):
+            f = start + tl.arange(0, BLOCK)
+            share = tl.load(filters + band * BINS + f, mask=f < BINS, other=0.0)
+            value = tl.load(magnitude + row * BINS + f, mask=f < BINS, other=0.0)
+            shares += share.to(tl.float64) * value
+        lo, hi = tl.full((), LO, tl.float64), tl.full((), HI, tl.float64)
+        value = tl.log(tl.maximum(tl.sum(shares, 0), tl.full((), 1e-10, tl.float64))) * 0.4342944819032518
+        value = tl.minimum(tl.maximum(value, lo), hi)
+        # The centres are even but for their rounding to float32, so the nearest is this one or beside it.
+        level = tl.minimum(((value - lo) * (1.0 / STEP) + 0.5).to(tl.int32), LEVELS - 1)
+        here = mel_centre(level, LO, HI, STEP, LEVELS)
+        below = (mel_centre(level - 1, LO, HI, STEP, LEVELS) + here) * 0.5
+        above = (here + mel_centre(level + 1, LO, HI, STEP, LEVELS)) * 0.5
+        level = level + (value > above).to(tl.int32) - (value <= below).to(tl.int32)  # in a tie the lower one
+        tl.store(levels_out + row * out_stride + band, level.to(levels_out.dtype.element_ty))
+    elif tl.program_id(0) % n == 0:
+        shift_tail(tail, pcm, slots, counts, tl.program_id(0) // n, n, per, pcm_stride, HOP, HELD, BACK, BLOCK_R)
 
 
 @device
@@ -131,15 +178,16 @@ def patchify_kernel(
 
 @device
 def overlap_sample(
-    frames, window, overlap, session, n, count, s, inside, width, hop, frames_stride, MOST: tl.constexpr
-):
+    frames, window, held, session, n, count, s, inside, frames_stride,
+    WIDTH: tl.constexpr, HOP: tl.constexpr, MOST: tl.constexpr,
+):  # fmt: skip
     """Sample s of a session: what was open, then its frames, oldest first."""
-    total = tl.load(overlap + s, mask=inside & (s < width - hop), other=0.0)
-    newest = s // hop
-    for back in range(MOST - 1, -1, -1):
+    total = tl.load(held + s, mask=inside & (s < WIDTH - HOP), other=0.0)
+    newest = s // HOP
+    for back in tl.static_range(MOST - 1, -1, -1):
         i = newest - back
-        place = s - i * hop
-        live = inside & (i >= 0) & (i < count) & (place < width)
+        place = s - i * HOP
+        live = inside & (i >= 0) & (i < count) & (place < WIDTH)
         value = tl.load(frames + (session * n + i) * frames_stride + place, mask=live, other=0.0)
         total += value * tl.load(window + place, mask=live, other=0.0)
     return total
@@ -147,40 +195,55 @@ def overlap_sample(
 
 @device
 def overlap_add_kernel(
-    pcm, frames, window, overlap, slots, counts, n, per, width, hop, frames_stride, pcm_stride,
-    MOST: tl.constexpr, BLOCK: tl.constexpr,
+    pcm, frames, window, overlap, slots, counts, n, per, frames_stride, pcm_stride,
+    WIDTH: tl.constexpr, HOP: tl.constexpr, MOST: tl.constexpr, BLOCK: tl.constexpr, BLOCK_R: tl.constexpr,
+    PARTS: tl.constexpr,
 ):  # fmt: skip
-    """The samples that are ready; grid (rows, blocks of a hop)."""
-    row = tl.program_id(0).to(tl.int64)
-    session, i = row // n, (row % n).to(tl.int32)
+    """The samples that are ready, and those that stay open; grid (rows, blocks of a hop and PARTS).
+
+    The last programs of a session's first row have every sample to which open ones are added: none but they reads
+    those, so they may replace them.
+    """
+    row, i = tl.program_id(0).to(tl.int64), tl.program_id(0) % n
+    session = (tl.program_id(0) // n).to(tl.int64)
     count = tl.load(counts + session) * per
-    if i >= count:
-        return
-    col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     held = overlap + tl.load(slots + session) // 4
-    value = overlap_sample(
-        frames, window, held, session, n, count, i * hop + col, col < hop, width, hop, frames_stride, MOST
-    )
-    tl.store(pcm + row * pcm_stride + col, value, mask=col < hop)
+    part = tl.program_id(1) - (HOP + BLOCK - 1) // BLOCK
+    if part < 0:
+        s = i * HOP + tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        inside = (s < (i + 1) * HOP) & (s >= WIDTH - HOP) & (i < count)
+        value = overlap_sample(frames, window, held, session, n, count, s, inside, frames_stride, WIDTH, HOP, MOST)
+        tl.store(pcm + row * pcm_stride + (s - i * HOP), value, mask=inside)
+    elif i == 0:
+        # What stays open moves to a lower place: ascending pieces read nothing that an earlier one has written. There
+        # are several parts only where a position's frames reach over all open samples: the new ones need no old.
+        for start in range(part * BLOCK_R, WIDTH - HOP, PARTS * BLOCK_R):
+            s = start + tl.arange(0, BLOCK_R)
+            inside = (s < WIDTH - HOP) & (count > 0)
+            done, later = inside & (s < count * HOP), s + count * HOP
+            value = overlap_sample(frames, window, held, session, n, count, s, done, frames_stride, WIDTH, HOP, MOST)
+            rest = overlap_sample(
+                frames, window, held, session, n, count, later, inside, frames_stride, WIDTH, HOP, MOST
+            )
+            tl.debug_barrier()  # every thread has read the old samples
+            tl.store(pcm + (session * n + s // HOP) * pcm_stride + s % HOP, value, mask=done)
+            tl.store(held + s, rest, mask=inside)
 
 
-@device
-def overlap_rest_kernel(
-    frames, window, overlap, slots, counts, n, per, width, hop, frames_stride, MOST: tl.constexpr, BLOCK: tl.constexpr
-):
-    """The samples that stay open; one program a session."""
-    session = tl.program_id(0).to(tl.int64)
-    count = tl.load(counts + session) * per
-    if count == 0:
-        return
-    held = overlap + tl.load(slots + session) // 4
-    r = tl.arange(0, BLOCK)
-    inside = r < width - hop
-    value = overlap_sample(
-        frames, window, held, session, n, count, count * hop + r, inside, width, hop, frames_stride, MOST
-    )
-    tl.debug_barrier()  # every thread has read the old samples
-    tl.store(held + r, value, mask=inside)
+def factors(width: int) -> tuple[int, int]:
+    """(A, B), A·B = width. Of pairs with up to MOST_PROGRAMS programs a frame, which a GPU runs side by side, the one
+    with the fewest float64 operations in a program; where there is none, in all programs together."""
+
+    def second(a: int) -> int:
+        return power(width // 2 // a + 1) * power(width // a)
+
+    def cost(a: int) -> tuple[bool, int, int]:
+        programs, one = min(a, width // 2 + 1), 10 * a * power(width // a) + 40 * second(a)
+        many = programs > MOST_PROGRAMS
+        return many, one * programs if many else one, a
+
+    a = min((a for a in range(1, width + 1) if width % a == 0 and second(a) <= MOST_NUMBERS), key=cost)
+    return a, width // a
 
 
 @lowering("dmel_state")
@@ -189,30 +252,33 @@ def lower_dmel(call: Call) -> Lowered:
     tail, out = call.operand("tail"), call.outputs[0]
     width, hop, bands = window.cols * window.rows[1], pcm.cols, filters.rows[1]
     bins, rows, n = width // 2 + 1, call.rows(pcm), call.bucket.session_rows(pcm.rows)
-    call.need(width - hop <= MOST_OVERLAP, f"a tail of {width - hop} samples", f"up to {MOST_OVERLAP} are supported")
     call.need(width < 1 << 15, f"a window of {width} samples")
     call.need(pcm.rows[0] > 0 == pcm.rows[1], f"rows {pcm.rows[0]}n+{pcm.rows[1]} belong to no positions")
-    magnitude = Pointer("scratch", "", 0, "f64", rows * bins * 8)
+    magnitude, held = Pointer("scratch", "", 0, "f64", rows * bins * 8), width - hop
     shared: dict[str, Any] = {
-        "pcm": call.pointer(pcm), "tail": call.pointer(tail), "slots": call.slots, "n": n, "hop": hop,
+        "magnitude": magnitude, "pcm": call.pointer(pcm), "tail": call.pointer(tail), "slots": call.slots, "n": n,
         "pcm_stride": pcm.stride,
     }  # fmt: skip
-    block_f = 16
-    values = shared | {"magnitude": magnitude, "window": call.pointer(window), "width": width}
-    launches = [launch("spectrum_kernel", (rows, -(-bins // block_f)), values, {"BLOCK_F": block_f, "BLOCK_T": 128}, 4)]
-    values = {
-        "levels_out": call.pointer(out, ("i32", "i64")), "magnitude": magnitude, "filters": call.pointer(filters),
-        "bins": bins, "bands": bands, "out_stride": out.stride,
+    back, (a, b) = -(-held // hop), factors(width)
+    block_b = power(b)
+    block_a = min(power(a), max(1, THREADS // block_b))
+    fixed: dict[str, Any] = {
+        "WIDTH": width, "HOP": hop, "A": a, "B": b, "BACK": back, "STEP_A": 2 * math.pi / a,
+        "STEP": 2 * math.pi / width, "BLOCK_A": block_a, "BLOCK_B": block_b, "RUN": min(ASKED, -(-a // block_a)),
+        "KEPT": power(width // 2 // a + 1),
     }  # fmt: skip
+    values = shared | {"window": call.pointer(window)}
+    launches = [launch("spectrum_kernel", (rows, min(a, bins)), values, fixed, THREADS // 32)]
+    values = shared | {
+        "levels_out": call.pointer(out, ("i32", "i64")), "filters": call.pointer(filters), "counts": call.counts,
+        "per": pcm.rows[0], "bands": bands, "out_stride": out.stride,
+    }  # fmt: skip
+    lo, hi, levels = float(call.attrs["lo"]), float(call.attrs["hi"]), int(call.attrs["levels"])
     fixed = {
-        "LO": float(call.attrs["lo"]), "HI": float(call.attrs["hi"]), "LEVELS": int(call.attrs["levels"]),
-        "BLOCK_B": 16, "BLOCK_F": 128,
+        "BINS": bins, "LO": lo, "HI": hi, "STEP": (hi - lo) / (levels - 1), "LEVELS": levels, "HOP": hop, "HELD": held,
+        "BACK": back, "BLOCK": min(MOST_SAMPLES, power(bins)), "BLOCK_R": min(MOST_SAMPLES, power(held)),
     }  # fmt: skip
-    launches.append(launch("mel_level_kernel", (rows, -(-bands // 16)), values, fixed, 4))
-    if width > hop:
-        block = power(width - hop)
-        values = shared | {"counts": call.counts, "held": width - hop, "per": pcm.rows[0]}
-        launches.append(launch("shift_tail_kernel", (call.bucket.batch,), values, {"BLOCK": block}, 4))
+    launches.append(launch("mel_level_kernel", (rows, bands + (held > 0)), values, fixed, 4))
     return Lowered(tuple(launches), magnitude.nbytes)
 
 
@@ -242,19 +308,18 @@ def lower_patchify(call: Call) -> Lowered:
 def lower_overlap_add(call: Call) -> Lowered:
     frames, window, overlap = call.operand("frames"), call.operand("window"), call.operand("overlap")
     out, hop, width = call.outputs[0], int(call.attrs["hop"]), frames.cols
-    call.need(width - hop <= MOST_OVERLAP, f"an overlap of {width - hop} samples")
     call.need(frames.rows[0] > 0 == frames.rows[1], f"rows {frames.rows[0]}n+{frames.rows[1]} belong to no positions")
-    shared: dict[str, Any] = {
-        "frames": call.pointer(frames), "window": call.pointer(window), "overlap": call.pointer(overlap),
-        "slots": call.slots, "counts": call.counts, "n": call.bucket.session_rows(frames.rows),
-        "per": frames.rows[0], "width": width, "hop": hop,
-        "frames_stride": Aligned(frames.stride),
+    values: dict[str, Any] = {
+        "pcm": call.pointer(out), "frames": call.pointer(frames), "window": call.pointer(window),
+        "overlap": call.pointer(overlap), "slots": call.slots, "counts": call.counts,
+        "n": call.bucket.session_rows(frames.rows), "per": frames.rows[0],
+        "frames_stride": Aligned(frames.stride), "pcm_stride": out.stride,
     }  # fmt: skip
-    most, block = -(-width // hop), min(1024, power(hop, 32))
-    values = shared | {"pcm": call.pointer(out), "pcm_stride": out.stride}
-    grid = (call.rows(out), -(-hop // block))
-    launches = [launch("overlap_add_kernel", grid, values, {"MOST": most, "BLOCK": block}, 4)]
-    if width > hop:
-        rest = {"MOST": most, "BLOCK": power(width - hop, 32)}
-        launches.append(launch("overlap_rest_kernel", (call.bucket.batch,), shared, rest, 4))
-    return Lowered(tuple(launches))
+    block, held, apart = min(256, power(hop, 32)), width - hop, frames.rows[0] * hop >= width - hop
+    fixed = {
+        "WIDTH": width, "HOP": hop, "MOST": -(-width // hop), "BLOCK": block,
+        "BLOCK_R": block if apart else min(MOST_SAMPLES, power(held, 32)),
+        "PARTS": -(-held // block) if apart else 1,
+    }  # fmt: skip
+    grid = (call.rows(out), -(-hop // block) + (fixed["PARTS"] if held else 0))
+    return Lowered((launch("overlap_add_kernel", grid, values, fixed, 8 if fixed["BLOCK_R"] > 256 else 4),))

@@ -1,9 +1,8 @@
 """Experts, gathered by index inside the kernels: gate/up with the activation, then down with the weighted sum.
 
-Few rows: a program has one (row, expert) pair, or in the second kernel one row, and reads its experts' weights in
-place: nothing is gathered or materialised, nothing is added atomically. Many rows: the pairs are sorted by expert
-first, 16 of one expert share a tile, and a last kernel adds a row's experts up. Both sum in the same order, to the
-same bits.
+Few rows: a program has one (row, expert) pair and reads its expert's weights in place: nothing is gathered or
+materialised, nothing is added atomically. Many rows: the pairs are sorted by expert first, and 16 of one expert share a
+tile. A last kernel adds a row's experts up. Both sum in the same order, to the same bits.
 """
 
 from typing import Any
@@ -13,9 +12,19 @@ import triton.language as tl
 from tmlc.kernels.triton.conv import conv_launch
 from tmlc.kernels.triton.elementwise import sigmoid
 from tmlc.kernels.triton.launch import Aligned, Launch, Lowered, Operand, Pointer
-from tmlc.kernels.triton.linear import product_values, tanh, weight_product
+from tmlc.kernels.triton.linear import (
+    FEW_ROWS,
+    ROWS,
+    exact_product,
+    lines,
+    product_values,
+    tanh,
+    weight_product,
+    weight_products,
+)
 from tmlc.kernels.triton.mode import device
 from tmlc.kernels.triton.norms import power
+from tmlc.kernels.triton.overlap import prefetch_rows, previous
 from tmlc.kernels.triton.registry import Call, launch, lowering
 
 #: Rows from which on pairs are grouped where the program does not say (grouped_from 0).
@@ -35,10 +44,11 @@ def gated(gate, up, alpha, limit, gate_cap, up_cap, ACT: tl.constexpr):
 
 @device
 def tile_pairs(
-    experts, order, tile_first, tile_count, tile_expert, counts, n, per, top_k, count_e, index, GROUPED: tl.constexpr
-):
-    """(pairs [16], which of them are there [16], their expert) of tile `index`; a pair is row·top_k + choice."""
-    lane = tl.arange(0, 16)
+    experts, order, tile_first, tile_count, tile_expert, counts, n, per, top_k, count_e, index,
+    GROUPED: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """(pairs [ROWS], which of them are there, their expert) of tile `index`; a pair is row·top_k + choice."""
+    lane = tl.arange(0, ROWS)
     if GROUPED:
         held = lane < tl.load(tile_count + index)
         pair = tl.load(order + tl.load(tile_first + index) + lane, mask=held, other=0)
@@ -57,66 +67,34 @@ def tile_pairs(
 def moe_gate_up_kernel(
     hidden, x, w, scales, zeros, bias, experts, order, tile_first, tile_count, tile_expert, counts, n, per, top_k,
     count_e, f, k, w_stride, s_stride, x_stride, alpha, limit, gate_cap, up_cap,
-    GROUPED: tl.constexpr, ACT: tl.constexpr, FORM: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    GROUPED: tl.constexpr, ACT: tl.constexpr, FORM: tl.constexpr, GROUP: tl.constexpr, SLICES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """hidden[pair, f] = act(gate_e x, up_e x); grid (tiles of pairs, blocks of f)."""
     pair, held, expert = tile_pairs(
-        experts, order, tile_first, tile_count, tile_expert, counts, n, per, top_k, count_e, tl.program_id(0), GROUPED
-    )
+        experts, order, tile_first, tile_count, tile_expert, counts, n, per, top_k, count_e, tl.program_id(0),
+        GROUPED, ROWS,
+    )  # fmt: skip
     if tl.max(held.to(tl.int32), 0) == 0:
         return
     col = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = col < f
     x_off = (pair // top_k).to(tl.int64) * x_stride
     gate_row = (expert.to(tl.int64) * 2) * f + col
-    gate = weight_product(
-        w, scales, zeros, gate_row * w_stride, gate_row * s_stride, inside, x, x_off, held, k, None,
-        FORM, GROUP, BLOCK_M, BLOCK_K,
-    )  # fmt: skip
     up_row = gate_row + f
-    up = weight_product(
-        w, scales, zeros, up_row * w_stride, up_row * s_stride, inside, x, x_off, held, k, None,
-        FORM, GROUP, BLOCK_M, BLOCK_K,
-    )  # fmt: skip
+    if FORM == "f32":
+        gate = exact_product(w, gate_row * w_stride, inside, x, x_off, held, k, None, BLOCK_M, BLOCK_K, ROWS)
+        up = exact_product(w, up_row * w_stride, inside, x, x_off, held, k, None, BLOCK_M, BLOCK_K, ROWS)
+    else:
+        gate, up = weight_products(
+            w, scales, zeros, gate_row * w_stride, gate_row * s_stride, up_row * w_stride, up_row * s_stride, inside,
+            x, x_off, held, k, None, True, FORM, GROUP, SLICES, BLOCK_M, BLOCK_K, ROWS,
+        )  # fmt: skip
     if bias is not None:
         gate += tl.load(bias + gate_row, mask=inside, other=0.0)[:, None]
         up += tl.load(bias + up_row, mask=inside, other=0.0)[:, None]
     result = gated(gate, up, alpha, limit, gate_cap, up_cap, ACT)
     tl.store(hidden + pair.to(tl.int64)[None, :] * f + col[:, None], result, mask=inside[:, None] & held[None, :])
-
-
-@device
-def moe_down_kernel(
-    out, hidden, w, scales, zeros, bias, addend, weights, experts, counts, n, per, top_k, count_e, d, k,
-    w_stride, s_stride, out_stride, addend_stride,
-    FORM: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """out[row] = addend + Σ_j weights_j·(down_e hidden_j + bias), j ascending; grid (rows, blocks of d)."""
-    row = tl.program_id(0).to(tl.int64)
-    if row % n >= tl.load(counts + row // n) * per:
-        return
-    col = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    inside = col < d
-    lane = tl.arange(0, 16)
-    total = tl.zeros((BLOCK_M, 16), tl.float32)
-    for j in range(top_k):
-        expert = tl.load(experts + row * top_k + j).to(tl.int64)
-        expert = tl.minimum(tl.maximum(expert, 0), count_e - 1)
-        down_row = expert * d + col
-        x_off = (row * top_k + j) * k + lane.to(tl.int64) * 0
-        y = weight_product(
-            w, scales, zeros, down_row * w_stride, down_row * s_stride, inside, hidden, x_off, lane == 0, k, None,
-            FORM, GROUP, BLOCK_M, BLOCK_K,
-        )  # fmt: skip
-        if bias is not None:
-            y += tl.load(bias + down_row, mask=inside, other=0.0)[:, None]
-        total += tl.load(weights + row * top_k + j) * y
-    mask = inside[:, None] & (lane == 0)[None, :]
-    if addend is not None:
-        more = tl.load(addend + row * addend_stride + col, mask=inside, other=0.0)
-        total = more[:, None] + total
-    tl.store(out + row * out_stride + col[:, None] + lane[None, :] * 0, total, mask=mask)
 
 
 @device
@@ -164,22 +142,29 @@ def moe_sort_kernel(
 
 
 @device
-def moe_down_pairs_kernel(
-    parts, hidden, w, scales, zeros, bias, order, tile_first, tile_count, tile_expert, d, k, w_stride, s_stride,
-    FORM: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+def moe_down_kernel(
+    parts, hidden, w, scales, zeros, bias, experts, order, tile_first, tile_count, tile_expert, counts, n, per, top_k,
+    count_e, d, k, w_stride, s_stride,
+    GROUPED: tl.constexpr, FORM: tl.constexpr, GROUP: tl.constexpr, SLICES: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr, ROWS: tl.constexpr, LINES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """parts[pair, d] = down_e hidden[pair] + bias; grid (tiles of pairs, blocks of d)."""
     pair, held, expert = tile_pairs(
-        None, order, tile_first, tile_count, tile_expert, None, 1, 1, 1, 1, tl.program_id(0), True
-    )
-    if tl.max(held.to(tl.int32), 0) == 0:
-        return
+        experts, order, tile_first, tile_count, tile_expert, counts, n, per, top_k, count_e, tl.program_id(0),
+        GROUPED, ROWS,
+    )  # fmt: skip
+    some = tl.max(held.to(tl.int32), 0) > 0
     col = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = col < d
     down_row = expert.to(tl.int64) * d + col
+    if OVERLAP:  # what chose and sorted the experts had ended when the gate's kernel let this one begin
+        prefetch_rows(w, down_row * w_stride, inside & some, k, FORM, LINES)
+        previous()  # before any program may end: the next kernel relies on it
+    if not some:
+        return
     y = weight_product(
         w, scales, zeros, down_row * w_stride, down_row * s_stride, inside, hidden, pair.to(tl.int64) * k, held, k,
-        None, FORM, GROUP, BLOCK_M, BLOCK_K,
+        None, FORM, GROUP, SLICES, BLOCK_M, BLOCK_K, ROWS,
     )  # fmt: skip
     if bias is not None:
         y += tl.load(bias + down_row, mask=inside, other=0.0)[:, None]
@@ -218,10 +203,8 @@ class _Scratch:
         return pointer
 
 
-def moe_launches(
-    call: Call, scratch: _Scratch, out: Operand | Pointer, addend: Operand | None, out_stride: int = 0
-) -> list[Launch]:
-    """The experts of every row, and `addend` before them; `out` may be scratch with its stride."""
+def moe_launches(call: Call, scratch: _Scratch) -> tuple[list[Launch], Pointer]:
+    """The experts of every row, and where their parts are, one behind the other: [rows·top_k, d]."""
     x, routes, experts = call.operand("x"), call.operand("weights"), call.operand("experts")
     gate_up, down = call.operand("gate_up"), call.operand("down")
     count_e, wide, d = gate_up.shape
@@ -245,44 +228,48 @@ def moe_launches(
         lists = {name: scratch.piece("i32", pairs if name == "order" else tiles) for name in lists}
         values = common | lists | {"experts": chosen, "pairs": pairs, "count_e": count_e}
         launches.append(launch("moe_sort_kernel", (count_e,), values, {"BLOCK": 1024}, 4))
-    product, fixed = product_values(call, gate_up)
-    blocks = call.blocks("moe_gate_up", gate_up.dtype, f, d)
-    values = product | common | lists | {
-        "hidden": hidden, "x": call.pointer(x), "x_stride": Aligned(x.stride), "count_e": count_e,
-        "experts": None if grouped else chosen, "f": Aligned(f),
+    product, fixed, blocks = product_values(call, gate_up, "moe_gate_up", f)
+    tile = {"GROUPED": grouped, "ROWS": ROWS if grouped else FEW_ROWS}
+    chosen_by = common | lists | {"experts": chosen, "count_e": count_e}
+    if grouped:
+        chosen_by |= dict.fromkeys(("experts", "counts", "n", "per", "count_e"))
+    values = product | chosen_by | {
+        "hidden": hidden, "x": call.pointer(x), "x_stride": Aligned(x.stride), "f": Aligned(f), "top_k": top_k,
         "bias": None if biases[0] is None else call.pointer(biases[0]),
         "alpha": alpha if act == 1 else None, "limit": limit if act == 1 else None,
         "gate_cap": caps[0] if act == 2 else None, "up_cap": caps[1] if act == 2 else None,
     }  # fmt: skip
-    if grouped:
-        values |= {"counts": None, "n": None, "per": None, "count_e": None}
-    fixed |= {"GROUPED": grouped, "ACT": act, "BLOCK_M": blocks.block_m, "BLOCK_K": blocks.block_k}
     grid = (tiles, -(-f // blocks.block_m))
-    launches.append(launch("moe_gate_up_kernel", grid, values, fixed, blocks.warps, blocks.stages))
+    launches.append(
+        launch("moe_gate_up_kernel", grid, values, fixed | tile | {"ACT": act}, blocks.warps, blocks.stages)
+    )
+    product, fixed, blocks = product_values(call, down, "moe_down", d)
+    parts = scratch.piece("f32", pairs * d)
+    values = product | chosen_by | {
+        "parts": parts, "hidden": hidden, "d": Aligned(d), "top_k": None if grouped else top_k,
+        "bias": None if biases[1] is None else call.pointer(biases[1]),
+    }  # fmt: skip
+    grid = (tiles, -(-d // blocks.block_m))
+    tile |= {"LINES": lines(call, down, blocks), "OVERLAP": False}
+    launches.append(launch("moe_down_kernel", grid, values, fixed | tile, blocks.warps, blocks.stages))
+    return launches, parts
 
-    product, fixed = product_values(call, down)
-    blocks = call.blocks("moe_down", down.dtype, d, f)
-    fixed |= {"BLOCK_M": blocks.block_m, "BLOCK_K": blocks.block_k}
-    product |= {"bias": None if biases[1] is None else call.pointer(biases[1]), "d": Aligned(d)}
-    last: dict[str, Any] = {
-        "out": call.pointer(out) if isinstance(out, Operand) else out,
+
+def combine_launch(
+    call: Call, parts: Pointer, out: Operand | Pointer, addend: Operand | None, out_stride: int = 0
+) -> Launch:
+    """The weighted sum of the parts of each row's experts, and `addend` before it; `out` may be scratch with its
+    stride."""
+    x, routes, d = call.operand("x"), call.operand("weights"), call.operand("down").shape[1]
+    block = min(1024, power(d, 32))
+    values: dict[str, Any] = {
+        "counts": call.counts, "n": call.bucket.session_rows(x.rows), "per": x.rows[0], "top_k": routes.cols,
+        "parts": parts, "d": Aligned(d), "out": call.pointer(out) if isinstance(out, Operand) else out,
         "out_stride": Aligned(out.stride if isinstance(out, Operand) else out_stride),
         "addend": None if addend is None else call.pointer(addend),
         "addend_stride": None if addend is None else Aligned(addend.stride), "weights": call.pointer(routes),
     }  # fmt: skip
-    if not grouped:
-        values = product | common | last | {"hidden": hidden, "experts": chosen, "count_e": count_e}
-        grid = (rows, -(-d // blocks.block_m))
-        launches.append(launch("moe_down_kernel", grid, values, fixed, blocks.warps, blocks.stages))
-        return launches
-    parts = scratch.piece("f32", pairs * d)
-    values = product | lists | {"parts": parts, "hidden": hidden}
-    grid = (tiles, -(-d // blocks.block_m))
-    launches.append(launch("moe_down_pairs_kernel", grid, values, fixed, blocks.warps, blocks.stages))
-    block = min(1024, power(d, 32))
-    values = common | last | {"parts": parts, "d": Aligned(d)}
-    launches.append(launch("moe_combine_kernel", (rows, -(-d // block)), values, {"BLOCK": block}, 4))
-    return launches
+    return launch("moe_combine_kernel", (call.rows(x), -(-d // block)), values, {"BLOCK": block}, 4)
 
 
 def _no_lists() -> dict[str, Pointer | None]:
@@ -292,19 +279,25 @@ def _no_lists() -> dict[str, Pointer | None]:
 @lowering("moe", "moe_add")
 def lower_moe(call: Call) -> Lowered:
     scratch = _Scratch()
-    launches = moe_launches(call, scratch, call.outputs[0], call.optional("addend"))
+    launches, parts = moe_launches(call, scratch)
+    launches.append(combine_launch(call, parts, call.outputs[0], call.optional("addend")))
     return Lowered(tuple(launches), scratch.used)
 
 
 @lowering("moe_conv_state")
 def lower_moe_conv(call: Call) -> Lowered:
+    """With one row a session the convolution adds the experts up itself; it would do so once a tap, so with more rows a
+    kernel of its own does."""
     scratch, out = _Scratch(), call.outputs[0]
-    mixed = scratch.piece("f32", call.rows(out) * out.cols)
-    launches = moe_launches(call, scratch, mixed, None, out.cols)
+    launches, parts = moe_launches(call, scratch)
+    source, shares = parts, call.operand("weights") if call.bucket.session_rows(out.rows) == 1 else None
+    if shares is None:
+        source = scratch.piece("f32", call.rows(out) * out.cols)
+        launches.append(combine_launch(call, parts, source, None, out.cols))
     launches.append(
         conv_launch(
-            call, out, (mixed, out.cols), call.operand("taps"), call.operand("tail"), call.attrs["residual"],
-            level=call.attrs["level"], addend=call.optional("addend"),
+            call, out, (source, out.cols), call.operand("taps"), call.operand("tail"), call.attrs["residual"],
+            level=call.attrs["level"], addend=call.optional("addend"), shares=shares,
         )
     )  # fmt: skip
     return Lowered(tuple(launches), scratch.used)

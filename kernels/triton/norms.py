@@ -1,5 +1,6 @@
-"""Normalisation of rows: rms_norm over groups of columns, add_rms_norm, l2_clip. One program for each row and run of
-groups; a group is summed in one order that its width decides."""
+"""Normalisation of rows: rms_norm over groups of columns, add_rms_norm, norms with steps behind them, norms of two
+tensors at once, l2_clip. One program for each row and run of groups; a group is summed in one order that its width
+decides."""
 
 from typing import Any
 
@@ -8,29 +9,72 @@ import triton.language as tl
 from tmlc.kernels.triton.launch import Aligned, Lowered, Operand
 from tmlc.kernels.triton.mode import device
 from tmlc.kernels.triton.registry import Call, launch, lowering
+from tmlc.kernels.triton.steps import NO_STEPS, run_steps, steps_of
 
 MOST_COLUMNS = 16384
 
 
 @device
+def normed(values, learned, d, eps):
+    """values[groups, columns]·rsqrt(mean of squares + eps)·learned."""
+    mean = tl.sum(values * values, 1) / d
+    inverse = 1.0 / tl.sqrt_rn(mean + eps)
+    return values * inverse[:, None] * learned[None, :]
+
+
+@device
 def rms_norm_kernel(
     out, total, x, residual, weight, groups, d, x_stride, residual_stride, out_stride, total_stride, eps,
-    GROUPS: tl.constexpr, BLOCK: tl.constexpr,
+    a, b, c, a_stride, b_stride, c_stride, number0, number1, number2,
+    GROUPS: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr, COUNT: tl.constexpr,
 ):  # fmt: skip
-    """out = rms_norm(x (+ residual)), total = x + residual; grid (rows, runs of groups)."""
+    """out = the steps on rms_norm(x (+ residual)), total = x + residual; grid (rows, runs of groups). Everything is
+    asked for before anything is waited for."""
     row = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
     inner = tl.arange(0, BLOCK)
     mask = (group < groups)[:, None] & (inner < d)[None, :]
     col = group[:, None] * d + inner[None, :]
     values = tl.load(x + row * x_stride + col, mask=mask, other=0.0)
+    learned = tl.load(weight + inner, mask=inner < d, other=0.0)
+    av, bv, cv = 0.0, 0.0, 0.0
+    if a is not None:
+        av = tl.load(a + row * a_stride + col, mask=mask, other=0.0)
+    if b is not None:
+        bv = tl.load(b + row * b_stride + col, mask=mask, other=0.0)
+    if c is not None:
+        cv = tl.load(c + row * c_stride + col, mask=mask, other=0.0)
     if residual is not None:
         values += tl.load(residual + row * residual_stride + col, mask=mask, other=0.0)
         tl.store(total + row * total_stride + col, values, mask=mask)
-    mean = tl.sum(values * values, 1) / d
-    inverse = 1.0 / tl.sqrt_rn(mean + eps)
+    result = run_steps(normed(values, learned, d, eps), av, bv, cv, number0, number1, number2, STEPS, COUNT)
+    tl.store(out + row * out_stride + col, result, mask=mask)
+
+
+@device
+def rms_norm_pair_kernel(
+    a_out, b_out, a, b, a_weight, b_weight, a_groups, b_groups, d, a_stride, b_stride, a_out_stride, b_out_stride,
+    a_runs, eps,
+    GROUPS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """a_out = rms_norm(a), b_out = rms_norm(b); grid (rows, runs of groups of a and then those of b)."""
+    run = tl.program_id(1)
+    if run < a_runs:
+        norm_run(a_out, a, a_weight, a_groups, d, a_stride, a_out_stride, run, eps, GROUPS, BLOCK)
+    else:
+        norm_run(b_out, b, b_weight, b_groups, d, b_stride, b_out_stride, run - a_runs, eps, GROUPS, BLOCK)
+
+
+@device
+def norm_run(out, x, weight, groups, d, x_stride, out_stride, run, eps, GROUPS: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    group = run * GROUPS + tl.arange(0, GROUPS)
+    inner = tl.arange(0, BLOCK)
+    mask = (group < groups)[:, None] & (inner < d)[None, :]
+    col = group[:, None] * d + inner[None, :]
+    values = tl.load(x + row * x_stride + col, mask=mask, other=0.0)
     learned = tl.load(weight + inner, mask=inner < d, other=0.0)
-    tl.store(out + row * out_stride + col, values * inverse[:, None] * learned[None, :], mask=mask)
+    tl.store(out + row * out_stride + col, normed(values, learned, d, eps), mask=mask)
 
 
 def power(size: int, least: int = 1) -> int:
@@ -38,7 +82,7 @@ def power(size: int, least: int = 1) -> int:
     return max(least, 1 << (size - 1).bit_length())
 
 
-@lowering("rms_norm", "add_rms_norm")
+@lowering("rms_norm", "add_rms_norm", "rms_norm_steps")
 def lower_rms_norm(call: Call) -> Lowered:
     x, weight, residual = call.operand("x"), call.operand("weight"), call.optional("residual")
     total: Operand | None = call.outputs[0] if residual is not None else None
@@ -47,6 +91,7 @@ def lower_rms_norm(call: Call) -> Lowered:
     call.need(x.cols % d == 0, f"{x.cols} columns are not groups of {d}")
     call.need(d <= MOST_COLUMNS, f"groups of {d} columns", f"up to {MOST_COLUMNS} fit into the registers of a program")
     groups, block = x.cols // d, power(d)
+    steps, coded = steps_of(call) if "steps" in call.attrs else (NO_STEPS, {"STEPS": (), "COUNT": 0})
     run = min(power(groups), max(1, 1024 // block))
     values: dict[str, Any] = {
         "out": call.pointer(out), "x": call.pointer(x), "weight": call.pointer(weight), "groups": groups,
@@ -56,7 +101,30 @@ def lower_rms_norm(call: Call) -> Lowered:
         "total_stride": None if total is None else Aligned(total.stride),
         "residual": None if residual is None else call.pointer(residual),
         "residual_stride": None if residual is None else Aligned(residual.stride),
+        **steps,
     }  # fmt: skip
     warps = 1 if run * block <= 256 else 4 if run * block <= 4096 else 8
     grid = (call.rows(x), -(-groups // run))
-    return Lowered((launch("rms_norm_kernel", grid, values, {"GROUPS": run, "BLOCK": block}, warps),))
+    return Lowered((launch("rms_norm_kernel", grid, values, {"GROUPS": run, "BLOCK": block, **coded}, warps),))
+
+
+@lowering("rms_norm_pair")
+def lower_rms_norm_pair(call: Call) -> Lowered:
+    """Few groups a program and one warp for them: a sum inside a warp needs no barrier."""
+    a, b = call.operand("a"), call.operand("b")
+    weights = call.operand("a_weight"), call.operand("b_weight")
+    d = weights[0].cols
+    call.need(d <= MOST_COLUMNS, f"groups of {d} columns", f"up to {MOST_COLUMNS} fit into the registers of a program")
+    block = power(d)
+    run = max(1, 256 // block)
+    a_runs, b_runs = (-(-(x.cols // d) // run) for x in (a, b))
+    values: dict[str, Any] = {"d": Aligned(d), "a_runs": a_runs, "eps": float(call.attrs["eps"])}
+    for name, x, weight, out in zip("ab", (a, b), weights, call.outputs, strict=True):
+        values |= {
+            name: call.pointer(x), f"{name}_out": call.pointer(out), f"{name}_weight": call.pointer(weight),
+            f"{name}_groups": x.cols // d, f"{name}_stride": Aligned(x.stride),
+            f"{name}_out_stride": Aligned(out.stride),
+        }  # fmt: skip
+    warps = 1 if run * block <= 256 else 4 if block <= 4096 else 8
+    grid = (call.rows(a), a_runs + b_runs)
+    return Lowered((launch("rms_norm_pair_kernel", grid, values, {"GROUPS": run, "BLOCK": block}, warps),))

@@ -20,6 +20,12 @@ def cos_sin(theta):
     r = theta - turns * 1.5707963267341256
     r = r - turns * 6.077100506303966e-11
     r = r - turns * 2.0222662487959506e-21
+    return turned_cos_sin(r, turns.to(tl.int64) & 3)
+
+
+@device
+def turned_cos_sin(r, quarter):
+    """(cos, sin) of r + quarter·π/2; r float64 of at most π/4 in size, quarter a whole number from 0 to 3."""
     z = r * r
     sin = tl.full(z.shape, 1.58962301576546568e-10, tl.float64)
     sin = sin * z - 2.50507477628578073e-8
@@ -35,7 +41,6 @@ def cos_sin(theta):
     cos = cos * z - 1.38888888888730564e-3
     cos = cos * z + 4.16666666666665930e-2
     cos = 1.0 - 0.5 * z + z * z * cos
-    quarter = turns.to(tl.int64) & 3
     swap = (quarter & 1) == 1
     c, s = tl.where(swap, sin, cos), tl.where(swap, cos, sin)
     return tl.where((quarter == 1) | (quarter == 2), -c, c), tl.where(quarter >= 2, -s, s)

@@ -13,6 +13,8 @@ from tmlc.kernels.triton.registry import Call, launch, lowering
 
 #: Blocks of four words that one program draws.
 BLOCKS = 256
+#: Entries of the vocabulary of which one program finds the best.
+ENTRIES = 128
 
 
 @device
@@ -68,38 +70,25 @@ def philox_normal_kernel(out, key, size, out_stride, BLOCK: tl.constexpr):
 
 
 @device
-def noisy_score(logits, at, inside, word, temperature):
-    """float64 logits/T + Gumbel noise; the logits where T is 0."""
-    logit = tl.load(logits + at, mask=inside, other=float("-inf")).to(tl.float64)
-    gumbel = -tl.log(-tl.log(uniform(word)))
-    score = tl.where(temperature > 0, logit / tl.where(temperature > 0, temperature, 1.0) + gumbel, logit)
-    return tl.where(score != score, float("-inf"), score)
-
-
-@device
-def better(score, index, other, other_index):
-    take = (other > score) | ((other == score) & (other_index < index))
-    return tl.where(take, other, score), tl.where(take, other_index, index)
-
-
-@device
 def sample_part_kernel(part_score, part_index, logits, key, temperature, entries, logits_stride, BLOCK: tl.constexpr):
-    """The best entry of a run of the vocabulary; grid (rows, runs)."""
+    """The best entry of a run of the vocabulary by float64 logits/T + Gumbel noise, or by the logits where T is 0;
+    grid (rows, runs).
+
+    A thread draws the four words of a block for one entry and drops three of them: whole numbers cost less than to wait
+    for the logarithms of four entries one after the other.
+    """
     row = tl.program_id(0).to(tl.int64)
-    block = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    w0, w1, w2, w3 = philox_words(key, row, block, 0x80000000)
+    entry = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    score = tl.load(logits + row * logits_stride + entry, mask=entry < entries, other=float("-inf")).to(tl.float64)
     t = tl.load(temperature + row).to(tl.float64)
-    at, first = row * logits_stride + block * 4, block * 4
-    score = noisy_score(logits, at, first < entries, w0, t)
-    index = first
-    s1 = noisy_score(logits, at + 1, first + 1 < entries, w1, t)
-    score, index = better(score, index, s1, first + 1)
-    s2 = noisy_score(logits, at + 2, first + 2 < entries, w2, t)
-    score, index = better(score, index, s2, first + 2)
-    s3 = noisy_score(logits, at + 3, first + 3 < entries, w3, t)
-    score, index = better(score, index, s3, first + 3)
+    w0, w1, w2, w3 = philox_words(key, row, entry // 4, 0x80000000)
+    tl.debug_barrier()  # the compiler would move the loads of the key behind the branch, where they wait once more
+    if t > 0:
+        low, high = tl.where(entry % 2 == 0, w0, w1), tl.where(entry % 2 == 0, w2, w3)
+        score = score / t - tl.log(-tl.log(uniform(tl.where(entry % 4 < 2, low, high))))
+    score = tl.where(score != score, float("-inf"), score)
     best = tl.max(score, 0)
-    winner = tl.min(tl.where(score == best, index, 0x7FFFFFFF), 0)
+    winner = tl.min(tl.where(score == best, entry, 0x7FFFFFFF), 0)
     part = row * tl.num_programs(1) + tl.program_id(1)
     tl.store(part_score + part, best)
     tl.store(part_index + part, winner)
@@ -140,8 +129,8 @@ def sample_launches(
     """Sampling from logits (an operand, or scratch with its stride); scratch begins at `used`."""
     out, rows = call.outputs[0], call.rows(call.outputs[0])
     source, stride = (call.pointer(logits), logits.stride) if isinstance(logits, Operand) else logits
-    block = min(BLOCKS, power(-(-entries // 4), 16))
-    parts = -(-entries // (4 * block))
+    block = min(ENTRIES, power(entries, 32))
+    parts = -(-entries // block)
     call.need(parts <= 16384, f"a vocabulary of {entries} entries")
     used = -(-used // 256) * 256
     score = Pointer("scratch", "", used, "f64", rows * parts * 8)

@@ -21,8 +21,8 @@ ARCHITECTURES = (80, 89, 90, 100, 120)
 
 #: Modules with lowerings; importing them fills LOWERINGS.
 MODULES = (
-    "linear", "norms", "attention", "elementwise", "lookup", "conv", "router", "moe", "position", "random", "media",
-    "blocks",
+    "steps", "linear", "norms", "attention", "elementwise", "lookup", "conv", "router", "moe", "position", "random",
+    "media", "blocks",
 )  # fmt: skip
 
 #: Ops that never reach an engine, and what takes their place.
@@ -72,8 +72,8 @@ class Call:
     def blocks(self, op: str, dtype: str, m: int, k: int) -> Blocks:
         """Block sizes of a product with a weight [m, k], or of attention (tuning.py)."""
         found, form = self.tiles.blocks(Shape(op, dtype, self.sm, m, k)), FORMS.get(dtype)
-        whole = form is None or not form.group or found.block_k % form.group == 0
-        self.need(whole, f"blocks of {found.block_k} inputs are not whole groups of {dtype}", "correct the table")
+        whole = form is None or not form.group or found.block_k == form.group
+        self.need(whole, f"slices of {found.block_k} inputs are no groups of {dtype}", "correct the table")
         return found
 
     def rows(self, operand: Operand) -> int:

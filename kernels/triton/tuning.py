@@ -5,7 +5,6 @@ chosen depends on the weight and the architecture only, never on the number of r
 of sums.
 """
 
-import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -31,8 +30,8 @@ HEADER = """\
 
 @dataclass(frozen=True, order=True)
 class Blocks:
-    """What a table chooses: weight rows a program computes (of attention nothing: always 16 queries), inputs it reads
-    at a time (of attention: keys), warps, stages."""
+    """What a table chooses: weight rows a program computes (of attention nothing: always 16 queries), inputs of a slice
+    (of attention: keys at a time), warps, stages."""
 
     block_m: int
     block_k: int
@@ -140,28 +139,33 @@ def table() -> Tiles:
     return Tiles(yaml.safe_load(resources.files(__package__).joinpath(TABLE).read_text("utf-8")), TABLE)
 
 
-#: Multiprocessors, and bytes a second of memory, of what a rule has in mind: A100, L40S, H200, B200, RTX 5090
-#: (data sheets).
-DEVICES = {80: (108, 2.0e12), 89: (142, 0.86e12), 90: (132, 4.8e12), 100: (148, 8.0e12), 120: (170, 1.79e12)}
-LATENCY = 0.8e-6  # seconds from asking memory for bytes to having them, under load: an assumption
+#: Multiprocessors of what the rule has in mind: A100, L40S, H200, B200, RTX 5090 (data sheets).
+PROCESSORS = {80: 108, 89: 142, 90: 132, 100: 148, 120: 170}
 #: Dynamic shared memory that a program can have; code for 8.0 also runs on 8.6 and 8.9, which have less than 8.0.
 SHARED_BYTES = {80: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
-LEAST_STAGES, MOST_STAGES = 3, 8
-#: Copies to shared memory that a program has begun at most: it keeps track of each in registers, and more have spilled.
-MOST_COPIES = 96
-ROWS = 16  # activations that stand beside a tile of weights, as float32
+#: Inputs that a program has on the way at once: a row of `small`, where 16 rows of activations fit beside them.
+REACH = {80: 512, 89: 512, 90: 1024, 100: 1024, 120: 512}
+MOST_WARPS = 8
+ROWS = 16  # activations that stand beside a tile of weights, as float32, where there are many
+_BITS = {"bf16": 16, "f8g128": 8, "i8g32": 8, "i4g32": 4, "i4g64": 4}
 _GROUPS = {"f8g128": 128, "i8g32": 32, "i4g32": 32, "i4g64": 64}
-_BITS = {"f32": 32, "bf16": 16, "f8g128": 8, "i8g32": 8, "i4g32": 4, "i4g64": 4}
+
+
+def slices(dtype: str, k: int, block_k: int, sm: int) -> int:
+    """How many slices of `block_k` inputs a program reads at a time. It decides the order of a sum, so it follows from
+    the weight and the architecture."""
+    if dtype == "f32":
+        return 1
+    return max(1, min(REACH[sm] // block_k, 1 << (-(-k // block_k) - 1).bit_length()))
 
 
 def rule(shape: Shape) -> Blocks:
     """What a table does not list, worked out and not measured.
 
-    A tick reads each weight once, so what counts is that memory is kept busy: by Little's law bandwidth times latency
-    bytes must be on their way at any time. Tiles are as tall as still gives every multiprocessor a program, and stages
-    as many as bring a multiprocessor's share of those bytes on the way (one stage is computed, the others arrive),
-    while two programs find room in its shared memory. `block_k` decides the order of sums of f32 and bf16, so it
-    follows from the weight only.
+    A tick reads each weight once, and a product of one row is over before a pipeline has filled: so a program asks for
+    all that it reads at once, a slice a warp, and tiles are as low as gives the most programs. Where a program needs
+    several turns and there are too few to hide each other's waits, it has two turns on the way if they fit.
+    `block_k` decides the order of sums, so it follows from the weight only.
     """
     dtype, m, k = shape.dtype, shape.m, shape.k
     if shape.op == "attention":
@@ -170,15 +174,13 @@ def rule(shape: Shape) -> Blocks:
         return Blocks(16, keys, 8 if shape.sm == 100 and max(m, k) > 32 else 4, 2)
     if dtype == "f32":
         return Blocks(16 if m <= 1024 else 32, 32 if k > 32 else 16, 4, 3)
-    block_k = (128 if k > 64 else 64 if k > 32 else 32) if dtype == "bf16" else 64 if dtype == "i4g64" else 128
+    block_k = _GROUPS.get(dtype, 128 if k > 128 else 64 if k > 64 else 32)  # two slices where K is that long
+    count = slices(dtype, k, block_k, shape.sm)
     # A call names two experts at least, and a program reads rows of their gate and of their up.
-    pairs = tiles = 2 if shape.op == "moe_gate_up" else 1
-    processors, rate = DEVICES[shape.sm]
-    block_m = next((size for size in (64, 32) if pairs * m / size >= 0.95 * processors), 16)
-    busy = min(1.0, pairs * math.ceil(m / block_m) / processors)  # part of the multiprocessors that get a program
-    on_the_way = rate * LATENCY / processors / busy
-    tile = tiles * block_m * block_k * _BITS[dtype] // 8
-    room = SHARED_BYTES[shape.sm] // 2 // (tile + 4 * ROWS * block_k)
-    copies = tiles * (block_k // _GROUPS.get(dtype, block_k)) * (3 if _BITS[dtype] == 4 else 2)  # of one stage
-    most = min(1 + room, 1 + math.ceil(k / block_k), MOST_COPIES // copies, MOST_STAGES)
-    return Blocks(block_m, block_k, 4, min(most, max(LEAST_STAGES, 1 + math.ceil(on_the_way / tile))))
+    pairs = 1 if shape.op == "linear" else 2
+    enough = 2 * PROCESSORS[shape.sm]
+    block_m = 32 if shape.op == "linear" and m / 32 >= enough else 16
+    rows = 2 * block_m if shape.op == "moe_gate_up" else block_m
+    turn = count * block_k * (rows * _BITS[dtype] // 8 + 4 * ROWS)
+    several = k > count * block_k and pairs * m / block_m < enough and 2 * turn <= SHARED_BYTES[shape.sm]
+    return Blocks(block_m, block_k, min(MOST_WARPS, count), 3 if several else 2)

@@ -6,7 +6,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import triton
 from tmlc.errors import EmitError, TargetError
 from tmlc.kernels.triton.launch import Variant
 from tmlc.kernels.triton.mode import FUNCTIONS, INTERPRET, PARAMETERS
+from tmlc.kernels.triton.overlap import with_wait
 from tmlc.kernels.triton.registry import load_kernels
 
 #: What a thread can have at most; the launches here have up to 256 threads, so the register file holds them.
@@ -60,6 +61,7 @@ class Compiled:
 def variant_key(variant: Variant) -> str:
     """A short name that is the same for equal variants: kernel, architecture, digest of the rest."""
     body = [variant.constexprs, variant.signature, variant.num_warps, variant.num_stages]
+    body += ["overlap"] if variant.overlap else []
     digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
     return f"{variant.kernel}.sm{variant.sm}.{digest[:16]}"
 
@@ -108,7 +110,7 @@ def _compiled(source: Any, target: Any, variant: Variant, stages: int, registers
         "maxnreg": registers,
     }  # fmt: skip
     try:
-        with _reproducible():
+        with _reproducible(), _waiting() if variant.overlap else nullcontext():
             kernel = triton.compile(source, target=target, options=options)
     except Exception as error:
         raise EmitError(
@@ -133,6 +135,23 @@ def _reproducible() -> Iterator[None]:
         yield
     finally:
         knobs.disable_line_info, knobs.always_compile = before
+
+
+@contextmanager
+def _waiting() -> Iterator[None]:
+    """Kernels that are compiled meanwhile wait for the one before them."""
+    from triton.backends.nvidia.compiler import CUDABackend
+
+    before = CUDABackend.make_ptx
+
+    def make_ptx(self: Any, *args: Any) -> str:
+        return with_wait(before(self, *args))
+
+    CUDABackend.make_ptx = make_ptx
+    try:
+        yield
+    finally:
+        CUDABackend.make_ptx = before
 
 
 def _usage(cubin: bytes, entry: str) -> tuple[int, int, int]:

@@ -31,6 +31,12 @@ def missing() -> list[str]:
     return [name for name in NEEDED if not _there(name)]
 
 
+def relative(text: str) -> str:
+    """Text without the folders of this machine: results are read elsewhere."""
+    text = text.replace(f"{ROOT}{os.sep}", "")
+    return Path(text).name if Path(text).is_absolute() else text
+
+
 def _there(name: str) -> bool:
     try:
         return find_spec(name) is not None

@@ -25,7 +25,8 @@ def make(folder: Path, engines: Iterable[tuple[str, str]], sm: int, tell: Callab
     """
     os.environ["TMLC_CACHE"] = str(folder / "cache")
     for preset, precision in engines:
-        view = plan_on_meta(preset, f"triton:sm{sm}", precision)
+        plain, _, overlap = precision.partition("+")
+        view = plan_on_meta(preset, f"triton:sm{sm}", plain, overlap=bool(overlap))
         tell(f"{preset} {precision}: {view['variants']} variants, {len(view['spills'])} spill")
     kept = kept_folder()
     assert kept is not None

@@ -3,6 +3,7 @@ any company and any cut. The same checks run in the tests on a device in host me
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,8 @@ def difference(found: np.ndarray, wanted: np.ndarray, tolerance: float) -> dict[
 
 def bits(engine: Engine, lengths: Sequence[int], seed: int = 0) -> dict[str, Any]:
     """Sessions with pasts of these lengths, then all of them in one call of `decode` with different numbers of new
-    positions: hidden states and slots must be those that each has alone, with its past cut otherwise."""
+    positions: hidden states and slots must be those that each has alone, with its past cut otherwise. `digest` is that
+    of the hidden states, to compare engines by."""
     draw = np.random.default_rng(seed)
     pasts = [draw.integers(0, engine.model.vocab, n).tolist() for n in lengths]
     counts = [1 + k % 3 for k in range(len(lengths))]
@@ -88,12 +90,14 @@ def bits(engine: Engine, lengths: Sequence[int], seed: int = 0) -> dict[str, Any
             for at in range(0, len(past), 3):
                 session.append(tokens=past[at : at + 3], logits="none")
         together = _decode(engine, sessions, rows)
+        digest = hashlib.sha256(b"".join(h.tobytes() for h in together)).hexdigest()
         same = [h.tobytes() == a for h, (a, _) in zip(together, alone, strict=True)]
         slots = [_slot(session) == s for session, (_, s) in zip(sessions, alone, strict=True)]
     finally:
         for session in sessions:
             session.close()
-    return {"sessions": len(lengths), "passed": all(same) and all(slots), "hidden": same, "states": slots}
+    return {"sessions": len(lengths), "passed": all(same) and all(slots), "hidden": same, "states": slots,
+            "digest": digest}  # fmt: skip
 
 
 def _decode(engine: Engine, sessions: Sequence[Session], rows: Sequence[np.ndarray]) -> list[np.ndarray]:

@@ -8,9 +8,10 @@ from typing import Any
 from results import Results
 from steps import PEERS
 
-FAST = ("small bf16", "small fp8")  # whose times are judged: nano's weights fit into a cache, codes have no target
+#: Whose times are judged: nano's weights fit into a cache, codes have no target.
+FAST = ("small bf16", "small fp8", "small bf16+overlap", "small fp8+overlap")
 MOST_BEYOND = 0.05  # part of the positions whose logits may differ by more than the tolerance: rows of other experts
-PRODUCTS = ("linear_kernel", "moe_gate_up_kernel", "moe_down_kernel", "moe_down_pairs_kernel")
+PRODUCTS = ("linear_kernel", "moe_gate_up_kernel", "moe_down_kernel")
 
 
 def claims(results: Results) -> list[dict[str, Any]]:
@@ -39,11 +40,14 @@ def _engine(results: Results, job: str) -> Iterator[Row]:
         yield "golden calls within their tolerance", row["passed"], "all", row["passed"]
     if row := get("bits"):
         yield "the same bits alone, in company and cut otherwise", row["passed"], "all", row["passed"]
+    plain, _, overlap = job.partition("+")
+    if overlap:
+        yield from _overlap(results, job, plain)
     for step, what in (("cpu", "the CPU engine"), ("reference", "float64")):
         if row := get(step):
             met = row["finite"] and row["positions_beyond"] <= MOST_BEYOND
             target = f"at most {MOST_BEYOND} of the positions beyond {row['tolerance']} of the largest"
-            judged = step == "cpu" and row["cpu_precision"] == job.rpartition(" ")[2]
+            judged = step == "cpu" and row["cpu_precision"] == plain.rpartition(" ")[2]
             yield f"logits and {what}: positions beyond", row["positions_beyond"], target, met if judged else None
     if row := get("kernels"):
         yield from _products(row["rows"])
@@ -66,6 +70,18 @@ def _engine(results: Results, job: str) -> Iterator[Row]:
         yield "device memory grown, bytes", row["device_bytes_grown"], "0", whole and row["device_bytes_grown"] <= 0
         yield "host memory grown, bytes", row["host_bytes_grown"], "", None
         yield "last tenth of the ticks over the first", row["last_tenth_over_first"], "", None
+
+
+def _overlap(results: Results, job: str, plain: str) -> Iterator[Row]:
+    """An engine whose launches overlap beside the same one without."""
+    own, other = results.get(job, "bits"), results.get(plain, "bits")
+    if own and other:
+        same = own["digest"] == other["digest"]
+        yield "the same bits as without overlap", same, "yes", same
+    own, other = results.get(job, "chains"), results.get(plain, "chains")
+    if own and other:
+        for kind, ms in own["tick_ms"].items():
+            yield f"a {kind} tick without overlap over one with", other["tick_ms"][kind] / ms, "", None
 
 
 def _products(rows: list[dict[str, Any]]) -> Iterator[Row]:
@@ -91,6 +107,6 @@ def _against_torch(results: Results, job: str, rows: list[dict[str, Any]]) -> It
         for kind in ("eager", "graph"):
             if other := peer.get(way, {}).get(kind):
                 value = other / seconds
-                judged = job.endswith(" bf16") and (way, kind) == ("grouped_mm", "graph")
+                judged = " bf16" in job and (way, kind) == ("grouped_mm", "graph")
                 target, met = ("at least 1.5", value >= 1.5) if judged else ("", None)
                 yield f"PyTorch's {way} ({kind}) over the experts' kernels", value, target, met

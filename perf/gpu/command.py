@@ -27,8 +27,8 @@ RUN = Path(__file__).parent / "run.py"
 LEFT, FAILED = 3, 1
 OVER = "the command's time was over"  # no fault of the step, which is left for another command
 GRACE = 5.0  # seconds behind the end in which a step may still end
-JOBS = ("small bf16", "small fp8", f"small {steps.PEERS}", "nano bf16", "nano fp8", "small int8", "small int4",
-        "nano int8", "nano int4")  # fmt: skip
+JOBS = ("small bf16", "small bf16+overlap", "small fp8", "small fp8+overlap", f"small {steps.PEERS}", "nano bf16",
+        "nano fp8", "small int8", "small int4", "nano int8", "nano int4")  # fmt: skip
 VERSIONS = ("torch", "triton", "transformers", "numpy", "cuda-bindings")
 
 
@@ -86,7 +86,8 @@ class Run:
     def all(self) -> int:
         body = self.results.body
         body["runs"].append({
-            "at": now(), "arguments": sys.argv[1:], "machine": machine(), "tmlc": tmlc.__version__,
+            "at": now(), "arguments": [bare.relative(arg) for arg in sys.argv[1:]], "machine": machine(),
+            "tmlc": tmlc.__version__,
             "missing": bare.missing(), "rehearsal": self.chosen.rehearse, "not run": self.why,
             "versions": {name: installed(name) for name in VERSIONS},
         })  # fmt: skip

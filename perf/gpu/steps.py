@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import bare
 import brought
 import checks
 import numpy as np
@@ -82,7 +83,7 @@ def run_job(job: str, settings: Settings, results: Results, only: list[str], tel
             try:
                 row = owner.run(name)
             except Exception as error:
-                trace = traceback.format_exc().splitlines()[-12:]
+                trace = [bare.relative(line) for line in traceback.format_exc().splitlines()[-12:]]
                 results.put(job, name, {"error": f"{type(error).__name__}: {error}", "trace": trace})
                 if isinstance(error, DeviceError):
                     return LOST
@@ -99,7 +100,8 @@ class Subject:
     """
 
     def __init__(self, preset: str, precision: str, settings: Settings, results: Results, held: ExitStack) -> None:
-        self.name, self.preset, self.precision = f"{preset} {precision}", preset, precision
+        self.name, self.preset = f"{preset} {precision}", preset
+        self.precision, _, self.overlap = precision.partition("+")
         self.settings, self.results, self._held = settings, results, held
         self.checkpoint = settings.work / preset
         self.package = settings.work / f"{preset}-{precision}-sm{settings.sm}.tmlc"
@@ -158,7 +160,9 @@ class Subject:
         folder, settings = self.settings.kernels, self.settings
         code = None if folder is None else brought.bring(folder)
         made = create(self.preset, self.checkpoint)
-        row = build(self.checkpoint, self.package, settings.sm, self.precision, settings.rehearse)
+        row = build(
+            self.checkpoint, self.package, settings.sm, self.precision, settings.rehearse, bool(self.overlap)
+        )
         if folder is not None and code is not None:
             code["variants"] = sum((folder / f"{name}.json").exists() for name in row["names"])
         del row["names"]
@@ -324,12 +328,16 @@ def create(preset: str, folder: Path) -> float:
     return time.perf_counter() - begun
 
 
-def build(checkpoint: Path, package: Path, sm: int, precision: str, small: bool) -> dict[str, Any]:
-    """Compiles an engine; needs no GPU. `small`: for few buckets only."""
+def build(checkpoint: Path, package: Path, sm: int, precision: str, small: bool, overlap: bool) -> dict[str, Any]:
+    """Compiles an engine; needs no GPU. `small`: for few buckets only. `overlap`: with the pass memory.overlap."""
     from tmlc.pipeline.pipeline import load_pipeline
 
     begun = time.perf_counter()
-    steps = load_pipeline("triton").configure("memory.buckets", batch=[1, 4], positions=[1, 4]) if small else None
+    steps = load_pipeline("triton")
+    if small:
+        steps = steps.configure("memory.buckets", batch=[1, 4], positions=[1, 4])
+    if overlap:
+        steps = steps.before("memory.buckets", "memory.overlap")
     report = tmlc.compile(checkpoint, package, target=f"triton:sm{sm}", precision=precision, pipeline=steps)
     with open_package(package) as opened:
         code = opened.json(f"engines/triton/sm{sm}/code.json")

@@ -35,6 +35,7 @@ from tmlc.runtimes.cuda.slots import DeviceSlots
 from tmlc.runtimes.cuda.ticks import FEATURE, CudaChains, read_chains
 
 FOLDER = "engines/triton"
+OVERLAP = "triton.overlap.v1"  # kernels wait for each other by themselves, from sm90 on
 UPLOAD = 64 << 20  # bytes of weights that one copy carries
 
 
@@ -97,6 +98,7 @@ class CudaBackend(Backend):
                 fix="update the driver",
             )
         self.target, self.isa, self.threads = target, f"sm{sm}", 1
+        self._overlap = OVERLAP in package.manifest.required_features and sm >= 90
         self.slot_bytes = self.plan.slot_bytes
         self.methods: dict[str, MethodSpec] = {name: m.spec for name, m in self.plan.methods.items()}
         if FEATURE in package.manifest.required_features:
@@ -284,7 +286,7 @@ class CudaBackend(Backend):
             )
             bound.append(KernelLaunch(
                 self._functions[launch.variant], variant.name, launch.grid, 32 * variant.num_warps, variant.shared,
-                variant.signature, args, variant.hidden_params,
+                variant.signature, args, variant.hidden_params, self._overlap,
             ))  # fmt: skip
         return bound
 

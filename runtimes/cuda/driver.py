@@ -48,6 +48,7 @@ class KernelLaunch:
         variant: its name, for errors.
         args: addresses, integers and floats, as `signature` types them (`*fp32:16`, `i32`, `i64`, `fp32`).
         hidden: null pointers that follow the arguments.
+        overlap: the kernel waits for the one before it by itself, so it may begin before that one has ended.
     """
 
     function: Any
@@ -58,6 +59,7 @@ class KernelLaunch:
     signature: tuple[str, ...]
     args: tuple[Address | int | float, ...]
     hidden: int
+    overlap: bool = False
 
 
 class Driver(ABC):

@@ -1,6 +1,6 @@
 """The CUDA driver through `cuda-bindings`: one device, its primary context, one stream.
 
-This file only translates; it was never run on a GPU by the project's tests (docs/triton.md says what was proven where).
+This file only translates. The project's tests have no GPU; docs/triton.md says what ran on one.
 """
 
 from __future__ import annotations
@@ -177,11 +177,25 @@ class NvidiaDriver(Driver):
     def launch(self, launch: KernelLaunch) -> None:
         values = [arg.value if isinstance(arg, Address) else arg for arg in launch.args] + [0] * launch.hidden
         kinds = [_ctype(kind) for kind in launch.signature] + [ctypes.c_void_p] * launch.hidden
-        started = self._c.cuLaunchKernel(
-            launch.function, *launch.grid, launch.threads, 1, 1, launch.shared, self._stream,
-            (tuple(values), tuple(kinds)), 0,
-        )  # fmt: skip
+        if launch.overlap:
+            started = self._c.cuLaunchKernelEx(self._config(launch), launch.function, (tuple(values), tuple(kinds)), 0)
+        else:
+            started = self._c.cuLaunchKernel(
+                launch.function, *launch.grid, launch.threads, 1, 1, launch.shared, self._stream,
+                (tuple(values), tuple(kinds)), 0,
+            )  # fmt: skip
         self._must(started, f"start {launch.variant}")
+
+    def _config(self, launch: KernelLaunch) -> Any:
+        """What a launch says that may begin before the one before it has ended (programmatic dependent launch)."""
+        config, attribute = self._c.CUlaunchConfig(), self._c.CUlaunchAttribute()
+        config.gridDimX, config.gridDimY, config.gridDimZ = launch.grid
+        config.blockDimX, config.blockDimY, config.blockDimZ = launch.threads, 1, 1
+        config.sharedMemBytes, config.hStream = launch.shared, self._stream
+        attribute.id = self._c.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        attribute.value.programmaticStreamSerializationAllowed = 1
+        config.attrs, config.numAttrs = [attribute], 1
+        return config
 
     def capture(self, work: Callable[[], None]) -> Any:
         mode = self._c.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL

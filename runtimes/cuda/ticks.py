@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -97,6 +98,9 @@ def _pointer(place: Place, nbytes: int) -> PointerArg:
     return PointerArg(place[0], 0, place[1], nbytes)
 
 
+_BYTES: dict[type, int] = {np.int32: 4, np.int64: 8, np.float32: 4}
+
+
 class Run:
     """One replay of a chain: what its graph's copies carry."""
 
@@ -115,7 +119,7 @@ class Run:
 
     @staticmethod
     def _view(buffer: np.ndarray, at: int, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
-        nbytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        nbytes = prod(shape) * _BYTES[dtype]  # some thirty times a tick: numpy's own product was a third of its time
         return buffer[at : at + nbytes].view(dtype).reshape(shape)
 
     def count(self, name: str, row: int, count: int) -> None:

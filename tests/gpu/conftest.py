@@ -50,7 +50,9 @@ def nothing_compiled() -> Iterator[None]:
 
 
 def compile_for_gpu(checkpoint: Path, out: Path, precision: str = "fp32", name: str = TARGET, **bounds) -> Path:
+    # The small buckets would never group experts otherwise.
     steps = load_pipeline("triton").configure("memory.buckets", **BUCKETS)
+    steps = steps.configure("route.select_kernel", grouped_from=2)
     with nothing_compiled():
         tmlc.compile(checkpoint, out, target=name, precision=precision, pipeline=steps, **bounds)
     return out

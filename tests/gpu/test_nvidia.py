@@ -98,6 +98,20 @@ def test_a_launch_passes_arguments_with_the_types_of_its_signature(bindings):
     assert parameters[1] == (void, ctypes.c_int32, ctypes.c_int64, ctypes.c_float, void, void)
 
 
+def test_a_launch_may_begin_before_the_one_before_has_ended(bindings):
+    bindings.CUlaunchConfig = SimpleNamespace
+    bindings.CUlaunchAttribute = lambda: SimpleNamespace(id=None, value=SimpleNamespace())
+    bindings.CUlaunchAttributeID = SimpleNamespace(CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION=6)
+    driver = NvidiaDriver(bindings)
+    driver.launch(KernelLaunch("f", "v", (3, 2, 1), 128, 1000, ("i32",), (5,), 0, True))
+    name, config, function, parameters, extra = bindings.log[-1]
+    assert (name, function, extra) == ("cuLaunchKernelEx", "f", 0) and parameters[0] == (5,)
+    assert (config.gridDimX, config.gridDimY, config.blockDimX, config.sharedMemBytes) == (3, 2, 128, 1000)
+    (attribute,) = config.attrs
+    assert config.numAttrs == 1 and config.hStream == "<StreamCreate>" and attribute.id == 6
+    assert attribute.value.programmaticStreamSerializationAllowed == 1
+
+
 def test_much_shared_memory_is_asked_for(bindings):
     NvidiaDriver(bindings).load(b"cubin", "kernel", 100_000)
     assert bindings.log[-1] == ("cuFuncSetAttribute", "<ModuleGetFunction>", 8, 100_000)

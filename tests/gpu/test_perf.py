@@ -292,7 +292,7 @@ def test_machine_code_of_another_tool_chain_is_brought_along(perf, tmp_path, mon
     variant = Variant("advance_kernel", (), ("*i64:16", "*i64:16", "*i32:16"), 4, 1, 90)
     made = Compiled(b"machine code", "advance_kernel", 4, 0, 20, 0, 2)
 
-    def plan(preset, target, precision):
+    def plan(preset, target, precision, overlap):
         build._keep(variant, made)
         return {"variants": 1, "spills": {}}
 

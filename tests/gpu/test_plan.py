@@ -6,8 +6,11 @@ import hashlib
 import json
 import random
 import zipfile
+from collections import Counter
+from pathlib import Path
 
 import pytest
+import yaml
 
 from tmlc.emit.triton.host_device import HostDevice
 from tmlc.errors import CapacityError, PackageError, PlanError, TargetError, TmlcError, UsageError
@@ -16,6 +19,8 @@ from tmlc.runtimes.core.placement import Placement
 from tmlc.runtimes.cuda.backend import CudaBackend, choose_architecture, open_backend
 from tmlc.runtimes.cuda.driver import DeviceInfo
 from tmlc.runtimes.cuda.plan import PointerArg, read_plan
+
+TINY = yaml.safe_load((Path(__file__).parents[2] / "perf/gpu/tiny.yaml").read_text("utf-8"))
 
 
 def read(parsed, change=lambda plan, code: None):
@@ -48,6 +53,23 @@ def test_every_pointer_of_every_bucket_lies_inside_its_space(parsed):
                         spaces.add(arg.space)
                         assert arg.nbytes > 0, made.variants[launch.variant].name
     assert spaces == {"weight", "arena", "state", "input", "output", "scratch", "slots", "counts"}
+
+
+def test_speech_is_made_of_products_and_norms_and_nothing_is_copied(parsed):
+    """What stands behind a product or a norm is part of its launch (fuse.steps), the modulations of all flow times are
+    one product (fuse.flow_times), and results lie where they are wanted."""
+    code, config = json.loads(parsed.code), TINY["speech_config"]
+
+    def kernels(method):
+        return Counter(code["variants"][variant]["kernel"] for variant, _, _ in code["code"][method]["b1n1"])
+
+    steps, layers = config["flow_steps"], config["flow_layers"]
+    assert kernels("speak") == {
+        "philox_normal_kernel": 1, "silu_add_rows_kernel": 1, "rms_norm_kernel": steps * (layers + 1),
+        "linear_kernel": 2 + steps * (2 * layers + 2),
+    }  # fmt: skip
+    found = kernels("vocode")
+    assert found["elementwise_kernel"] == 1 and "copy_kernel" not in found
 
 
 def launches(code):

@@ -20,9 +20,10 @@ from tmlc.ir.program import Fact, Method, Program
 from tmlc.kernels.triton.launch import Variant
 from tmlc.kernels.triton.layouts import unpack
 from tmlc.kernels.triton.variants import Compiled, variant_key
+from tmlc.model_zoo.interaction.config import PRESETS
 from tmlc.package.reader import open_package
 from tmlc.pipeline.registry import get_pass
-from tmlc.report.gpu_plan import create_hollow_checkpoint
+from tmlc.report.gpu_plan import create_hollow_checkpoint, plan_on_meta
 
 
 @pytest.mark.parametrize(
@@ -213,6 +214,16 @@ def test_a_checkpoint_of_holes_takes_no_room(tmp_path):
     held = list((tmp_path / "small").glob("*.safetensors"))
     assert nbytes > 10**8 and sum(path.stat().st_size for path in held) > nbytes
     assert sum(path.stat().st_blocks * 512 for path in held) < 2 * 10**6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["bf16", "fp8", "int8", "int4"])
+@pytest.mark.parametrize("preset", sorted(PRESETS))
+def test_every_kernel_of_every_preset_builds_without_spills(preset, precision):
+    """In bf16 with overlapping launches too; weights on meta."""
+    for overlap in (False, True) if precision == "bf16" else (False,):
+        view = plan_on_meta(preset, "triton:sm80+sm90+sm100", precision, overlap=overlap)
+        assert view["variants"] > 100 and view["spills"] == {}
 
 
 @pytest.mark.slow

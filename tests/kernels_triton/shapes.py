@@ -75,7 +75,19 @@ def calls(model: Model, bucket: Bucket, sm: int) -> Iterator[Call]:
     yield call("rms_norm", {"x": x(d), "weight": w(1, d)}, x(d), eps=1e-6)
     yield call("rms_norm", {"x": x(q), "weight": w(1, m.head)}, x(q), eps=1e-6)
     yield call("add_rms_norm", {"x": x(d), "residual": x(d), "weight": w(1, d)}, x(d), x(d), eps=1e-6)
+    heads = {"a": x(q), "a_weight": w(1, m.head), "b": x(kv), "b_weight": w(1, m.head)}
+    yield call("rms_norm_pair", heads, x(q), x(kv), eps=1e-6)
+    yield call("rms_norm_steps", {"x": x(m.flow), "weight": w(1, m.flow), "a": x(m.flow), "b": x(m.flow)}, x(m.flow),
+               steps="modulate:vab", numbers=[], eps=1e-6)  # fmt: skip
+    yield call("rms_norm_steps", {"x": x(d), "weight": w(1, d)}, x(d), steps="gelu:v", numbers=[], eps=1e-6)
+    yield call("element_steps", {"x": x(d), "a": x(d)}, x(d), steps="silu:v mul:va", numbers=[])
+    yield call("silu_add_rows", {"x": x(m.flow), "rows": w(33, m.flow)}, x(4 * m.flow), index=[0, 8, 16, 24])
     for form in m.forms:
+        for text, numbers, letters in (("silu:v", [], ""), ("gelu:v", [], ""), ("mul:av add:bv", [], "ab"),
+                                       ("add_scaled:va add_scaled:av", [-1.0, 0.25], "a")):  # fmt: skip
+            given = {letter: x(m.flow) for letter in letters}
+            yield call("linear_steps", {"x": x(m.flow), "weight": w(m.flow, m.flow, dtype=form), "bias": w(1, m.flow)}
+                       | given, x(m.flow), steps=text, numbers=numbers)  # fmt: skip
         for rows, k in ((qkvr, d), (d, q), (2 * m.dense, d), (d, m.dense), (m.flow, m.flow), (d, 80)):
             yield call("linear", {"x": x(k), "weight": w(rows, k, dtype=form), "bias": None}, x(rows))
         yield call(
@@ -164,4 +176,6 @@ def calls(model: Model, bucket: Bucket, sm: int) -> Iterator[Call]:
     )  # fmt: skip
     yield call("philox_normal", {"key": x(3, "i64")}, x(320), size=320)
     yield call("sample", {"logits": x(m.vocabulary), "key": x(3, "i64"), "temperature": x(1)}, x(1, "i32"))
-    yield call("overlap_add_state", {"frames": x(800), "window": w(1, 800), "overlap": state(1, 600)}, x(200), hop=200)
+    for rows in ((1, 0), (4, 0)):
+        frames = {"frames": x(800, rows=rows), "window": w(1, 800), "overlap": state(1, 600)}
+        yield call("overlap_add_state", frames, x(200, rows=rows), hop=200)

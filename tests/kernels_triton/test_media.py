@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from triton_harness import Session, Shape, agree, draw, run, weight
 
+from tmlc.kernels.triton import media
 from tmlc.model_zoo.interaction.features import mel_filters
 
 
@@ -19,7 +20,7 @@ def test_philox_normal(machine):
         agree(machine, "philox_normal", sessions, {"size": size}, [Shape("f32", size)], 1e-7, cuts=(1,))
 
 
-@pytest.mark.parametrize("entries", [3, 1030, 2500])
+@pytest.mark.parametrize("entries", [3, 130, 300])
 def test_sample(machine, entries):
     sessions = []
     for i, n in enumerate((4, 1)):
@@ -55,37 +56,69 @@ def test_overlap_add(machine):
         )  # fmt: skip
 
 
-def test_overlap_add_of_several_frames_a_position(machine):
+@pytest.mark.parametrize(("width", "hop"), [(20, 8), (100, 32), (100, 20)])
+def test_overlap_add_of_several_frames_a_position(machine, width, hop):
+    """In (100, 32) several programs have what stays open; in (100, 20) a position's frames do not reach over it."""
     sessions = [
-        Session({"frames": draw(i, 4 * n, 20)}, {"overlap": draw(i + 9, 1, 12)}, n) for i, n in enumerate((3, 1))
+        Session({"frames": draw(i, 4 * n, width)}, {"overlap": draw(i + 9, 1, width - hop)}, n)
+        for i, n in enumerate((2, 1))
     ]
     agree(
-        machine, "overlap_add_state", sessions, {"hop": 8}, [Shape("f32", 8, (4, 0))], 1e-6,
-        {"window": weight(draw(3, 1, 20))}, rows={"frames": (4, 0)}, cuts=(1,), compared=["overlap"], batch=3, n=4,
+        machine, "overlap_add_state", sessions, {"hop": hop}, [Shape("f32", hop, (4, 0))], 1e-6,
+        {"window": weight(draw(3, 1, width))}, rows={"frames": (4, 0)}, cuts=(1,), compared=["overlap"], batch=3, n=3,
     )  # fmt: skip
 
 
-def test_dmel(machine):
-    hop, width, bands = 40, 80, 6
-    sessions = [Session({"pcm": 0.3 * draw(i, n, hop)}, {"tail": 0.3 * draw(i + 9, 1, width - hop)}, n)
-                for i, n in enumerate((3, 1))]  # fmt: skip
-    sessions[0].inputs["pcm"][1] = 0  # silence
-    window = np.hanning(width + 1)[:-1].astype(np.float32)
-    filters = np.abs(draw(5, bands, width // 2 + 1))
-    weights = {"window": weight(window[None]), "filters": weight(filters)}
-    attrs = {"lo": -7.0, "hi": 2.0, "levels": 16}
+def test_more_open_samples_than_a_program_moves_at_a_time(machine):
+    sessions = [Session({"frames": draw(1, 2, 1700)}, {"overlap": draw(9, 1, 1200)}, 2)]
     agree(
-        machine, "dmel_state", sessions, attrs, [Shape("i64", bands)], 0, weights, cuts=(1,), compared=["tail"], batch=3
-    )
+        machine, "overlap_add_state", sessions, {"hop": 500}, [Shape("f32", 500)], 1e-6,
+        {"window": weight(draw(3, 1, 1700))}, cuts=(1,), compared=["overlap"],
+    )  # fmt: skip
+
+
+def hann(width: int) -> np.ndarray:
+    return (0.5 - 0.5 * np.cos(2 * np.pi * np.arange(width) / width)).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    ("hop", "width", "levels", "pair"), [(130, 320, 4096, (8, 40)), (14, 24, 2, (4, 6)), (12, 12, 3, (12, 1))]
+)
+def test_dmel(machine, monkeypatch, hop, width, levels, pair):
+    """A frame that begins inside a row of its session, one of two rows, and one without a tail. The factors are chosen
+    here: those of short windows would have a program for each frequency."""
+    monkeypatch.setattr(media, "factors", lambda _: pair)
+    bands = 3
+    sessions = [Session({"pcm": 0.3 * draw(i, n, hop)}, {"tail": 0.3 * draw(i + 9, 1, width - hop)}, n)
+                for i, n in enumerate((2, 1))]  # fmt: skip
+    sessions[0].inputs["pcm"][1] = 0  # silence
+    weights = {"window": weight(hann(width)[None]), "filters": weight(np.abs(draw(5, bands, width // 2 + 1)))}
+    attrs = {"lo": -7.0, "hi": 2.0, "levels": levels}
+    agree(
+        machine, "dmel_state", sessions, attrs, [Shape("i64", bands)], 0, weights, cuts=(1,),
+        compared=["tail"] if width > hop else [], batch=3,
+    )  # fmt: skip
+
+
+def test_a_window_is_cut_into_two_factors():
+    """Where there are such: the sums over both together are much shorter than one over the window."""
+    assert media.factors(1600) == (100, 16)
+    for width in (2, 62, 160, 512, 1202, 2400, 16384, 32766):
+        a, b = media.factors(width)
+        assert a * b == width
+        assert width % 16 or width < 1024 or a + b < width / 3
 
 
 @pytest.mark.slow
-def test_dmel_of_the_published_front_end(machine):
-    hop, width = 800, 1600
+@pytest.mark.parametrize(("hop", "width", "pair"), [(800, 1600, None), (800, 2400, None), (3000, 4160, (64, 65))])
+def test_dmel_of_the_published_front_end(machine, monkeypatch, hop, width, pair):
+    """And windows whose tail is moved in two pieces, and whose samples are asked for in two turns."""
+    if pair:
+        monkeypatch.setattr(media, "factors", lambda _: pair)
     sessions = [Session({"pcm": 0.1 * draw(3, 2, hop)}, {"tail": 0.1 * draw(9, 1, width - hop)}, 2)]
-    window = (0.5 - 0.5 * np.cos(2 * np.pi * np.arange(width) / width)).astype(np.float32)
-    filters = np.asarray(mel_filters(80, width, 16000), np.float32)
-    weights = {"window": weight(window[None]), "filters": weight(filters)}
+    weights = {
+        "window": weight(hann(width)[None]), "filters": weight(np.asarray(mel_filters(80, width, 16000), np.float32))
+    }  # fmt: skip
     agree(machine, "dmel_state", sessions, {"lo": -7.0, "hi": 2.0, "levels": 16}, [Shape("i64", 80)], 0, weights,
           cuts=(1,), compared=["tail"])  # fmt: skip
 

@@ -62,8 +62,10 @@ def test_the_same_variant_gives_the_same_machine_code():
 
 
 def test_buckets_share_variants():
-    keys = [{variant_key(v) for v in _of(Bucket(batch, n))} for batch, n in ((1, 4), (2, 4), (64, 1))]
-    assert keys[0] == keys[1] == keys[2]
+    """All with up to 8 rows, and all with more."""
+    few = [{variant_key(v) for v in _of(Bucket(batch, n))} for batch, n in ((1, 4), (2, 4), (8, 1))]
+    more = [{variant_key(v) for v in _of(Bucket(batch, n))} for batch, n in ((1, 16), (4, 4), (64, 1))]
+    assert few[0] == few[1] == few[2] != more[0] == more[1] == more[2]
 
 
 def _of(bucket: Bucket) -> list[Variant]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import fx
 
-from tmlc.ir.replaced import REPLACED
+from tmlc.ir.replaced import REPLACED, TRITON_ONLY
 
 if TYPE_CHECKING:
     from tmlc.emit.cpu import Value, _MethodEmitter
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 BLOCK = 16
 
 # Ops that never reach an engine, and what takes their place.
-REFUSED = REPLACED
+REFUSED = REPLACED | TRITON_ONLY
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Ops that no engine meets, and what takes their place: the same for every target."""
+"""Ops that no engine meets, and what takes their place: the same for every target; and ops that only Triton's has."""
 
 REPLACED = {
     "attention": "it is stateless, state.insert makes it attention_state",
@@ -9,3 +9,13 @@ REPLACED = {
     "overlap_add": "it is stateless, state.insert makes it overlap_add_state",
     "shared_experts": "route.stack_experts joins it with moe",
 }
+
+#: Ops that only the Triton target runs, where each launch counts, and the pass of its pipeline that makes them.
+TRITON_PASSES = {
+    "element_steps": "fuse.steps",
+    "linear_steps": "fuse.steps",
+    "rms_norm_steps": "fuse.steps",
+    "silu_add_rows": "fuse.flow_times",
+    "rms_norm_pair": "fuse.norm_pair",
+}
+TRITON_ONLY = {op: f"only the Triton target runs it, leave out {name}" for op, name in TRITON_PASSES.items()}

@@ -181,6 +181,8 @@ def _fits(kind: Any, value: Any) -> bool:
         return isinstance(value, bool)
     if isinstance(kind, torch.IntType):
         return isinstance(value, int) and not isinstance(value, bool)
+    if isinstance(kind, torch.StringType):
+        return isinstance(value, str)
     return isinstance(value, float)
 
 

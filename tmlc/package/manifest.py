@@ -25,6 +25,7 @@ KNOWN_FEATURES = frozenset(
         "onnx.graphs.v1",
         "tensorrt.plan.v1",
         "triton.chains.v1",
+        "triton.overlap.v1",
         "triton.plan.v1",
         "weights.rows",
         "weights.rows.int8",

@@ -138,6 +138,19 @@ class Pipeline:
         """The steps of this level and the ones below it."""
         return replace(self, steps=tuple(s for s in self.steps if s.level <= level))
 
+    def before(self, name: str, added: str) -> Pipeline:
+        """The same with a step more, before the step `name`.
+
+        Raises:
+            PipelineError: there is no step `name`, or no pass `added`.
+        """
+        place = next((number for number, step in enumerate(self.steps) if step.name == name), None)
+        if place is None:
+            raise PipelineError(f"there is no step {name}", where=self.name)
+        step = Step(added)
+        step.build(self.name)
+        return replace(self, steps=(*self.steps[:place], step, *self.steps[place:]))
+
     def configure(self, name: str, **settings: Any) -> Pipeline:
         """The same with settings of every step of this name overridden (None leaves a setting as it is)."""
         chosen = {k: v for k, v in settings.items() if v is not None}

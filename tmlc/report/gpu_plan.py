@@ -4,7 +4,8 @@ compiled kernels).
 
 The checkpoint is all holes (a sparse file: headers, and no data), so everything is what `tmlc compile` does up to the
 weights, which are never read: tracing, passes, lowering to launches, compiling every kernel, and the JSON of the plan.
-Nothing is written, and the module run by itself does not use the compile cache.
+Nothing is written, and the module run by itself does not use the compile cache. `--launches` stops before kernels are
+compiled and prints how many launches a call of each method makes in its smallest bucket; `--disable` leaves out passes.
 """
 
 from __future__ import annotations
@@ -64,8 +65,10 @@ def create_hollow_checkpoint(preset: str, folder: Path) -> int:
     return total
 
 
-def plan_on_meta(preset: str, target: str, precision: str, jobs: int | None = None) -> dict[str, Any]:
-    """Everything of a compilation but the weights, with its figures.
+def plan_on_meta(
+    preset: str, target: str, precision: str, jobs: int | None = None, overlap: bool = False
+) -> dict[str, Any]:
+    """Everything of a compilation but the weights, with its figures. `overlap`: with the pass memory.overlap.
 
     Raises:
         EmitError: an op has no kernel, or a kernel does not compile.
@@ -94,6 +97,8 @@ def plan_on_meta(preset: str, target: str, precision: str, jobs: int | None = No
         coder = next((name for name, kind in QUANTISERS.items() if kind == precision), None)
         if coder is not None:  # its report reads every weight
             steps = with_codes(steps, coder).configure(coder, report=False)
+        if overlap:
+            steps = steps.before("memory.buckets", "memory.overlap")
         report = compile(
             folder, scratch, target=target, precision=precision, pipeline=steps, stop_after="memory.buckets"
         )
@@ -128,15 +133,45 @@ def plan_on_meta(preset: str, target: str, precision: str, jobs: int | None = No
     }  # fmt: skip
 
 
+def launches_of_calls(preset: str, target: str, precision: str, disabled: list[str]) -> dict[str, dict[str, int]]:
+    """Method → kernel → launches in a call of its smallest bucket, without the passes in `disabled`."""
+    from tmlc.compiler import compile
+    from tmlc.emit.targets import find_target
+    from tmlc.emit.triton.target import TritonTarget
+    from tmlc.pipeline.pipeline import load_pipeline
+
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / preset
+        create_hollow_checkpoint(preset, folder)
+        steps = load_pipeline("triton", target).disable(disabled)
+        report = compile(
+            folder, scratch, target=target, precision=precision, pipeline=steps, stop_after="memory.buckets"
+        )
+    chosen = find_target(target)
+    assert isinstance(chosen, TritonTarget) and report.program is not None
+    methods = chosen.lower(report.program).launches[chosen.architectures[0]]
+    smallest = {name: buckets[min(buckets, key=lambda b: (b.batch, b.n))] for name, buckets in methods.items()}
+    return {name: dict(Counter(launch.kernel for launch in found)) for name, found in smallest.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tmlc.report.gpu_plan")
     parser.add_argument("preset", help="of the zoo, e.g. tml-small-276b")
     parser.add_argument("--target", default="triton:sm90")
     parser.add_argument("--precision", default="bf16")
+    parser.add_argument("--overlap", action="store_true", help="with the pass memory.overlap")
     parser.add_argument("--jobs", type=int, help="processes that compile kernels; default: a core each")
+    parser.add_argument("--launches", action="store_true", help="launches of a call of each method, and no kernels")
+    parser.add_argument("--disable", default="", help="passes to leave out of --launches, with commas between")
     chosen = parser.parse_args()
     os.environ["TMLC_CACHE"] = "off"
-    print(json.dumps(plan_on_meta(chosen.preset, chosen.target, chosen.precision, chosen.jobs)))
+    if chosen.launches:
+        disabled = [name for name in chosen.disable.split(",") if name]
+        found = launches_of_calls(chosen.preset, chosen.target, chosen.precision, disabled)
+        for method, kernels in found.items():
+            print(f"{method:13}{sum(kernels.values()):5}  {', '.join(f'{k} {n}' for k, n in kernels.items())}")
+        return
+    print(json.dumps(plan_on_meta(chosen.preset, chosen.target, chosen.precision, chosen.jobs, chosen.overlap)))
 
 
 if __name__ == "__main__":

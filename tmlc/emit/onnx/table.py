@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from tmlc.emit.onnx import attention, dense, experts, heads, media, random
 from tmlc.emit.onnx.call import Call
+from tmlc.ir.replaced import TRITON_PASSES
 
 
 @dataclass(frozen=True)
@@ -77,4 +78,5 @@ REFUSED: dict[str, tuple[str, str]] = {
         )
         for op in ("attention", "rope", "short_conv", "dynamic_conv", "dmel", "overlap_add")
     },
+    **{op: ("only the Triton target runs it", f"Leave out {name}.") for op, name in TRITON_PASSES.items()},
 }

@@ -2,7 +2,7 @@
 
 from tmlc.emit.tensorrt import lower_attention, lower_blocks, lower_dense, lower_media, lower_moe, lower_random
 from tmlc.emit.tensorrt.network import Lower
-from tmlc.ir.replaced import REPLACED
+from tmlc.ir.replaced import REPLACED, TRITON_ONLY
 
 LOWERINGS: dict[str, Lower] = {
     **lower_dense.LOWERINGS,
@@ -14,4 +14,4 @@ LOWERINGS: dict[str, Lower] = {
 }
 
 # Ops that never reach an engine, and what takes their place.
-REFUSED = REPLACED
+REFUSED = REPLACED | TRITON_ONLY

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import fx
 
-from tmlc.emit.graph import direct_outputs, key_values, results, up
+from tmlc.emit.graph import direct_outputs, is_view, key_values, results, source_of, up
 from tmlc.emit.triton.arena import plan_arena
 from tmlc.errors import EmitError
 from tmlc.ir.dims import Dim
@@ -79,7 +79,7 @@ class MethodLowering:
         self.steps: list[Step] = []
         self.inputs: list[tuple[str, Value]] = []
         self.outputs: list[Value] = []
-        self.direct = direct_outputs(method.graph)
+        self.direct = _reshaped_outputs(method.graph) | direct_outputs(method.graph)
         self.keys = key_values(method.graph)
         self.places, self.arena = plan_arena(method, set(self.direct))
         for node in method.graph.nodes:
@@ -230,6 +230,20 @@ class MethodLowering:
                 self.steps.append(Step(node, COPY, {"x": value}, {}, (out,)))
                 value = out
             self.outputs.append(value)
+
+
+def _reshaped_outputs(graph: fx.Graph) -> dict[tuple[fx.Node, int], int]:
+    """Results of calls that the method returns as other rows of the same bytes, and as which result: they too can be
+    written where they are wanted, for here a view may be one of a result of the method."""
+    found: dict[tuple[fx.Node, int], int] = {}
+    for index, result in enumerate(results(next(node for node in graph.nodes if node.op == "output"))):
+        source = result
+        while (spec := spec_of(source.target)) is not None and spec.name == "reshape":
+            source = source.args[0]  # type: ignore[assignment]
+        key = source_of(source)
+        if source is not result and key[0].op == "call_function" and not is_view(key[0]):
+            found.setdefault(key, index)
+    return found
 
 
 def _tensor_arguments(spec: Any) -> set[str]:

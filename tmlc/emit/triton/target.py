@@ -32,12 +32,13 @@ from tmlc.emit.triton.plan import PLAN, code_name, cubin_name, launches_json, le
 from tmlc.emit.triton.weights import TritonWeight, stored_weights
 from tmlc.kernels.triton.bucket import Bucket
 from tmlc.kernels.triton.launch import Launch, Pointer, Variant
+from tmlc.kernels.triton.overlap import OVERLAP_FROM
 from tmlc.kernels.triton.registry import ARCHITECTURES, REFUSED, VIEWS, supported
 from tmlc.kernels.triton.tuning import Tiles, table
 from tmlc.kernels.triton.variants import Compiled
 
 FEATURES = ("triton.plan.v1", "weights.rows")
-CHAINS = "triton.chains.v1"
+CHAINS, OVERLAP = "triton.chains.v1", "triton.overlap.v1"
 
 
 @dataclass
@@ -125,13 +126,14 @@ class TritonTarget(Target):
         total = len(self.architectures) * sum(map(len, out.buckets.values()))
         done, chains = 0, chains_of(program, methods, out.buckets)
         for sm in self.architectures:
-            out.chains[sm] = {chain.key: glue(chain, sm) for chain in chains}
+            overlap = bool(program.meta.get("overlap")) and sm >= OVERLAP_FROM
+            out.chains[sm] = {chain.key: _begun(glue(chain, sm), overlap) for chain in chains}
             for method in methods:
                 name = method.method.name
                 for bucket in out.buckets[name]:
                     tell("lowering to launches", done, total)
                     launches, scratch = method.launches(bucket, sm, self.tiles)
-                    out.launches.setdefault(sm, {}).setdefault(name, {})[bucket] = launches
+                    out.launches.setdefault(sm, {}).setdefault(name, {})[bucket] = _begun(launches, overlap)
                     out.arena_bytes = max(out.arena_bytes, method.arena_bytes(bucket))
                     out.scratch_bytes = max(out.scratch_bytes, scratch)
                     done += 1
@@ -182,10 +184,20 @@ class TritonTarget(Target):
             slot_bytes=slot_bytes,
             arena_bytes=lowered.arena_bytes,
             scratch_bytes=lowered.scratch_bytes,
-            features=(*FEATURES, *_coded(weights), *caches, *([CHAINS] if any(lowered.chains.values()) else [])),
+            features=(*FEATURES, *_coded(weights), *caches, *_needed(program, lowered)),
             producer={"triton": metadata.version("triton")},
             notes=spills(compiled),
         )
+
+
+def _needed(program: Program, lowered: Lowerings) -> list[str]:
+    """What a runtime must know besides the plan."""
+    chains = [CHAINS] if any(lowered.chains.values()) else []
+    return chains + ([OVERLAP] if program.meta.get("overlap") else [])
+
+
+def _begun(launches: list[Launch], overlap: bool) -> list[Launch]:
+    return [launch.overlapping() for launch in launches] if overlap else launches
 
 
 def spills(compiled: Mapping[Variant, Compiled]) -> tuple[str, ...]:

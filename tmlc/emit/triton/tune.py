@@ -1,7 +1,7 @@
 """What `tmlc tune` does: the launches of an engine → candidates of block sizes → which of them build → the fastest.
 
-No candidate changes the order in which a sum is added up: the inputs read at a time vary only where the groups of a
-quantised weight decide that order, attention keeps its keys at a time, and nothing is ever split over inputs.
+No candidate changes the order in which a sum is added up: products keep their slices of inputs and a warp for each,
+attention its keys at a time.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ from typing import Any
 from tmlc.emit.targets import Progress
 from tmlc.emit.triton.build import build_variants, frozen
 from tmlc.emit.triton.plan import PLAN, code_name
-from tmlc.emit.triton.target import Lowerings
+from tmlc.emit.triton.target import OVERLAP, Lowerings
 from tmlc.emit.triton.tune_timer import Sample, Timer
 from tmlc.errors import CapacityError, EmitError, KernelError, PackageError, TargetError
 from tmlc.kernels.triton.launch import TRITON_NAMES, Aligned, Argument, Launch, Pointer, Variant
 from tmlc.kernels.triton.layouts import FORMS
 from tmlc.kernels.triton.norms import power
-from tmlc.kernels.triton.tuning import SHARED_BYTES, Blocks, Shape, Tiles, rule
+from tmlc.kernels.triton.overlap import OVERLAP_FROM
+from tmlc.kernels.triton.tuning import SHARED_BYTES, Blocks, Shape, Tiles, rule, slices
 from tmlc.kernels.triton.variants import Compiled
 from tmlc.package.reader import Package
 from tmlc.runtimes.cuda.driver import Driver
@@ -30,7 +31,6 @@ KERNELS = {
     "linear_kernel": ("linear", "m", "k"),
     "moe_gate_up_kernel": ("moe_gate_up", "f", "k"),
     "moe_down_kernel": ("moe_down", "d", "k"),
-    "moe_down_pairs_kernel": ("moe_down", "d", "k"),
     "attention_kernel": ("attention", "dv", "d"),
 }
 MOST_POSITIONS = 16  # of the longer call that is measured: an append of a tick
@@ -101,7 +101,10 @@ def package_samples(package: Package, sm: int) -> list[tuple[Shape, Sample]]:
         for bucket in _measured([(b.batch, b.n) for b in method.buckets]):
             info = next(b for b in method.buckets if (b.batch, b.n) == bucket)
             try:
-                found += _samples(name, bucket, _unbound(plan, info), sm)
+                launches = _unbound(plan, info)
+                if OVERLAP in package.manifest.required_features and sm >= OVERLAP_FROM:
+                    launches = [launch.overlapping() for launch in launches]
+                found += _samples(name, bucket, launches, sm)
             except (KeyError, ValueError, TypeError) as error:
                 raise PackageError(
                     "the package's kernels are not those of this version of tmlc", where=f"{package.path}, {name}",
@@ -142,7 +145,7 @@ def _samples(method: str, bucket: tuple[int, int], launches: Sequence[Launch], s
         if launch.kernel == "moe_sort_kernel":
             sort = launch
         if launch.kernel in KERNELS:
-            grouped = dict(launch.constexprs).get("GROUPED") or launch.kernel == "moe_down_pairs_kernel"
+            grouped = dict(launch.constexprs).get("GROUPED")
             found.append((shape_of(launch, sm), Sample(method, bucket, launch, sort if grouped else None)))
     return found
 
@@ -173,15 +176,11 @@ def _once(found: Iterable[tuple[Shape, Sample]]) -> list[tuple[Shape, Sample]]:
 def candidates(shape: Shape, tiles: Tiles) -> list[Blocks]:
     """Legal block sizes: what `tiles` chooses, what the rule does, and all others in ascending order."""
     usual = rule(shape)
-    rows, inputs, warps, stages = [usual.block_m], [usual.block_k], [4, 8], [2, 3, 4, 6, 8]
     if shape.op == "attention":
-        warps, stages = [2, 4, 8], [1, 2, 3, 4]
+        rows, warps, stages = [usual.block_m], [2, 4, 8], [1, 2, 3, 4]
     else:
-        rows = [size for size in (16, 32, 64, 128) if size <= power(shape.m, 16)]
-        group = FORMS[shape.dtype].group
-        if group:
-            inputs = [size for size in (32, 64, 128, 256) if size % group == 0 and size <= power(shape.k, group)]
-    every = [Blocks(m, k, w, s) for m in rows for k in inputs for w in warps for s in stages]
+        rows, warps, stages = [size for size in (16, 32, 64) if size <= power(shape.m, 16)], [usual.warps], [2, 3, 4]
+    every = [Blocks(m, usual.block_k, w, s) for m in rows for w in warps for s in stages]
     return list(dict.fromkeys([tiles.blocks(shape), usual, *every]))
 
 
@@ -191,7 +190,8 @@ def with_blocks(launch: Launch, shape: Shape, blocks: Blocks) -> Launch:
     if shape.op == "attention":
         fixed["BLOCK_J"] = blocks.block_k
     else:
-        fixed |= {"BLOCK_M": blocks.block_m, "BLOCK_K": blocks.block_k}
+        count = slices(shape.dtype, shape.k, blocks.block_k, shape.sm)
+        fixed |= {"BLOCK_M": blocks.block_m, "BLOCK_K": blocks.block_k, "SLICES": count}
         grid = (grid[0], -(-shape.m // blocks.block_m), grid[2])
     return replace(
         launch, constexprs=tuple(sorted(fixed.items())), grid=grid, num_warps=blocks.warps, num_stages=blocks.stages

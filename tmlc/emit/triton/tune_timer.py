@@ -176,7 +176,7 @@ class Timer:
         )
         return KernelLaunch(
             function, variant_key(launch.variant(sm)), launch.grid, 32 * figures.num_warps, figures.shared,
-            launch.signature(), args, figures.hidden_params,
+            launch.signature(), args, figures.hidden_params, launch.overlap,
         )  # fmt: skip
 
 

@@ -1,0 +1,90 @@
+"""Launches that begin before the one before has ended: every kernel waits, the plan is the same but for that."""
+
+from __future__ import annotations
+
+import subprocess
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import tmlc
+from tmlc.errors import EmitError
+from tmlc.kernels.triton.overlap import DEPENDENTS, WAIT, with_wait
+from tmlc.kernels.triton.variants import compile_variant
+from tmlc.package.reader import open_package
+from tmlc.pipeline.pipeline import load_pipeline
+
+FEATURE = "triton.overlap.v1"
+
+
+@pytest.fixture(scope="module")
+def overlapping(tiny, lab, tmp_path_factory) -> Path:
+    """The package of the smallest model for sm80 and sm90, with overlapping launches."""
+    out = tmp_path_factory.mktemp("overlap") / "o.tmlc"
+    steps = load_pipeline("triton").configure("memory.buckets", **lab.buckets)
+    steps = steps.before("memory.buckets", "memory.overlap")
+    with lab.nothing_compiled():
+        tmlc.compile(tiny.checkpoint, out, target="triton:sm80+sm90", precision="bf16", pipeline=steps)
+    return out
+
+
+def test_only_architectures_that_have_it_overlap(overlapping, tiny):
+    with open_package(overlapping) as held:
+        assert FEATURE in held.manifest.required_features
+        for sm, there in ((80, False), (90, True)):
+            variants = held.json(f"engines/triton/sm{sm}/code.json")["variants"]
+            products = [v for v in variants if "OVERLAP" in v["constexprs"]]
+            assert products and all(v["constexprs"]["OVERLAP"] is there for v in products)
+    with open_package(tiny.gpu) as held:
+        assert FEATURE not in held.manifest.required_features
+
+
+def test_the_launches_are_those_without_overlap(overlapping, tiny, lab, machine, tmp_path):
+    plain = lab.compile(tiny.checkpoint, tmp_path / "plain.tmlc", "bf16", "triton:sm90")
+    tokens = [5, 9, 40, 3, 77]
+    found = []
+    for package in (plain, overlapping):
+        with lab.load(package, machine) as engine, engine.session() as session:
+            found.append(np.concatenate([session.append(tokens=tokens[:4]), session.append(tokens=tokens[4:])]))
+            bucket = engine.backend.plan.methods["decode"].buckets[0]
+            begun = {launch.overlap for launch in engine.backend.launches(bucket)}
+            # The host device takes the oldest architecture of a package.
+            assert begun == {False}
+            engine.backend._overlap = True
+            assert {launch.overlap for launch in engine.backend.launches(bucket)} == {True}
+    assert np.array_equal(*found)
+
+
+def test_machine_code_waits_before_it_reads_anything_that_another_kernel_wrote(overlapping):
+    """A product asks for its weights first, and the experts' second one for what the router said; all others wait at
+    once. The assembler calls the wait ACQBULK, and what lets the next kernel begin PREEXIT."""
+    from triton import knobs
+
+    from tmlc.emit.triton.tune import package_samples
+
+    with open_package(overlapping) as held:
+        launches = {sample.launch.kernel: sample.launch for _, sample in package_samples(held, 90)}
+    for kernel in ("linear_kernel", "moe_down_kernel", "attention_kernel"):
+        made = compile_variant(launches[kernel].variant(90))
+        assert not made.spill_bytes
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            Path(file.name).write_bytes(made.cubin)
+            code = subprocess.run([knobs.nvidia.nvdisasm.path, "-c", file.name], capture_output=True, text=True).stdout
+        names = [line.split("*/")[1].split(";")[0] for line in code.splitlines() if "*/" in line]
+        wait = next(k for k, name in enumerate(names) if "ACQBULK" in name)
+        before = [name for name in names[:wait] if "LDG" in name or "CCTL" in name or "EXIT" in name]
+        assert any("PREEXIT" in name for name in names[wait:])
+        assert not any("STG" in name or " EXIT" in name for name in before)
+        assert ("CCTL" in " ".join(before)) == (kernel != "attention_kernel")
+        assert ("LDG" in " ".join(before)) == (kernel == "moe_down_kernel")
+
+
+def test_a_wait_is_put_before_everything_and_only_once():
+    ptx = ".version 8.7\n.visible .entry k(\n\t.param .u64 p\n)\n.reqntid 128\n{\n\t.reg .b32 \t%r<5>;\n\tld.global;\n"
+    made = with_wait(ptx).splitlines()
+    assert [line.strip() for line in made[6:9]] == [".reg .b32 \t%r<5>;", WAIT, DEPENDENTS]
+    assert made[9].strip() == "ld.global;" and with_wait(with_wait(ptx)) == with_wait(ptx)
+    with pytest.raises(EmitError, match="entry of a kernel"):
+        with_wait(".version 8.7\n")
