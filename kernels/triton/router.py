@@ -192,7 +192,7 @@ def logits_launch(call: Call, logits: Pointer, x: Operand, weight: Operand) -> L
         at_once = min(2, at_once)
         if -(-total // each) * -(-rows // per) >= PLENTY_OF_PROGRAMS:
             per = 16
-    values = {
+    values: dict[str, Any] = {
         "logits": logits, "x": call.pointer(x), "w": call.pointer(weight), "rows": rows, "total": total,
         "k": Aligned(k), "w_stride": Aligned(k), "x_stride": Aligned(x.stride), "per": per,
     }  # fmt: skip
