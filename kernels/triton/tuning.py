@@ -159,6 +159,11 @@ def slices(dtype: str, k: int, block_k: int, sm: int) -> int:
     return max(1, min(REACH[sm] // block_k, 1 << (-(-k // block_k) - 1).bit_length()))
 
 
+def stages_that_fit(stages: int, turn: int, sm: int) -> int:
+    """Stages (2 at least) of which one less turn of so many bytes fits into shared memory. No sum depends on them."""
+    return max(2, min(stages, 1 + SHARED_BYTES[sm] // turn))
+
+
 def rule(shape: Shape) -> Blocks:
     """What a table does not list, worked out and not measured.
 
