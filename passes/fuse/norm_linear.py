@@ -10,6 +10,8 @@ from tmlc.pipeline.pass_base import NearMiss, Pass, PassContext, PassResult
 from tmlc.pipeline.registry import register_pass
 
 _PRODUCTS = ("linear", "linear_steps", "linear_conv_state")
+#: Forms of weights whose kernels have no registers left for squares: with 16 rows they spilled.
+FULL = ("i4g32",)
 
 
 @register_pass("fuse.norm_linear")
@@ -41,6 +43,8 @@ def _why_not(norm: fx.Node, products: list[fx.Node]) -> str:
         return f"{products[0].name} is one of its {len(norm.users)} readers"
     if [value for value in named_args(products[0]).values() if value is norm] != [norm]:
         return f"{products[0].name} reads it twice"
+    if type_of(arg(products[0], "weight")).dtype in FULL:
+        return f"a product with weights of {type_of(arg(products[0], 'weight')).dtype} has no registers left for it"
     return ""
 
 

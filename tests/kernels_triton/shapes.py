@@ -90,8 +90,9 @@ def calls(model: Model, bucket: Bucket, sm: int) -> Iterator[Call]:
                        | given, x(m.flow), steps=text, numbers=numbers)  # fmt: skip
         normed = {"x": x(d), "norm": w(1, d)}
         given = {"weight": w(qkvr, d, dtype=form), "bias": None}
-        yield call("norm_linear", normed | given, x(qkvr), eps=1e-6)
-        yield call("norm_linear_steps", normed | given, x(qkvr), steps="silu:v", numbers=[], eps=1e-6)
+        if form != "i4g32":
+            yield call("norm_linear", normed | given, x(qkvr), eps=1e-6)
+            yield call("norm_linear_steps", normed | given, x(qkvr), steps="silu:v", numbers=[], eps=1e-6)
         for rows, k in ((qkvr, d), (d, q), (2 * m.dense, d), (d, m.dense), (m.flow, m.flow), (d, 80)):
             yield call("linear", {"x": x(k), "weight": w(rows, k, dtype=form), "bias": None}, x(rows))
         yield call(

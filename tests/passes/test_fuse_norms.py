@@ -111,6 +111,12 @@ def test_what_reads_a_norm_otherwise_is_no_match(run_pass):
     assert run_pass("fuse.norm_linear", text).record[-1].matches == 0
 
 
+def test_a_product_whose_codes_leave_no_registers_keeps_its_norm_apart(run_pass, monkeypatch):
+    monkeypatch.setattr("tmlc.passes.fuse.norm_linear.FULL", ("f32",))
+    record = run_pass("fuse.norm_linear", PRODUCTS).record[-1]
+    assert record.matches == 0 and "weights of f32 has no registers left" in record.near_misses[0]
+
+
 def test_norms_of_groups_of_columns_are_left_alone(run_pass):
     for name, text in zip(PASSES, (BEFORE_EXPERTS, PRODUCTS), strict=True):
         record = run_pass(name, text.replace('%norm = weight "norm"', '%norm = weight "half"')).record[-1]
