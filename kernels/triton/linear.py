@@ -377,7 +377,8 @@ def linear_launch(
     fixed |= steps[1]
     stages, form = blocks.stages, FORMS[weight.dtype]
     if norm is not None:
-        call.need(weight.dtype != "i4g32", "weights of i4g32 leave no registers for a norm", "leave out fuse.norm_linear")
+        held = weight.dtype != "i4g32"
+        call.need(held, "weights of i4g32 leave no registers for a norm", "leave out fuse.norm_linear")
         if form.group:  # codes, their values, x and its squares of more rows of weights do not fit into the registers
             fixed["BLOCK_M"] = min(16, blocks.block_m)
         # The norm's weight lies beside the rows: fewer turns may fit on their way.
