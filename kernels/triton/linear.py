@@ -16,7 +16,7 @@ from tmlc.kernels.triton.mode import device
 from tmlc.kernels.triton.overlap import prefetch_rows, previous
 from tmlc.kernels.triton.registry import Call, launch, lowering
 from tmlc.kernels.triton.steps import NO_STEPS, run_steps, steps_of, tanh
-from tmlc.kernels.triton.tuning import Blocks, slices
+from tmlc.kernels.triton.tuning import Blocks, slices, stages_that_fit
 
 #: Rows of activations in a tile: where there are no more, and else. A row is a column of the same instructions in both.
 FEW_ROWS, ROWS = 8, 16
@@ -33,13 +33,27 @@ def fp8_value(byte):
 
 
 @device
-def inputs(x, x_off, x_mask, kk, k, alpha):
-    """bf16 [slices, inputs, rows] of alpha·x, for the inputs kk [slices, inputs]."""
+def inputs(x, x_off, x_mask, kk, k, alpha, norm):
+    """bf16 [slices, inputs, rows] of alpha·norm∘x, for the inputs kk [slices, inputs]; and float32, x itself."""
     mask = x_mask[None, :, None] & (kk < k)[:, None, :]
     values = tl.load(x + x_off[None, :, None] + kk[:, None, :], mask=mask, other=0.0)
+    taken = values
+    if norm is not None:
+        taken = values * tl.load(norm + kk, mask=kk < k, other=0.0)[:, None, :]
     if alpha is not None:
-        values = values * alpha
-    return tl.trans(values.to(tl.bfloat16), 0, 2, 1)
+        taken = taken * alpha
+    return tl.trans(taken.to(tl.bfloat16), 0, 2, 1), tl.trans(values, 0, 2, 1)
+
+
+@device
+def add_squares(acc, x, ones):
+    """acc [slices, BLOCK_M, rows] + Σ x² over the inputs of x [slices, inputs, rows], the same number in all BLOCK_M:
+    a product with ones, so a row's sum is in one order whatever the number of rows is, and lies where the row's
+    products lie. A square is taken as two bf16 numbers, which hold 16 of its bits."""
+    squares = x * x
+    high = squares.to(tl.bfloat16)
+    low = (squares - high.to(tl.float32)).to(tl.bfloat16)
+    return tl.dot(ones, low, tl.dot(ones, high, acc))
 
 
 @device
@@ -57,48 +71,61 @@ def group_numbers(scales, zeros, s_off, w_mask, first, k, FORM: tl.constexpr, GR
 
 @device
 def slice_products(
-    acc, w, w_off, w_mask, first, scale, zero, low_x, high_x, k, FORM: tl.constexpr, BLOCK_K: tl.constexpr
-):
-    """acc [slices, BLOCK_M, rows] + W·x of each slice's inputs. Codes are multiplied as they are, and the product by
-    their scale. 4-bit codes: low_x and high_x are the halves of a group."""
+    acc, squares, w, w_off, w_mask, first, scale, zero, low_x, high_x, low_raw, high_raw, k,
+    SQUARES: tl.constexpr, FORM: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """acc [slices, BLOCK_M, rows] + W·x of each slice's inputs, and with SQUARES squares + Σ raw². Codes are multiplied
+    as they are, and the product by their scale. 4-bit codes: low_x and high_x are the halves of a group."""
     if FORM == "bf16":
         kk = first[:, None] + tl.arange(0, BLOCK_K)[None, :]
         mask = w_mask[None, :, None] & (kk < k)[:, None, :]
         values = tl.load(w + w_off[None, :, None] + kk[:, None, :], mask=mask, other=0.0)
         acc = tl.dot(values, low_x, acc)
+        if SQUARES:
+            squares = add_squares(squares, low_raw, tl.full(values.shape, 1.0, tl.float32).to(tl.bfloat16))
     else:
         mask = w_mask[None, :, None] & (first < k)[:, None, None]
         if FORM == "i4":
             at = (first // 2)[:, None] + tl.arange(0, BLOCK_K // 2)[None, :]
-            byte = tl.load(w + w_off[None, :, None] + at[:, None, :], mask=mask, other=0).to(tl.int32)
+            codes = tl.load(w + w_off[None, :, None] + at[:, None, :], mask=mask, other=0)
+            byte = codes.to(tl.int32)
             low = ((byte & 15) * 16 - zero[:, :, None]).to(tl.float32).to(tl.bfloat16)
             high = ((byte >> 4) * 16 - zero[:, :, None]).to(tl.float32).to(tl.bfloat16)
             part = tl.dot(high, high_x, tl.dot(low, low_x))
             acc += part * (scale * 0.0625)[:, :, None]
         else:
             kk = first[:, None] + tl.arange(0, BLOCK_K)[None, :]
-            byte = tl.load(w + w_off[None, :, None] + kk[:, None, :], mask=mask, other=0)
+            codes = tl.load(w + w_off[None, :, None] + kk[:, None, :], mask=mask, other=0)
             if FORM == "i8":
-                value = (byte.to(tl.int32) - 128).to(tl.float32).to(tl.bfloat16)
+                value = (codes.to(tl.int32) - 128).to(tl.float32).to(tl.bfloat16)
             else:
-                value = fp8_value(byte)
+                value = fp8_value(codes)
             acc += tl.dot(value, low_x) * scale[:, :, None]
-    return acc
+        if SQUARES:
+            # Triton lays the operands of a dot out by the width of what was loaded for them. Ones that seem to come
+            # from the codes let x lie alike for both dots; else it is not copied asynchronously.
+            ones = ((codes | 1) & 1).to(tl.bfloat16)
+            squares = add_squares(squares, low_raw, ones)
+            if FORM == "i4":
+                squares = add_squares(squares, high_raw, ones)
+    return acc, squares
 
 
 @device
-def weight_products(
-    w, scales, zeros, w_off, s_off, w_off_2, s_off_2, w_mask, x, x_off, x_mask, k, alpha,
+def sliced_products(
+    w, scales, zeros, w_off, s_off, w_off_2, s_off_2, w_mask, x, x_off, x_mask, k, alpha, norm,
     TWO: tl.constexpr, FORM: tl.constexpr, GROUP: tl.constexpr, SLICES: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """float32 [BLOCK_M, ROWS] = W[rows of w_off] · (alpha·x)[rows of x_off]ᵀ, and with TWO the same of w_off_2.
+    """float32 [BLOCK_M, ROWS] = W[rows of w_off] · (alpha·norm∘x)[rows of x_off]ᵀ, with TWO the same of w_off_2, and
+    with `norm` the sums of squares of x.
 
     w_off, s_off: int64 [BLOCK_M], where a row of codes and of scales begins; x_off: int64 [ROWS]. SLICES·BLOCK_K
     inputs are read at a time. Not for f32.
     """
     acc = tl.zeros((SLICES, BLOCK_M, ROWS), tl.float32)
     acc_2 = tl.zeros((SLICES, BLOCK_M, ROWS), tl.float32)
+    squares = tl.zeros((SLICES, BLOCK_M, ROWS), tl.float32)
     first = tl.arange(0, SLICES) * BLOCK_K
     scale, zero = first, first
     scale_2, zero_2 = first, first
@@ -118,18 +145,41 @@ def weight_products(
                 scale_2, zero_2 = group_numbers(scales, zeros, s_off_2, w_mask, following, k, FORM, GROUP)
         if FORM == "i4":
             kk = first[:, None] + tl.arange(0, BLOCK_K // 2)[None, :]
-            low_x = inputs(x, x_off, x_mask, kk, k, alpha)
-            high_x = inputs(x, x_off, x_mask, kk + BLOCK_K // 2, k, alpha)
+            low_x, low_raw = inputs(x, x_off, x_mask, kk, k, alpha, norm)
+            high_x, high_raw = inputs(x, x_off, x_mask, kk + BLOCK_K // 2, k, alpha, norm)
         else:
-            low_x = inputs(x, x_off, x_mask, first[:, None] + tl.arange(0, BLOCK_K)[None, :], k, alpha)
-            high_x = low_x
-        acc = slice_products(acc, w, w_off, w_mask, first, now, at, low_x, high_x, k, FORM, BLOCK_K)
+            kk = first[:, None] + tl.arange(0, BLOCK_K)[None, :]
+            low_x, low_raw = inputs(x, x_off, x_mask, kk, k, alpha, norm)
+            high_x, high_raw = low_x, low_raw
+        acc, squares = slice_products(
+            acc, squares, w, w_off, w_mask, first, now, at, low_x, high_x, low_raw, high_raw, k,
+            norm is not None, FORM, BLOCK_K,
+        )  # fmt: skip
         if TWO:
-            acc_2 = slice_products(acc_2, w, w_off_2, w_mask, first, now_2, at_2, low_x, high_x, k, FORM, BLOCK_K)
+            acc_2, squares = slice_products(
+                acc_2, squares, w, w_off_2, w_mask, first, now_2, at_2, low_x, high_x, low_raw, high_raw, k,
+                False, FORM, BLOCK_K,
+            )  # fmt: skip
     total = tl.sum(acc, 0)
-    total_2 = total
+    total_2, square = total, total
     if TWO:
         total_2 = tl.sum(acc_2, 0)
+    if norm is not None:
+        square = tl.sum(squares, 0)
+    return total, total_2, square
+
+
+@device
+def weight_products(
+    w, scales, zeros, w_off, s_off, w_off_2, s_off_2, w_mask, x, x_off, x_mask, k, alpha,
+    TWO: tl.constexpr, FORM: tl.constexpr, GROUP: tl.constexpr, SLICES: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """`sliced_products` of rows that are not normed."""
+    total, total_2, _ = sliced_products(
+        w, scales, zeros, w_off, s_off, w_off_2, s_off_2, w_mask, x, x_off, x_mask, k, alpha, None,
+        TWO, FORM, GROUP, SLICES, BLOCK_M, BLOCK_K, ROWS,
+    )  # fmt: skip
     return total, total_2
 
 
@@ -168,14 +218,51 @@ def weight_product(
 
 
 @device
+def exact_normed_product(
+    w, w_off, w_mask, x, norm, x_off, x_mask, k, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr
+):
+    """`exact_product` of norm∘x, and the sums of squares of x."""
+    acc, squares = tl.zeros((BLOCK_M, ROWS), tl.float32), tl.zeros((BLOCK_M, ROWS), tl.float32)
+    ones = tl.full((BLOCK_M, BLOCK_K), 1.0, tl.float32)
+    for start in range(0, k, BLOCK_K):
+        kk = start + tl.arange(0, BLOCK_K)
+        inside = kk < k
+        values = tl.load(w + w_off[:, None] + kk[None, :], mask=w_mask[:, None] & inside[None, :], other=0.0)
+        rows = tl.load(x + x_off[None, :] + kk[:, None], mask=x_mask[None, :] & inside[:, None], other=0.0)
+        learned = tl.load(norm + kk, mask=inside, other=0.0)
+        acc = tl.dot(values, rows * learned[:, None], acc, input_precision="ieee")
+        squares = tl.dot(ones, rows * rows, squares, input_precision="ieee")
+    return acc, squares
+
+
+@device
+def normed_product(
+    w, scales, zeros, w_off, s_off, w_mask, x, norm, x_off, x_mask, k, eps,
+    FORM: tl.constexpr, GROUP: tl.constexpr, SLICES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    ROWS: tl.constexpr,
+):  # fmt: skip
+    """float32 [BLOCK_M, ROWS] = W[rows of w_off] · rms_norm(x; norm, eps)[rows of x_off]ᵀ, weights of any form: the
+    product of norm∘x, and at the end times one number for each row."""
+    if FORM == "f32":
+        y, square = exact_normed_product(w, w_off, w_mask, x, norm, x_off, x_mask, k, BLOCK_M, BLOCK_K, ROWS)
+    else:
+        y, _, square = sliced_products(
+            w, scales, zeros, w_off, s_off, w_off, s_off, w_mask, x, x_off, x_mask, k, None, norm,
+            False, FORM, GROUP, SLICES, BLOCK_M, BLOCK_K, ROWS,
+        )  # fmt: skip
+    return y * (1.0 / tl.sqrt_rn(square / k + eps))
+
+
+@device
 def linear_kernel(
-    out, x, w, scales, zeros, bias, factor, addend, rows, m, k, w_stride, s_stride, x_stride, out_stride,
-    addend_stride, alpha, cap, a, b, c, a_stride, b_stride, c_stride, number0, number1, number2,
+    out, x, norm, w, scales, zeros, bias, factor, addend, rows, m, k, w_stride, s_stride, x_stride, out_stride,
+    addend_stride, alpha, cap, eps, a, b, c, a_stride, b_stride, c_stride, number0, number1, number2,
     FORM: tl.constexpr, GROUP: tl.constexpr, SLICES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
     ROWS: tl.constexpr, LINES: tl.constexpr, OVERLAP: tl.constexpr, STEPS: tl.constexpr, COUNT: tl.constexpr,
 ):  # fmt: skip
-    """out[rows, m] = addend + factor·(cap·tanh((alpha·x) · Wᵀ + bias)/cap)), and then the steps; grid (tiles of rows,
-    tiles of m). What the epilogue reads is asked for before the product, which hides the wait."""
+    """out[rows, m] = addend + factor·(cap·tanh((alpha·x) · Wᵀ + bias)/cap)), and then the steps; with `norm` of
+    rms_norm(x) in the place of alpha·x; grid (tiles of rows, tiles of m). What the epilogue reads is asked for before
+    the product, which hides the wait."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     col = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     live, inside = row < rows, col < m
@@ -197,10 +284,16 @@ def linear_kernel(
         bv = tl.load(b + wide_row[None, :] * b_stride + col[:, None], mask=mask, other=0.0)
     if c is not None:
         cv = tl.load(c + wide_row[None, :] * c_stride + col[:, None], mask=mask, other=0.0)
-    y = weight_product(
-        w, scales, zeros, wide_col * w_stride, wide_col * s_stride, inside, x, wide_row * x_stride, live, k, alpha,
-        FORM, GROUP, SLICES, BLOCK_M, BLOCK_K, ROWS,
-    )  # fmt: skip
+    if norm is not None:
+        y = normed_product(
+            w, scales, zeros, wide_col * w_stride, wide_col * s_stride, inside, x, norm, wide_row * x_stride, live, k,
+            eps, FORM, GROUP, SLICES, BLOCK_M, BLOCK_K, ROWS,
+        )  # fmt: skip
+    else:
+        y = weight_product(
+            w, scales, zeros, wide_col * w_stride, wide_col * s_stride, inside, x, wide_row * x_stride, live, k, alpha,
+            FORM, GROUP, SLICES, BLOCK_M, BLOCK_K, ROWS,
+        )  # fmt: skip
     if bias is not None:
         y += biases[:, None]
     if factor is not None:
@@ -259,10 +352,12 @@ def linear_launch(
     out_stride: int = 0,
     steps: tuple[dict[str, Any], dict[str, Any]] = (NO_STEPS, {"STEPS": (), "COUNT": 0}),
 ) -> Launch:
-    """One product of all rows of x; `out` may be a pointer to scratch, with its stride. `steps`: of `steps_of`."""
+    """One product of all rows of x; `out` may be a pointer to scratch, with its stride. `steps`: of `steps_of`. An op
+    that norms its rows first names the weight of the norm `norm`."""
     m, k = weight.shape[-2:]
     call.need(len(weight.shape) == 2 and x.cols == k, f"{weight.name} {weight.shape} does not take {x.cols} columns")
-    rows = call.rows(x)
+    rows, norm = call.rows(x), call.optional("norm")
+    call.need(norm is None or norm.cols == k, f"the norm of {x.cols} columns is not of whole rows")
     values, fixed, blocks = product_values(call, weight, "linear", m)
     fixed |= {"ROWS": tile_rows(rows), "LINES": lines(call, weight, blocks), "OVERLAP": False}
     values |= {
@@ -275,11 +370,17 @@ def linear_launch(
         "addend_stride": None if addend is None else addend.stride,
         "alpha": None if alpha == 1.0 else float(alpha),
         "cap": None if cap == 0.0 else float(cap),
+        "norm": None if norm is None else call.pointer(norm),
+        "eps": None if norm is None else float(call.attrs["eps"]),
         **steps[0],
     }  # fmt: skip
     fixed |= steps[1]
     grid = (-(-rows // fixed["ROWS"]), -(-m // blocks.block_m))
-    return launch("linear_kernel", grid, values, fixed, blocks.warps, blocks.stages)
+    stages = blocks.stages
+    if norm is not None:  # its weight lies beside the rows: fewer turns may fit on their way
+        each = blocks.block_m * FORMS[weight.dtype].bits // 8 + 4 * fixed["ROWS"] + 4
+        stages = stages_that_fit(stages, fixed["SLICES"] * blocks.block_k * each, call.sm)
+    return launch("linear_kernel", grid, values, fixed, blocks.warps, stages)
 
 
 @lowering("linear", "linear_add")

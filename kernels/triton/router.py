@@ -73,18 +73,52 @@ def store_routes(weights, experts, share, index, place, row, K: tl.constexpr):
 
 
 @device
+def norm_row(
+    normed, inverses, x, norm, row, k, x_stride, normed_stride, eps, PIECES: tl.constexpr, BLOCK_K: tl.constexpr
+):
+    """normed[row] = rms_norm(x[row]), and inverses[row] what it was scaled by."""
+    inner = tl.arange(0, BLOCK_K)
+    squares, scaled = tl.zeros((BLOCK_K,), tl.float32), tl.zeros((BLOCK_K,), tl.float32)
+    for piece in tl.static_range(PIECES):
+        at = piece * BLOCK_K + inner
+        values = tl.load(x + row * x_stride + at, mask=at < k, other=0.0)
+        if PIECES == 1:
+            scaled = values * tl.load(norm + at, mask=at < k, other=0.0)
+        # The zeros keep the assembler from asking for the norm's weight only when the sum is known.
+        squares += values * values + 0.0 * scaled
+    inverse = 1.0 / tl.sqrt_rn(tl.sum(squares, 0) / k + eps)
+    tl.store(inverses + row, inverse)
+    for piece in tl.static_range(PIECES):
+        at = piece * BLOCK_K + inner
+        if PIECES > 1:  # more than the threads hold
+            scaled = tl.load(x + row * x_stride + at, mask=at < k, other=0.0)
+            scaled = scaled * tl.load(norm + at, mask=at < k, other=0.0)
+        tl.store(normed + row * normed_stride + at, scaled * inverse, mask=at < k)
+
+
+@device
 def router_logits_kernel(
-    logits, x, w, rows, total, k, w_stride, x_stride, per,
+    logits, x, w, norm, normed, inverses, rows, total, k, w_stride, x_stride, normed_stride, per, eps,
     EXPERTS: tl.constexpr, ROWS: tl.constexpr, PIECES: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Logits [rows, total] = x · Wᵀ in float32; grid (runs of EXPERTS experts, runs of `per` rows).
 
-    A sum is of one row and one expert: BLOCK_K products, across threads, whatever EXPERTS and ROWS are.
+    A sum is of one row and one expert: BLOCK_K products, across threads, whatever EXPERTS and ROWS are. With `norm`
+    x∘norm is multiplied, and `per` programs more of each run norm a row each: they write normed[row], and in
+    inverses[row] what the logits of the row have to be scaled by.
     """
     slot, inner = tl.arange(0, EXPERTS * ROWS), tl.arange(0, BLOCK_K)
     first = tl.program_id(0) * EXPERTS
     begin = tl.program_id(1) * per
     w_wide, x_wide = w_stride.to(tl.int64), x_stride.to(tl.int64)
+    if norm is not None:
+        extra = tl.program_id(0) - tl.cdiv(total, EXPERTS)
+        if extra >= 0:
+            row = begin + extra
+            if row < rows:
+                wide = normed_stride.to(tl.int64)
+                norm_row(normed, inverses, x, norm, row, k, x_wide, wide, eps, PIECES, BLOCK_K)
+            return
     for turn in range(begin, tl.minimum(begin + per, rows), ROWS):
         found = tl.zeros((EXPERTS * ROWS,), tl.float32)
         for r in tl.static_range(ROWS):
@@ -95,6 +129,8 @@ def router_logits_kernel(
                     read = (at < k) & (first + e < total) & (turn + r < rows)
                     wt = tl.load(w + (first + e) * w_wide + at, mask=read, other=0.0)
                     xt = tl.load(x + (turn + r) * x_wide + at, mask=read, other=0.0)
+                    if norm is not None:
+                        xt = xt * tl.load(norm + at, mask=at < k, other=0.0)
                     if PIECES == 1:
                         acc = wt * xt
                     else:
@@ -106,14 +142,16 @@ def router_logits_kernel(
 
 @device
 def sink_router_kernel(
-    weights, experts, logits, bias, scale, routed, logits_stride, route_scale,
+    weights, experts, logits, inverses, bias, scale, routed, logits_stride, route_scale,
     TOP_K: tl.constexpr, SHARED: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """The choice by sigmoid + bias from logits [rows, experts + shared], and the softmax of the log-sigmoids of the
-    chosen and the shared; grid (rows)."""
+    chosen and the shared; with `inverses` the logits of a row are scaled by its own; grid (rows)."""
     row = tl.program_id(0).to(tl.int64)
     e = tl.arange(0, BLOCK_E)
     logit = tl.load(logits + row * logits_stride + e, mask=e < routed + SHARED, other=0.0)
+    if inverses is not None:
+        logit = logit * tl.load(inverses + row)
     learned = tl.load(bias + e, mask=e < routed, other=0.0)
     factor = route_scale * tl.load(scale)
     key = tl.where(e < routed, sortable(sigmoid(logit) + learned), -2147483648)
@@ -170,7 +208,7 @@ def topk_router_kernel(
 
 
 def _results(call: Call, k: int) -> dict[str, Any]:
-    weights, experts = call.outputs
+    weights, experts = call.outputs[:2]
     call.need(weights.stride == k == experts.stride, "the router's results are not dense")
     return {"weights": call.pointer(weights), "experts": call.pointer(experts, ("i32", "i64"))}
 
@@ -180,8 +218,9 @@ def _warps(experts: int) -> int:
     return max(1, power(experts) // 128)
 
 
-def logits_launch(call: Call, logits: Pointer, x: Operand, weight: Operand) -> Launch:
-    """The logits of all rows, dense."""
+def logits_launch(call: Call, logits: Pointer, x: Operand, weight: Operand, inverses: Pointer | None) -> Launch:
+    """The logits of all rows, dense. With `inverses` the call has a norm, and these are where the scale of each row
+    goes; the normed rows are its third result."""
     (total, k), rows = weight.shape, call.rows(x)
     call.need(x.cols == k, f"{weight.name} {weight.shape} does not take {x.cols} columns")
     block = min(MOST_INPUTS, power(k, 32))
@@ -192,16 +231,24 @@ def logits_launch(call: Call, logits: Pointer, x: Operand, weight: Operand) -> L
         at_once = min(2, at_once)
         if -(-total // each) * -(-rows // per) >= PLENTY_OF_PROGRAMS:
             per = 16
-    values = {
+    values: dict[str, Any] = {
         "logits": logits, "x": call.pointer(x), "w": call.pointer(weight), "rows": rows, "total": total,
         "k": Aligned(k), "w_stride": Aligned(k), "x_stride": Aligned(x.stride), "per": per,
+        "inverses": inverses, **dict.fromkeys(("norm", "normed", "normed_stride", "eps")),
     }  # fmt: skip
+    if inverses is not None:
+        norm, normed = call.operand("norm"), call.outputs[2]
+        call.need(norm.cols == k, f"the norm of {norm.cols} columns is not of whole rows")
+        values |= {
+            "norm": call.pointer(norm), "normed": call.pointer(normed), "normed_stride": Aligned(normed.stride),
+            "eps": float(call.attrs["eps"]),
+        }  # fmt: skip
     fixed = {"EXPERTS": each, "ROWS": at_once, "PIECES": -(-k // block), "BLOCK_K": block}
-    grid = (-(-total // each), -(-rows // per))
+    grid = (-(-total // each) + (0 if inverses is None else per), -(-rows // per))
     return launch("router_logits_kernel", grid, values, fixed, max(1, block // WARP_INPUTS))
 
 
-@lowering("router", "sink_router")
+@lowering("router", "norm_router", "sink_router")
 def lower_sink_router(call: Call) -> Lowered:
     top_k, shared = int(call.attrs["top_k"]), int(call.attrs["n_shared"])
     bias, scale = call.operand("bias"), call.operand("scale")
@@ -210,7 +257,7 @@ def lower_sink_router(call: Call) -> Lowered:
     call.need(total <= MOST_EXPERTS, f"{total} experts", f"up to {MOST_EXPERTS} are supported")
     values = _results(call, top_k + shared) | {
         "bias": call.pointer(bias), "scale": call.pointer(scale), "routed": routed,
-        "route_scale": float(call.attrs["route_scale"]),
+        "route_scale": float(call.attrs["route_scale"]), "inverses": None,
     }  # fmt: skip
     fixed = {"TOP_K": top_k, "SHARED": shared, "BLOCK_E": power(total, 32)}
     warps = _warps(total)
@@ -222,8 +269,12 @@ def lower_sink_router(call: Call) -> Lowered:
     call.need(weight.dtype == "f32", f"a router with weights of {weight.dtype}", "keep routers in f32")
     logits = Pointer("scratch", "", 0, "f32", rows * total * 4)
     values |= {"logits": logits, "logits_stride": total}
+    used = logits.nbytes
+    if call.op == "norm_router":
+        at = -(-used // 16) * 16
+        values["inverses"], used = Pointer("scratch", "", at, "f32", rows * 4), at + rows * 4
     choice = launch("sink_router_kernel", (rows,), values, fixed, warps)
-    return Lowered((logits_launch(call, logits, x, weight), choice), logits.nbytes)
+    return Lowered((logits_launch(call, logits, x, weight, values["inverses"]), choice), used)
 
 
 @lowering("topk_router")

@@ -159,6 +159,11 @@ def slices(dtype: str, k: int, block_k: int, sm: int) -> int:
     return max(1, min(REACH[sm] // block_k, 1 << (-(-k // block_k) - 1).bit_length()))
 
 
+def stages_that_fit(stages: int, turn: int, sm: int) -> int:
+    """Stages (2 at least) of which one less turn of so many bytes fits into shared memory. No sum depends on them."""
+    return max(2, min(stages, 1 + SHARED_BYTES[sm] // turn))
+
+
 def rule(shape: Shape) -> Blocks:
     """What a table does not list, worked out and not measured.
 
@@ -170,8 +175,8 @@ def rule(shape: Shape) -> Blocks:
     dtype, m, k = shape.dtype, shape.m, shape.k
     if shape.op == "attention":
         keys = 16 if dtype == "f32" else 32 if dtype == "u8" or max(m, k) > 128 else 64
-        # Blackwell keeps sums outside the registers and moves them: with 4 warps wide heads do not fit.
-        return Blocks(16, keys, 8 if shape.sm == 100 and max(m, k) > 64 else 4, 2)
+        # Blackwell keeps sums outside the registers and moves them: heads of over 32 columns do not fit in 4 warps.
+        return Blocks(16, keys, 8 if shape.sm == 100 and max(m, k) > 32 else 4, 2)
     if dtype == "f32":
         return Blocks(16 if m <= 1024 else 32, 32 if k > 32 else 16, 4, 3)
     block_k = _GROUPS.get(dtype, 128 if k > 128 else 64 if k > 64 else 32)  # two slices where K is that long

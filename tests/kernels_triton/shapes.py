@@ -88,6 +88,10 @@ def calls(model: Model, bucket: Bucket, sm: int) -> Iterator[Call]:
             given = {letter: x(m.flow) for letter in letters}
             yield call("linear_steps", {"x": x(m.flow), "weight": w(m.flow, m.flow, dtype=form), "bias": w(1, m.flow)}
                        | given, x(m.flow), steps=text, numbers=numbers)  # fmt: skip
+        normed = {"x": x(d), "norm": w(1, d)}
+        given = {"weight": w(qkvr, d, dtype=form), "bias": None}
+        yield call("norm_linear", normed | given, x(qkvr), eps=1e-6)
+        yield call("norm_linear_steps", normed | given, x(qkvr), steps="silu:v", numbers=[], eps=1e-6)
         for rows, k in ((qkvr, d), (d, q), (2 * m.dense, d), (d, m.dense), (m.flow, m.flow), (d, 80)):
             yield call("linear", {"x": x(k), "weight": w(rows, k, dtype=form), "bias": None}, x(rows))
         yield call(
@@ -142,6 +146,8 @@ def calls(model: Model, bucket: Bucket, sm: int) -> Iterator[Call]:
     out = (x(m.top_k + m.shared), x(m.top_k + m.shared, "i32"))
     numbers = {"top_k": m.top_k, "n_shared": m.shared, "route_scale": 8.0}
     yield call("router", {"x": x(d), "weight": w(m.experts + m.shared, d), **routes}, *out, **numbers)
+    yield call("norm_router", {"x": x(d), "norm": w(1, d), "weight": w(m.experts + m.shared, d), **routes}, *out, x(d),
+               eps=1e-6, **numbers)  # fmt: skip
     yield call("sink_router", {"logits": x(m.experts + m.shared), **routes}, *out, **numbers)
     for scores, groups in ((0, 1), (1, 4), (2, 1)):
         yield call(

@@ -81,6 +81,7 @@ method decode(max_n=8) {
 }
 """
 PASSES = ("fuse.flow_times", "fuse.norm_pair", "fuse.steps")
+NORM_PASSES = {"fuse.norm_router", "fuse.norm_linear"}  # test_fuse_norms.py
 
 
 def ops(program, method="speak"):
@@ -193,9 +194,10 @@ def test_numbers_stay_the_same(text, names, run_pass, program_of, weights_for, e
 
 
 def test_only_the_pipeline_of_the_triton_target_has_these_passes():
-    assert set(PASSES) == set(TRITON_PASSES.values()) <= {step.name for step in load_pipeline("triton").steps}
+    assert {*PASSES, *NORM_PASSES} == set(TRITON_PASSES.values())
+    assert set(TRITON_PASSES.values()) <= {step.name for step in load_pipeline("triton").steps}
     for name in ("cpu", "onnx", "tensorrt"):
-        assert not set(PASSES) & {step.name for step in load_pipeline(name).steps}
+        assert not set(TRITON_PASSES.values()) & {step.name for step in load_pipeline(name).steps}
     assert all(OPS[op].from_pass for op in TRITON_PASSES)
 
 

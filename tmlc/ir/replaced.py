@@ -17,5 +17,9 @@ TRITON_PASSES = {
     "rms_norm_steps": "fuse.steps",
     "silu_add_rows": "fuse.flow_times",
     "rms_norm_pair": "fuse.norm_pair",
+    "norm_router": "fuse.norm_router",
+    "norm_linear": "fuse.norm_linear",
+    "norm_linear_steps": "fuse.norm_linear",
+    "norm_linear_conv_state": "fuse.norm_linear",
 }
 TRITON_ONLY = {op: f"only the Triton target runs it, leave out {name}" for op, name in TRITON_PASSES.items()}

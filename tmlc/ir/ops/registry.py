@@ -58,7 +58,7 @@ class OpSpec:
 
     @property
     def outputs(self) -> int:
-        """Number of tensors returned: 0, 1 or 2."""
+        """Number of tensors returned: 0 to 3."""
         return len(self.overload._schema.returns)
 
 

@@ -1,0 +1,98 @@
+"""Products and routers that norm the rows that they read.
+
+The references norm in float64 and round nothing between the norm and the product. A kernel rounds norm∘x to bf16 (f32
+weights: not at all), where the kernels apart would round the normed row: either way one rounding of each factor, half a
+unit of 8 bits: 2^-9 of it, and Σ w·x of k independent ones is off by about 2^-9·√(Σ (w·x)²). Sums of squares are of
+bf16 pairs: 2^-17, far below.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from shapes import w, x
+from triton_harness import Session, Shape, agree, bits, draw, run, weight
+
+from tmlc.kernels.triton.bucket import Bucket
+from tmlc.kernels.triton.registry import Call, lower
+
+EPS = {"eps": 1e-5}
+COUNTS = (3, 1, 17)
+#: Of the largest element: bf16 factors (above); float32 sums.
+ROUNDED, EXACT = 4e-3, 3e-6
+
+
+def sessions(k: int, **more: int) -> list[Session]:
+    scales = (0.01, 30.0, 1.0)  # rows of all sizes: eps counts in the first
+    return [
+        Session({"x": scale * draw(s, count, k)} | {name: draw(20 + s, count, cols) for name, cols in more.items()},
+                count=count)
+        for s, (scale, count) in enumerate(zip(scales, COUNTS, strict=True))
+    ]  # fmt: skip
+
+
+def weights_of(m: int, k: int, dtype: str) -> dict:
+    return {"norm": weight(1.0 + 0.3 * draw(7, 1, k)), "weight": weight(draw(8, m, k), dtype)}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "m", "k"),
+    [("f32", 33, 70), ("bf16", 33, 70), ("bf16", 20, 520), ("f8g128", 20, 300), ("i8g32", 20, 131),
+     ("i4g32", 20, 131), ("i4g64", 20, 300)],
+)  # fmt: skip
+def test_a_product_of_normed_rows(machine, dtype, m, k):
+    """Alone, in company and in cuts: tiles of 8 rows and of 16 have the same bits."""
+    given, weights = sessions(k), weights_of(m, k, dtype) | {"bias": weight(draw(9, 1, m))}
+    tolerance = EXACT if dtype == "f32" else ROUNDED
+    agree(machine, "norm_linear", given, EPS, [Shape("f32", m)], tolerance, weights, cuts=(1, 9))
+
+
+def test_steps_behind_a_product_of_normed_rows(machine):
+    attrs = EPS | {"steps": "mul:av silu:v", "numbers": []}
+    given, weights = sessions(70, a=20), weights_of(20, 70, "bf16")
+    agree(machine, "norm_linear_steps", given, attrs, [Shape("f32", 20)], ROUNDED, weights, cuts=(9,))
+
+
+def test_a_convolution_behind_a_product_of_normed_rows(machine):
+    given = sessions(70)
+    for s, session in enumerate(given):
+        session.states["tail"] = draw(60 + s, 3, 8)
+    weights = weights_of(20, 70, "bf16") | {"taps": weight(draw(6, 8, 4))}
+    attrs = EPS | {"start": 12, "residual": True, "level": 0.8}
+    agree(machine, "norm_linear_conv_state", given, attrs, [Shape("f32", 20)], ROUNDED, weights, cuts=(9,))
+
+
+def test_a_row_is_normed_as_by_the_kernel_of_norms(machine):
+    """With ones and powers of two nothing is rounded but the sums, so the fused product has the bits of the others."""
+    rows = np.where(draw(1, 5, 64) > 0, 0.5, -2.0).astype(np.float32)
+    shared = {"norm": weight(np.full((1, 64), 2.0, np.float32)), "weight": weight(np.eye(64, dtype=np.float32), "bf16")}
+    fused = run(machine, "norm_linear", [Session({"x": rows}, count=5)], EPS, [Shape("f32", 64)], shared)[0][0]
+    apart = run(machine, "rms_norm", [Session({"x": rows}, count=5)], EPS, [Shape("f32", 64)],
+                {"weight": shared["norm"]})[0][0]  # fmt: skip
+    assert np.array_equal(bits(fused), bits(apart))
+
+
+@pytest.mark.parametrize(("count", "pieces"), [(9, 1), (9, 2), (75, 1)])
+def test_a_router_norms_rows_and_hands_them_on(machine, monkeypatch, count, pieces):
+    """A program has one expert and few rows, or four experts and many rows, of all inputs or of pieces of them."""
+    from tmlc.kernels.triton import router
+
+    if pieces > 1:
+        monkeypatch.setattr(router, "MOST_INPUTS", 32)
+    monkeypatch.setattr(router, "ENOUGH_PROGRAMS", 20)
+    monkeypatch.setattr(router, "PLENTY_OF_PROGRAMS", 30)
+    weights = weights_of(count + 1, 33, "f32") | {
+        "bias": weight(draw(2, 1, count)), "scale": weight(np.array([[1.3]], np.float32)),
+    }  # fmt: skip
+    attrs = EPS | {"top_k": 3, "n_shared": 1, "route_scale": 2.5}
+    shapes = [Shape("f32", 4), Shape("i64", 4), Shape("f32", 33)]
+    agree(machine, "norm_router", sessions(33), attrs, shapes, 1e-5, weights, cuts=(2,))
+
+
+@pytest.mark.parametrize(("sm", "few", "more"), [(89, 3, 2), (90, 2, 2)])
+def test_the_norm_s_weight_fits_into_shared_memory_too(sm, few, more):
+    """Of two turns of 512 inputs on their way, 16 rows beside 16 rows of weights leave no room for it."""
+    given = {"x": x(1024), "norm": w(1, 1024), "weight": w(1792, 1024, dtype="bf16"), "bias": None}
+    for n, stages in ((1, few), (16, more)):
+        (product,) = lower(Call("norm_linear", given, EPS, (x(1792),), Bucket(1, n), sm)).launches
+        assert product.num_stages == stages
