@@ -94,13 +94,16 @@ def number(number0, number1, number2, WHICH: tl.constexpr):
 
 @device
 def run_steps(v, a, b, c, number0, number1, number2, STEPS: tl.constexpr, COUNT: tl.constexpr):
-    """v after each of STEPS, in order: (op, what its three operands are, which its two numbers are)."""
+    """v after each of COUNT steps, in order. STEPS has six entries for each, in one row (Triton 3.6 takes no tuples of
+    tuples, and a text out of a tuple only if it is told again that it is a constant): the op, what its three operands
+    are, which its two numbers are."""
     for i in tl.static_range(COUNT):
-        v = arithmetic(
-            operand(v, a, b, c, STEPS[i][1]), operand(v, a, b, c, STEPS[i][2]), operand(v, a, b, c, STEPS[i][3]),
-            number(number0, number1, number2, STEPS[i][4]), number(number0, number1, number2, STEPS[i][5]),
-            STEPS[i][0],
-        )  # fmt: skip
+        x = operand(v, a, b, c, tl.constexpr(STEPS[6 * i + 1]))
+        y = operand(v, a, b, c, tl.constexpr(STEPS[6 * i + 2]))
+        z = operand(v, a, b, c, tl.constexpr(STEPS[6 * i + 3]))
+        first = number(number0, number1, number2, STEPS[6 * i + 4])
+        second = number(number0, number1, number2, STEPS[6 * i + 5])
+        v = arithmetic(x, y, z, first, second, tl.constexpr(STEPS[6 * i]))
     return v
 
 
@@ -162,15 +165,16 @@ def steps_of(call: Call) -> tuple[dict[str, Any], dict[str, Any]]:
             call.need(given.rows == out.rows and given.cols == out.cols, f"operand {letter} has another shape")
             pointer, stride = call.pointer(given), given.stride
         values |= {letter: pointer, f"{letter}_stride": Aligned(stride)}
-    coded, count = [], 0
+    coded: list[str | int] = []
+    count = 0
     for step in steps:
         taken = () if step.op == "add_row" else step.numbers
         which = [count + index if index < len(taken) else -1 for index in range(2)]
         values |= {f"number{count + index}": float(value) for index, value in enumerate(taken)}
         operands = (*step.operands, "", "")[:3]
-        coded.append(("add" if step.op == "add_row" else step.op, *operands, *which))
+        coded += ["add" if step.op == "add_row" else step.op, *operands, *which]
         count += len(taken)
-    return values, {"STEPS": tuple(coded), "COUNT": len(coded)}
+    return values, {"STEPS": tuple(coded), "COUNT": len(steps)}
 
 
 def table_row(call: Call, table: Operand, index: int) -> Pointer:
