@@ -21,8 +21,8 @@ from tmlc.kernels.triton.registry import load_kernels
 
 #: What a thread can have at most; the launches here have up to 256 threads, so the register file holds them.
 MOST_REGISTERS = 255
-#: What is tried when a variant with more stages spills. Three still hide most of the wait; fewer are not worth it.
-FEWER_STAGES = (6, 4, 3)
+#: What is tried when a variant with more stages spills; with one nothing would be on its way while a turn is computed.
+FEWER_STAGES = (6, 4, 3, 2)
 _USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 
 
