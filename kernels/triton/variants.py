@@ -93,14 +93,16 @@ def compile_variant(variant: Variant) -> Compiled:
     }
     source = ASTSource(fn=fn, signature=signature, constexprs=constexprs, attrs=attrs)
     target = GPUTarget("cuda", variant.sm, 32)
-    best = _compiled(source, target, variant, variant.num_stages, MOST_REGISTERS if _waits_once(variant) else None)
+    first = MOST_REGISTERS if _waits_once(variant) else None
+    best = _compiled(source, target, variant, variant.num_stages, first)
+    # The assembler gives up a few registers for occupancy. These kernels wait for memory: the registers are worth more
+    # (though told that it may have all, it does worse now and then). Where all do not suffice, fewer blocks on their
+    # way do; neither changes the order of a sum.
     for stages in (variant.num_stages, *(n for n in FEWER_STAGES if n < variant.num_stages)):
-        if not best.spill_bytes:
-            break
-        # The assembler gave up a few registers for occupancy. These kernels wait for memory: the registers are worth
-        # more. Where all do not suffice, fewer blocks on their way do; neither changes the order of a sum.
-        made = _compiled(source, target, variant, stages, MOST_REGISTERS)
-        best = min(best, made, key=lambda one: one.spill_bytes)
+        for registers in (None, MOST_REGISTERS):
+            if best.spill_bytes and (stages, registers) != (variant.num_stages, first):
+                made = _compiled(source, target, variant, stages, registers)
+                best = min(best, made, key=lambda one: one.spill_bytes)
     return best
 
 
