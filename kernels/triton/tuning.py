@@ -146,6 +146,7 @@ SHARED_BYTES = {80: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
 #: Inputs that a program has on the way at once: a row of `small`, where 16 rows of activations fit beside them.
 REACH = {80: 512, 89: 512, 90: 1024, 100: 1024, 120: 512}
 MOST_WARPS = 8
+MOST_SLICES = 16  # a warp keeps a sum for each of its own: with four of them beside gate and up 8-bit codes spilled
 ROWS = 16  # activations that stand beside a tile of weights, as float32, where there are many
 _BITS = {"bf16": 16, "f8g128": 8, "i8g32": 8, "i4g32": 4, "i4g64": 4}
 _GROUPS = {"f8g128": 128, "i8g32": 32, "i4g32": 32, "i4g64": 64}
@@ -156,7 +157,7 @@ def slices(dtype: str, k: int, block_k: int, sm: int) -> int:
     the weight and the architecture."""
     if dtype == "f32":
         return 1
-    return max(1, min(REACH[sm] // block_k, 1 << (-(-k // block_k) - 1).bit_length()))
+    return max(1, min(MOST_SLICES, REACH[sm] // block_k, 1 << (-(-k // block_k) - 1).bit_length()))
 
 
 def stages_that_fit(stages: int, turn: int, sm: int) -> int:

@@ -169,7 +169,8 @@ def test_the_rule_asks_for_a_row_at_once_and_the_weight_decides_the_order_of_sum
         assert made.block_k == rule(Shape(op, dtype, 90, m, k)).block_k == (FORMS[dtype].group or 128)
         count = slices(dtype, k, made.block_k, sm)
         turns = math.ceil(k / (count * made.block_k))
-        assert count * made.block_k >= min(k, tuning.REACH[sm]) and made.warps == min(8, count)
+        assert count == tuning.MOST_SLICES or count * made.block_k >= min(k, tuning.REACH[sm])
+        assert made.warps == min(8, count) and count <= tuning.MOST_SLICES
         assert (made.stages == 3) <= (turns > 1), "there is nothing for a second turn to wait for"
         # The tile's weights and 16 rows of activations, for each turn that is on the way.
         rows = made.block_m * (2 if op == "moe_gate_up" else 1)
