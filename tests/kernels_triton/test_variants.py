@@ -12,6 +12,7 @@ from tmlc.errors import EmitError
 from tmlc.kernels.triton.bucket import Bucket
 from tmlc.kernels.triton.launch import Variant
 from tmlc.kernels.triton.registry import ARCHITECTURES, launch, lower, supported
+from tmlc.kernels.triton.tuning import SHARED_BYTES
 from tmlc.kernels.triton.variants import Compiled, compile_variant, variant_key
 
 BUCKETS = (Bucket(1, 1), Bucket(1, 4), Bucket(16, 16))
@@ -34,7 +35,7 @@ def held(compiled: Compiled, variant: Variant) -> None:
     most, _ = EXCEPTIONS.get((variant.kernel, variant.sm), (0, ""))
     assert compiled.spill_bytes <= most, f"{variant} spills {compiled.spill_bytes} bytes"
     assert compiled.registers <= 255 and compiled.num_warps * 32 <= 1024
-    assert compiled.shared <= (101376 if variant.sm in (89, 120) else 166912), variant
+    assert compiled.shared <= SHARED_BYTES[variant.sm], variant
     assert compiled.cubin[:4] == b"\x7fELF"
 
 
