@@ -333,10 +333,9 @@ def tile_rows(rows: int) -> int:
     return FEW_ROWS if rows <= FEW_ROWS else ROWS
 
 
-def lines(call: Call, weight: Operand, blocks: Blocks) -> int:
-    """Lines of 128 bytes of a row that a program reads at a time."""
-    read = slices(weight.dtype, weight.shape[-1], blocks.block_k, call.sm) * blocks.block_k
-    return max(1, read * FORMS[weight.dtype].bits // 8 // 128)
+def lines(weight: Operand, fixed: dict[str, Any]) -> int:
+    """Lines of 128 bytes of a row that a program reads at a time; fixed: of `product_values`."""
+    return max(1, fixed["SLICES"] * fixed["BLOCK_K"] * FORMS[weight.dtype].bits // 8 // 128)
 
 
 def linear_launch(
@@ -359,7 +358,7 @@ def linear_launch(
     rows, norm = call.rows(x), call.optional("norm")
     call.need(norm is None or norm.cols == k, f"the norm of {x.cols} columns is not of whole rows")
     values, fixed, blocks = product_values(call, weight, "linear", m)
-    fixed |= {"ROWS": tile_rows(rows), "LINES": lines(call, weight, blocks), "OVERLAP": False}
+    fixed |= {"ROWS": tile_rows(rows), "LINES": lines(weight, fixed), "OVERLAP": False}
     values |= {
         "out": call.pointer(out) if isinstance(out, Operand) else out,
         "out_stride": out.stride if isinstance(out, Operand) else out_stride,

@@ -250,7 +250,7 @@ def moe_launches(call: Call, scratch: _Scratch) -> tuple[list[Launch], Pointer]:
         "bias": None if biases[1] is None else call.pointer(biases[1]),
     }  # fmt: skip
     grid = (tiles, -(-d // blocks.block_m))
-    tile |= {"LINES": lines(call, down, blocks), "OVERLAP": False}
+    tile |= {"LINES": lines(down, fixed), "OVERLAP": False}
     launches.append(launch("moe_down_kernel", grid, values, fixed | tile, blocks.warps, blocks.stages))
     return launches, parts
 
