@@ -1,5 +1,5 @@
-"""Attention over a linear or a ring cache: new keys and values are written, then every query works through the splits
-of its positions.
+"""Attention over a linear or a ring cache: new keys and values are written (kv_write.py), then each query works through
+the splits of its positions.
 
 A split is [S·s, S·s + S) in absolute positions, so a query's splits, and the order of its sums, depend on its own
 position only. Where a call has too few programs for a GPU each split is a program of its own, which leaves its part in
@@ -11,6 +11,7 @@ from typing import Any
 
 import triton.language as tl
 
+from tmlc.kernels.triton.kv_write import write_launch
 from tmlc.kernels.triton.launch import Aligned, Lowered, Operand, Pointer
 from tmlc.kernels.triton.linear import tanh
 from tmlc.kernels.triton.mode import device
@@ -33,63 +34,6 @@ def whole_power(x):
     """2^x of a whole number up to 0, and 0 below -126: whole numbers are put into a float's exponent, which takes no
     slow instruction."""
     return ((tl.maximum(x, -127.0) + 12583039.0).to(tl.int32, bitcast=True) << 23).to(tl.float32, bitcast=True)
-
-
-@device
-def cache_row(position, capacity, sinks, RING: tl.constexpr):
-    """Row of a cache that holds an absolute position."""
-    if RING:
-        return tl.where(position < sinks, position, sinks + (position - sinks) % (capacity - sinks))
-    return position
-
-
-@device
-def write_row(
-    cache, new, row, slot, at, groups, d, row_stride, new_stride,
-    INT8: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr, ITEM: tl.constexpr,
-):  # fmt: skip
-    """One new row of a run of heads into row `at` of a cache."""
-    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
-    inner = tl.arange(0, BLOCK)
-    mask = (head < groups)[:, None] & (inner < d)[None, :]
-    values = tl.load(new + row * new_stride + head[:, None] * d + inner[None, :], mask=mask, other=0.0)
-    base = tl.multiple_of(slot // ITEM, 16) + at * row_stride
-    if INT8:
-        wide = (d + 3) // 4 * 4
-        peak = tl.max(tl.abs(values), 1)
-        usable = (peak < float("inf")) & (tl.sum((values != values).to(tl.int32), 1) == 0)
-        flat = (usable == 0) | (peak < 1e-30)
-        step = tl.where(flat, 0.0, tl.div_rn(127.0, tl.where(flat, 1.0, peak)))
-        rounded = (values * step[:, None] + 12582912.0) - 12582912.0
-        code = tl.where(flat[:, None], 128.0, rounded + 128.0).to(tl.int32).to(tl.uint8)
-        place = head * (wide + 4)
-        inside = (head < groups)[:, None] & (inner < wide)[None, :]
-        tl.store(cache + base + place[:, None] + inner[None, :], tl.where(mask, code, 0), mask=inside)
-        scale = tl.where(usable, tl.where(flat, 0.0, tl.div_rn(peak, 127.0)), float("nan"))
-        where = (cache + base + place + wide).to(tl.pointer_type(tl.float32))
-        tl.store(where, scale, mask=head < groups)
-    else:
-        tl.store(cache + base + head[:, None] * d + inner[None, :], values.to(cache.dtype.element_ty), mask=mask)
-
-
-@device
-def kv_write_kernel(
-    k_cache, v_cache, k, v, position, slots, counts, n, groups, d, dv, capacity, sinks, k_stride, v_stride,
-    k_new_stride, v_new_stride,
-    RING: tl.constexpr, INT8: tl.constexpr, HEADS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
-    ITEM: tl.constexpr,
-):  # fmt: skip
-    """Writes the new keys and values of all sessions into their caches; grid (rows, runs of heads, keys and values)."""
-    row = tl.program_id(0).to(tl.int64)
-    session, i = row // n, row % n
-    slot = tl.load(slots + session)
-    if (i >= tl.load(counts + session)) | (slot < 0):  # no slot is negative; said here, both are read together
-        return
-    at = cache_row(tl.load(position + slot // 8) + i, capacity, sinks, RING)
-    if tl.program_id(2) == 0:
-        write_row(k_cache, k, row, slot, at, groups, d, k_stride, k_new_stride, INT8, HEADS, BLOCK_K, ITEM)
-    else:
-        write_row(v_cache, v, row, slot, at, groups, dv, v_stride, v_new_stride, INT8, HEADS, BLOCK_V, ITEM)
 
 
 @device
@@ -330,9 +274,9 @@ def split_count(capacity: int, window: int, n: int) -> int:
 _CACHES = {"f32": 4, "bf16": 2, "u8": 1}
 
 
-@lowering("attention_state")
+@lowering("attention_state", "norm_attention_state")
 def lower_attention(call: Call) -> Lowered:
-    q, k, v = (call.operand(name) for name in ("q", "k", "v"))
+    q, v = call.operand("q"), call.operand("v")
     caches = call.operand("k_cache"), call.operand("v_cache")
     position, out = call.operand("position"), call.outputs[0]
     heads, groups = int(call.attrs["num_heads"]), int(call.attrs["num_kv_heads"])
@@ -351,20 +295,12 @@ def lower_attention(call: Call) -> Lowered:
     call.need(dtype in _CACHES, f"caches of {dtype}")
     shared: dict[str, Any] = {
         "position": _state(call, position, "i64"), "slots": call.slots, "counts": call.counts, "n": n,
-        "capacity": Aligned(capacity), "sinks": Aligned(sinks),
+        "d": Aligned(d), "dv": Aligned(dv), "capacity": Aligned(capacity), "sinks": Aligned(sinks),
+        "k_cache": _state(call, caches[0], dtype), "v_cache": _state(call, caches[1], dtype),
+        "k_stride": Aligned(caches[0].stride), "v_stride": Aligned(caches[1].stride),
     }  # fmt: skip
     ring, int8 = window > 0, dtype == "u8"
-    block_k, block_v = (power(-(-width // 4) * 4 if int8 else width, 4) for width in (d, dv))
-    run = min(power(groups), max(1, 2048 // max(block_k, block_v)))
-    values = shared | {
-        "k_cache": _state(call, caches[0], dtype), "v_cache": _state(call, caches[1], dtype),
-        "k": call.pointer(k), "v": call.pointer(v), "groups": groups, "d": Aligned(d), "dv": Aligned(dv),
-        "k_stride": Aligned(caches[0].stride), "v_stride": Aligned(caches[1].stride),
-        "k_new_stride": Aligned(k.stride), "v_new_stride": Aligned(v.stride),
-    }  # fmt: skip
-    fixed = {"RING": ring, "INT8": int8, "HEADS": run, "BLOCK_K": block_k, "BLOCK_V": block_v, "ITEM": _CACHES[dtype]}
-    grid = (call.bucket.batch * n, -(-groups // run), 2)
-    launches = [launch("kv_write_kernel", grid, values, fixed, 1 if run * max(block_k, block_v) <= 256 else 4)]
+    cached: dict[str, Any] = {"RING": ring, "INT8": int8, "ITEM": _CACHES[dtype]}
 
     splits = split_count(capacity, window, n)
     tiles = -(-n * group // 16)
@@ -380,6 +316,13 @@ def lower_attention(call: Call) -> Lowered:
         "part_l": Pointer("scratch", "", m_bytes, "f32", parts * 4),
         "part_acc": Pointer("scratch", "", 2 * m_bytes, "f32", parts * dv * 4),
     }
+    used = 2 * m_bytes + parts * dv * 4 if parallel else 0
+    queries, q_stride, normed = call.pointer(q), q.stride, None
+    if call.op == "norm_attention_state":
+        queries = normed = Pointer("scratch", "", -(-used // 256) * 256, "f32", rows * q.cols * 4)
+        used, q_stride = normed.offset + normed.nbytes, q.cols
+    launches = [write_launch(call, shared, cached, normed)]
+
     sink_stride = 0 if sink is None or sink.space == "weight" else sink.stride
     last: dict[str, Any] = {
         "out": call.pointer(out), "out_stride": Aligned(out.stride),
@@ -387,11 +330,10 @@ def lower_attention(call: Call) -> Lowered:
         "sink_stride": None if sink is None else sink_stride,
     }  # fmt: skip
     inside = shared | {
-        "q": call.pointer(q), "k_cache": _state(call, caches[0], dtype), "v_cache": _state(call, caches[1], dtype),
+        "q": queries, "q_stride": Aligned(q_stride),
         "rel": None if rel is None else call.pointer(rel),
         "rel_table": None if table is None else call.pointer(table),
-        "group": group, "d": Aligned(d), "dv": Aligned(dv), "window": Aligned(window), "splits": splits,
-        "k_stride": Aligned(caches[0].stride), "v_stride": Aligned(caches[1].stride), "q_stride": Aligned(q.stride),
+        "group": group, "window": Aligned(window), "splits": splits,
         "rel_stride": None if rel is None else Aligned(rel.stride),
         "extent": None if table is None else Aligned(table.cols),
         "scale": float(call.attrs["scale"]), "log_floor": floor if floor > 0 else None,
@@ -403,24 +345,24 @@ def lower_attention(call: Call) -> Lowered:
     call.need(blocks.block_k <= LEAST_SPLIT, f"blocks of {blocks.block_k} keys", most)
     ranks, alone = 0 if rel is None else rel.cols // heads, n == 1 or group % 16 == 0
     fixed = {
-        "RING": ring, "INT8": int8, "EXACT": dtype == "f32", "RANKS": ranks, "ALONE": alone, "PARALLEL": parallel,
+        **cached, "EXACT": dtype == "f32", "RANKS": ranks, "ALONE": alone, "PARALLEL": parallel,
         "BLOCK_R": power(ranks or 1, 16),
         "NARROW": ring and capacity - sinks < blocks.block_k, "SPLIT": split_size(capacity, window),
-        "BLOCK_J": blocks.block_k, "BLOCK_D": block_d, "BLOCK_V": block_v, "ITEM": _CACHES[dtype],
+        "BLOCK_J": blocks.block_k, "BLOCK_D": block_d, "BLOCK_V": block_v,
     }  # fmt: skip
     nothing = dict.fromkeys(last if parallel else scratch)
     values = inside | nothing | (scratch if parallel else last)
     programs_by = (call.bucket.batch * tiles, groups, splits if parallel else 1)
     launches.append(launch("attention_kernel", programs_by, values, fixed, blocks.warps, blocks.stages))
     if not parallel:
-        return Lowered(tuple(launches))
+        return Lowered(tuple(launches), used)
     values = scratch | last | {
         "counts": call.counts, "n": n, "heads": heads, "dv": Aligned(dv), "splits": splits,
     }  # fmt: skip
     turns = -(-splits // PARTS_AT_ONCE)
     fixed = {"BLOCK_V": block_v, "TURNS": turns, "PARTS": -(-splits // (4 * turns)) * 4}
     launches.append(launch("attention_combine_kernel", (rows, heads), values, fixed, 1))
-    return Lowered(tuple(launches), 2 * m_bytes + parts * dv * 4)
+    return Lowered(tuple(launches), used)
 
 
 def _state(call: Call, operand: Operand, dtype: str) -> Pointer:

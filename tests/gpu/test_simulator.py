@@ -11,6 +11,7 @@ from transformers import InklingForCausalLM, InklingTextConfig, Qwen3MoeConfig, 
 import tmlc
 from tmlc.frontend.checkpoint import open_checkpoint
 from tmlc.ir.run import ProgramRunner
+from tmlc.pipeline.pipeline import load_pipeline
 from tmlc.report.verify import replay
 
 INKLING = dict(
@@ -168,3 +169,23 @@ def test_the_bits_do_not_depend_on_the_buckets(pair, lab):
                 at += count
             results.append((np.concatenate(parts).tobytes(), gpu.slots.memory.read(session.index)))
     assert results[0] == results[1]
+
+
+@pytest.mark.slow
+def test_norms_in_attention_change_no_bit(tiny, lab, machine, tmp_path):
+    """The same plan but for the launches that norm queries and keys before keys are written."""
+    steps = load_pipeline("triton").configure("memory.buckets", **lab.buckets).disable(["fuse.norm_attention"])
+    with lab.nothing_compiled():
+        tmlc.compile(tiny.checkpoint, tmp_path / "apart.tmlc", target=lab.target, precision="fp32", pipeline=steps)
+    mark, found = machine.mark(), []
+    for package in (tmp_path / "apart.tmlc", tiny.gpu):
+        with lab.load(package, machine, 1) as engine, engine.session() as session:
+            logits = [session.append(tokens=tokens) for tokens in ([5, 9, 40], [3])]
+            code = engine._package.json("engines/triton/sm90/code.json")
+            kernels = {variant["kernel"] for variant in code["variants"]}
+            found.append((np.concatenate(logits), engine.slots.memory.read(session.index), kernels))
+    machine.release(mark)
+    (apart, states, before), (logits, normed, after) = found
+    assert np.array_equal(logits, apart) and normed == states
+    assert before - after == {"rms_norm_pair_kernel", "kv_write_kernel"}
+    assert after - before == {"norm_kv_write_kernel"}

@@ -46,6 +46,29 @@ def test_the_state_of_its_convolution_is_changed():
     assert torch.equal(here[4], there[4]) and not torch.equal(here[4], CASES["linear_conv_state"]()[4])
 
 
+def attention_arguments():
+    states = torch.tensor([[2]]), torch.zeros(6, 3), torch.zeros(6, 2)
+    return (*states, None, None, 2, 1, 0.5, 0, 0, 0.0, 0.0, None, 0.0)
+
+
+def test_attention_norms_each_head_of_queries_and_of_keys():
+    q, k, v, norms = X, rand(4, 3, seed=9), rand(4, 2, seed=10), (rand(3, seed=11), rand(3, seed=12))
+    here, there = attention_arguments(), attention_arguments()
+    found = op("norm_attention_state", q, norms[0], k, norms[1], EPS, v, *here)
+    heads = (op("rms_norm", x, norm, EPS) for x, norm in zip((q, k), norms, strict=True))
+    assert torch.equal(found, op("attention_state", *heads, v, *there))
+    assert OPS["norm_attention_state"].mutates == ("k_cache", "v_cache")
+    assert torch.equal(here[1], there[1]) and torch.equal(here[2], there[2]) and here[1].any()
+
+
+def test_norms_of_other_groups_than_heads_are_refused():
+    q, k, v, head = (TensorType("f32", shape) for shape in ((4, 6), (4, 3), (4, 2), (3,)))
+    states = TensorType("i64", (1, 1)), TensorType("f32", (6, 3)), TensorType("f32", (6, 2))
+    for norms in ((TensorType("f32", (6,)), head), (head, TensorType("f32", (1,)))):
+        with pytest.raises(IRError, match="_norm must have the columns of a head"):
+            OPS["norm_attention_state"].shapes(q, norms[0], k, norms[1], EPS, v, *states, *attention_arguments()[3:])
+
+
 def test_a_norm_of_groups_of_columns_is_refused():
     x, half, weight = TensorType("f32", (4, 6)), TensorType("f32", (3,)), TensorType("f32", (5, 6))
     with pytest.raises(IRError, match="norm must have 6 columns"):

@@ -86,6 +86,19 @@ def test_broken_text(stateful_text, rule, old, new):
     assert caught.value.where.endswith(rule), str(caught.value)
 
 
+def test_attention_that_norms_is_held_to_its_cache_too(stateful_text):
+    text = stateful_text.replace(
+        "attention_state(%q, %k, %v, %position, %k_cache, %v_cache, none, none,",
+        "norm_attention_state(%q, %head, %k, %head, eps=1e-06, v=%v, position=%position, k_cache=%k_cache,"
+        " v_cache=%v_cache, rel=none, rel_table=none,",
+    ).replace("log_alpha=0.0)", "log_alpha=0.0, sink_logits=none, softcap=0.0)")
+    text = text.replace('state "position"', 'weight "head" = source("head") : f32[2]\nstate "position"', 1)
+    text = text.replace("  %position =", '  %head = weight "head" : f32[2]\n  %position =')
+    verify(parse_program(text))
+    with pytest.raises(IRError, match="a ring of 8 rows cannot hold"):
+        verify(parse_program(text.replace("window=3", "window=5")))
+
+
 def test_the_programs_themselves_are_fine(stateless, stateful):
     verify(stateless)
     verify(stateful)

@@ -123,15 +123,20 @@ def calls(model: Model, bucket: Bucket, sm: int) -> Iterator[Call]:
             (m.context - 96, m.context, 16),
         ):
             for extra in ({}, {"sink_logits": w(1, m.heads)}):
-                yield call(
-                    "attention_state",
-                    {"q": x(q), "k": x(kv), "v": x(kv), "position": state(1, 1, "i64"),
-                     "k_cache": state(capacity, width, cache), "v_cache": state(capacity, width, cache),
-                     "rel": x(m.heads * m.ranks) if not extra else None,
-                     "rel_table": w(m.ranks, m.extent) if not extra else None, **extra},
-                    x(q), num_heads=m.heads, num_kv_heads=m.groups, scale=0.1, window=window, sinks=sinks,
-                    log_floor=512.0, log_alpha=0.1, softcap=30.0 if extra else 0.0,
-                )  # fmt: skip
+                given = {
+                    "q": x(q), "k": x(kv), "v": x(kv), "position": state(1, 1, "i64"),
+                    "k_cache": state(capacity, width, cache), "v_cache": state(capacity, width, cache),
+                    "rel": x(m.heads * m.ranks) if not extra else None,
+                    "rel_table": w(m.ranks, m.extent) if not extra else None, **extra,
+                }  # fmt: skip
+                attrs = {
+                    "num_heads": m.heads, "num_kv_heads": m.groups, "scale": 0.1, "window": window, "sinks": sinks,
+                    "log_floor": 512.0, "log_alpha": 0.1, "softcap": 30.0 if extra else 0.0,
+                }  # fmt: skip
+                yield call("attention_state", given, x(q), **attrs)
+                if not extra:
+                    norms = {"q_norm": w(1, m.head), "k_norm": w(1, m.head)}
+                    yield call("norm_attention_state", given | norms, x(q), eps=1e-6, **attrs)
     yield call(
         "rope_state", {"x": x(q), "position": state(1, 1, "i64"), "inv_freq": w(1, m.head // 2)}, x(q),
         num_heads=m.heads, offset=0, interleaved=False, scaling=1.0,

@@ -1,10 +1,11 @@
-"""Attention over linear and ring caches of every dtype: against float64, cut anywhere, across the ring's seam."""
+"""Attention over linear and ring caches of every dtype, of normed queries and keys too: against float64, cut anywhere,
+across the ring's seam."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
-from triton_harness import Session, Shape, agree, draw, weight
+from triton_harness import Session, Shape, agree, bits, draw, run, weight
 
 from tmlc.ir.ops.kv import int8_columns
 
@@ -12,24 +13,27 @@ H, G, D, DV, RANKS = 4, 2, 10, 6, 3
 TOLERANCE = {"f32": 1e-5, "bf16": 2e-4, "u8": 8e-3}
 
 
-def session(seed: int, n: int, position: int, dtype: str, capacity: int, sinks_by_row: bool = False) -> Session:
-    widths = (G * int8_columns(D), G * int8_columns(DV)) if dtype == "u8" else (G * D, G * DV)
+def session(
+    seed: int, n: int, position: int, dtype: str, capacity: int, sinks_by_row: bool = False, groups: int = G
+) -> Session:
+    heads = H // G * groups
+    widths = tuple(groups * (int8_columns(width) if dtype == "u8" else width) for width in (D, DV))
     caches = []
     for i, width in enumerate(widths):
         values = draw(seed + 70 + i, capacity, width)
         if dtype == "bf16":
             caches.append((values.view(np.uint32) >> 16).astype(np.uint16))
         elif dtype == "u8":
-            heads = np.zeros((capacity, G, width // G), np.uint8)
-            heads[..., :-4] = np.random.default_rng(seed).integers(1, 256, heads[..., :-4].shape)
-            heads[..., -4:] = np.full((capacity, G, 1), 0.01, np.float32).view(np.uint8)
-            caches.append(heads.reshape(capacity, width))
+            codes = np.zeros((capacity, groups, width // groups), np.uint8)
+            codes[..., :-4] = np.random.default_rng(seed).integers(1, 256, codes[..., :-4].shape)
+            codes[..., -4:] = np.full((capacity, groups, 1), 0.01, np.float32).view(np.uint8)
+            caches.append(codes.reshape(capacity, width))
         else:
             caches.append(values)
-    inputs = {"q": draw(seed, n, H * D), "k": draw(seed + 1, n, G * D), "v": draw(seed + 2, n, G * DV)}
-    inputs["rel"] = draw(seed + 3, n, H * RANKS)
+    inputs = {"q": draw(seed, n, heads * D), "k": draw(seed + 1, n, groups * D), "v": draw(seed + 2, n, groups * DV)}
+    inputs["rel"] = draw(seed + 3, n, heads * RANKS)
     if sinks_by_row:
-        inputs["sink_logits"] = draw(seed + 4, n, H)
+        inputs["sink_logits"] = draw(seed + 4, n, heads)
     states = {"position": np.array([[position]], np.int64), "k_cache": caches[0], "v_cache": caches[1]}
     return Session(inputs, states, n)
 
@@ -82,3 +86,51 @@ def test_large_scores_overflow_nothing(machine):
     sessions = [session(1, 5, 3, "f32", 64)]
     sessions[0].inputs["q"] *= 300
     agree(machine, "attention_state", sessions, attributes(), [Shape("f32", H * DV)], 1e-4, WEIGHTS, cuts=(2,))
+
+
+NORMS = {"q_norm": weight(1.0 + 0.3 * draw(51, 1, D)), "k_norm": weight(1.0 + 0.3 * draw(52, 1, D))}
+NORMED = {"f32": 1e-5, "bf16": 6e-3, "u8": 8e-3}  # a normed key may be rounded to the bf16 number beside
+
+
+@pytest.mark.parametrize(
+    ("dtype", "window", "sinks", "capacity"), [("f32", 0, 0, 70), ("bf16", 7, 16, 32), ("u8", 7, 0, 16)]
+)
+def test_attention_of_normed_queries_and_keys(machine, dtype, window, sinks, capacity):
+    """Alone, in company and cut; eps counts in the heads of the second session."""
+    sessions = [session(1, 5, 0, dtype, capacity), session(20, 1, 47, dtype, capacity),
+                session(40, 4, 1000 if window else 62, dtype, capacity)]  # fmt: skip
+    for name in ("q", "k"):
+        sessions[1].inputs[name] *= np.float32(0.01)
+    attrs = attributes(window=window, sinks=sinks, log_floor=7.0, log_alpha=0.1, eps=1e-4)
+    agree(
+        machine, "norm_attention_state", sessions, attrs, [Shape("f32", H * DV)], NORMED[dtype], WEIGHTS | NORMS,
+        cuts=(2,), compared=["k_cache", "v_cache"] if dtype == "f32" else [], batch=4,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("dtype", "at_once"), [("f32", 32), ("bf16", 256), ("u8", 32)])
+def test_its_bits_are_those_of_the_norms_and_then_attention(machine, monkeypatch, dtype, at_once):
+    """Results and caches, where a program norms all heads and where it norms two of three; a session that does not run
+    keeps its states."""
+    from tmlc.kernels.triton import kv_write
+
+    monkeypatch.setattr(kv_write, "NORMED_AT_ONCE", at_once)
+    heads, groups = 6, 3
+    attrs = attributes(window=7) | {"num_heads": heads, "num_kv_heads": groups}
+    fused, apart = ([session(seed, n, position, dtype, 16, groups=groups) for seed, n, position in
+                     ((1, 2, 30), (9, 0, 7), (5, 1, 0))] for _ in range(2))  # fmt: skip
+    before = {name: state.copy() for name, state in fused[1].states.items()}
+    out = [Shape("f32", heads * DV)]
+    found = run(machine, "norm_attention_state", fused, attrs | {"eps": 1e-5}, out, WEIGHTS | NORMS, batch=4, pad=3)
+    pairs = [Session({"a": one.inputs["q"], "b": one.inputs["k"]}, count=one.count) for one in apart]
+    shapes = [Shape("f32", heads * D), Shape("f32", groups * D)]
+    weights = {"a_weight": NORMS["q_norm"], "b_weight": NORMS["k_norm"]}
+    normed = run(machine, "rms_norm_pair", pairs, {"eps": 1e-5}, shapes, weights, batch=4)
+    for one, (q, k) in zip(apart, normed, strict=True):
+        one.inputs |= {"q": q, "k": k}
+    wanted = run(machine, "attention_state", apart, attrs, out, WEIGHTS, batch=4)
+    for one, other, (have,), (want,) in zip(fused, apart, found, wanted, strict=True):
+        assert np.array_equal(bits(have), bits(want))
+        for name in ("k_cache", "v_cache"):
+            assert np.array_equal(bits(one.states[name]), bits(other.states[name])), name
+    assert all(np.array_equal(bits(state), bits(fused[1].states[name])) for name, state in before.items())

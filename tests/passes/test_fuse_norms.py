@@ -1,4 +1,4 @@
-"""fuse.norm_router and fuse.norm_linear: before and after, near misses, and the same numbers."""
+"""fuse.norm_router, fuse.norm_linear and fuse.norm_attention: before and after, near misses, and the same numbers."""
 
 import pytest
 
@@ -50,6 +50,32 @@ CONV = CONV.replace('weight "b"\n', 'weight "b"\n  %taps = weight "taps"\n  %tai
     "linear(%h, %w, %b)",
     "linear_conv_state(%h, %w, %b, none, %taps, %tail, start=3, residual=true, level=0.5, addend=none)",
 )
+HEADS = """meta {"context": {"limit": 32, "policy": "end", "sinks": 0, "max_append": 4}}
+facts stateful
+weight "qn" = source("qn") : f32[3]
+weight "kn" = source("kn") : f32[3]
+state "position" : i64[1, 1] kind=position method=decode init=zeros
+state "k_cache" : f32[64, 3] kind=kv_ring method=decode init=zeros
+state "v_cache" : f32[64, 2] kind=kv_ring method=decode init=zeros
+method decode(max_n=4) {
+  %all = input "all" : f32[n, 11]
+  %qn = weight "qn"
+  %kn = weight "kn"
+  %position = state "position"
+  %k_cache = state "k_cache"
+  %v_cache = state "v_cache"
+  %q = columns(%all, start=0, stop=6)
+  %k = columns(%all, start=6, stop=9)
+  %v = columns(%all, start=9, stop=11)
+"""
+ATTENTION = HEADS + """  %q2 = rms_norm(%q, %qn, eps=1e-06)
+  %k2 = rms_norm(%k, %kn, eps=1e-06)
+  %y = attention_state(%q2, %k2, %v, %position, %k_cache, %v_cache, none, none, num_heads=2, num_kv_heads=1, \
+scale=0.5, window=3, sinks=1, log_floor=0.0, log_alpha=0.0, sink_logits=none, softcap=0.0)
+  %end = advance(%position, %all, limit=0)
+  return %y
+}
+"""
 PASSES = ("fuse.norm_router", "fuse.norm_linear")
 
 
@@ -137,10 +163,57 @@ def test_a_router_with_a_computed_operand_keeps_its_norm(run_pass):
     assert record.matches == 0 and "is computed" in record.near_misses[0]
 
 
-@pytest.mark.parametrize("text", [BEFORE_EXPERTS, PRODUCTS, STEPS, CONV])
+def test_attention_norms_the_queries_and_keys_that_it_alone_reads(run_pass, same_structure):
+    after = run_pass("fuse.norm_attention", ATTENTION)
+    assert (after.record[-1].matches, after.record[-1].near_misses) == (1, [])
+    _, _, tail = ATTENTION.partition("attention_state(%q2, %k2, ")
+    same_structure(after, f"{HEADS}  %y = norm_attention_state(%q, %qn, %k, %kn, eps=1e-06, v={named(tail)}")
+
+
+def named(tail):
+    """Positional arguments behind a named one, by their names."""
+    for name in ("position", "k_cache", "v_cache"):
+        tail = tail.replace(f", %{name},", f", {name}=%{name},")
+    return tail.replace("none, none, num_heads", "rel=none, rel_table=none, num_heads")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "reason"),
+    [
+        ("%k2, %v,", "%k, %v,", "norms queries or keys alone"),
+        ("(%q2, %k2", "(%q, %k2", "norms queries or keys alone"),
+        ("%kn, eps=1e-06", "%kn, eps=1e-05", "another eps"),
+        ("return %y", "return %y, %q2", "one of 2 readers of q2"),
+        ("attention_state(%q2, %k2, %v,", "attention_state(%q2, %k2, %k2,", "reads k2 twice"),
+        ('weight "qn" = source("qn") : f32[3]', 'weight "qn" = source("qn") : f32[6]', "no heads of 3 columns"),
+    ],
+)
+def test_attention_whose_norms_are_other_ones_keeps_them_apart(old, new, reason, run_pass):
+    text = ATTENTION.replace(old, new)
+    if "twice" in reason:
+        text = text.replace("f32[64, 2]", "f32[64, 3]")
+    record = run_pass("fuse.norm_attention", text).record[-1]
+    assert record.matches == 0 and len(record.near_misses) == 1 and reason in record.near_misses[0]
+
+
+def test_heads_that_are_turned_behind_their_norms_are_left_to_the_pass_for_two_norms(run_pass):
+    turned = "rope_state({}, %position, %inv_freq, num_heads={}, offset=0, interleaved=false, scaling=1.0)"
+    text = ATTENTION.replace("f32[3]", "f32[4]").replace("f32[64, 3]", "f32[64, 4]").replace("f32[n, 11]", "f32[n, 14]")
+    text = text.replace("stop=6", "stop=8").replace("start=6, stop=9", "start=8, stop=12")
+    text = text.replace("start=9, stop=11", "start=12, stop=14")
+    text = text.replace('method decode', 'weight "inv_freq" = source("inv_freq") : f32[2]\nmethod decode')
+    text = text.replace('  %position = ', '  %inv_freq = weight "inv_freq"\n  %position = ')
+    text = text.replace("  %y =", f"  %q3 = {turned.format('%q2', 2)}\n  %k3 = {turned.format('%k2', 1)}\n  %y =")
+    text = text.replace("attention_state(%q2, %k2", "attention_state(%q3, %k3")
+    after = run_pass("fuse.norm_attention", text)
+    assert (after.record[-1].matches, after.record[-1].near_misses) == (0, [])
+    assert run_pass("fuse.norm_pair", after).record[-1].matches == 1
+
+
+@pytest.mark.parametrize("text", [BEFORE_EXPERTS, PRODUCTS, STEPS, CONV, ATTENTION])
 def test_numbers_stay_the_same(text, run_pass, program_of, weights_for, equivalent):
     before = after = program_of(text)
-    for name in PASSES:
+    for name in (*PASSES, "fuse.norm_attention"):
         after = run_pass(name, after)
     assert sum(record.matches for record in after.record) == 1
     assert equivalent(before, after, weights_for(before)) < 1e-6

@@ -21,5 +21,6 @@ TRITON_PASSES = {
     "norm_linear": "fuse.norm_linear",
     "norm_linear_steps": "fuse.norm_linear",
     "norm_linear_conv_state": "fuse.norm_linear",
+    "norm_attention_state": "fuse.norm_attention",
 }
 TRITON_ONLY = {op: f"only the Triton target runs it, leave out {name}" for op, name in TRITON_PASSES.items()}

@@ -13,7 +13,7 @@ from torch import fx
 
 from tmlc.errors import IRError
 from tmlc.ir.dims import Dim
-from tmlc.ir.ops import OPS, OpSpec, spec_of
+from tmlc.ir.ops import OpSpec, spec_of
 from tmlc.ir.program import STATE_KINDS, Fact, Method, Program, infer_type, role, type_of
 from tmlc.ir.types import TensorType
 from tmlc.ir.weights import infer_weight
@@ -241,7 +241,8 @@ def _states(method: Method) -> None:
 
 
 def _position(method: Method) -> None:
-    cached, turned, advances = (method.calls(op) for op in ("attention_state", "rope_state", "advance"))
+    cached = [node for op in ("attention_state", "norm_attention_state") for node in method.calls(op)]
+    turned, advances = (method.calls(op) for op in ("rope_state", "advance"))
     if not cached and not turned and not advances:
         return
     if len(advances) != 1 or method.calls()[-1] is not advances[0]:
@@ -255,7 +256,9 @@ def _position(method: Method) -> None:
         if spec is None or node.args[spec.args.index("position")] is not position:
             _fail("position", method.name, node.name, "it reads another position than the one that advances")
     for node in cached:
-        args: dict[str, Any] = dict(zip(OPS["attention_state"].args, node.args, strict=True))
+        spec = spec_of(node.target)
+        assert spec is not None
+        args: dict[str, Any] = dict(zip(spec.args, node.args, strict=True))
         capacity, window, sinks = type_of(args["k_cache"]).shape[0], args["window"], args["sinks"]
         if window == 0 and not 0 < limit <= capacity:
             _fail("cache", method.name, node.name, f"a linear cache of {capacity} rows, advance limit {limit}")

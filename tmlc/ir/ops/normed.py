@@ -1,5 +1,5 @@
-"""Ops that norm the rows that they read (fuse.norm_router, fuse.norm_linear): the meaning of each is rms_norm of whole
-rows, and then the op behind it.
+"""Ops that norm the rows that they read (fuse.norm_router, fuse.norm_linear, fuse.norm_attention): the meaning of each
+is rms_norm of whole rows, or of the heads of queries and keys, and then the op behind it.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from tmlc.ir.ops.attention import attention_state
 from tmlc.ir.ops.dense import linear, rms_norm
 from tmlc.ir.ops.fused import linear_conv_state
 from tmlc.ir.ops.moe import router
@@ -81,3 +82,28 @@ def _norm_linear_conv_state(x: TensorType, norm: TensorType, eps: float, *args: 
 def norm_linear_conv_state(x: Tensor, norm: Tensor, eps: float, *args: Any) -> Tensor:
     """linear_conv_state of rms_norm(x)."""
     return linear_conv_state(rms_norm(x, norm, eps), *args)
+
+
+def _norm_attention_state(
+    q: TensorType, q_norm: TensorType, k: TensorType, k_norm: TensorType, eps: float, *args: Any
+) -> TensorType:
+    made: TensorType = OPS["attention_state"].shapes(q, k, *args)
+    _v, _position, _k_cache, _v_cache, _rel, _rel_table, num_heads, *_ = args
+    for name, norm in (("q_norm", q_norm), ("k_norm", k_norm)):
+        need(vector(norm, name) * num_heads == q.shape[1], f"{name} must have the columns of a head, not {norm}")
+    return made
+
+
+@op(
+    "norm_attention_state(Tensor q, Tensor q_norm, Tensor k, Tensor k_norm, float eps, Tensor v, Tensor position,"
+    " Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor? rel, Tensor? rel_table, int num_heads, int num_kv_heads,"
+    " float scale, int window, int sinks, float log_floor, float log_alpha, Tensor? sink_logits, float softcap)"
+    " -> Tensor",
+    _norm_attention_state,
+    from_pass=True,
+)
+def norm_attention_state(
+    q: Tensor, q_norm: Tensor, k: Tensor, k_norm: Tensor, eps: float, v: Tensor, *args: Any
+) -> Tensor:
+    """attention_state of the heads of q and of k, each normed: rms_norm(q, q_norm, eps), rms_norm(k, k_norm, eps)."""
+    return attention_state(rms_norm(q, q_norm, eps), rms_norm(k, k_norm, eps), v, *args)

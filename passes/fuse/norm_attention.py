@@ -1,0 +1,56 @@
+"""fuse.norm_attention: the norms of queries and of keys become part of the attention that alone reads them."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from tmlc.ir.program import Method, Program, call, replace, type_of
+from tmlc.passes.match import arg, named_args, op_of
+from tmlc.pipeline.pass_base import NearMiss, Pass, PassContext, PassResult
+from tmlc.pipeline.registry import register_pass
+
+
+@register_pass("fuse.norm_attention")
+class FuseNormAttention(Pass):
+    """Turns the `rms_norm` of each head of queries, that of keys, and the `attention_state` that alone reads them into
+    `norm_attention_state`: keys are normed while they are written to the cache, queries by programs beside those."""
+
+    def run(self, program: Program, ctx: PassContext) -> PassResult:
+        result = PassResult(program, 0)
+        for method in program.methods.values():
+            for attention in method.calls("attention_state"):
+                norms = [node for node in (arg(attention, "q"), arg(attention, "k")) if op_of(node) == "rms_norm"]
+                if not norms:
+                    continue
+                reason = _why_not(norms, attention)
+                if reason:
+                    result.near_misses.append(NearMiss(method.name, attention.name, reason))
+                    continue
+                _fuse(method, *norms, attention)
+                result.matches += 1
+            method.sweep()
+        return result
+
+
+def _why_not(norms: list[fx.Node], attention: fx.Node) -> str:
+    if len(norms) < 2:
+        return f"{norms[0].name} norms queries or keys alone"
+    width = type_of(arg(attention, "q")).cols // arg(attention, "num_heads")
+    for norm in norms:
+        if type_of(arg(norm, "weight")).cols != width:
+            return f"{norm.name} norms no heads of {width} columns"
+        if len(norm.users) > 1:
+            return f"it is one of {len(norm.users)} readers of {norm.name}"
+        if [value for value in named_args(attention).values() if value is norm] != [norm]:
+            return f"it reads {norm.name} twice"
+    if arg(norms[0], "eps") != arg(norms[1], "eps"):
+        return f"{norms[0].name} and {norms[1].name} have another eps"
+    return ""
+
+
+def _fuse(method: Method, q_norm: fx.Node, k_norm: fx.Node, attention: fx.Node) -> None:
+    _, _, *args = named_args(attention).values()
+    given = [arg(norm, name) for norm in (q_norm, k_norm) for name in ("x", "weight")]
+    with method.graph.inserting_before(attention):
+        fused = call(method.graph, "norm_attention_state", (*given, arg(q_norm, "eps"), *args))
+    replace(attention, fused)
