@@ -28,15 +28,15 @@ def rows_before(taps, tail, channel, inside, held, c, TAPS: tl.constexpr):
     are asked for here and first used in `convolve`."""
     weights, rows = (), ()
     for j in tl.static_range(TAPS):
-        weights = weights + (tl.load(taps + channel * TAPS + j, mask=inside, other=0.0),)
+        weights += (tl.load(taps + channel * TAPS + j, mask=inside, other=0.0),)
         if j < TAPS - 1:
-            rows = rows + (tl.load(tail + j * c, mask=held, other=0.0),)
+            rows += (tl.load(tail + j * c, mask=held, other=0.0),)
     return weights, rows
 
 
 @device
 def convolve(y, weights, rows, inside, level, RESIDUAL: tl.constexpr, TAPS: tl.constexpr):
-    """level·(Σ_j weights_j·rows_j (+ y)) of the columns `inside`, of which y is the last row; the others as they are."""
+    """level·(Σ_j weights_j·rows_j (+ y)) in the columns `inside`, y being the last row; the others as they are."""
     total = tl.zeros(y.shape, tl.float32)
     for j in tl.static_range(TAPS - 1):
         total += weights[j][:, None] * rows[j]

@@ -56,7 +56,8 @@ def test_steps_behind_a_product_of_normed_rows(machine):
 
 @pytest.mark.parametrize(
     ("dtype", "m", "k"),
-    [("f32", 33, 70), ("bf16", 33, 70), ("bf16", 20, 1030), ("f8g128", 20, 300), ("i8g32", 20, 131), ("i4g64", 20, 300)],
+    [("f32", 33, 70), ("bf16", 33, 70), ("bf16", 20, 1030), ("f8g128", 20, 300), ("i8g32", 20, 131),
+     ("i4g64", 20, 300)],
 )  # fmt: skip
 def test_a_product_of_modulated_rows(machine, dtype, m, k):
     """Rows of 0.01 are normed to 1 and moved by 1: the shift counts as much as the row."""

@@ -51,7 +51,8 @@ CONV = CONV.replace('weight "b"\n', 'weight "b"\n  %taps = weight "taps"\n  %tai
     "linear_conv_state(%h, %w, %b, none, %taps, %tail, start=3, residual=true, level=0.5, addend=none)",
 )
 #: An adaptive norm, as fuse.steps leaves it.
-ADAPTIVE = PRODUCTS.replace('  %norm =', '  %g = input "g" : f32[n, 6]\n  %s = input "s" : f32[n, 6]\n  %norm =').replace(
+GIVEN = '  %g = input "g" : f32[n, 6]\n  %s = input "s" : f32[n, 6]\n'
+ADAPTIVE = PRODUCTS.replace("  %norm =", f"{GIVEN}  %norm =").replace(
     "rms_norm(%x, %norm, eps=1e-06)",
     'rms_norm_steps(%x, %norm, eps=1e-06, a=%g, b=%s, c=none, steps="modulate:vab", numbers=[])',
 )
