@@ -8,6 +8,7 @@ import triton.language as tl
 from tmlc.kernels.triton.launch import Aligned, Launch, Pointer
 from tmlc.kernels.triton.mode import device
 from tmlc.kernels.triton.norms import norm_run, normed, power
+from tmlc.kernels.triton.overlap import previous
 from tmlc.kernels.triton.registry import Call, launch
 
 #: Columns that a program writes at once; where it norms, of one warp, whose sums need no barrier.
@@ -90,7 +91,7 @@ def norm_kv_write_kernel(
     k_cache, v_cache, q_normed, q, k, v, q_norm, k_norm, position, slots, counts, n, heads, groups, d, dv, capacity,
     sinks, k_stride, v_stride, q_stride, k_new_stride, v_new_stride, eps,
     RING: tl.constexpr, INT8: tl.constexpr, HEADS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
-    ITEM: tl.constexpr,
+    ITEM: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """kv_write_kernel of rms_norm(k) and v, and q_normed = rms_norm(q), dense, of rows of no session too; grid (rows,
     runs of kv heads, keys, values and then, for each program of keys, those of as many queries).
@@ -99,12 +100,16 @@ def norm_kv_write_kernel(
     way."""
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(2)
     if part >= 2:
+        if OVERLAP:
+            previous()
         run = (part - 2) * tl.num_programs(1) + tl.program_id(1)
         norm_run(q_normed, q, q_norm, heads, d, q_stride, heads * d, run, eps, HEADS, BLOCK_K)
         return
     session, i = row // n, row % n
-    slot = tl.load(slots + session)
-    live = (i < tl.load(counts + session)) & (slot >= 0)
+    slot, count = tl.load(slots + session), tl.load(counts + session)
+    if OVERLAP:  # the host wrote these before the first launch
+        previous()
+    live = (i < count) & (slot >= 0)
     written = tl.where(live, groups, 0)
     if part == 0:
         keys = read_row(k, row, groups, d, k_new_stride, HEADS, BLOCK_K)
@@ -153,4 +158,4 @@ def write_launch(call: Call, shared: dict[str, Any], cached: dict[str, Any], que
         "heads": heads, "q_stride": Aligned(q.stride), "eps": float(call.attrs["eps"]),
     }  # fmt: skip
     grid = (rows, runs, 2 + -(-heads // (run * runs)))
-    return launch("norm_kv_write_kernel", grid, values, fixed, warps)
+    return launch("norm_kv_write_kernel", grid, values, fixed | {"OVERLAP": False}, warps)

@@ -11,6 +11,7 @@ import pytest
 
 import tmlc
 from tmlc.errors import EmitError
+from tmlc.kernels.triton.launch import Variant
 from tmlc.kernels.triton.overlap import DEPENDENTS, WAIT, with_wait
 from tmlc.kernels.triton.variants import compile_variant
 from tmlc.package.reader import open_package
@@ -57,28 +58,50 @@ def test_the_launches_are_those_without_overlap(overlapping, tiny, lab, machine,
     assert np.array_equal(*found)
 
 
+def instructions(variant: Variant) -> list[str]:
+    """Its machine code; it must not spill."""
+    from triton import knobs
+
+    made = compile_variant(variant)
+    assert not made.spill_bytes
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(made.cubin)
+        code = subprocess.run([knobs.nvidia.nvdisasm.path, "-c", file.name], capture_output=True, text=True).stdout
+    return [line.split("*/")[1].split(";")[0] for line in code.splitlines() if "*/" in line]
+
+
 def test_machine_code_waits_before_it_reads_anything_that_another_kernel_wrote(overlapping):
     """A product asks for its weights first, and the experts' second one for what the router said; all others wait at
     once. The assembler calls the wait ACQBULK, and what lets the next kernel begin PREEXIT."""
-    from triton import knobs
-
     from tmlc.emit.triton.tune import package_samples
 
     with open_package(overlapping) as held:
         launches = {sample.launch.kernel: sample.launch for _, sample in package_samples(held, 90)}
     for kernel in ("linear_kernel", "moe_down_kernel", "attention_kernel"):
-        made = compile_variant(launches[kernel].variant(90))
-        assert not made.spill_bytes
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            Path(file.name).write_bytes(made.cubin)
-            code = subprocess.run([knobs.nvidia.nvdisasm.path, "-c", file.name], capture_output=True, text=True).stdout
-        names = [line.split("*/")[1].split(";")[0] for line in code.splitlines() if "*/" in line]
+        names = instructions(launches[kernel].variant(90))
         wait = next(k for k, name in enumerate(names) if "ACQBULK" in name)
         before = [name for name in names[:wait] if "LDG" in name or "CCTL" in name or "EXIT" in name]
         assert any("PREEXIT" in name for name in names[wait:])
         assert not any("STG" in name or " EXIT" in name for name in before)
         assert ("CCTL" in " ".join(before)) == (kernel != "attention_kernel")
         assert ("LDG" in " ".join(before)) == (kernel == "moe_down_kernel")
+
+
+def test_programs_that_write_keys_ask_for_their_session_before_they_wait(overlapping):
+    """The others, which norm queries, wait at once; either wait lies before what its programs read and write."""
+    with open_package(overlapping) as held:
+        made = next(v for v in held.json("engines/triton/sm90/code.json")["variants"]
+                    if v["kernel"] == "norm_kv_write_kernel")  # fmt: skip
+    constexprs = tuple(sorted(made["constexprs"].items()))
+    signature = tuple(made["signature"])
+    variant = Variant(made["kernel"], constexprs, signature, made["num_warps"], made["num_stages"], 90, True)
+    kinds = ("ACQBULK", "PREEXIT", "LDG.E.64", "LDG", "STG", " EXIT")
+    found = [next((kind for kind in kinds if kind in name), "") for name in instructions(variant)]
+    found = [kind for kind in found if kind]
+    first, second = (k for k, kind in enumerate(found) if kind == "ACQBULK")
+    assert first == 0 and found[1] == found[second + 1] == "PREEXIT"
+    assert found[second - 3 : second] == [" EXIT", "LDG.E.64", "LDG"]  # a slot and a count
+    assert found[-1] == " EXIT" and found.count("STG") >= 3
 
 
 def test_a_wait_is_put_before_everything_and_only_once():
