@@ -252,7 +252,7 @@ def agree(
             else:
                 assert np.array_equal(session.states[name], right), name
     # How wide loads are follows from strides, and the order of some sums from that. An engine has the same strides in
-    # every bucket (tests/gpu/test_plan.py).
+    # every bucket (tmlc/emit/triton/arena.py).
     pad = 3 if isinstance(machine, PtxMachine) else 0
     for number, session in enumerate(sessions):
         bounds = sorted({0, session.count, *(cut for cut in cuts if cut < session.count)})
