@@ -28,9 +28,9 @@ def rows_before(taps, tail, channel, inside, held, c, TAPS: tl.constexpr):
     are asked for here and first used in `convolve`."""
     weights, rows = (), ()
     for j in tl.static_range(TAPS):
-        weights += (tl.load(taps + channel * TAPS + j, mask=inside, other=0.0),)
+        weights += (tl.load(taps + channel * TAPS + j, mask=inside, other=0.0),)  # type: ignore[assignment]
         if j < TAPS - 1:
-            rows += (tl.load(tail + j * c, mask=held, other=0.0),)
+            rows += (tl.load(tail + j * c, mask=held, other=0.0),)  # type: ignore[assignment]
     return weights, rows
 
 

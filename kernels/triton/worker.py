@@ -34,18 +34,21 @@ class Interpreter(HostMemory):
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, pass_fds=[self._file.fileno()],
         )  # fmt: skip
 
-    def run(self, launches: Iterable[Launch], buffers: Buffers) -> None:
-        """Runs launches in order; buffers as `places` takes them.
+    def run(
+        self, launches: Iterable[Launch], buffers: Buffers, signatures: Iterable[tuple[str, ...]] | None = None
+    ) -> None:
+        """Runs launches in order; buffers as `places` takes them. `signatures`: of the launches, if not their own.
 
         Raises:
             EmitError: a launch names a buffer that is not there or too small.
             KernelError: a kernel touched memory outside its operands, or failed.
         """
-        for launch in launches:
+        launches = list(launches)
+        for launch, signature in zip(launches, signatures or (one.signature() for one in launches), strict=True):
             args, ranges = self.places(launch, buffers)
             self._ask({
                 "kernel": launch.kernel, "constexprs": dict(launch.constexprs), "grid": launch.grid,
-                "signature": launch.signature(), "args": args, "ranges": ranges,
+                "signature": signature, "args": args, "ranges": ranges,
             })  # fmt: skip
 
     def _ask(self, request: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 Array = npt.NDArray[Any]
 #: NumPy's type of a PTX type; bf16 and f16x2 are kept as bits.
-KINDS: dict[str, npt.DTypeLike] = {
+KINDS: dict[str, Any] = {
     "f32": np.float32, "f64": np.float64, "s16": np.int16, "u16": np.uint16, "b16": np.uint16, "s32": np.int32,
     "u32": np.uint32, "b32": np.uint32, "s64": np.int64, "u64": np.uint64, "b64": np.uint64, "pred": np.bool_,
     "s8": np.int8, "u8": np.uint8, "b8": np.uint8, "bf16": np.uint16, "bf16x2": np.uint32, "f16": np.float16,
@@ -73,12 +73,16 @@ def rule(op: tuple[str, ...]) -> Rule | None:
     if name == "prmt" and len(op) == 2:
         return ("b32", "b32", "b32"), "b32", _permute
     if name == "selp":
-        return (kind, kind, "pred"), kind, lambda a, b, p: np.where(p, a, b)
+        return (kind, kind, "pred"), kind, _choice
     if name == "setp":
         return _comparison(op)
     if name == "cvt":
         return _conversion(op)
     return None
+
+
+def _choice(a: Array, b: Array, first: Array) -> Array:
+    return np.where(first, a, b)
 
 
 def _signed_division(a: Array, b: Array) -> Array:
@@ -129,9 +133,9 @@ def _product(op: tuple[str, ...]) -> Rule | None:
         wide = KINDS[WIDER[kind]]
         return (kind, kind), WIDER[kind], lambda a, b: a.astype(wide) * b.astype(wide)
     if op[1] == "hi" and kind in WIDER:
-        wide, bits = KINDS[WIDER[kind]], 8 * np.dtype(KINDS[kind]).itemsize
-        own = KINDS[kind]
-        return (kind, kind), kind, lambda a, b: ((a.astype(wide) * b.astype(wide)) >> wide(bits)).astype(own)  # type: ignore[operator]
+        own, wide = KINDS[kind], KINDS[WIDER[kind]]
+        bits = wide(8 * np.dtype(own).itemsize)
+        return (kind, kind), kind, lambda a, b: ((a.astype(wide) * b.astype(wide)) >> bits).astype(own)
     return None
 
 

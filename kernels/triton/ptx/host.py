@@ -10,6 +10,7 @@ copies that nobody waited for, and launches that overlap and read too early.
 """
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import numpy as np
 
@@ -29,32 +30,38 @@ class PtxMachine(HostMemory):
         super().__init__(nbytes)
         self.sm = sm
         self._programs: dict[Variant, tuple[Program, Assembly]] = {}
+        self._before = np.zeros(0, np.int64)  # what the last launch wrote
 
-    def run(self, launches: Iterable[Launch], buffers: Buffers) -> None:
+    def run(
+        self, launches: Iterable[Launch], buffers: Buffers, signatures: Iterable[tuple[str, ...]] | None = None
+    ) -> None:
         """Runs launches in order; buffers as `places` takes them.
+
+        Args:
+            signatures: of the launches, where they were compiled for less than `Launch.signature` says.
 
         Raises:
             EmitError: a launch names a buffer that is not there or too small, or a kernel has an instruction that is
                 not known here.
             KernelError: a kernel did what a GPU would refuse, or what goes wrong there now and then.
         """
-        before = np.zeros(self._used, bool)
-        for launch in launches:
+        launches = list(launches)
+        for launch, signature in zip(launches, signatures or (one.signature() for one in launches), strict=True):
             args, ranges = self.places(launch, buffers)
-            program, assembly = self._program(launch.variant(self.sm))
+            program, assembly = self._program(replace(launch.variant(self.sm), signature=signature))
             values = [
                 arg + BASE if kind[0] == "*" and not isinstance(arg, float) else arg
-                for kind, arg in zip(launch.signature(), args, strict=True)
+                for kind, arg in zip(signature, args, strict=True)
             ]
-            memory = Global(
-                self._base, [(first + BASE, last + BASE) for first, last in ranges], before if launch.overlap else None
-            )
+            memory = Global(self._base, [(first + BASE, last + BASE) for first, last in ranges], self._before)
             try:
                 with np.errstate(all="ignore"):
-                    run_kernel(program, launch.grid, 32 * assembly.num_warps, values, memory, assembly.shared)
+                    run_kernel(
+                        program, launch.grid, 32 * assembly.num_warps, values, memory, assembly.shared, launch.overlap
+                    )
             except Fault as fault:
                 raise KernelError(f"{launch.kernel}: {fault}", where=f"PTX for sm{self.sm}") from fault
-            before = memory.written if memory.written is not None else np.zeros(self._used, bool)
+            self._before = memory.wrote()
 
     def _program(self, variant: Variant) -> tuple[Program, Assembly]:
         if variant not in self._programs:

@@ -45,6 +45,7 @@ class Threads:
         params: values of the parameters.
         memory: global memory.
         shared_bytes: of a program.
+        overlap: whether the launch before may still run until a program waits for it.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class Threads:
         params: dict[str, Any],
         memory: Global,
         shared_bytes: int,
+        overlap: bool,
     ) -> None:
         count = len(places)
         self.lanes = count * threads
@@ -75,7 +77,7 @@ class Threads:
             for i in program.code
         )
         self.shared = Shared(count, shared_bytes, self.owner, tid // 32, 1 if small else 4)
-        self.waited = np.zeros(self.lanes, bool)  # for the launch before
+        self.waited = np.full(self.lanes, not overlap)  # for the launch before
 
     def read(self, operand: Operand | None, kind: str, at: Array | None) -> Array:
         """The operand of the threads `at` (None: all), as numbers of a PTX type."""
@@ -130,6 +132,7 @@ def run_kernel(
     args: Sequence[int | float],
     memory: Global,
     shared_bytes: int,
+    overlap: bool = False,
 ) -> None:
     """Runs every program of a launch.
 
@@ -137,6 +140,7 @@ def run_kernel(
         threads: of a program.
         args: the parameters' values, in order; hidden ones behind them are null pointers.
         shared_bytes: dynamic shared memory of a program.
+        overlap: whether the launch may have begun before the one before it had ended.
 
     Raises:
         Fault: a hazard, or an access that a GPU would refuse; says where.
@@ -149,7 +153,7 @@ def run_kernel(
     places = np.stack(np.meshgrid(np.arange(x), np.arange(y), np.arange(z), indexing="ij"), -1).reshape(-1, 3)
     together = max(1, min(LANES // threads, SHARED_BYTES // max(1, shared_bytes)))
     for begin in range(0, len(places), together):
-        part = Threads(program, places[begin : begin + together], grid, threads, params, memory, shared_bytes)
+        part = Threads(program, places[begin : begin + together], grid, threads, params, memory, shared_bytes, overlap)
         _run(program, steps, part)
 
 
@@ -162,13 +166,14 @@ def _run(program: Program, steps: list[Step | None], threads: Threads) -> None:
     held: dict[int, Array] = {}
     ended = np.zeros(threads.lanes, bool)
 
-    def meet(at: int, lanes: Array) -> None:
-        running[at] = np.sort(np.concatenate([running[at], lanes])) if at in running else lanes
+    def meet(at: int, lanes: Array, where: dict[int, Array] = running) -> None:
+        where[at] = np.sort(np.concatenate([where[at], lanes])) if at in where else lanes
 
     while running or held:
         if not running:
             _release(threads, held, ended)
-            running, held = held, {}
+            running.update(held)
+            held.clear()
         at = min(running)
         lanes = running.pop(at)
         whole = None if len(lanes) == threads.lanes else lanes
@@ -189,6 +194,8 @@ def _run(program: Program, steps: list[Step | None], threads: Threads) -> None:
                     meet(at + 1, lanes)
                 break
             if instruction.op[0] in ("ret", "exit"):
+                if not threads.waited[some].all():  # the next launch may begin then, and relies on what is before this
+                    raise Fault("a program ends, and has not waited for the launch before")
                 ended[some] = True
                 if mask is not None and not mask.all():
                     meet(at + 1, lanes[~mask])
@@ -196,7 +203,7 @@ def _run(program: Program, steps: list[Step | None], threads: Threads) -> None:
             if instruction.op[:2] == ("bar", "sync"):
                 if mask is not None:
                     raise EmitError(f"a barrier for some threads: {instruction.line}")
-                held[at + 1] = lanes
+                meet(at + 1, lanes, held)
                 break
             step = steps[at]
             if len(some) and step is not None:
@@ -457,8 +464,11 @@ def _reduce(op: tuple[str, ...], args: Args) -> Step:
 
 def _dependence(op: tuple[str, ...], args: Args) -> Step:
     def step(threads: Threads, at: Array | None) -> None:
+        lanes = threads.all if at is None else at
         if op[1] == "wait":
-            threads.waited[threads.all if at is None else at] = True
+            threads.waited[lanes] = True
+        elif not threads.waited[lanes].all():
+            raise Fault("lets the next launch begin, and has not waited for the one before")
 
     return step
 

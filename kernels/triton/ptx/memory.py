@@ -31,16 +31,19 @@ class Global:
     Args:
         memory: uint8 array.
         ranges: (first, behind the last) address that may be touched.
-        written_before: of each byte whether the launch before this one wrote it; None where no launches overlap.
+        written_before: what the launch before this one wrote, as `wrote` gives it.
     """
 
-    def __init__(self, memory: Array, ranges: Sequence[tuple[int, int]], written_before: Array | None) -> None:
+    def __init__(self, memory: Array, ranges: Sequence[tuple[int, int]], written_before: Array) -> None:
         self.memory = memory
         merged = sorted(ranges)
         self.starts = np.array([first for first, _ in merged], np.int64)
         self.ends = np.maximum.accumulate(np.array([last for _, last in merged], np.int64))
-        self.written_before = written_before
-        self.written = None if written_before is None else np.zeros_like(written_before)
+        self._written_before, self._written = written_before, [np.zeros(0, np.int64)]
+
+    def wrote(self) -> Array:
+        """Which words of four bytes, counted from BASE, were written, in order."""
+        return np.unique(np.concatenate(self._written))
 
     def _place(self, addresses: Array, size: int, count: int, what: str) -> Array:
         at = addresses.astype(np.int64)
@@ -55,23 +58,23 @@ class Global:
     def load(self, addresses: Array, size: int, count: int, early: bool) -> list[Array]:
         """`count` numbers of `size` bytes behind each other; `early`: before the wait for the launch before."""
         at = self._place(addresses, size, count, "reads")
-        if early and self.written_before is not None:
-            for byte in range(0, size * count, size):
-                if self.written_before[at + byte].any():
+        if early and self._written_before.size:
+            for word in range(max(1, size * count // 4)):
+                asked = at // 4 + word
+                place = np.minimum(np.searchsorted(self._written_before, asked), self._written_before.size - 1)
+                if (self._written_before[place] == asked).any():
                     raise Fault("reads what the launch before wrote, and has not waited for it")
         view = self.memory[: len(self.memory) // size * size].view(_WHOLE[size])
         return [view[at // size + number] for number in range(count)]
 
     def store(self, addresses: Array, values: Sequence[Array], size: int, early: bool) -> None:
         at = self._place(addresses, size, len(values), "writes")
-        if early and self.written_before is not None:
+        if early:
             raise Fault("writes, and has not waited for the launch before")
         view = self.memory[: len(self.memory) // size * size].view(_WHOLE[size])
         for number, value in enumerate(values):
             view[at // size + number] = value
-        if self.written is not None:
-            for byte in range(size * len(values)):
-                self.written[at + byte] = True
+        self._written += [at // 4 + word for word in range(max(1, size * len(values) // 4))]
 
     def touch(self, addresses: Array) -> None:
         """A prefetch: no result, but inside the operands."""
@@ -155,6 +158,8 @@ class Shared:
         view = self.memory.view(_WHOLE[size])
         for number, value in enumerate(values):
             view[flat // size + number] = value
+        if any((view[flat // size + number] != value).any() for number, value in enumerate(values)):
+            raise Fault("two threads write different numbers to one place in shared memory")
 
     def rows(self, lanes: Array, addresses: Array) -> Array:
         """16 bytes at each address, as uint16 [threads, 8]: rows of matrices."""

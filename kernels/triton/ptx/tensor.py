@@ -121,10 +121,10 @@ def multiply_group(
     right = _described(shared, lanes, b, n, transposed[1])
     sums = np.einsum("gik,gnk->gin", left, right, optimize=False)
     found = []
-    warp = np.arange(4)[:, None]
+    quarter = np.arange(4)[:, None]
     for number, addend in enumerate(c):
-        rows = 16 * warp + _LANE // 4 + 8 * (number % 4 // 2)
-        cols = 8 * (number // 4) + _LANE % 4 * 2 + number % 2 + 0 * warp
+        rows = 16 * quarter + _LANE // 4 + 8 * (number % 4 // 2)
+        cols = 8 * (number // 4) + _LANE % 4 * 2 + number % 2 + 0 * quarter
         at = sums[:, rows, cols].reshape(-1)
         found.append((at + addend.view(np.float32).astype(np.float64)).astype(np.float32).view(np.uint32))
     return found
