@@ -26,7 +26,7 @@ class FuseNormAttention(Pass):
                 if reason:
                     result.near_misses.append(NearMiss(method.name, attention.name, reason))
                     continue
-                _fuse(method, *norms, attention)
+                _fuse(method, norms[0], norms[1], attention)
                 result.matches += 1
             method.sweep()
         return result

@@ -126,7 +126,8 @@ def modulated_linear_steps(x: Tensor, norm: Tensor, eps: float, gain: Tensor, sh
 def _norm_attention_state(
     q: TensorType, q_norm: TensorType, k: TensorType, k_norm: TensorType, eps: float, *args: Any
 ) -> TensorType:
-    made: TensorType = OPS["attention_state"].shapes(q, k, *args)
+    shapes: Any = OPS["attention_state"].shapes
+    made: TensorType = shapes(q, k, *args)
     _v, _position, _k_cache, _v_cache, _rel, _rel_table, num_heads, *_ = args
     for name, norm in (("q_norm", q_norm), ("k_norm", k_norm)):
         need(vector(norm, name) * num_heads == q.shape[1], f"{name} must have the columns of a head, not {norm}")
