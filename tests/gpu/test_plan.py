@@ -70,6 +70,7 @@ def test_speech_is_made_of_products_and_norms_and_nothing_is_copied(parsed):
     }  # fmt: skip
     found = kernels("vocode")
     assert found["elementwise_kernel"] == 1 and "copy_kernel" not in found
+    assert kernels("unembed") == {"linear_kernel": 1}
 
 
 def launches(code):
