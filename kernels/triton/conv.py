@@ -1,4 +1,5 @@
-"""Causal short convolutions with their tails: plain, with computed taps, and behind products (fuse.conv).
+"""Causal short convolutions with their tails: plain, with computed taps, and behind products (fuse.conv), whose
+epilogue does them for a row a session (row_conv.py).
 
 One program has a session's rows of a block of columns. It reads the tail before it writes it.
 """
@@ -12,6 +13,7 @@ from tmlc.kernels.triton.linear import linear_launch
 from tmlc.kernels.triton.mode import device
 from tmlc.kernels.triton.norms import power
 from tmlc.kernels.triton.registry import Call, launch, lowering
+from tmlc.kernels.triton.row_conv import RowConv
 
 MOST_TAPS = 64
 AT_ONCE = 8  # taps whose loads are on their way together
@@ -158,13 +160,18 @@ def lower_conv(call: Call) -> Lowered:
 @lowering("linear_conv_state")
 def lower_linear_conv(call: Call) -> Lowered:
     out, weight = call.outputs[0], call.operand("weight")
+    conv = RowConv(
+        call.operand("taps"), call.operand("tail"), int(call.attrs["start"]), bool(call.attrs["residual"]),
+        float(call.attrs["level"]),
+    )  # fmt: skip
+    x, bias, factor, addend = call.operand("x"), *(call.optional(name) for name in ("bias", "scale", "addend"))
+    if call.bucket.session_rows(out.rows) == 1 and conv.fits:
+        return Lowered((linear_launch(call, out, x, weight, bias, factor, addend, conv=conv),))
     m = weight.shape[0]
     product = Pointer("scratch", "", 0, "f32", call.rows(out) * m * 4)
-    first = linear_launch(
-        call, product, call.operand("x"), weight, call.optional("bias"), call.optional("scale"), out_stride=m
-    )
+    first = linear_launch(call, product, x, weight, bias, factor, out_stride=m)
     second = conv_launch(
-        call, out, (product, m), call.operand("taps"), call.operand("tail"), call.attrs["residual"],
-        level=call.attrs["level"], addend=call.optional("addend"), start=int(call.attrs["start"]),
+        call, out, (product, m), conv.taps, conv.tail, conv.residual, level=conv.level, addend=addend,
+        start=conv.start,
     )  # fmt: skip
     return Lowered((first, second), product.nbytes)

@@ -1,272 +1,44 @@
-"""Products with weights of every form: linear, and what fusing passes put behind it.
-
-One scheme for any number of rows: a tile of weight rows is the left operand of a dot whose right operand is a few rows
-of activations. K is cut into slices; a warp sums its own, and they are added up at the end, so that a program has all
-it reads on the way at once. A row of the result is a column of that dot, so its bits depend neither on the other rows
-nor on how many there are.
-"""
+"""linear, and what fusing passes put before it (a norm, a modulation) and behind it (bias, scale, soft cap, a short
+convolution, residual, elementwise steps)."""
 
 from typing import Any
 
 import triton.language as tl
 
 from tmlc.kernels.triton.launch import Aligned, Launch, Lowered, Operand, Pointer
-from tmlc.kernels.triton.layouts import FORMS, weight_pointers
+from tmlc.kernels.triton.layouts import FORMS
 from tmlc.kernels.triton.mode import device
 from tmlc.kernels.triton.overlap import prefetch_rows, previous
+from tmlc.kernels.triton.products import FEW_ROWS, lines, normed_product, product_values, tile_rows, weight_product
 from tmlc.kernels.triton.registry import Call, launch, lowering
+from tmlc.kernels.triton.row_conv import NO_CONV, RowConv, convolve, keep_rows, rows_before
 from tmlc.kernels.triton.steps import NO_STEPS, run_steps, steps_of, tanh
-from tmlc.kernels.triton.tuning import Blocks, slices, stages_that_fit
-
-#: Rows of activations in a tile: where there are no more, and else. A row is a column of the same instructions in both.
-FEW_ROWS, ROWS = 8, 16
-
-
-@device
-def fp8_value(byte):
-    """bf16 value of e4m3 codes: exponent and mantissa moved into a float32, which is 2^120 too small. Needs no fp8
-    instructions, so it runs on every architecture. Subnormal codes become subnormal float32 numbers, which the
-    multiplication brings back exactly."""
-    wide = byte.to(tl.int32)
-    magnitude = ((wide & 127) << 20).to(tl.float32, bitcast=True) * 1.329227995784916e36
-    return tl.where(wide >= 128, -magnitude, magnitude).to(tl.bfloat16)
-
-
-@device
-def inputs(x, x_off, x_mask, kk, k, alpha, norm):
-    """bf16 [slices, inputs, rows] of alpha·norm∘x, for the inputs kk [slices, inputs]; and float32, x itself."""
-    mask = x_mask[None, :, None] & (kk < k)[:, None, :]
-    values = tl.load(x + x_off[None, :, None] + kk[:, None, :], mask=mask, other=0.0)
-    taken = values
-    if norm is not None:
-        taken = values * tl.load(norm + kk, mask=kk < k, other=0.0)[:, None, :]
-    if alpha is not None:
-        taken = taken * alpha
-    return tl.trans(taken.to(tl.bfloat16), 0, 2, 1), tl.trans(values, 0, 2, 1)
-
-
-@device
-def add_squares(acc, x, ones):
-    """acc [slices, BLOCK_M, rows] + Σ x² over the inputs of x [slices, inputs, rows], the same number in all BLOCK_M:
-    a product with ones, so a row's sum is in one order whatever the number of rows is, and lies where the row's
-    products lie. A square is taken as two bf16 numbers, which hold 16 of its bits."""
-    squares = x * x
-    high = squares.to(tl.bfloat16)
-    low = (squares - high.to(tl.float32)).to(tl.bfloat16)
-    return tl.dot(ones, low, tl.dot(ones, high, acc))
-
-
-@device
-def group_numbers(scales, zeros, s_off, w_mask, first, k, FORM: tl.constexpr, GROUP: tl.constexpr):
-    """Scale and zero point [slices, BLOCK_M] of the group that begins at input `first` of each slice."""
-    mask = w_mask[None, :] & (first < k)[:, None]
-    at = s_off[None, :] + (first // GROUP)[:, None]
-    scale = tl.load(scales + at, mask=mask, other=0.0).to(tl.float32)
-    if FORM == "i4":
-        zero = tl.load(zeros + at, mask=mask, other=0).to(tl.int32)
-    else:
-        zero = tl.zeros(scale.shape, tl.int32)
-    return scale, zero
-
-
-@device
-def slice_products(
-    acc, squares, w, w_off, w_mask, first, scale, zero, low_x, high_x, low_raw, high_raw, k,
-    SQUARES: tl.constexpr, FORM: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """acc [slices, BLOCK_M, rows] + W·x of each slice's inputs, and with SQUARES squares + Σ raw². Codes are multiplied
-    as they are, and the product by their scale. 4-bit codes: low_x and high_x are the halves of a group."""
-    if FORM == "bf16":
-        kk = first[:, None] + tl.arange(0, BLOCK_K)[None, :]
-        mask = w_mask[None, :, None] & (kk < k)[:, None, :]
-        values = tl.load(w + w_off[None, :, None] + kk[:, None, :], mask=mask, other=0.0)
-        acc = tl.dot(values, low_x, acc)
-        if SQUARES:
-            squares = add_squares(squares, low_raw, tl.full(values.shape, 1.0, tl.float32).to(tl.bfloat16))
-    else:
-        mask = w_mask[None, :, None] & (first < k)[:, None, None]
-        if FORM == "i4":
-            at = (first // 2)[:, None] + tl.arange(0, BLOCK_K // 2)[None, :]
-            codes = tl.load(w + w_off[None, :, None] + at[:, None, :], mask=mask, other=0)
-            byte = codes.to(tl.int32)
-            low = ((byte & 15) * 16 - zero[:, :, None]).to(tl.float32).to(tl.bfloat16)
-            high = ((byte >> 4) * 16 - zero[:, :, None]).to(tl.float32).to(tl.bfloat16)
-            part = tl.dot(high, high_x, tl.dot(low, low_x))
-            acc += part * (scale * 0.0625)[:, :, None]
-        else:
-            kk = first[:, None] + tl.arange(0, BLOCK_K)[None, :]
-            codes = tl.load(w + w_off[None, :, None] + kk[:, None, :], mask=mask, other=0)
-            if FORM == "i8":
-                value = (codes.to(tl.int32) - 128).to(tl.float32).to(tl.bfloat16)
-            else:
-                value = fp8_value(codes)
-            acc += tl.dot(value, low_x) * scale[:, :, None]
-        if SQUARES:
-            # Triton lays the operands of a dot out by the width of what was loaded for them. Ones that seem to come
-            # from the codes let x lie alike for both dots; else it is not copied asynchronously.
-            ones = ((codes | 1) & 1).to(tl.bfloat16)
-            squares = add_squares(squares, low_raw, ones)
-            if FORM == "i4":
-                squares = add_squares(squares, high_raw, ones)
-    return acc, squares
-
-
-@device
-def sliced_products(
-    w, scales, zeros, w_off, s_off, w_off_2, s_off_2, w_mask, x, x_off, x_mask, k, alpha, norm,
-    TWO: tl.constexpr, FORM: tl.constexpr, GROUP: tl.constexpr, SLICES: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """float32 [BLOCK_M, ROWS] = W[rows of w_off] · (alpha·norm∘x)[rows of x_off]ᵀ, with TWO the same of w_off_2, and
-    with `norm` the sums of squares of x.
-
-    w_off, s_off: int64 [BLOCK_M], where a row of codes and of scales begins; x_off: int64 [ROWS]. SLICES·BLOCK_K
-    inputs are read at a time. Not for f32.
-    """
-    acc = tl.zeros((SLICES, BLOCK_M, ROWS), tl.float32)
-    acc_2 = tl.zeros((SLICES, BLOCK_M, ROWS), tl.float32)
-    squares = tl.zeros((SLICES, BLOCK_M, ROWS), tl.float32)
-    first = tl.arange(0, SLICES) * BLOCK_K
-    scale, zero = first, first
-    scale_2, zero_2 = first, first
-    if FORM != "bf16":
-        scale, zero = group_numbers(scales, zeros, s_off, w_mask, first, k, FORM, GROUP)
-        if TWO:
-            scale_2, zero_2 = group_numbers(scales, zeros, s_off_2, w_mask, first, k, FORM, GROUP)
-    for start in range(0, k, SLICES * BLOCK_K):
-        first = start + tl.arange(0, SLICES) * BLOCK_K
-        # Scales come one turn ahead: asked for behind the codes, they would be waited for by themselves.
-        now, now_2 = scale, scale_2
-        at, at_2 = zero, zero_2
-        if FORM != "bf16":
-            following = first + SLICES * BLOCK_K
-            scale, zero = group_numbers(scales, zeros, s_off, w_mask, following, k, FORM, GROUP)
-            if TWO:
-                scale_2, zero_2 = group_numbers(scales, zeros, s_off_2, w_mask, following, k, FORM, GROUP)
-        if FORM == "i4":
-            kk = first[:, None] + tl.arange(0, BLOCK_K // 2)[None, :]
-            low_x, low_raw = inputs(x, x_off, x_mask, kk, k, alpha, norm)
-            high_x, high_raw = inputs(x, x_off, x_mask, kk + BLOCK_K // 2, k, alpha, norm)
-        else:
-            kk = first[:, None] + tl.arange(0, BLOCK_K)[None, :]
-            low_x, low_raw = inputs(x, x_off, x_mask, kk, k, alpha, norm)
-            high_x, high_raw = low_x, low_raw
-        acc, squares = slice_products(
-            acc, squares, w, w_off, w_mask, first, now, at, low_x, high_x, low_raw, high_raw, k,
-            norm is not None, FORM, BLOCK_K,
-        )  # fmt: skip
-        if TWO:
-            acc_2, squares = slice_products(
-                acc_2, squares, w, w_off_2, w_mask, first, now_2, at_2, low_x, high_x, low_raw, high_raw, k,
-                False, FORM, BLOCK_K,
-            )  # fmt: skip
-    total = tl.sum(acc, 0)
-    total_2, square = total, total
-    if TWO:
-        total_2 = tl.sum(acc_2, 0)
-    if norm is not None:
-        square = tl.sum(squares, 0)
-    return total, total_2, square
-
-
-@device
-def weight_products(
-    w, scales, zeros, w_off, s_off, w_off_2, s_off_2, w_mask, x, x_off, x_mask, k, alpha,
-    TWO: tl.constexpr, FORM: tl.constexpr, GROUP: tl.constexpr, SLICES: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """`sliced_products` of rows that are not normed."""
-    total, total_2, _ = sliced_products(
-        w, scales, zeros, w_off, s_off, w_off_2, s_off_2, w_mask, x, x_off, x_mask, k, alpha, None,
-        TWO, FORM, GROUP, SLICES, BLOCK_M, BLOCK_K, ROWS,
-    )  # fmt: skip
-    return total, total_2
-
-
-@device
-def exact_product(
-    w, w_off, w_mask, x, x_off, x_mask, k, alpha, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr
-):
-    """The product with f32 weights, of float32 numbers: K in ascending blocks."""
-    acc = tl.zeros((BLOCK_M, ROWS), tl.float32)
-    for start in range(0, k, BLOCK_K):
-        kk = start + tl.arange(0, BLOCK_K)
-        inside = kk < k
-        values = tl.load(w + w_off[:, None] + kk[None, :], mask=w_mask[:, None] & inside[None, :], other=0.0)
-        rows = tl.load(x + x_off[None, :] + kk[:, None], mask=x_mask[None, :] & inside[:, None], other=0.0)
-        if alpha is not None:
-            rows = rows * alpha
-        acc = tl.dot(values, rows, acc, input_precision="ieee")
-    return acc
-
-
-@device
-def weight_product(
-    w, scales, zeros, w_off, s_off, w_mask, x, x_off, x_mask, k, alpha,
-    FORM: tl.constexpr, GROUP: tl.constexpr, SLICES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
-    ROWS: tl.constexpr,
-):  # fmt: skip
-    """float32 [BLOCK_M, ROWS] = W[rows of w_off] · (alpha·x)[rows of x_off]ᵀ, weights of any form."""
-    if FORM == "f32":
-        y = exact_product(w, w_off, w_mask, x, x_off, x_mask, k, alpha, BLOCK_M, BLOCK_K, ROWS)
-    else:
-        y, _ = weight_products(
-            w, scales, zeros, w_off, s_off, w_off, s_off, w_mask, x, x_off, x_mask, k, alpha,
-            False, FORM, GROUP, SLICES, BLOCK_M, BLOCK_K, ROWS,
-        )  # fmt: skip
-    return y
-
-
-@device
-def exact_normed_product(
-    w, w_off, w_mask, x, norm, x_off, x_mask, k, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr
-):
-    """`exact_product` of norm∘x, and the sums of squares of x."""
-    acc, squares = tl.zeros((BLOCK_M, ROWS), tl.float32), tl.zeros((BLOCK_M, ROWS), tl.float32)
-    ones = tl.full((BLOCK_M, BLOCK_K), 1.0, tl.float32)
-    for start in range(0, k, BLOCK_K):
-        kk = start + tl.arange(0, BLOCK_K)
-        inside = kk < k
-        values = tl.load(w + w_off[:, None] + kk[None, :], mask=w_mask[:, None] & inside[None, :], other=0.0)
-        rows = tl.load(x + x_off[None, :] + kk[:, None], mask=x_mask[None, :] & inside[:, None], other=0.0)
-        learned = tl.load(norm + kk, mask=inside, other=0.0)
-        acc = tl.dot(values, rows * learned[:, None], acc, input_precision="ieee")
-        squares = tl.dot(ones, rows * rows, squares, input_precision="ieee")
-    return acc, squares
-
-
-@device
-def normed_product(
-    w, scales, zeros, w_off, s_off, w_mask, x, norm, x_off, x_mask, k, eps,
-    FORM: tl.constexpr, GROUP: tl.constexpr, SLICES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
-    ROWS: tl.constexpr,
-):  # fmt: skip
-    """float32 [BLOCK_M, ROWS] = W[rows of w_off] · rms_norm(x; norm, eps)[rows of x_off]ᵀ, weights of any form: the
-    product of norm∘x, and at the end times one number for each row."""
-    if FORM == "f32":
-        y, square = exact_normed_product(w, w_off, w_mask, x, norm, x_off, x_mask, k, BLOCK_M, BLOCK_K, ROWS)
-    else:
-        y, _, square = sliced_products(
-            w, scales, zeros, w_off, s_off, w_off, s_off, w_mask, x, x_off, x_mask, k, None, norm,
-            False, FORM, GROUP, SLICES, BLOCK_M, BLOCK_K, ROWS,
-        )  # fmt: skip
-    return y * (1.0 / tl.sqrt_rn(square / k + eps))
+from tmlc.kernels.triton.tuning import stages_that_fit
 
 
 @device
 def linear_kernel(
     out, x, norm, w, scales, zeros, bias, factor, addend, rows, m, k, w_stride, s_stride, x_stride, out_stride,
     addend_stride, alpha, cap, eps, a, b, c, a_stride, b_stride, c_stride, number0, number1, number2,
+    gain, shift, gain_stride, shift_stride, taps, tail, slots, counts, start, channels, level,
     FORM: tl.constexpr, GROUP: tl.constexpr, SLICES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
     ROWS: tl.constexpr, LINES: tl.constexpr, OVERLAP: tl.constexpr, STEPS: tl.constexpr, COUNT: tl.constexpr,
+    TAPS: tl.constexpr, RESIDUAL: tl.constexpr,
 ):  # fmt: skip
     """out[rows, m] = addend + factor·(cap·tanh((alpha·x) · Wᵀ + bias)/cap)), and then the steps; with `norm` of
-    rms_norm(x) in the place of alpha·x; grid (tiles of rows, tiles of m). What the epilogue reads is asked for before
-    the product, which hides the wait."""
+    rms_norm(x) in the place of alpha·x, or with `gain` and `shift` of rms_norm(x)∘(1 + gain) + shift; grid (tiles of
+    rows, tiles of m). What the epilogue reads is asked for before the product, which hides the wait.
+
+    With `taps` each row is a session's only one, and before the addend comes its convolution of `channels` columns
+    from `start` on (row_conv.py).
+    """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     col = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     live, inside = row < rows, col < m
     wide_row, wide_col = row.to(tl.int64), col.to(tl.int64)
+    if TAPS > 0:  # the host wrote these before the first launch
+        slot = tl.load(slots + row, mask=live, other=-1)
+        some = tl.load(counts + row, mask=live, other=0) > 0
     if OVERLAP:
         prefetch_rows(w, wide_col * w_stride, inside, k, FORM, LINES)
         previous()
@@ -274,7 +46,7 @@ def linear_kernel(
     if bias is not None:
         biases = tl.load(bias + col, mask=inside, other=0.0)
     if factor is not None:
-        level = tl.load(factor)
+        times = tl.load(factor)
     if addend is not None:
         added = tl.load(addend + wide_row[None, :] * addend_stride + col[:, None], mask=mask, other=0.0)
     av, bv, cv = 0.0, 0.0, 0.0
@@ -284,10 +56,19 @@ def linear_kernel(
         bv = tl.load(b + wide_row[None, :] * b_stride + col[:, None], mask=mask, other=0.0)
     if c is not None:
         cv = tl.load(c + wide_row[None, :] * c_stride + col[:, None], mask=mask, other=0.0)
+    if TAPS > 0:
+        channel = col - start
+        convolved = inside & (channel >= 0) & (channel < channels)
+        held = convolved[:, None] & ((slot >= 0) & some)[None, :]
+        tail_at = tail + (slot // 4)[None, :] + channel[:, None]
+        weights, before = rows_before(taps, tail_at, channel, convolved, held, channels, TAPS)
     if norm is not None:
+        gain_off, shift_off = wide_row, wide_row
+        if gain is not None:
+            gain_off, shift_off = wide_row * gain_stride, wide_row * shift_stride
         y = normed_product(
             w, scales, zeros, wide_col * w_stride, wide_col * s_stride, inside, x, norm, wide_row * x_stride, live, k,
-            eps, FORM, GROUP, SLICES, BLOCK_M, BLOCK_K, ROWS,
+            eps, gain, gain_off, shift, shift_off, FORM, GROUP, SLICES, BLOCK_M, BLOCK_K, ROWS,
         )  # fmt: skip
     else:
         y = weight_product(
@@ -297,45 +78,17 @@ def linear_kernel(
     if bias is not None:
         y += biases[:, None]
     if factor is not None:
-        y *= level
+        y *= times
     if cap is not None:
         y = cap * tanh(y / cap)
+    if TAPS > 0:
+        tl.debug_barrier()  # every thread has read the tail
+        keep_rows(y, before, tail_at, held, channels, TAPS)
+        y = convolve(y, weights, before, convolved, level, RESIDUAL, TAPS)
     if addend is not None:
         y = added + y
     y = run_steps(y, av, bv, cv, number0, number1, number2, STEPS, COUNT)
     tl.store(out + wide_row[None, :] * out_stride + col[:, None], y, mask=mask)
-
-
-def product_values(
-    call: Call, weight: Operand, op: str, m: int
-) -> tuple[dict[str, Any], dict[str, Any], Blocks]:
-    """Arguments and constexprs of `weight_product` that depend on the weight, and its block sizes, for an op of the
-    table with m rows of weights; the caller adds ROWS."""
-    form = FORMS.get(weight.dtype)
-    if form is None:
-        raise call.fail(f"{weight.name}: no kernel reads weights of dtype {weight.dtype}", f"use {', '.join(FORMS)}")
-    w, scales, zeros, w_stride, s_stride = weight_pointers(weight)
-    values: dict[str, Any] = {
-        "w": w, "scales": scales, "zeros": zeros, "w_stride": Aligned(w_stride),
-        "s_stride": None if scales is None else Aligned(s_stride), "k": Aligned(weight.shape[-1]),
-    }  # fmt: skip
-    if scales is None:
-        values["s_stride"] = Aligned(0)
-    blocks = call.blocks(op, weight.dtype, m, weight.shape[-1])
-    return values, {
-        "FORM": form.family, "GROUP": form.group, "BLOCK_M": blocks.block_m, "BLOCK_K": blocks.block_k,
-        "SLICES": slices(weight.dtype, weight.shape[-1], blocks.block_k, call.sm),
-    }, blocks  # fmt: skip
-
-
-def tile_rows(rows: int) -> int:
-    """Rows of activations in a tile, for a call with so many."""
-    return FEW_ROWS if rows <= FEW_ROWS else ROWS
-
-
-def lines(weight: Operand, fixed: dict[str, Any]) -> int:
-    """Lines of 128 bytes of a row that a program reads at a time; fixed: of `product_values`."""
-    return max(1, fixed["SLICES"] * fixed["BLOCK_K"] * FORMS[weight.dtype].bits // 8 // 128)
 
 
 def linear_launch(
@@ -350,15 +103,21 @@ def linear_launch(
     cap: float = 0.0,
     out_stride: int = 0,
     steps: tuple[dict[str, Any], dict[str, Any]] = (NO_STEPS, {"STEPS": (), "COUNT": 0}),
+    conv: RowConv | None = None,
 ) -> Launch:
-    """One product of all rows of x; `out` may be a pointer to scratch, with its stride. `steps`: of `steps_of`. An op
-    that norms its rows first names the weight of the norm `norm`."""
+    """One product of all rows of x; `out` may be a pointer to scratch, with its stride. `steps`: of `steps_of`. `conv`:
+    in a call of one row a session. An op that norms its rows first names the weight of the norm `norm`, and `gain` and
+    `shift` where it modulates them then."""
     m, k = weight.shape[-2:]
     call.need(len(weight.shape) == 2 and x.cols == k, f"{weight.name} {weight.shape} does not take {x.cols} columns")
     rows, norm = call.rows(x), call.optional("norm")
     call.need(norm is None or norm.cols == k, f"the norm of {x.cols} columns is not of whole rows")
+    gain, shift = call.optional("gain"), call.optional("shift")
     values, fixed, blocks = product_values(call, weight, "linear", m)
-    fixed |= {"ROWS": tile_rows(rows), "LINES": lines(weight, fixed), "OVERLAP": False}
+    # Gains and shifts of 16 rows do not fit into shared memory, nor codes, squares and a tail into registers.
+    crowded = gain is not None or (norm is not None and conv is not None and fixed["FORM"] not in ("f32", "bf16"))
+    tile = FEW_ROWS if crowded else tile_rows(rows)
+    fixed |= {"ROWS": tile, "LINES": lines(weight, fixed), "OVERLAP": False}
     values |= {
         "out": call.pointer(out) if isinstance(out, Operand) else out,
         "out_stride": out.stride if isinstance(out, Operand) else out_stride,
@@ -371,9 +130,15 @@ def linear_launch(
         "cap": None if cap == 0.0 else float(cap),
         "norm": None if norm is None else call.pointer(norm),
         "eps": None if norm is None else float(call.attrs["eps"]),
+        "gain": None if gain is None else call.pointer(gain),
+        "gain_stride": None if gain is None else Aligned(gain.stride),
+        "shift": None if shift is None else call.pointer(shift),
+        "shift_stride": None if shift is None else Aligned(shift.stride),
         **steps[0],
     }  # fmt: skip
-    fixed |= steps[1]
+    convolution = NO_CONV if conv is None else conv.values(call, m)
+    values |= convolution[0]
+    fixed |= steps[1] | convolution[1]
     stages, form = blocks.stages, FORMS[weight.dtype]
     if norm is not None:
         held = weight.dtype != "i4g32"
@@ -381,7 +146,7 @@ def linear_launch(
         if form.group:  # codes, their values, x and its squares of more rows of weights do not fit into the registers
             fixed["BLOCK_M"] = min(16, blocks.block_m)
         # The norm's weight lies beside the rows: fewer turns may fit on their way.
-        each = fixed["BLOCK_M"] * form.bits // 8 + 4 * fixed["ROWS"] + 4
+        each = fixed["BLOCK_M"] * form.bits // 8 + (4 if gain is None else 12) * fixed["ROWS"] + 4
         stages = stages_that_fit(stages, fixed["SLICES"] * blocks.block_k * each, call.sm)
     grid = (-(-rows // fixed["ROWS"]), -(-m // fixed["BLOCK_M"]))
     return launch("linear_kernel", grid, values, fixed, blocks.warps, stages)

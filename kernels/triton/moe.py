@@ -12,20 +12,20 @@ import triton.language as tl
 from tmlc.kernels.triton.conv import conv_launch
 from tmlc.kernels.triton.elementwise import sigmoid
 from tmlc.kernels.triton.launch import Aligned, Launch, Lowered, Operand, Pointer
-from tmlc.kernels.triton.linear import (
+from tmlc.kernels.triton.mode import device
+from tmlc.kernels.triton.norms import power
+from tmlc.kernels.triton.overlap import prefetch_rows, previous
+from tmlc.kernels.triton.products import (
     FEW_ROWS,
     ROWS,
     exact_product,
     lines,
     product_values,
-    tanh,
     weight_product,
     weight_products,
 )
-from tmlc.kernels.triton.mode import device
-from tmlc.kernels.triton.norms import power
-from tmlc.kernels.triton.overlap import prefetch_rows, previous
 from tmlc.kernels.triton.registry import Call, launch, lowering
+from tmlc.kernels.triton.steps import tanh
 
 #: Rows from which on pairs are grouped where the program does not say (grouped_from 0).
 GROUPED_FROM = 16

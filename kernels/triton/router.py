@@ -98,17 +98,19 @@ def norm_row(
 
 @device
 def router_logits_kernel(
-    logits, x, w, norm, normed, inverses, rows, total, k, w_stride, x_stride, normed_stride, per, eps,
+    logits, x, w, norm, normed, inverses, rows, total, k, w_stride, x_stride, normed_stride, per, each, eps,
     EXPERTS: tl.constexpr, ROWS: tl.constexpr, PIECES: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Logits [rows, total] = x · Wᵀ in float32; grid (runs of EXPERTS experts, runs of `per` rows).
 
-    A sum is of one row and one expert: BLOCK_K products, across threads, whatever EXPERTS and ROWS are. With `norm`
+    A sum is of one row and one expert: BLOCK_K products, across threads, whatever EXPERTS and ROWS are. (`each` is
+    EXPERTS again, as a number: known, it would tell the compiler that rows of weights begin at multiples of it, and how
+    wide loads are would decide the order of the sum.) With `norm`
     x∘norm is multiplied, and `per` programs more of each run norm a row each: they write normed[row], and in
     inverses[row] what the logits of the row have to be scaled by.
     """
     slot, inner = tl.arange(0, EXPERTS * ROWS), tl.arange(0, BLOCK_K)
-    first = tl.program_id(0) * EXPERTS
+    first = tl.program_id(0) * each
     begin = tl.program_id(1) * per
     w_wide, x_wide = w_stride.to(tl.int64), x_stride.to(tl.int64)
     if norm is not None:
@@ -234,7 +236,7 @@ def logits_launch(call: Call, logits: Pointer, x: Operand, weight: Operand, inve
     values: dict[str, Any] = {
         "logits": logits, "x": call.pointer(x), "w": call.pointer(weight), "rows": rows, "total": total,
         "k": Aligned(k), "w_stride": Aligned(k), "x_stride": Aligned(x.stride), "per": per,
-        "inverses": inverses, **dict.fromkeys(("norm", "normed", "normed_stride", "eps")),
+        "each": each, "inverses": inverses, **dict.fromkeys(("norm", "normed", "normed_stride", "eps")),
     }  # fmt: skip
     if inverses is not None:
         norm, normed = call.operand("norm"), call.outputs[2]

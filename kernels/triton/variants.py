@@ -73,6 +73,41 @@ def compile_variant(variant: Variant) -> Compiled:
         TargetError: this process interprets kernels.
         EmitError: Triton or its assembler refuses the kernel; names it.
     """
+    source, target = _source(variant)
+    first = MOST_REGISTERS if _waits_once(variant) else None
+    best = _compiled(source, target, variant, variant.num_stages, first)
+    # The assembler gives up a few registers for occupancy. These kernels wait for memory: the registers are worth more
+    # (though told that it may have all, it does worse now and then). Where all do not suffice, fewer blocks on their
+    # way do; neither changes the order of a sum.
+    for stages in (variant.num_stages, *(n for n in FEWER_STAGES if n < variant.num_stages)):
+        for registers in (None, MOST_REGISTERS):
+            if best.spill_bytes and (stages, registers) != (variant.num_stages, first):
+                made = _compiled(source, target, variant, stages, registers)
+                best = min(best, made, key=lambda one: one.spill_bytes)
+    return best
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """One variant as PTX, which the assembler makes machine code of; `num_warps` and `shared` as of `Compiled`."""
+
+    ptx: str
+    num_warps: int
+    shared: int
+
+
+def ptx_of(variant: Variant) -> Assembly:
+    """The PTX of a variant, with the stages that it asks for. Raises as `compile_variant`."""
+    from triton.backends.nvidia.compiler import CUDABackend
+
+    source, target = _source(variant)
+    with _instead(CUDABackend, "make_cubin", lambda self, *_: b""):
+        kernel = _built(source, target, variant, variant.num_stages, None)
+    return Assembly(kernel.asm["ptx"], kernel.metadata.num_warps, kernel.metadata.shared)
+
+
+def _source(variant: Variant) -> tuple[Any, Any]:
+    """What Triton compiles, and for what."""
     if INTERPRET:
         raise TargetError(
             "this process interprets kernels and cannot compile them", fix="start it without TRITON_INTERPRET=1"
@@ -92,18 +127,7 @@ def compile_variant(variant: Variant) -> Compiled:
         if name in types and types[name].endswith(":16")
     }
     source = ASTSource(fn=fn, signature=signature, constexprs=constexprs, attrs=attrs)
-    target = GPUTarget("cuda", variant.sm, 32)
-    first = MOST_REGISTERS if _waits_once(variant) else None
-    best = _compiled(source, target, variant, variant.num_stages, first)
-    # The assembler gives up a few registers for occupancy. These kernels wait for memory: the registers are worth more
-    # (though told that it may have all, it does worse now and then). Where all do not suffice, fewer blocks on their
-    # way do; neither changes the order of a sum.
-    for stages in (variant.num_stages, *(n for n in FEWER_STAGES if n < variant.num_stages)):
-        for registers in (None, MOST_REGISTERS):
-            if best.spill_bytes and (stages, registers) != (variant.num_stages, first):
-                made = _compiled(source, target, variant, stages, registers)
-                best = min(best, made, key=lambda one: one.spill_bytes)
-    return best
+    return source, GPUTarget("cuda", variant.sm, 32)
 
 
 def _waits_once(variant: Variant) -> bool:
@@ -115,17 +139,7 @@ def _waits_once(variant: Variant) -> bool:
 
 
 def _compiled(source: Any, target: Any, variant: Variant, stages: int, registers: int | None) -> Compiled:
-    options = {
-        "num_warps": variant.num_warps, "num_stages": stages, "enable_fp_fusion": False,
-        "maxnreg": registers,
-    }  # fmt: skip
-    try:
-        with _reproducible(), _waiting() if variant.overlap else nullcontext():
-            kernel = triton.compile(source, target=target, options=options)
-    except Exception as error:
-        raise EmitError(
-            f"{variant.kernel} does not compile: {error}", where=f"{variant_key(variant)} {variant.constexprs}"
-        ) from error
+    kernel = _built(source, target, variant, stages, registers)
     meta = kernel.metadata
     if meta.global_scratch_size or meta.profile_scratch_size:
         raise EmitError(f"{variant.kernel} asks for global scratch, which launches do not bring")
@@ -133,6 +147,21 @@ def _compiled(source: Any, target: Any, variant: Variant, stages: int, registers
     used, stack, local = _usage(cubin, meta.name)
     hidden = 2  # the pointers to global and to profile scratch
     return Compiled(cubin, meta.name, meta.num_warps, meta.shared, used, stack + local, hidden)
+
+
+def _built(source: Any, target: Any, variant: Variant, stages: int, registers: int | None) -> Any:
+    """What Triton makes of a variant."""
+    options = {
+        "num_warps": variant.num_warps, "num_stages": stages, "enable_fp_fusion": False,
+        "maxnreg": registers,
+    }  # fmt: skip
+    try:
+        with _reproducible(), _waiting() if variant.overlap else nullcontext():
+            return triton.compile(source, target=target, options=options)
+    except Exception as error:
+        raise EmitError(
+            f"{variant.kernel} does not compile: {error}", where=f"{variant_key(variant)} {variant.constexprs}"
+        ) from error
 
 
 @contextmanager
@@ -153,15 +182,19 @@ def _waiting() -> Iterator[None]:
     from triton.backends.nvidia.compiler import CUDABackend
 
     before = CUDABackend.make_ptx
+    with _instead(CUDABackend, "make_ptx", lambda self, *args: with_wait(before(self, *args))):
+        yield
 
-    def make_ptx(self: Any, *args: Any) -> str:
-        return with_wait(before(self, *args))
 
-    CUDABackend.make_ptx = make_ptx
+@contextmanager
+def _instead(owner: Any, name: str, other: Any) -> Iterator[None]:
+    """`other` in the place of an attribute, meanwhile."""
+    before = getattr(owner, name)
+    setattr(owner, name, other)
     try:
         yield
     finally:
-        CUDABackend.make_ptx = before
+        setattr(owner, name, before)
 
 
 def _usage(cubin: bytes, entry: str) -> tuple[int, int, int]:

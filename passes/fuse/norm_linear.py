@@ -1,15 +1,17 @@
-"""fuse.norm_linear: the norm of a row becomes part of the product that alone reads it."""
+"""fuse.norm_linear: the norm of a row, and its modulation, become part of the product that alone reads it."""
 
 from __future__ import annotations
 
 from torch import fx
 
 from tmlc.ir.program import Method, Program, call, replace, type_of
+from tmlc.ir.steps import read_steps
 from tmlc.passes.match import arg, named_args, op_of
 from tmlc.pipeline.pass_base import NearMiss, Pass, PassContext, PassResult
 from tmlc.pipeline.registry import register_pass
 
 _PRODUCTS = ("linear", "linear_steps", "linear_conv_state")
+_MODULATED = {"linear": "modulated_linear", "linear_steps": "modulated_linear_steps"}
 #: Forms of weights whose kernels have no registers left for squares: with 16 rows they spilled.
 FULL = ("i4g32",)
 
@@ -17,12 +19,14 @@ FULL = ("i4g32",)
 @register_pass("fuse.norm_linear")
 class FuseNormLinear(Pass):
     """Turns `rms_norm` of whole rows and the `linear`, `linear_steps` or `linear_conv_state` that is its only reader
-    into one op: the product sums the squares of what it reads anyway, and is scaled by their root at the end."""
+    into one op: the product sums the squares of what it reads anyway, and is scaled by their root at the end. A norm
+    that is modulated (`rms_norm_steps` of an adaptive norm) becomes part of a `linear` or `linear_steps`: the shift
+    has a product of its own, with weights that are there."""
 
     def run(self, program: Program, ctx: PassContext) -> PassResult:
         result = PassResult(program, 0)
         for method in program.methods.values():
-            for norm in method.calls("rms_norm"):
+            for norm in [*method.calls("rms_norm"), *method.calls("rms_norm_steps")]:
                 products = [user for user in norm.users if op_of(user) in _PRODUCTS and arg(user, "x") is norm]
                 if not products:
                     continue
@@ -37,6 +41,11 @@ class FuseNormLinear(Pass):
 
 
 def _why_not(norm: fx.Node, products: list[fx.Node]) -> str:
+    if op_of(norm) == "rms_norm_steps":
+        if _modulation(norm) is None:
+            return f"the steps behind it are not a modulation: {arg(norm, 'steps')}"
+        if op_of(products[0]) not in _MODULATED:
+            return f"{op_of(products[0])} takes no modulated rows"
     if type_of(arg(norm, "weight")).cols != type_of(norm).cols:
         return "it norms groups of columns, not whole rows"
     if len(norm.users) > 1:
@@ -48,9 +57,21 @@ def _why_not(norm: fx.Node, products: list[fx.Node]) -> str:
     return ""
 
 
+def _modulation(norm: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """(gain, shift) where the steps behind a norm are no more than a modulation of what it normed."""
+    (first, *more) = read_steps(arg(norm, "steps"), arg(norm, "numbers"))
+    if more or first.op != "modulate" or first.operands[0] != "v" or "v" in first.operands[1:]:
+        return None
+    gain, shift = (arg(norm, letter) for letter in first.operands[1:])
+    return gain, shift
+
+
 def _fuse(method: Method, norm: fx.Node, product: fx.Node) -> None:
     _, *args = named_args(product).values()
-    given = (arg(norm, "x"), arg(norm, "weight"), arg(norm, "eps"), *args)
+    name, modulation = f"norm_{op_of(product)}", None
+    if op_of(norm) == "rms_norm_steps":
+        name, modulation = _MODULATED[str(op_of(product))], _modulation(norm)
+    given = (arg(norm, "x"), arg(norm, "weight"), arg(norm, "eps"), *(modulation or ()), *args)
     with method.graph.inserting_before(product):
-        fused = call(method.graph, f"norm_{op_of(product)}", given)
+        fused = call(method.graph, name, given)
     replace(product, fused)

@@ -38,6 +38,20 @@ def test_it_is_the_norm_and_then_the_op(name):
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("name", ["linear", "linear_steps"])
+def test_it_is_the_modulated_norm_and_then_the_product(name):
+    gain, shift = rand(4, 6, seed=9), rand(4, 6, seed=10)
+    rows = op("modulate", op("rms_norm", X, NORM, EPS), gain, shift)
+    found = op(f"modulated_{name}", X, NORM, EPS, gain, shift, *CASES[name]())
+    assert torch.equal(found, op(name, rows, *CASES[name]()))
+
+
+def test_gains_of_other_rows_are_refused():
+    x, norm, weight = TensorType("f32", (4, 6)), TensorType("f32", (6,)), TensorType("f32", (5, 6))
+    with pytest.raises(IRError, match=r"f32\[3, 6\]"):
+        OPS["modulated_linear"].shapes(x, norm, 1e-6, TensorType("f32", (3, 6)), x, weight, None)
+
+
 def test_the_state_of_its_convolution_is_changed():
     here, there = CASES["linear_conv_state"](), CASES["linear_conv_state"]()
     op("norm_linear_conv_state", X, NORM, EPS, *here)

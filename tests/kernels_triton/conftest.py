@@ -1,4 +1,5 @@
-"""Kernels run in Triton's interpreter, in a child process that the tests of this folder share."""
+"""Kernels run in Triton's interpreter, in a child process that the tests of this folder share; in the slow suite they
+also run as the PTX that they compile to, for two architectures."""
 
 from __future__ import annotations
 
@@ -10,12 +11,17 @@ import pytest
 
 pytest.importorskip("triton", reason="the triton extra is not installed")
 
+from tmlc.kernels.triton.ptx.host import PtxMachine
 from tmlc.kernels.triton.worker import Interpreter, open_interpreter
 
 sys.path.insert(0, str(Path(__file__).parent))  # triton_harness.py
 
 
-@pytest.fixture(scope="session")
-def machine() -> Iterator[Interpreter]:
-    with open_interpreter() as interpreter:
-        yield interpreter
+@pytest.fixture(
+    scope="session",
+    params=["interpreter", *(pytest.param(f"ptx{sm}", marks=pytest.mark.slow) for sm in (80, 90))],
+)
+def machine(request: pytest.FixtureRequest) -> Iterator[Interpreter | PtxMachine]:
+    name = request.param
+    with open_interpreter() if name == "interpreter" else PtxMachine(int(name[3:])) as opened:
+        yield opened

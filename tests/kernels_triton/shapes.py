@@ -93,8 +93,18 @@ def calls(model: Model, bucket: Bucket, sm: int) -> Iterator[Call]:
         if form != "i4g32":
             yield call("norm_linear", normed | given, x(qkvr), eps=1e-6)
             yield call("norm_linear_steps", normed | given, x(qkvr), steps="silu:v", numbers=[], eps=1e-6)
+            passed = {"scale": None, "taps": w(2 * kv, 4), "tail": state(3, 2 * kv), "addend": None}
+            yield call("norm_linear_conv_state", normed | given | passed, x(qkvr), start=q, residual=True, level=1.0,
+                       eps=1e-6)  # fmt: skip
+            flow = {name: x(m.flow) for name in ("x", "gain", "shift")} | {"norm": w(1, m.flow)}
+            flow |= {"weight": w(m.flow, m.flow, dtype=form), "bias": w(1, m.flow)}
+            yield call("modulated_linear", flow, x(m.flow), eps=1e-6)
+            yield call("modulated_linear_steps", flow, x(m.flow), steps="silu:v", numbers=[], eps=1e-6)
         for rows, k in ((qkvr, d), (d, q), (2 * m.dense, d), (d, m.dense), (m.flow, m.flow), (d, 80)):
             yield call("linear", {"x": x(k), "weight": w(rows, k, dtype=form), "bias": None}, x(rows))
+        projected = {"x": x(q), "weight": w(d, q, dtype=form), "bias": None, "scale": None, "addend": x(d)}
+        yield call("linear_conv_state", projected | {"taps": w(d, 4), "tail": state(3, d)}, x(d), start=0,
+                   residual=True, level=1.0)  # fmt: skip
         yield call(
             "linear_add",
             {"x": x(q), "weight": w(d, q, dtype=form), "bias": None, "scale": w(1, 1), "addend": x(d)},

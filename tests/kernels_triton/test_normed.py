@@ -54,13 +54,31 @@ def test_steps_behind_a_product_of_normed_rows(machine):
     agree(machine, "norm_linear_steps", given, attrs, [Shape("f32", 20)], ROUNDED, weights, cuts=(9,))
 
 
+@pytest.mark.parametrize(
+    ("dtype", "m", "k"),
+    [("f32", 33, 70), ("bf16", 33, 70), ("bf16", 20, 1030), ("f8g128", 20, 300), ("i8g32", 20, 131),
+     ("i4g64", 20, 300)],
+)  # fmt: skip
+def test_a_product_of_modulated_rows(machine, dtype, m, k):
+    """Rows of 0.01 are normed to 1 and moved by 1: the shift counts as much as the row."""
+    given, weights = sessions(k, gain=k, shift=k), weights_of(m, k, dtype) | {"bias": weight(draw(9, 1, m))}
+    tolerance = EXACT if dtype == "f32" else ROUNDED
+    agree(machine, "modulated_linear", given, EPS, [Shape("f32", m)], tolerance, weights, cuts=(1, 9))
+
+
+def test_steps_behind_a_product_of_modulated_rows(machine):
+    attrs = EPS | {"steps": "mul:av silu:v", "numbers": []}
+    given, weights = sessions(70, gain=70, shift=70, a=20), weights_of(20, 70, "bf16")
+    agree(machine, "modulated_linear_steps", given, attrs, [Shape("f32", 20)], ROUNDED, weights, cuts=(9,))
+
+
 def test_a_convolution_behind_a_product_of_normed_rows(machine):
     given = sessions(70)
     for s, session in enumerate(given):
         session.states["tail"] = draw(60 + s, 3, 8)
     weights = weights_of(20, 70, "bf16") | {"taps": weight(draw(6, 8, 4))}
     attrs = EPS | {"start": 12, "residual": True, "level": 0.8}
-    agree(machine, "norm_linear_conv_state", given, attrs, [Shape("f32", 20)], ROUNDED, weights, cuts=(9,))
+    agree(machine, "norm_linear_conv_state", given, attrs, [Shape("f32", 20)], ROUNDED, weights, cuts=(1, 9))
 
 
 def test_a_row_is_normed_as_by_the_kernel_of_norms(machine):

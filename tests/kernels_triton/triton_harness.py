@@ -15,6 +15,7 @@ from tmlc.ir.quantize import SCHEMES, quantise
 from tmlc.kernels.triton import layouts
 from tmlc.kernels.triton.bucket import Bucket
 from tmlc.kernels.triton.launch import Operand
+from tmlc.kernels.triton.ptx.host import PtxMachine
 from tmlc.kernels.triton.registry import Call, lower
 from tmlc.kernels.triton.worker import Interpreter
 
@@ -79,7 +80,7 @@ class Shape:
 
 
 def run(
-    machine: Interpreter,
+    machine: Interpreter | PtxMachine,
     op: str,
     sessions: Sequence[Session],
     attrs: dict[str, Any],
@@ -88,7 +89,7 @@ def run(
     rows: dict[str, tuple[int, int]] | None = None,
     n: int = 0,
     batch: int = 0,
-    sm: int = 90,
+    sm: int = 0,
     pad: int = 0,
 ) -> list[list[np.ndarray]]:
     """The results of each session; `states` of the sessions are changed in place.
@@ -96,6 +97,7 @@ def run(
     Args:
         rows: a·n + b of the inputs that have other rows than n.
         n, batch: of the bucket (default: what the sessions need); more sessions than given are dead ones.
+        sm: what launches are made for (default: what the machine runs).
         pad: columns that are poisoned behind each row of inputs and results.
     """
     weights, rows = weights or {}, rows or {}
@@ -150,7 +152,7 @@ def run(
         buffers["output", str(index)] = poisoned((total, shape.cols + pad), shape.dtype)
         results.append(Operand("output", shape.dtype, shape.rows, shape.cols, shape.cols + pad, name=str(index)))
     before = pool.copy()
-    lowered = lower(Call(op, args, attrs, tuple(results), bucket, sm))
+    lowered = lower(Call(op, args, attrs, tuple(results), bucket, sm or machine.sm))
     scratch = machine.bytes(lowered.scratch_bytes)
     scratch[...] = 0xFF  # NaN in every format
     buffers["scratch", ""] = scratch
@@ -210,7 +212,7 @@ def near(found: np.ndarray, wanted: np.ndarray, tolerance: float) -> None:
 
 
 def agree(
-    machine: Interpreter,
+    machine: Interpreter | PtxMachine,
     op: str,
     sessions: Sequence[Session],
     attrs: dict[str, Any],
@@ -249,6 +251,9 @@ def agree(
                 near(session.states[name], right, tolerance)
             else:
                 assert np.array_equal(session.states[name], right), name
+    # How wide loads are follows from strides, and the order of some sums from that. An engine has the same strides in
+    # every bucket (tmlc/emit/triton/arena.py).
+    pad = 3 if isinstance(machine, PtxMachine) else 0
     for number, session in enumerate(sessions):
         bounds = sorted({0, session.count, *(cut for cut in cuts if cut < session.count)})
         alone = Session(session.inputs, {name: state.copy() for name, state in begin[number].items()})
@@ -259,7 +264,7 @@ def agree(
                 a, b = (rows or {}).get(name, (1, 0))
                 part[name] = value if a == 0 else value[a * low : a * high + b]
             piece = Session(part, alone.states, high - low)
-            pieces += run(machine, op, [piece], attrs, outputs, weights, rows)
+            pieces += run(machine, op, [piece], attrs, outputs, weights, rows, pad=pad)
             if "position" in alone.states and op != "advance":
                 alone.states["position"] += high - low
         for index, result in enumerate(found[number]):

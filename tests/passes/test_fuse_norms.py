@@ -50,6 +50,12 @@ CONV = CONV.replace('weight "b"\n', 'weight "b"\n  %taps = weight "taps"\n  %tai
     "linear(%h, %w, %b)",
     "linear_conv_state(%h, %w, %b, none, %taps, %tail, start=3, residual=true, level=0.5, addend=none)",
 )
+#: An adaptive norm, as fuse.steps leaves it.
+GIVEN = '  %g = input "g" : f32[n, 6]\n  %s = input "s" : f32[n, 6]\n'
+ADAPTIVE = PRODUCTS.replace("  %norm =", f"{GIVEN}  %norm =").replace(
+    "rms_norm(%x, %norm, eps=1e-06)",
+    'rms_norm_steps(%x, %norm, eps=1e-06, a=%g, b=%s, c=none, steps="modulate:vab", numbers=[])',
+)
 PASSES = ("fuse.norm_router", "fuse.norm_linear")
 
 
@@ -86,6 +92,40 @@ def test_a_product_norms_the_rows_that_it_alone_reads(text, arguments, run_pass,
     op = tail.partition(" = ")[2].partition("(")[0]
     fused = f"  %y = norm_{op}(%x, %norm, eps=1e-06, weight=%w, bias=%b{arguments})\n"
     same_structure(after, f"{head}{fused}  return %y\n}}\n")
+
+
+@pytest.mark.parametrize(
+    ("product", "fused"),
+    [
+        ("linear(%h, %w, %b)", "modulated_linear(%x, %norm, eps=1e-06, gain={}, shift={}, weight=%w, bias=%b)"),
+        ('linear_steps(%h, %w, %b, none, none, none, steps="silu:v", numbers=[])',
+         "modulated_linear_steps(%x, %norm, eps=1e-06, gain={}, shift={}, weight=%w, bias=%b, a=none, b=none, c=none,"
+         ' steps="silu:v", numbers=[])'),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize(("steps", "gain", "shift"), [("modulate:vab", "%g", "%s"), ("modulate:vba", "%s", "%g")])
+def test_a_product_modulates_the_rows_that_it_alone_reads(product, fused, steps, gain, shift, run_pass, same_structure):
+    text = ADAPTIVE.replace("linear(%h, %w, %b)", product).replace("modulate:vab", steps)
+    after = run_pass("fuse.norm_linear", text)
+    assert (after.record[-1].matches, after.record[-1].near_misses) == (1, [])
+    head = text.partition("  %h = ")[0]
+    same_structure(after, f"{head}  %y = {fused.format(gain, shift)}\n  return %y\n}}\n")
+
+
+@pytest.mark.parametrize("steps", ["mul:va add:vb", "modulate:vab silu:v", "modulate:avb", "modulate:vva"])
+def test_other_steps_behind_a_norm_stay_with_it(steps, run_pass):
+    text = ADAPTIVE.replace("modulate:vab", steps)
+    if "b" not in steps:
+        text = text.replace("b=%s", "b=none")
+    record = run_pass("fuse.norm_linear", text).record[-1]
+    assert record.matches == 0 and f"not a modulation: {steps}" in record.near_misses[0]
+
+
+def test_a_convolution_takes_no_modulated_rows(run_pass):
+    norm = 'rms_norm_steps(%x, %norm, eps=1e-06, a=%x, b=%x, c=none, steps="modulate:vab", numbers=[])'
+    text = CONV.replace("rms_norm(%x, %norm, eps=1e-06)", norm)
+    record = run_pass("fuse.norm_linear", text).record[-1]
+    assert record.matches == 0 and "linear_conv_state takes no modulated rows" in record.near_misses[0]
 
 
 def test_rows_with_other_readers_keep_their_norm(run_pass):

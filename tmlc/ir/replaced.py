@@ -22,5 +22,7 @@ TRITON_PASSES = {
     "norm_linear": "fuse.norm_linear",
     "norm_linear_steps": "fuse.norm_linear",
     "norm_linear_conv_state": "fuse.norm_linear",
+    "modulated_linear": "fuse.norm_linear",
+    "modulated_linear_steps": "fuse.norm_linear",
 }
 TRITON_ONLY = {op: f"only the Triton target runs it, leave out {name}" for op, name in TRITON_PASSES.items()}

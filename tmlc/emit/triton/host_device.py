@@ -1,10 +1,11 @@
-"""A GPU in host memory: the driver interface of the cuda runtime, with Triton's interpreter behind its launches.
+"""A GPU in host memory: the driver interface of the cuda runtime, with Triton's interpreter, or the kernels' PTX run on
+NumPy (kernels/triton/ptx/), behind its launches.
 
     with open_interpreter() as machine:
         backend = CudaBackend(package, "triton:sm90", HostDevice.of(package, machine))
 
 So the runtime runs the very plan of a package, with its graphs, buffers and pointers, on a machine without a GPU.
-Machine code is not run: a kernel is known by the digest of its machine code, and interpreted from its source. Every
+Machine code is not run: a kernel is known by the digest of its machine code, and made again from its source. Every
 launch may touch only the bytes that the plan names behind its pointers; the interpreter refuses everything else. Much
 too slow to serve; for tests.
 """
@@ -23,6 +24,7 @@ from tmlc.emit.triton.build import frozen
 from tmlc.emit.triton.plan import code_name
 from tmlc.errors import DeviceError, KernelError
 from tmlc.kernels.triton.launch import TRITON_NAMES, Argument, Launch, Pointer
+from tmlc.kernels.triton.ptx.host import PtxMachine
 from tmlc.kernels.triton.worker import Interpreter
 from tmlc.package.reader import Package
 from tmlc.runtimes.cuda.driver import Address, DeviceInfo, Driver, KernelLaunch
@@ -46,7 +48,7 @@ class HostDevice(Driver):
     """One device.
 
     Args:
-        machine: the interpreter and its memory; stays open.
+        machine: the interpreter, or the machine that runs PTX, and its memory; stays open.
         kernels: by sha256 of the machine code.
         info: what to present as.
         nbytes: of device memory.
@@ -57,7 +59,7 @@ class HostDevice(Driver):
     """
 
     def __init__(
-        self, machine: Interpreter, kernels: Mapping[str, Kernel], info: DeviceInfo, nbytes: int = 1 << 32
+        self, machine: Interpreter | PtxMachine, kernels: Mapping[str, Kernel], info: DeviceInfo, nbytes: int = 1 << 32
     ) -> None:
         self.info, self.machine, self.kernels, self.nbytes = info, machine, kernels, nbytes
         self.fault: Exception | None = None
@@ -67,7 +69,7 @@ class HostDevice(Driver):
         self._recording: list[Callable[[], None]] | None = None
 
     @staticmethod
-    def of(package: Package, machine: Interpreter, sm: int = 90, **more: Any) -> HostDevice:
+    def of(package: Package, machine: Interpreter | PtxMachine, sm: int = 90, **more: Any) -> HostDevice:
         """A device that runs the package's engine for an architecture."""
         kernels = {}
         for v in package.json(code_name(sm))["variants"]:
@@ -211,8 +213,11 @@ class HostDevice(Driver):
             args.append(Pointer(*name, offset, _DTYPES[kind[1:].removesuffix(":16")], arg.nbytes))
         if _POOL in buffers and _SLOTS not in buffers:
             raise KernelError(f"{launch.variant} reads states and gets no slots", where="host device")
-        made = Launch(kernel.kernel, kernel.constexprs, kernel.num_warps, kernel.num_stages, launch.grid, tuple(args))
-        self.machine.run([made], buffers)
+        made = Launch(
+            kernel.kernel, kernel.constexprs, kernel.num_warps, kernel.num_stages, launch.grid, tuple(args),
+            launch.overlap,
+        )  # fmt: skip
+        self.machine.run([made], buffers, [tuple(launch.signature)])
 
 
 def _address(block: np.ndarray) -> int:

@@ -1,5 +1,5 @@
 """Ops that norm the rows that they read (fuse.norm_router, fuse.norm_linear): the meaning of each is rms_norm of whole
-rows, and then the op behind it.
+rows, `modulate` where it takes a gain and a shift, and then the op behind it.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tmlc.ir.ops.dense import linear, rms_norm
+from tmlc.ir.ops.dense import linear, modulate, rms_norm
 from tmlc.ir.ops.fused import linear_conv_state
 from tmlc.ir.ops.moe import router
 from tmlc.ir.ops.registry import OPS, need, op, vector
@@ -81,3 +81,41 @@ def _norm_linear_conv_state(x: TensorType, norm: TensorType, eps: float, *args: 
 def norm_linear_conv_state(x: Tensor, norm: Tensor, eps: float, *args: Any) -> Tensor:
     """linear_conv_state of rms_norm(x)."""
     return linear_conv_state(rms_norm(x, norm, eps), *args)
+
+
+def _modulated(
+    name: str, x: TensorType, norm: TensorType, eps: float, gain: TensorType, shift: TensorType, *args: Any
+) -> TensorType:
+    OPS["modulate"].shapes(x, gain, shift)
+    made: TensorType = _behind(name, x, norm, *args)
+    return made
+
+
+def _modulated_linear(x: TensorType, *args: Any) -> TensorType:
+    return _modulated("linear", x, *args)
+
+
+@op(
+    "modulated_linear(Tensor x, Tensor norm, float eps, Tensor gain, Tensor shift, Tensor weight, Tensor? bias)"
+    " -> Tensor",
+    _modulated_linear,
+    from_pass=True,
+)
+def modulated_linear(x: Tensor, norm: Tensor, eps: float, gain: Tensor, shift: Tensor, *args: Any) -> Tensor:
+    """linear of modulate(rms_norm(x), gain, shift)."""
+    return linear(modulate(rms_norm(x, norm, eps), gain, shift), *args)
+
+
+def _modulated_linear_steps(x: TensorType, *args: Any) -> TensorType:
+    return _modulated("linear_steps", x, *args)
+
+
+@op(
+    "modulated_linear_steps(Tensor x, Tensor norm, float eps, Tensor gain, Tensor shift, Tensor weight, Tensor? bias,"
+    " Tensor? a, Tensor? b, Tensor? c, str steps, float[] numbers) -> Tensor",
+    _modulated_linear_steps,
+    from_pass=True,
+)
+def modulated_linear_steps(x: Tensor, norm: Tensor, eps: float, gain: Tensor, shift: Tensor, *args: Any) -> Tensor:
+    """linear_steps of modulate(rms_norm(x), gain, shift)."""
+    return linear_steps(modulate(rms_norm(x, norm, eps), gain, shift), *args)

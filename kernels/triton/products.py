@@ -1,0 +1,321 @@
+"""Products of weights of every form with a few rows of activations: what the kernels of linears and of experts call.
+
+One scheme for any number of rows: a tile of weight rows is the left operand of a dot whose right operand is a few rows
+of activations. K is cut into slices; a warp sums its own, and they are added up at the end, so that a program has all
+it reads on the way at once. A row of the result is a column of that dot, so its bits depend neither on the other rows
+nor on how many there are.
+"""
+
+from typing import Any
+
+import triton.language as tl
+
+from tmlc.kernels.triton.launch import Aligned, Operand
+from tmlc.kernels.triton.layouts import FORMS, weight_pointers
+from tmlc.kernels.triton.mode import device
+from tmlc.kernels.triton.registry import Call
+from tmlc.kernels.triton.tuning import Blocks, slices
+
+#: Rows of activations in a tile: where there are no more, and else. A row is a column of the same instructions in both.
+FEW_ROWS, ROWS = 8, 16
+
+
+@device
+def fp8_value(byte):
+    """bf16 value of e4m3 codes: exponent and mantissa moved into a float32, which is 2^120 too small. Needs no fp8
+    instructions, so it runs on every architecture. Subnormal codes become subnormal float32 numbers, which the
+    multiplication brings back exactly."""
+    wide = byte.to(tl.int32)
+    magnitude = ((wide & 127) << 20).to(tl.float32, bitcast=True) * 1.329227995784916e36
+    return tl.where(wide >= 128, -magnitude, magnitude).to(tl.bfloat16)
+
+
+@device
+def inputs(x, x_off, x_mask, kk, k, alpha, norm, gain, gain_off, shift, shift_off):
+    """[slices, inputs, rows] of the inputs kk [slices, inputs]: alpha·norm∘x∘(1 + gain) as bf16, float32 x itself, and
+    the shift as bf16 (where there is none, the first again)."""
+    mask = x_mask[None, :, None] & (kk < k)[:, None, :]
+    values = tl.load(x + x_off[None, :, None] + kk[:, None, :], mask=mask, other=0.0)
+    taken = values
+    if norm is not None:
+        taken = values * tl.load(norm + kk, mask=kk < k, other=0.0)[:, None, :]
+    if gain is not None:
+        taken = taken * (1.0 + tl.load(gain + gain_off[None, :, None] + kk[:, None, :], mask=mask, other=0.0))
+    if alpha is not None:
+        taken = taken * alpha
+    rounded = tl.trans(taken.to(tl.bfloat16), 0, 2, 1)
+    added = rounded
+    if shift is not None:
+        moved = tl.load(shift + shift_off[None, :, None] + kk[:, None, :], mask=mask, other=0.0)
+        added = tl.trans(moved.to(tl.bfloat16), 0, 2, 1)
+    return rounded, tl.trans(values, 0, 2, 1), added
+
+
+@device
+def add_squares(acc, x, ones):
+    """acc [slices, BLOCK_M, rows] + Σ x² over the inputs of x [slices, inputs, rows], the same number in all BLOCK_M:
+    a product with ones, so a row's sum is in one order whatever the number of rows is, and lies where the row's
+    products lie. A square is taken as two bf16 numbers, which hold 16 of its bits."""
+    squares = x * x
+    high = squares.to(tl.bfloat16)
+    low = (squares - high.to(tl.float32)).to(tl.bfloat16)
+    return tl.dot(ones, low, tl.dot(ones, high, acc))
+
+
+@device
+def group_numbers(scales, zeros, s_off, w_mask, first, k, FORM: tl.constexpr, GROUP: tl.constexpr):
+    """Scale and zero point [slices, BLOCK_M] of the group that begins at input `first` of each slice."""
+    mask = w_mask[None, :] & (first < k)[:, None]
+    at = s_off[None, :] + (first // GROUP)[:, None]
+    scale = tl.load(scales + at, mask=mask, other=0.0).to(tl.float32)
+    if FORM == "i4":
+        zero = tl.load(zeros + at, mask=mask, other=0).to(tl.int32)
+    else:
+        zero = tl.zeros(scale.shape, tl.int32)
+    return scale, zero
+
+
+@device
+def slice_products(
+    acc, squares, moved, w, w_off, w_mask, first, scale, zero, low, high, k,
+    SQUARES: tl.constexpr, SHIFT: tl.constexpr, FORM: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """acc [slices, BLOCK_M, rows] + W·x of each slice's inputs, with SQUARES squares + Σ raw², with SHIFT moved +
+    W·shift. low: (x, raw, shift) of `inputs`; of 4-bit codes low and high are the halves of a group. Codes are
+    multiplied as they are, and the product by their scale."""
+    low_x, low_raw, low_shift = low
+    high_x, high_raw, high_shift = high
+    if FORM == "bf16":
+        kk = first[:, None] + tl.arange(0, BLOCK_K)[None, :]
+        mask = w_mask[None, :, None] & (kk < k)[:, None, :]
+        values = tl.load(w + w_off[None, :, None] + kk[:, None, :], mask=mask, other=0.0)
+        acc = tl.dot(values, low_x, acc)
+        if SHIFT:
+            moved = tl.dot(values, low_shift, moved)
+        if SQUARES:
+            squares = add_squares(squares, low_raw, tl.full(values.shape, 1.0, tl.float32).to(tl.bfloat16))
+    else:
+        mask = w_mask[None, :, None] & (first < k)[:, None, None]
+        if FORM == "i4":
+            at = (first // 2)[:, None] + tl.arange(0, BLOCK_K // 2)[None, :]
+            codes = tl.load(w + w_off[None, :, None] + at[:, None, :], mask=mask, other=0)
+            byte = codes.to(tl.int32)
+            low_value = ((byte & 15) * 16 - zero[:, :, None]).to(tl.float32).to(tl.bfloat16)
+            high_value = ((byte >> 4) * 16 - zero[:, :, None]).to(tl.float32).to(tl.bfloat16)
+            part = tl.dot(high_value, high_x, tl.dot(low_value, low_x))
+            acc += part * (scale * 0.0625)[:, :, None]
+            if SHIFT:
+                part = tl.dot(high_value, high_shift, tl.dot(low_value, low_shift))
+                moved += part * (scale * 0.0625)[:, :, None]
+        else:
+            kk = first[:, None] + tl.arange(0, BLOCK_K)[None, :]
+            codes = tl.load(w + w_off[None, :, None] + kk[:, None, :], mask=mask, other=0)
+            if FORM == "i8":
+                value = (codes.to(tl.int32) - 128).to(tl.float32).to(tl.bfloat16)
+            else:
+                value = fp8_value(codes)
+            acc += tl.dot(value, low_x) * scale[:, :, None]
+            if SHIFT:
+                moved += tl.dot(value, low_shift) * scale[:, :, None]
+        if SQUARES:
+            # Triton lays the operands of a dot out by the width of what was loaded for them. Ones that seem to come
+            # from the codes let x lie alike for both dots; else it is not copied asynchronously.
+            ones = ((codes | 1) & 1).to(tl.bfloat16)
+            squares = add_squares(squares, low_raw, ones)
+            if FORM == "i4":
+                squares = add_squares(squares, high_raw, ones)
+    return acc, squares, moved
+
+
+@device
+def sliced_products(
+    w, scales, zeros, w_off, s_off, w_off_2, s_off_2, w_mask, x, x_off, x_mask, k, alpha, norm,
+    gain, gain_off, shift, shift_off,
+    TWO: tl.constexpr, FORM: tl.constexpr, GROUP: tl.constexpr, SLICES: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """float32 [BLOCK_M, ROWS] = W[rows of w_off] · (alpha·norm∘x∘(1 + gain))[rows of x_off]ᵀ, with TWO the same of
+    w_off_2, with `norm` the sums of squares of x, and with `shift` W·shiftᵀ. A number of the last three that is not
+    asked for is the first again.
+
+    w_off, s_off: int64 [BLOCK_M], where a row of codes and of scales begins; x_off: int64 [ROWS]. SLICES·BLOCK_K
+    inputs are read at a time. Not for f32.
+    """
+    acc = tl.zeros((SLICES, BLOCK_M, ROWS), tl.float32)
+    acc_2 = tl.zeros((SLICES, BLOCK_M, ROWS), tl.float32)
+    squares = tl.zeros((SLICES, BLOCK_M, ROWS), tl.float32)
+    moved = tl.zeros((SLICES, BLOCK_M, ROWS), tl.float32)
+    first = tl.arange(0, SLICES) * BLOCK_K
+    scale, zero = first, first
+    scale_2, zero_2 = first, first
+    if FORM != "bf16":
+        scale, zero = group_numbers(scales, zeros, s_off, w_mask, first, k, FORM, GROUP)
+        if TWO:
+            scale_2, zero_2 = group_numbers(scales, zeros, s_off_2, w_mask, first, k, FORM, GROUP)
+    for start in range(0, k, SLICES * BLOCK_K):
+        first = start + tl.arange(0, SLICES) * BLOCK_K
+        # Scales come one turn ahead: asked for behind the codes, they would be waited for by themselves.
+        now, now_2 = scale, scale_2
+        at, at_2 = zero, zero_2
+        if FORM != "bf16":
+            following = first + SLICES * BLOCK_K
+            scale, zero = group_numbers(scales, zeros, s_off, w_mask, following, k, FORM, GROUP)
+            if TWO:
+                scale_2, zero_2 = group_numbers(scales, zeros, s_off_2, w_mask, following, k, FORM, GROUP)
+        if FORM == "i4":
+            kk = first[:, None] + tl.arange(0, BLOCK_K // 2)[None, :]
+            low = inputs(x, x_off, x_mask, kk, k, alpha, norm, gain, gain_off, shift, shift_off)
+            kk += BLOCK_K // 2
+            high = inputs(x, x_off, x_mask, kk, k, alpha, norm, gain, gain_off, shift, shift_off)
+        else:
+            kk = first[:, None] + tl.arange(0, BLOCK_K)[None, :]
+            low = inputs(x, x_off, x_mask, kk, k, alpha, norm, gain, gain_off, shift, shift_off)
+            high = low
+        acc, squares, moved = slice_products(
+            acc, squares, moved, w, w_off, w_mask, first, now, at, low, high, k,
+            norm is not None, shift is not None, FORM, BLOCK_K,
+        )  # fmt: skip
+        if TWO:
+            acc_2, squares, moved = slice_products(
+                acc_2, squares, moved, w, w_off_2, w_mask, first, now_2, at_2, low, high, k,
+                False, False, FORM, BLOCK_K,
+            )  # fmt: skip
+    total = tl.sum(acc, 0)
+    total_2, square, added = total, total, total
+    if TWO:
+        total_2 = tl.sum(acc_2, 0)
+    if norm is not None:
+        square = tl.sum(squares, 0)
+    if shift is not None:
+        added = tl.sum(moved, 0)
+    return total, total_2, square, added
+
+
+@device
+def weight_products(
+    w, scales, zeros, w_off, s_off, w_off_2, s_off_2, w_mask, x, x_off, x_mask, k, alpha,
+    TWO: tl.constexpr, FORM: tl.constexpr, GROUP: tl.constexpr, SLICES: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """`sliced_products` of rows that are not normed."""
+    total, total_2, _, _ = sliced_products(
+        w, scales, zeros, w_off, s_off, w_off_2, s_off_2, w_mask, x, x_off, x_mask, k, alpha, None,
+        None, x_off, None, x_off, TWO, FORM, GROUP, SLICES, BLOCK_M, BLOCK_K, ROWS,
+    )  # fmt: skip
+    return total, total_2
+
+
+@device
+def exact_product(
+    w, w_off, w_mask, x, x_off, x_mask, k, alpha, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr
+):
+    """The product with f32 weights, of float32 numbers: K in ascending blocks."""
+    acc = tl.zeros((BLOCK_M, ROWS), tl.float32)
+    for start in range(0, k, BLOCK_K):
+        kk = start + tl.arange(0, BLOCK_K)
+        inside = kk < k
+        values = tl.load(w + w_off[:, None] + kk[None, :], mask=w_mask[:, None] & inside[None, :], other=0.0)
+        rows = tl.load(x + x_off[None, :] + kk[:, None], mask=x_mask[None, :] & inside[:, None], other=0.0)
+        if alpha is not None:
+            rows = rows * alpha
+        acc = tl.dot(values, rows, acc, input_precision="ieee")
+    return acc
+
+
+@device
+def weight_product(
+    w, scales, zeros, w_off, s_off, w_mask, x, x_off, x_mask, k, alpha,
+    FORM: tl.constexpr, GROUP: tl.constexpr, SLICES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    ROWS: tl.constexpr,
+):  # fmt: skip
+    """float32 [BLOCK_M, ROWS] = W[rows of w_off] · (alpha·x)[rows of x_off]ᵀ, weights of any form."""
+    if FORM == "f32":
+        y = exact_product(w, w_off, w_mask, x, x_off, x_mask, k, alpha, BLOCK_M, BLOCK_K, ROWS)
+    else:
+        y, _ = weight_products(
+            w, scales, zeros, w_off, s_off, w_off, s_off, w_mask, x, x_off, x_mask, k, alpha,
+            False, FORM, GROUP, SLICES, BLOCK_M, BLOCK_K, ROWS,
+        )  # fmt: skip
+    return y
+
+
+@device
+def exact_normed_product(
+    w, w_off, w_mask, x, norm, x_off, x_mask, k, gain, gain_off, shift, shift_off,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """`exact_product` of norm∘x∘(1 + gain), the sums of squares of x, and the product of the shift (0 without one)."""
+    acc, squares = tl.zeros((BLOCK_M, ROWS), tl.float32), tl.zeros((BLOCK_M, ROWS), tl.float32)
+    moved = tl.zeros((BLOCK_M, ROWS), tl.float32)
+    ones = tl.full((BLOCK_M, BLOCK_K), 1.0, tl.float32)
+    for start in range(0, k, BLOCK_K):
+        kk = start + tl.arange(0, BLOCK_K)
+        inside = kk < k
+        values = tl.load(w + w_off[:, None] + kk[None, :], mask=w_mask[:, None] & inside[None, :], other=0.0)
+        rows = tl.load(x + x_off[None, :] + kk[:, None], mask=x_mask[None, :] & inside[:, None], other=0.0)
+        taken = rows * tl.load(norm + kk, mask=inside, other=0.0)[:, None]
+        mask = x_mask[None, :] & inside[:, None]
+        if gain is not None:
+            taken = taken * (1.0 + tl.load(gain + gain_off[None, :] + kk[:, None], mask=mask, other=0.0))
+        acc = tl.dot(values, taken, acc, input_precision="ieee")
+        squares = tl.dot(ones, rows * rows, squares, input_precision="ieee")
+        if shift is not None:
+            added = tl.load(shift + shift_off[None, :] + kk[:, None], mask=mask, other=0.0)
+            moved = tl.dot(values, added, moved, input_precision="ieee")
+    return acc, squares, moved
+
+
+@device
+def normed_product(
+    w, scales, zeros, w_off, s_off, w_mask, x, norm, x_off, x_mask, k, eps,
+    gain, gain_off, shift, shift_off,
+    FORM: tl.constexpr, GROUP: tl.constexpr, SLICES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    ROWS: tl.constexpr,
+):  # fmt: skip
+    """float32 [BLOCK_M, ROWS] = W[rows of w_off] · (rms_norm(x; norm, eps)∘(1 + gain) + shift)[rows of x_off]ᵀ, weights
+    of any form: the product of norm∘x∘(1 + gain), at the end times one number for each row, and that of the shift."""
+    if FORM == "f32":
+        y, square, moved = exact_normed_product(
+            w, w_off, w_mask, x, norm, x_off, x_mask, k, gain, gain_off, shift, shift_off, BLOCK_M, BLOCK_K, ROWS
+        )
+    else:
+        y, _, square, moved = sliced_products(
+            w, scales, zeros, w_off, s_off, w_off, s_off, w_mask, x, x_off, x_mask, k, None, norm,
+            gain, gain_off, shift, shift_off, False, FORM, GROUP, SLICES, BLOCK_M, BLOCK_K, ROWS,
+        )  # fmt: skip
+    y = y * (1.0 / tl.sqrt_rn(square / k + eps))
+    if shift is not None:
+        y += moved
+    return y
+
+
+def product_values(
+    call: Call, weight: Operand, op: str, m: int
+) -> tuple[dict[str, Any], dict[str, Any], Blocks]:
+    """Arguments and constexprs of `weight_product` that depend on the weight, and its block sizes, for an op of the
+    table with m rows of weights; the caller adds ROWS."""
+    form = FORMS.get(weight.dtype)
+    if form is None:
+        raise call.fail(f"{weight.name}: no kernel reads weights of dtype {weight.dtype}", f"use {', '.join(FORMS)}")
+    w, scales, zeros, w_stride, s_stride = weight_pointers(weight)
+    values: dict[str, Any] = {
+        "w": w, "scales": scales, "zeros": zeros, "w_stride": Aligned(w_stride),
+        "s_stride": None if scales is None else Aligned(s_stride), "k": Aligned(weight.shape[-1]),
+    }  # fmt: skip
+    if scales is None:
+        values["s_stride"] = Aligned(0)
+    blocks = call.blocks(op, weight.dtype, m, weight.shape[-1])
+    return values, {
+        "FORM": form.family, "GROUP": form.group, "BLOCK_M": blocks.block_m, "BLOCK_K": blocks.block_k,
+        "SLICES": slices(weight.dtype, weight.shape[-1], blocks.block_k, call.sm),
+    }, blocks  # fmt: skip
+
+
+def tile_rows(rows: int) -> int:
+    """Rows of activations in a tile, for a call with so many."""
+    return FEW_ROWS if rows <= FEW_ROWS else ROWS
+
+
+def lines(weight: Operand, fixed: dict[str, Any]) -> int:
+    """Lines of 128 bytes of a row that a program reads at a time; fixed: of `product_values`."""
+    return max(1, fixed["SLICES"] * fixed["BLOCK_K"] * FORMS[weight.dtype].bits // 8 // 128)

@@ -1,0 +1,76 @@
+"""A machine that runs launches by their PTX, over memory of this process.
+
+    with PtxMachine(90) as machine:
+        x = machine.array((4, 192), np.float32)
+        machine.run([launch], {("input", "0"): x, ...})
+
+It takes what the interpreter takes (worker.py), compiles each variant for one architecture, and runs it thread by
+thread (machine.py). Beside the interpreter's checks it finds accesses that are not aligned, hazards in shared memory,
+copies that nobody waited for, and launches that overlap and read too early.
+"""
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+import numpy as np
+
+from tmlc.errors import KernelError
+from tmlc.kernels.triton.host_memory import DEFAULT_BYTES, Buffers, HostMemory
+from tmlc.kernels.triton.launch import Launch, Variant
+from tmlc.kernels.triton.ptx.machine import run_kernel
+from tmlc.kernels.triton.ptx.memory import BASE, Fault, Global
+from tmlc.kernels.triton.ptx.text import Program, parse
+from tmlc.kernels.triton.variants import Assembly, ptx_of
+
+
+class PtxMachine(HostMemory):
+    """Runs kernels as they are compiled for the architecture `sm`."""
+
+    def __init__(self, sm: int, nbytes: int = DEFAULT_BYTES) -> None:
+        super().__init__(nbytes)
+        self.sm = sm
+        self._programs: dict[Variant, tuple[Program, Assembly]] = {}
+        self._before = np.zeros(0, np.int64)  # what the last launch wrote
+
+    def run(
+        self, launches: Iterable[Launch], buffers: Buffers, signatures: Iterable[tuple[str, ...]] | None = None
+    ) -> None:
+        """Runs launches in order; buffers as `places` takes them.
+
+        Args:
+            signatures: of the launches, where they were compiled for less than `Launch.signature` says.
+
+        Raises:
+            EmitError: a launch names a buffer that is not there or too small, or a kernel has an instruction that is
+                not known here.
+            KernelError: a kernel did what a GPU would refuse, or what goes wrong there now and then.
+        """
+        launches = list(launches)
+        for launch, signature in zip(launches, signatures or (one.signature() for one in launches), strict=True):
+            args, ranges = self.places(launch, buffers)
+            program, assembly = self._program(replace(launch.variant(self.sm), signature=signature))
+            values = [
+                arg + BASE if kind[0] == "*" and not isinstance(arg, float) else arg
+                for kind, arg in zip(signature, args, strict=True)
+            ]
+            memory = Global(self._base, [(first + BASE, last + BASE) for first, last in ranges], self._before)
+            try:
+                with np.errstate(all="ignore"):
+                    run_kernel(
+                        program, launch.grid, 32 * assembly.num_warps, values, memory, assembly.shared, launch.overlap
+                    )
+            except Fault as fault:
+                raise KernelError(f"{launch.kernel}: {fault}", where=f"PTX for sm{self.sm}") from fault
+            self._before = memory.wrote()
+
+    def _program(self, variant: Variant) -> tuple[Program, Assembly]:
+        if variant not in self._programs:
+            assembly = ptx_of(variant)
+            self._programs[variant] = parse(assembly.ptx), assembly
+        return self._programs[variant]
+
+    def __enter__(self) -> "PtxMachine":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,0 +1,248 @@
+"""The machine that runs PTX: single instructions against the manual, hazards that it must find, and kernels in it."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+from triton_harness import Session, Shape, agree, bf16, draw, run, weight
+
+from tmlc.errors import EmitError, KernelError
+from tmlc.kernels.triton.ptx import host
+from tmlc.kernels.triton.ptx.host import PtxMachine
+from tmlc.kernels.triton.ptx.machine import run_kernel
+from tmlc.kernels.triton.ptx.memory import BASE, Fault, Global
+from tmlc.kernels.triton.ptx.text import parse
+
+HEAD = """.version 8.7
+.target sm_90a
+.visible .entry k(.param .u64 .ptr .global .align 16 k_param_0, .param .u32 k_param_1)
+.reqntid {threads}
+{{
+\t.reg .pred %p<9>;
+\t.reg .b16 %rs<9>;
+\t.reg .b32 %r<40>;
+\t.reg .b64 %rd<20>;
+\tld.param.b64 %rd1, [k_param_0];
+\tmov.u32 %r1, %tid.x;
+\tmul.wide.u32 %rd2, %r1, 4;
+\tadd.s64 %rd3, %rd1, %rd2;
+"""
+
+
+def execute(body: str, given: np.ndarray, threads: int = 32, programs: int = 1, overlap: bool = False, before=()):
+    """Runs a kernel over a copy of `given`, whose address is its first parameter; %rd3 is that of a thread's word."""
+    memory = given.copy().view(np.uint8).reshape(-1)
+    held = Global(memory, [(BASE, BASE + memory.size)], np.array(before, np.int64))
+    program = parse(HEAD.format(threads=threads) + body + "\n\tret;\n}\n")
+    with np.errstate(all="ignore"):
+        run_kernel(program, (programs, 1, 1), threads, [BASE, 7], held, 1024, overlap)
+    return memory.view(given.dtype).reshape(given.shape)
+
+
+def computed(operation: str, *operands: int | float) -> int:
+    """The word that an instruction makes of words; `d` is the result, `a`, `b`, `c` are the operands."""
+    given = np.zeros(32, np.uint32)
+    lines = []
+    for number, value in enumerate(operands):
+        bits = np.float32(value).view(np.uint32) if isinstance(value, float) else np.uint32(value & 0xFFFFFFFF)
+        lines.append(f"mov.b32 %r{10 + number}, {int(bits)};")
+    names = {"d": "%r20", "a": "%r10", "b": "%r11", "c": "%r12", "da": "%rd10", "p": "%p1", "s": "%rs1"}
+    text = re.sub(r"\b(da|[abcdps])\b(?![.\w])", lambda found: names[found[1]], operation)
+    return int(execute("\n".join([*lines, text, "st.global.b32 [%rd3], {%r20};"]), given)[0])
+
+
+def real(word: int) -> float:
+    return float(np.uint32(word).view(np.float32))
+
+
+@pytest.mark.parametrize(
+    ("operation", "operands", "wanted"),
+    [
+        ("add.s32 d, a, b;", (0xFFFFFFFF, 2), 1),
+        ("sub.s32 d, a, b;", (1, 2), 0xFFFFFFFF),
+        ("add.s16x2 d, a, b;", (0xFFFF0001, 0x00010002), 0x00000003),
+        ("mul.hi.u32 d, a, b;", (0x80000000, 6), 3),
+        ("mul.hi.s32 d, a, b;", (-2, 1 << 30), 0xFFFFFFFF),
+        ("mad.lo.s32 d, a, b, c;", (-3, 5, 20), 5),
+        ("mad.wide.s32 %rd10, a, b, 1; cvt.u32.u64 d, %rd10;", (-1, 1), 0),
+        ("div.s32 d, a, b;", (-7, 2), -3 & 0xFFFFFFFF),
+        ("rem.s32 d, a, b;", (-7, 2), -1 & 0xFFFFFFFF),
+        ("shl.b32 d, a, b;", (1, 32), 0),
+        ("shr.s32 d, a, b;", (-8, 40), 0xFFFFFFFF),
+        ("shr.u32 d, a, b;", (0xF0, 4), 15),
+        ("bfe.u32 d, a, 4, 8;", (0x12345,), 0x34),
+        ("bfe.s32 d, a, 4, 4;", (0x80 | 0x5,), 0xFFFFFFF8),
+        ("prmt.b32 d, a, b, 0x7050;", (0x33221100, 0x77665544), 0x77005500),
+        ("prmt.b32 d, a, b, 0x8;", (0x80, 0), 0x808080FF),
+        ("popc.b32 d, a;", (0xF0F0,), 8),
+        ("max.s32 d, a, b;", (-1, 1), 1),
+        ("min.u32 d, a, b;", (-1, 1), 1),
+        ("setp.lt.u32 p, a, b; selp.b32 d, 5, 6, p;", (-1, 1), 6),
+        ("setp.neu.f32 p, a, b; selp.b32 d, 5, 6, p;", (float("nan"), 1.0), 5),
+        ("setp.ne.f32 p, a, b; selp.b32 d, 5, 6, p;", (float("nan"), 1.0), 6),
+        ("setp.nan.f32 p, a, b; selp.b32 d, 5, 6, p;", (float("nan"), 1.0), 5),
+        ("cvt.rn.bf16x2.f32 d, a, b;", (1.0, 1.00390625), 0x3F803F80),
+        ("cvt.rn.bf16.f32 s, a; cvt.f32.bf16 d, s;", (1.01171875,), 0x3F820000),
+        ("cvt.rzi.s32.f32 d, a;", (-2.7,), -2 & 0xFFFFFFFF),
+        ("cvt.rzi.s32.f32 d, a;", (3e10,), 0x7FFFFFFF),
+        ("mov.b32 {s, %rs2}, a; cvt.u32.u16 d, %rs2;", (0x12345678,), 0x1234),
+        ("mov.b64 %rd10, {a, b}; shr.u64 %rd10, %rd10, 28; cvt.u32.u64 d, %rd10;", (0x30000000, 1), 0x13),
+        ("mov.b32 d, %r1; shfl.sync.idx.b32 d, d, 9, 31, -1;", (), 9),
+        ("mov.b32 d, %r1; shfl.sync.bfly.b32 d, d, 5, 31, -1;", (), 5),
+        ("redux.sync.add.s32 d, %r1, -1;", (), 31 * 16),
+    ],
+)  # fmt: skip
+def test_an_instruction_does_what_the_manual_says(operation, operands, wanted):
+    assert computed(operation, *operands) == wanted
+
+
+@pytest.mark.parametrize(
+    ("operation", "operands", "wanted"),
+    [
+        ("fma.rn.f32 d, a, b, c;", (1.0 + 2.0**-12, 1.0 + 2.0**-12, -1.0 - 2.0**-11), 2.0**-24),
+        ("max.f32 d, a, b;", (float("nan"), -3.0), -3.0),
+        ("ex2.approx.ftz.f32 d, a;", (-130.0,), 0.0),
+        ("ex2.approx.f32 d, a;", (-1.0,), 0.5),
+        ("mul.rn.ftz.f32 d, a, b;", (2.0**-100, 2.0**-40), 0.0),
+        ("cvt.rpi.ftz.f32.f32 d, a;", (1.25,), 2.0),
+        ("neg.f32 d, a;", (2.0,), -2.0),
+    ],
+)
+def test_an_instruction_gives_the_number(operation, operands, wanted):
+    assert real(computed(operation, *operands)) == wanted
+
+
+def test_threads_that_part_meet_again():
+    """Each thread of two programs counts to its own number; a shuffle behind the loop needs whole warps."""
+    body = """
+	mov.u32 %r2, %ctaid.x;
+	mov.b32 %r3, 0;
+$L__loop:
+	add.s32 %r3, %r3, 1;
+	setp.lt.s32 %p1, %r3, %r1;
+	@%p1 bra $L__loop;
+	shfl.sync.idx.b32 %r4, %r3, 31, 31, -1;
+	mul.lo.s32 %r5, %r2, 256;
+	cvt.u64.u32 %rd4, %r5;
+	add.s64 %rd5, %rd3, %rd4;
+	mad.lo.s32 %r6, %r4, 100, %r3;
+	st.global.b32 [%rd5], {%r6};"""
+    found = execute(body, np.zeros((2, 64), np.uint32), threads=64, programs=2)
+    wanted = np.repeat([31, 63], 32) * 100 + np.maximum(np.arange(64), 1)
+    assert np.array_equal(found, [wanted, wanted])
+
+
+SHARED = "mov.b32 %r8, global_smem;\nshl.b32 %r9, %r1, 2;\nadd.s32 %r2, %r8, %r9;\n"
+OTHER = "xor.b32 %r3, %r9, 128;\nadd.s32 %r3, %r8, %r3;\n"  # the place of a thread of the other warp
+READ = "ld.shared.b32 %r4, [%r3];\nst.global.b32 [%rd3], {%r4};"
+GOOD = f"{SHARED}{OTHER}st.shared.b32 [%r2], %r1;\nbar.sync 0;\n{READ}"
+
+
+def test_warps_exchange_numbers_over_a_barrier():
+    assert np.array_equal(execute(GOOD, np.zeros(64, np.uint32), threads=64), np.arange(64) ^ 32)
+
+
+@pytest.mark.parametrize(
+    ("body", "fault"),
+    [
+        (GOOD.replace("bar.sync 0;\n", ""), "another warp wrote, with no barrier"),
+        (f"{SHARED}{OTHER}ld.shared.b32 %r4, [%r3];\nst.shared.b32 [%r2], %r1;", "another warp read, with no barrier"),
+        (f"{SHARED}st.shared.b32 [%r8], %r1;", "two threads write different numbers"),
+        (f"{SHARED}ld.shared.v4.b32 {{%r4, %r5, %r6, %r7}}, [%r2];", "unaligned"),
+        (f"{SHARED}ld.shared.b32 %r4, [%r2+1024];", "of 1024"),
+        ("st.global.b32 [%rd3+4], {%r1};", "outside of the operands"),
+        ("ld.global.v2.b32 {%r4, %r5}, [%rd3];", "unaligned"),
+        ("setp.lt.s32 %p1, %r1, 32;\n@%p1 bra $L__a;\nbar.sync 0;\nbra.uni $L__b;\n$L__a:\nbar.sync 0;\n$L__b:\n"
+         "mov.b32 %r2, 0;", "different barriers"),
+        ("setp.lt.s32 %p1, %r1, 3;\n@%p1 shfl.sync.idx.b32 %r4, %r1, 0, 31, -1;", "not all threads of a warp"),
+    ],
+)  # fmt: skip
+def test_a_hazard_is_found(body, fault):
+    with pytest.raises(Fault, match=fault):
+        execute(body, np.zeros(64, np.uint32), threads=64)
+
+
+COPY = f"{SHARED}cp.async.ca.shared.global [%r2], [%rd3], 4, %r20;\ncp.async.commit_group;\n"
+TAKE = "ld.shared.b32 %r4, [%r2];\nadd.s32 %r4, %r4, 1;\nst.global.b32 [%rd3], {%r4};"
+
+
+def test_a_copy_is_there_when_it_was_waited_for_and_zero_where_it_reads_nothing():
+    words = np.arange(32, dtype=np.uint32) + 5
+    size = "setp.lt.s32 %p1, %r1, 16;\nselp.b32 %r20, 4, 0, %p1;\n"
+    found = execute(f"{size}{COPY}cp.async.wait_group 0;\n{TAKE}", words)
+    assert np.array_equal(found, np.where(np.arange(32) < 16, words, 0) + 1)
+
+
+@pytest.mark.parametrize("wait", ["", "cp.async.wait_group 1;\n"])
+def test_a_copy_that_nobody_waited_for_is_found(wait):
+    with pytest.raises(Fault, match="a copy is on its way"):
+        execute(f"mov.b32 %r20, 4;\n{COPY}{wait}{TAKE}", np.zeros(32, np.uint32))
+
+
+@pytest.mark.parametrize(
+    ("body", "fault"),
+    [
+        ("ld.global.b32 %r4, [%rd3];\ngriddepcontrol.wait;", "reads what the launch before wrote"),
+        ("st.global.b32 [%rd3], {%r1};\ngriddepcontrol.wait;", "writes, and has not waited"),
+        ("griddepcontrol.launch_dependents;\ngriddepcontrol.wait;", "lets the next launch begin"),
+        ("mov.b32 %r4, 0;", "ends, and has not waited"),
+        ("griddepcontrol.wait;\nld.global.b32 %r4, [%rd3];\nst.global.b32 [%rd3], {%r4};", ""),
+    ],
+)
+def test_a_launch_that_overlaps_waits_before_it_reads_what_the_one_before_wrote(body, fault):
+    words = np.arange(32, dtype=np.uint32)
+    if fault:
+        with pytest.raises(Fault, match=fault):
+            execute(body, words, overlap=True, before=[3])
+    else:
+        assert np.array_equal(execute(body, words, overlap=True, before=[3]), words)
+    if fault.startswith("reads"):  # what others wrote is there
+        execute(body, words, overlap=True, before=[64])
+
+
+def test_an_instruction_that_is_not_known_is_refused():
+    with pytest.raises(EmitError, match=r"not run here: sin\.approx\.f32"):
+        execute("sin.approx.f32 %r4, %r1;", np.zeros(32, np.uint32))
+    with pytest.raises(EmitError, match="without a kernel"):
+        parse(".version 8.7\n")
+
+
+@pytest.fixture(scope="module")
+def ptx():
+    with PtxMachine(90) as opened:
+        yield opened
+
+
+def test_products_in_tiles_of_8_and_of_16_rows_have_the_same_bits(ptx):
+    """Their columns are of one instruction, and the order of the instructions is the same."""
+    sessions = [Session({"x": draw(i, count, 300)}, count=count) for i, count in enumerate((3, 1, 17))]
+    weights = {"weight": weight(draw(9, 33, 300), "bf16")}
+    agree(ptx, "linear", sessions, {}, [Shape("f32", 33)], 2e-6, weights, cuts=(1, 9), activations={"x": bf16})
+
+
+def mutated(monkeypatch, pattern: str, which: int):
+    """A machine whose kernels lack one instruction."""
+    made = host.ptx_of
+
+    def without(variant):
+        assembly = made(variant)
+        found = list(re.finditer(pattern, assembly.ptx))
+        assert len(found) > which
+        text = assembly.ptx[: found[which].start()] + assembly.ptx[found[which].end() :]
+        return type(assembly)(text, assembly.num_warps, assembly.shared)
+
+    monkeypatch.setattr(host, "ptx_of", without)
+    return PtxMachine(90)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "fault"),
+    [(r"bar\.sync\s+0;", "no barrier between"), (r"cp\.async\.wait_group[^;]*;", "a copy is on its way")],
+)
+def test_a_product_without_its_first_barrier_or_wait_is_found(monkeypatch, pattern, fault):
+    sessions = [Session({"x": draw(0, 2, 300)}, count=2)]
+    weights = {"weight": weight(draw(9, 16, 300), "bf16")}
+    with mutated(monkeypatch, pattern, 0) as machine, pytest.raises(KernelError, match=fault):
+        run(machine, "linear", sessions, {}, [Shape("f32", 16)], weights)
