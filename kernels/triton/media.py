@@ -298,7 +298,8 @@ def lower_patchify(call: Call) -> Lowered:
     rows, lines = call.rows(out), call.rows(video)
     call.need(max(rows * out.stride, lines * video.stride) < 1 << 31, f"{lines} lines of {video.cols // 3} pixels")
     mean, std = (tuple(float(v) for v in call.attrs[name]) for name in ("mean", "std"))
-    values = {"out": call.pointer(out), "video": call.pointer(video, ("u8",)), "count": Aligned(rows * out.cols)}
+    count, pixels = Aligned(rows * out.cols), call.pointer(video, ("u8",))
+    values: dict[str, Any] = {"out": call.pointer(out), "video": pixels, "count": count}
     fixed = {
         "LEAF": out.cols, "STRIDE": out.stride, "LEAVES": leaves, "UP": up, "ACROSS": across, "PATCH": patch,
         "FRAMES": frames, "HEIGHT": height, "LINE": video.stride, "FOLDS": folds, "DEPTH": len(times), "MEAN": mean,
