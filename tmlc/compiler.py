@@ -108,7 +108,7 @@ def program(checkpoint: str | Path, **overrides: Any) -> Program:
 
 
 def compile(
-    checkpoint: str | Path,
+    checkpoint: str | Path | Checkpoint,
     out: str | Path,
     target: str = "cpu",
     precision: str | None = None,
@@ -134,7 +134,7 @@ def compile(
     """Compiles a checkpoint into a package.
 
     Args:
-        checkpoint: a folder in the Hugging Face form.
+        checkpoint: a folder in the Hugging Face form, or one that `open_checkpoint` opened.
         out: the package to write; a package that is there is replaced when the new one is whole.
         target: "cpu", "onnx", or "tensorrt:" or "triton:" and an architecture (`tmlc.emit.targets`).
         precision: "fp32", "bf16" or "fp16" (linears, experts, embeddings, keys and values), "int8", "fp8" or "int4"
@@ -174,7 +174,7 @@ def compile(
 
     with _timed(seconds, "load"):
         tell("reading the checkpoint", 0, 1)
-        source = open_checkpoint(checkpoint)
+        source = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(checkpoint)
         if check:
             source.scan_finite()  # a NaN would look like a pass that changes outputs
         bounds = {"context": context, "policy": context_policy, "sinks": sinks, "max_append": max_append}
@@ -188,7 +188,7 @@ def compile(
         ready = _run_passes(traced, steps, source, checker, dump, tell, on_record)
     precision = _precision_of(ready)
     report = CompileReport(
-        Path(checkpoint),
+        source.folder,
         None,
         str(ready.meta["name"]),
         str(ready.meta["kind"]),

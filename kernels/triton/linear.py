@@ -114,9 +114,8 @@ def linear_launch(
     call.need(norm is None or norm.cols == k, f"the norm of {x.cols} columns is not of whole rows")
     gain, shift = call.optional("gain"), call.optional("shift")
     values, fixed, blocks = product_values(call, weight, "linear", m)
-    # Gains and shifts of 16 rows do not fit into shared memory, nor codes, squares and a tail into registers.
-    crowded = gain is not None or (norm is not None and conv is not None and fixed["FORM"] not in ("f32", "bf16"))
-    tile = FEW_ROWS if crowded else tile_rows(rows)
+    # Gains and shifts of 16 rows do not fit into shared memory, nor their tails into the registers of few warps.
+    tile = tile_rows(rows) if gain is None and conv is None else FEW_ROWS
     fixed |= {"ROWS": tile, "LINES": lines(weight, fixed), "OVERLAP": False}
     values |= {
         "out": call.pointer(out) if isinstance(out, Operand) else out,

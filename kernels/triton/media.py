@@ -16,6 +16,9 @@ from tmlc.kernels.triton.registry import Call, launch, lowering
 THREADS, ASKED, MOST_NUMBERS, MOST_PROGRAMS = 256, 16, 2048, 128
 #: Samples that a program moves at a time.
 MOST_SAMPLES = 1024
+#: Values of a program of `patchify_kernel`, four a thread: five programs for each multiprocessor of an H200 where an
+#: image has 240 x 240 pixels in two frames.
+PIXELS = 512
 
 
 @device
@@ -141,39 +144,39 @@ def mel_level_kernel(
 
 @device
 def patchify_kernel(
-    out, video, frames, height, across, up, rows_in_clip, leaves, leaf, video_stride, out_stride,
-    FOLDS: tl.constexpr, DEPTH: tl.constexpr, MEAN: tl.constexpr, STD: tl.constexpr, PATCH: tl.constexpr,
-    BLOCK: tl.constexpr,
+    out, video, count,
+    LEAF: tl.constexpr, STRIDE: tl.constexpr, LEAVES: tl.constexpr, UP: tl.constexpr, ACROSS: tl.constexpr,
+    PATCH: tl.constexpr, FRAMES: tl.constexpr, HEIGHT: tl.constexpr, LINE: tl.constexpr,
+    FOLDS: tl.constexpr, DEPTH: tl.constexpr, MEAN: tl.constexpr, STD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """out = (video/255 - mean)/std with pixels in nested fold order; grid (rows of out, blocks of a leaf)."""
-    row = tl.program_id(0).to(tl.int64)
-    clip, rest = row // rows_in_clip, row % rows_in_clip
-    patch, code = rest // leaves, rest % leaves
-    col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = col < leaf
+    """out = (video/255 - mean)/std with pixels in nested fold order; grid (blocks of the `count` values of out).
+
+    A program has values that follow each other, of several leaves (rows of out): a thread stores whole 16 bytes. Sizes
+    are constants, so that what a value is of takes products and shifts and no division.
+    """
+    place = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.uint32)
+    inside = place < count
+    row, col = place // LEAF, place % LEAF
+    code, patch, clip = row % LEAVES, row // LEAVES % (UP * ACROSS), row // (LEAVES * UP * ACROSS)
     channel, index = col % 3, col // 3
-    # The digits of a leaf's number and of a place inside it, innermost fold first: (t, y, x) of each fold.
-    t, y, x = index * 0, index * 0, index * 0
+    # The digits of a place inside a leaf and of a leaf's number, innermost fold first: (t, y, x) of each fold.
+    t, y, x = clip * FRAMES, patch // ACROSS * PATCH, patch % ACROSS * PATCH
     t_step, s_step = 1, 1
     for i in tl.static_range(DEPTH):
-        if i == 0:
-            digit = index
-        else:
-            digit = index * 0 + (code % (FOLDS[2 * i] * FOLDS[2 * i + 1] * FOLDS[2 * i + 1])).to(tl.int32)
+        digit = index
+        if i > 0:
+            digit = code % (FOLDS[2 * i] * FOLDS[2 * i + 1] * FOLDS[2 * i + 1])
             code = code // (FOLDS[2 * i] * FOLDS[2 * i + 1] * FOLDS[2 * i + 1])
         x += digit % FOLDS[2 * i + 1] * s_step
         y += digit // FOLDS[2 * i + 1] % FOLDS[2 * i + 1] * s_step
         t += digit // (FOLDS[2 * i + 1] * FOLDS[2 * i + 1]) * t_step
         t_step = t_step * FOLDS[2 * i]
         s_step = s_step * FOLDS[2 * i + 1]
-    y += (patch // across).to(tl.int32) * PATCH
-    x += (patch % across).to(tl.int32) * PATCH
-    line = (clip * frames + t) * height + y
-    pixel = tl.load(video + line * video_stride + x * 3 + channel, mask=inside, other=0).to(tl.float32)
+    pixel = tl.load(video + ((t * HEIGHT + y) * LINE + x * 3 + channel), mask=inside, other=0).to(tl.float32)
     mean = tl.where(channel == 0, MEAN[0], tl.where(channel == 1, MEAN[1], MEAN[2]))
     std = tl.where(channel == 0, STD[0], tl.where(channel == 1, STD[1], STD[2]))
     value = tl.div_rn(tl.div_rn(pixel, pixel * 0.0 + 255.0) - mean, std)
-    tl.store(out + row * out_stride + col, value, mask=inside)
+    tl.store(out + (place + row * (STRIDE - LEAF)), value, mask=inside)
 
 
 @device
@@ -292,16 +295,17 @@ def lower_patchify(call: Call) -> Lowered:
     for t, s in zip(times[1:], spaces[1:], strict=True):
         leaves *= t * s * s
     up, across = height // patch, video.cols // 3 // patch
-    block = min(1024, power(out.cols, 32))
-    values: dict[str, Any] = {
-        "out": call.pointer(out), "video": call.pointer(video, ("u8",)), "frames": frames, "height": height,
-        "across": across, "up": up, "rows_in_clip": up * across * leaves, "leaves": leaves, "leaf": out.cols,
-        "video_stride": video.stride, "out_stride": out.stride,
-    }  # fmt: skip
+    rows, lines = call.rows(out), call.rows(video)
+    call.need(max(rows * out.stride, lines * video.stride) < 1 << 31, f"{lines} lines of {video.cols // 3} pixels")
     mean, std = (tuple(float(v) for v in call.attrs[name]) for name in ("mean", "std"))
-    fixed = {"FOLDS": folds, "DEPTH": len(times), "MEAN": mean, "STD": std, "PATCH": patch, "BLOCK": block}
-    grid = (call.rows(out), -(-out.cols // block))
-    return Lowered((launch("patchify_kernel", grid, values, fixed, 4 if block > 256 else 1),))
+    count, pixels = Aligned(rows * out.cols), call.pointer(video, ("u8",))
+    values: dict[str, Any] = {"out": call.pointer(out), "video": pixels, "count": count}
+    fixed = {
+        "LEAF": out.cols, "STRIDE": out.stride, "LEAVES": leaves, "UP": up, "ACROSS": across, "PATCH": patch,
+        "FRAMES": frames, "HEIGHT": height, "LINE": video.stride, "FOLDS": folds, "DEPTH": len(times), "MEAN": mean,
+        "STD": std, "BLOCK": PIXELS,
+    }  # fmt: skip
+    return Lowered((launch("patchify_kernel", (-(-rows * out.cols // PIXELS),), values, fixed, PIXELS // 128),))
 
 
 @lowering("overlap_add_state")

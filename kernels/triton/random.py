@@ -1,5 +1,6 @@
 """Random numbers by key (Philox4x32-10) and sampling: noise, and the arg-max of logits with Gumbel noise."""
 
+from dataclasses import replace
 from typing import Any
 
 import triton.language as tl
@@ -158,15 +159,25 @@ def lower_sample(call: Call) -> Lowered:
     return Lowered(tuple(launches), used)
 
 
+def head_launch(call: Call, out: Operand | Pointer) -> Launch:
+    """The product of a head with its first `entries` rows of weights and no others; `out`: scratch is dense."""
+    weight, entries = call.operand("weight"), int(call.attrs["entries"])
+    weight = replace(weight, rows=(0, entries), shape=(entries, *weight.shape[1:]))
+    return linear_launch(
+        call, out, call.operand("x"), weight, call.optional("bias"), alpha=float(call.attrs["alpha"]),
+        cap=float(call.attrs["cap"]), out_stride=entries,
+    )  # fmt: skip
+
+
+@lowering("head_logits")
+def lower_head_logits(call: Call) -> Lowered:
+    return Lowered((head_launch(call, call.outputs[0]),))
+
+
 @lowering("head_sample")
 def lower_head_sample(call: Call) -> Lowered:
     """The logits go through scratch: 4 bytes an entry beside the head's own rows of weights."""
-    x, weight = call.operand("x"), call.operand("weight")
-    m, rows = weight.shape[0], call.rows(call.outputs[0])
-    logits = Pointer("scratch", "", 0, "f32", rows * m * 4)
-    product = linear_launch(
-        call, logits, x, weight, call.optional("bias"), alpha=float(call.attrs["alpha"]),
-        cap=float(call.attrs["cap"]), out_stride=m,
-    )  # fmt: skip
-    launches, used = sample_launches(call, (logits, m), int(call.attrs["entries"]), logits.nbytes)
-    return Lowered((product, *launches), used)
+    entries, rows = int(call.attrs["entries"]), call.rows(call.outputs[0])
+    logits = Pointer("scratch", "", 0, "f32", rows * entries * 4)
+    launches, used = sample_launches(call, (logits, entries), entries, logits.nbytes)
+    return Lowered((head_launch(call, logits), *launches), used)

@@ -24,6 +24,7 @@ from torch import Tensor
 from tmlc.errors import CheckpointError, UsageError
 
 from .config import PRESETS, InteractionConfig, read_preset
+from .folders import require_unused
 from .init import initial_tensor, is_random
 from .modeling import InteractionModel, count_parameters
 from .tokenizer import byte_level_tokenizer
@@ -113,8 +114,7 @@ def _write_folder(
     on_progress: Progress | None,
 ) -> None:  # fmt: skip
     """The folder under a temporary name, renamed when it is whole."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UsageError("the output folder is not empty", where=str(out), fix="name a new folder, or remove this one")
+    require_unused(out)
     total = sum(spec.nbytes for spec in tensors)
     tokenizer = byte_level_tokenizer(config)
     try:

@@ -12,6 +12,8 @@ from pathlib import Path
 
 from tmlc.errors import CheckpointError, UsageError
 
+from .folders import require_unused
+
 SHIPPED = {"interaction-nano": "Trained on the tasks of tmlc eval, for the demo and to hold compiles against"}
 """Name → what for."""
 FOLDER = Path(__file__).parent / "checkpoints"
@@ -45,8 +47,7 @@ def copy_shipped(name: str, out: Path) -> Path:
         CheckpointError: as `shipped`.
     """
     folder = shipped(name)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UsageError("the output folder is not empty", where=str(out), fix="name a new folder, or remove this one")
+    require_unused(out)
     partial = out.parent / f".{out.name}.{secrets.token_hex(4)}.partial"
     try:
         partial.mkdir(parents=True)

@@ -23,7 +23,7 @@ class FuseHead(Pass):
         result = PassResult(program, 0)
         for method in program.methods.values():
             for node in method.calls("sample"):
-                found = _head(node)
+                found = find_head(arg(node, "logits"))
                 if isinstance(found, str):
                     result.near_misses.append(NearMiss(method.name, node.name, found))
                     continue
@@ -39,9 +39,8 @@ class FuseHead(Pass):
         return result
 
 
-def _head(node: fx.Node) -> tuple[fx.Node, fx.Node, float, float, int] | str:
-    """(linear, its unscaled input, alpha, cap, entries) of what a sample draws from, or why it cannot be fused."""
-    here = arg(node, "logits")
+def find_head(here: fx.Node) -> tuple[fx.Node, fx.Node, float, float, int] | str:
+    """(linear, its unscaled input, alpha, cap, entries) of logits, or why they cannot be fused."""
     settings: dict[str, Any] = {}
     entries = type_of(here).cols
     while True:

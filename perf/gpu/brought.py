@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from jobs import Job
+
 from tmlc.emit.triton.build import kept_folder, sources
 from tmlc.errors import UsageError
 from tmlc.report.gpu_plan import plan_on_meta
@@ -18,16 +20,15 @@ from tmlc.report.machine import installed
 FACTS = "made.json"
 
 
-def make(folder: Path, engines: Iterable[tuple[str, str]], sm: int, tell: Callable[[str], None]) -> None:
-    """Compiles the kernels of (preset, precision) pairs into a folder, without their weights.
+def make(folder: Path, jobs: Iterable[Job], sm: int, tell: Callable[[str], None]) -> None:
+    """Compiles the kernels of engines into a folder, without their weights.
 
     Raises EmitError where a kernel does not compile.
     """
     os.environ["TMLC_CACHE"] = str(folder / "cache")
-    for preset, precision in engines:
-        plain, _, overlap = precision.partition("+")
-        view = plan_on_meta(preset, f"triton:sm{sm}", plain, overlap=bool(overlap))
-        tell(f"{preset} {precision}: {view['variants']} variants, {len(view['spills'])} spill")
+    for job in jobs:
+        view = plan_on_meta(job.preset, f"triton:sm{sm}", job.precision, pipeline=job.pipeline())
+        tell(f"{job.name}: {view['variants']} variants, {len(view['spills'])} spill")
     kept = kept_folder()
     assert kept is not None
     for file in kept.glob("*.json"):

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from jobs import PEERS, Job, exact
 from results import Results
-from steps import PEERS
 
 #: Whose times are judged: nano's weights fit into a cache, codes have no target.
 FAST = ("small bf16", "small fp8", "small bf16+overlap", "small fp8+overlap")
@@ -40,24 +40,26 @@ def _engine(results: Results, job: str) -> Iterator[Row]:
         yield "golden calls within their tolerance", row["passed"], "all", row["passed"]
     if row := get("bits"):
         yield "the same bits alone, in company and cut otherwise", row["passed"], "all", row["passed"]
-    plain, _, overlap = job.partition("+")
-    if overlap:
-        yield from _overlap(results, job, plain)
+    named = Job.parse(job)
+    if named.overlap:
+        yield from _beside(results, job, named.plain.name, "overlap")
+    if named.without:
+        left = ", ".join(named.without)
+        yield from _beside(results, named.whole.name, job, left)
     for step, what in (("cpu", "the CPU engine"), ("reference", "float64")):
         if row := get(step):
             met = row["finite"] and row["positions_beyond"] <= MOST_BEYOND
             target = f"at most {MOST_BEYOND} of the positions beyond {row['tolerance']} of the largest"
-            judged = step == "cpu" and row["cpu_precision"] == plain.rpartition(" ")[2]
+            judged = step == "cpu" and row["cpu_precision"] == named.precision
             yield f"logits and {what}: positions beyond", row["positions_beyond"], target, met if judged else None
     if row := get("kernels"):
         yield from _products(row["rows"])
         yield from _against_torch(results, job, row["rows"])
-    for graph in (get("graphs") or {"rows": []})["rows"]:
-        if (graph["method"], graph["bucket"]) == ("decode", "b1n1"):
-            yield "decode of one position, part of its floor", graph["of_floor"], "", None
-            if graph["kernels_alone"]:
-                value = graph["seconds"] / graph["kernels_alone"]
-                yield "graph of decode over its kernels by themselves", value, "at most 1.1", value <= 1.1
+    if graph := _decode(results, job):
+        yield "decode of one position, part of its floor", graph["of_floor"], "", None
+        if graph["kernels_alone"]:
+            value = graph["seconds"] / graph["kernels_alone"]
+            yield "graph of decode over its kernels by themselves", value, "at most 1.1", value <= 1.1
     if (row := get("chains")) and row["tick_ms"]:
         for kind, floor in row["tick_floor_ms"].items():
             value = floor / row["tick_ms"][kind]
@@ -72,16 +74,35 @@ def _engine(results: Results, job: str) -> Iterator[Row]:
         yield "last tenth of the ticks over the first", row["last_tenth_over_first"], "", None
 
 
-def _overlap(results: Results, job: str, plain: str) -> Iterator[Row]:
-    """An engine whose launches overlap beside the same one without."""
-    own, other = results.get(job, "bits"), results.get(plain, "bits")
-    if own and other:
-        same = own["digest"] == other["digest"]
-        yield "the same bits as without overlap", same, "yes", same
-    own, other = results.get(job, "chains"), results.get(plain, "chains")
-    if own and other:
-        for kind, ms in own["tick_ms"].items():
-            yield f"a {kind} tick without overlap over one with", other["tick_ms"][kind] / ms, "", None
+def _beside(results: Results, with_it: str, without: str, what: str) -> Iterator[Row]:
+    """An engine with and without `what`: whether they must have the same bits and have, and what it buys."""
+    one, other = results.get(with_it, "bits"), results.get(without, "bits")
+    if one and other and _same_bits(results, with_it, without):
+        same = one["digest"] == other["digest"]
+        yield f"the same bits with and without {what}", same, "yes", same
+    one, other = results.get(with_it, "chains"), results.get(without, "chains")
+    if one and other:
+        for kind, ms in one["tick_ms"].items():
+            yield f"a {kind} tick without {what} over one with", other["tick_ms"][kind] / ms, "", None
+    one, other = (_decode(results, job) for job in (with_it, without))
+    if one and other:
+        yield f"decode of one position without {what} over one with", other["seconds"] / one["seconds"], "", None
+
+
+def _same_bits(results: Results, with_it: str, without: str) -> bool:
+    """Whether the jobs differ in exact passes only, and the others found the same there to rewrite."""
+    known = exact()
+    if not set(Job.parse(without).without) <= known:
+        return False
+    found = [(results.get(job, "build") or {}).get("matches", {}) for job in (with_it, without)]
+    inexact = [{name: count for name, count in matches.items() if name not in known} for matches in found]
+    return inexact[0] == inexact[1]
+
+
+def _decode(results: Results, job: str) -> dict[str, Any] | None:
+    """The graph of `decode` of one session and position."""
+    rows: list[dict[str, Any]] = (results.get(job, "graphs") or {"rows": []})["rows"]
+    return next((row for row in rows if (row["method"], row["bucket"]) == ("decode", "b1n1")), None)
 
 
 def _products(rows: list[dict[str, Any]]) -> Iterator[Row]:

@@ -16,18 +16,20 @@ from typing import Any
 import bare
 import brought
 import steps
+import suspects
 from claims import claims
+from jobs import FORM, PEERS, Job
 from results import Results, now
 
 import tmlc
-from tmlc.errors import TargetError
+from tmlc.errors import TargetError, UsageError
 from tmlc.report.machine import installed, machine
 
 RUN = Path(__file__).parent / "run.py"
 LEFT, FAILED = 3, 1
 OVER = "the command's time was over"  # no fault of the step, which is left for another command
 GRACE = 5.0  # seconds behind the end in which a step may still end
-JOBS = ("small bf16", "small bf16+overlap", "small fp8", "small fp8+overlap", f"small {steps.PEERS}", "nano bf16",
+JOBS = ("small bf16", "small bf16+overlap", "small fp8", "small fp8+overlap", f"small {PEERS}", "nano bf16",
         "nano fp8", "small int8", "small int4", "nano int8", "nano int4")  # fmt: skip
 VERSIONS = ("torch", "triton", "transformers", "numpy", "cuda-bindings")
 
@@ -59,11 +61,14 @@ class Run:
         self.sm, self.why = (90, "") if chosen.rehearse else device()
         self.results = Results(chosen.out)
         self.tried: set[tuple[str, str]] = set()
+        self.suspects: list[str] = []
 
     @property
     def jobs(self) -> list[str]:
+        if self.chosen.bisect:
+            return [self.chosen.bisect, *self.suspects]
         if self.chosen.rehearse:
-            return self.chosen.job or ["tiny bf16", f"tiny {steps.PEERS}"]
+            return self.chosen.job or ["tiny bf16", f"tiny {PEERS}"]
         return self.chosen.job or list(JOBS)
 
     def wanted(self, job: str) -> list[str]:
@@ -73,14 +78,15 @@ class Run:
         left = [
             name for name in self.named(job) if self.results.get(job, name) is None and (job, name) not in self.tried
         ]
-        gone = not any(self.chosen.work.glob(f"{job.replace(' ', '-')}-sm*.tmlc"))
+        gone = not any(self.chosen.work.glob(f"{Job.parse(job).stem}-sm*.tmlc"))
         if left and left[0] != "build" and "build" in steps.steps_of(job) and gone and (job, "build") not in self.tried:
             left.insert(0, "build")
         return left
 
     def named(self, job: str) -> list[str]:
         """The steps of a job that this command is about."""
-        every = [name for name in steps.steps_of(job) if name in (self.chosen.step or steps.steps_of(job))]
+        chosen = suspects.STEPS if self.chosen.bisect else self.chosen.step or steps.steps_of(job)
+        every = [name for name in steps.steps_of(job) if name in chosen]
         return [name for name in every if name == "build"] if self.why else every
 
     def all(self) -> int:
@@ -92,10 +98,17 @@ class Run:
             "versions": {name: installed(name) for name in VERSIONS},
         })  # fmt: skip
         self.results.save()
-        for job in self.jobs:
+        self._run(self.jobs)
+        if self.chosen.bisect and suspects.fails(self.results, self.chosen.bisect):
+            built = self.results.get(self.chosen.bisect, "build")
+            self.suspects = suspects.suspects(self.chosen.bisect, built and built["matches"])
+            self._run(self.suspects)
+        return self._end()
+
+    def _run(self, jobs: Sequence[str]) -> None:
+        for job in jobs:
             while (left := self.wanted(job)) and time.time() < self.until:
                 self._process(job, left)
-        return self._end()
 
     def _process(self, job: str, left: list[str]) -> None:
         """One process for the steps of a job; ended when one of them takes too long, or at the end of the time."""
@@ -155,6 +168,9 @@ class Run:
             value = f"{row['value']:.4g}" if isinstance(row["value"], float) else str(row["value"])
             wanted = f" (wanted: {row['target']})" if row["target"] else ""
             self.tell(f"{row['job']}: {row['claim']}: {value}{wanted} {mark}".rstrip())
+        if self.chosen.bisect:
+            for line in suspects.verdict(self.results, self.chosen.bisect, self.suspects):
+                self.tell(line)
         failed = [(job, name) for job, name in every if self.results.error(job, name)]
         for job, name in failed:
             self.tell(f"FAILED {job}, {name}: {self.results.error(job, name)}")
@@ -182,8 +198,10 @@ def process(chosen: argparse.Namespace) -> int:
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog="python perf/gpu/run.py", description="Build, check and time engines on a GPU.")
     made.add_argument("--out", type=Path, default=Path("gpu.json"), help="the JSON to write, or to go on with")
-    made.add_argument("--job", action="append", help=f"may be given again. Default, in this order: {', '.join(JOBS)}")
+    job = f"{FORM}; may be given again. Default, in this order: {', '.join(JOBS)}"
+    made.add_argument("--job", action="append", help=job)
     made.add_argument("--step", action="append", help=f"of {', '.join(steps.ENGINE_STEPS)}. Default: all")
+    made.add_argument("--bisect", metavar="JOB", help="its golden and bits; where they fail, without one pass each")
     made.add_argument("--seconds", type=float, default=86_400.0, help="when to end, finished or not")
     made.add_argument("--ticks", type=int, default=10_000, help="whole ticks of one session")
     made.add_argument("--most-seconds", type=float, default=120.0, help="of each run of ticks")
@@ -196,13 +214,29 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
+def check(chosen: argparse.Namespace) -> None:
+    """Raises UsageError for jobs that are none."""
+    if chosen.bisect and (chosen.job or chosen.step):
+        raise UsageError("--bisect chooses jobs and steps itself", fix="leave out --job and --step")
+    for name in chosen.job or filter(None, [chosen.bisect]):
+        if (job := Job.parse(name)).precision != PEERS:
+            job.pipeline()  # refuses passes that cannot be left out
+        elif chosen.bisect:
+            raise UsageError(f"{name} is no engine", where="--bisect", fix="name one, such as 'small bf16'")
+
+
 def main(given: Sequence[str]) -> int:
     chosen = parser().parse_args(given)
+    try:
+        check(chosen)
+    except UsageError as error:
+        parser().error(str(error))
     chosen.work.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("TMLC_CACHE", str(chosen.work / "cache"))
     if chosen.make_kernels:
         chosen.make_kernels.mkdir(parents=True, exist_ok=True)
-        engines = [tuple(job.split()) for job in chosen.job or JOBS if not job.endswith(steps.PEERS)]
-        brought.make(chosen.make_kernels, engines, chosen.sm, print)
+        names = [chosen.bisect, *suspects.suspects(chosen.bisect)] if chosen.bisect else chosen.job or JOBS
+        jobs = [job for job in map(Job.parse, names) if job.precision != PEERS]
+        brought.make(chosen.make_kernels, jobs, chosen.sm, print)
         return 0
     return process(chosen) if chosen.process else Run(chosen).all()

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-VERSION = 2
+VERSION = 3
 
 
 class Results:

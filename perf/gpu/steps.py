@@ -1,7 +1,8 @@
 """The steps of a run, each with a result of its own: of an engine (a preset in a precision), and of PyTorch beside it.
 
-A job is what one process does: the steps of an engine, or those of PyTorch for a preset. A step that fails says why in
-its result, and the others go on; where the device is lost the process ends, and the next one goes on behind that step.
+A job (jobs.py) is what one process does: the steps of an engine, or those of PyTorch for a preset. A step that fails
+says why in its result, and the others go on; where the device is lost the process ends, and the next one goes on behind
+that step.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import json
 import shutil
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -22,6 +24,7 @@ import checks
 import numpy as np
 import timing
 import yaml
+from jobs import PEERS, Job
 from results import Results
 
 import tmlc
@@ -38,7 +41,6 @@ ENGINE_STEPS = {
     "cpu": 300, "ticks": 150, "ticks of four": 150, "ticks by methods": 150, "reference": 300,
 }  # fmt: skip
 PEER_STEPS = {"experts, 1 row": 180, "linear, 1 row": 120, "experts, 16 rows": 180, "linear, 16 rows": 120}
-PEERS = "pytorch"
 
 
 @dataclass(frozen=True)
@@ -72,9 +74,10 @@ def run_job(job: str, settings: Settings, results: Results, only: list[str], tel
     Args:
         tell: gets the name of each step as it begins.
     """
-    preset, _, kind = job.rpartition(" ")
+    named = Job.parse(job)
     with ExitStack() as held:
-        owner: Any = Torch(preset, settings) if kind == PEERS else Subject(preset, kind, settings, results, held)
+        peers = named.precision == PEERS
+        owner: Any = Torch(named.preset, settings) if peers else Subject(named, settings, results, held)
         for name in only:
             if time.time() > settings.until:
                 return 0
@@ -99,12 +102,11 @@ class Subject:
         held: closes what was opened.
     """
 
-    def __init__(self, preset: str, precision: str, settings: Settings, results: Results, held: ExitStack) -> None:
-        self.name, self.preset = f"{preset} {precision}", preset
-        self.precision, _, self.overlap = precision.partition("+")
+    def __init__(self, job: Job, settings: Settings, results: Results, held: ExitStack) -> None:
+        self.job, self.name, self.preset, self.precision = job, job.name, job.preset, job.precision
         self.settings, self.results, self._held = settings, results, held
-        self.checkpoint = settings.work / preset
-        self.package = settings.work / f"{preset}-{precision}-sm{settings.sm}.tmlc"
+        self.checkpoint = settings.work / job.preset
+        self.package = settings.work / f"{job.stem}-sm{settings.sm}.tmlc"
         self._engine: Engine | None = None
         self._known: dict[str, Any] = {}
 
@@ -160,9 +162,7 @@ class Subject:
         folder, settings = self.settings.kernels, self.settings
         code = None if folder is None else brought.bring(folder)
         made = create(self.preset, self.checkpoint)
-        row = build(
-            self.checkpoint, self.package, settings.sm, self.precision, settings.rehearse, bool(self.overlap)
-        )
+        row = build(self.job, self.checkpoint, self.package, settings.sm, settings.rehearse)
         if folder is not None and code is not None:
             code["variants"] = sum((folder / f"{name}.json").exists() for name in row["names"])
         del row["names"]
@@ -328,24 +328,23 @@ def create(preset: str, folder: Path) -> float:
     return time.perf_counter() - begun
 
 
-def build(checkpoint: Path, package: Path, sm: int, precision: str, small: bool, overlap: bool) -> dict[str, Any]:
-    """Compiles an engine; needs no GPU. `small`: for few buckets only. `overlap`: with the pass memory.overlap."""
-    from tmlc.pipeline.pipeline import load_pipeline
-
+def build(job: Job, checkpoint: Path, package: Path, sm: int, small: bool) -> dict[str, Any]:
+    """Compiles an engine; needs no GPU. `small`: for few buckets only."""
     begun = time.perf_counter()
-    steps = load_pipeline("triton")
+    steps = job.pipeline()
     if small:
         steps = steps.configure("memory.buckets", batch=[1, 4], positions=[1, 4])
-    if overlap:
-        steps = steps.before("memory.buckets", "memory.overlap")
-    report = tmlc.compile(checkpoint, package, target=f"triton:sm{sm}", precision=precision, pipeline=steps)
+    report = tmlc.compile(checkpoint, package, target=f"triton:sm{sm}", precision=job.precision, pipeline=steps)
+    matches: Counter[str] = Counter()
+    for record in report.passes:
+        matches[record.name] += record.matches
     with open_package(package) as opened:
         code = opened.json(f"engines/triton/sm{sm}/code.json")
         producer = opened.manifest.producer
     return {
         "seconds": time.perf_counter() - begun, "stages": report.seconds, "package_bytes": package.stat().st_size,
         "variants": len(code["variants"]), "spilled": sum(v["spill_bytes"] > 0 for v in code["variants"]),
-        "chains": len(code.get("chains", {})), "sm": sm, "producer": dict(producer),
+        "chains": len(code.get("chains", {})), "sm": sm, "producer": dict(producer), "matches": dict(matches),
         "names": [variant["name"] for variant in code["variants"]],
     }  # fmt: skip
 

@@ -16,6 +16,7 @@ from tmlc.cli.main import cli
 from tmlc.eval.eager import open_model
 from tmlc.eval.play import play
 from tmlc.eval.view import below, fallen
+from tmlc.frontend import checkpoint as frontend
 from tmlc.ir.run import one_thread
 from tmlc.model_zoo.interaction.checkpoint import create_checkpoint
 from tmlc.model_zoo.interaction.tasks import TASKS
@@ -83,6 +84,14 @@ def test_a_checkpoint_is_played_in_pytorch_as_its_engine_plays(checkpoint, packa
         np.testing.assert_allclose(one.audio, other.audio, atol=1e-4)
     assert any("".join(record.text) for record in eager)
     assert (alone.audio == eager[1].audio).all()  # a slot that was used before is a new session
+
+
+def test_a_checkpoint_is_opened_once(checkpoint, monkeypatch):
+    """What is run is what was traced, also where the folder is exported anew in between."""
+    read, opened = frontend.read_header, []
+    monkeypatch.setattr(frontend, "read_header", lambda file: opened.append(file.name) or read(file))
+    with open_model(checkpoint, 1) as model:
+        assert model.kind == "interaction" and opened == ["model.safetensors"]
 
 
 def test_a_folder_that_holds_a_checkpoint_is_evaluated_in_pytorch(checkpoint):

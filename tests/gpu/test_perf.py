@@ -16,9 +16,10 @@ import pytest
 
 from tmlc.errors import UsageError
 from tmlc.kernels.triton.variants import Compiled
+from tmlc.pipeline.pipeline import load_pipeline
 
 GPU = Path(__file__).parents[2] / "perf/gpu"
-NAMES = ("bare", "brought", "checks", "claims", "command", "peers", "results", "steps", "timing")
+NAMES = ("bare", "brought", "checks", "claims", "command", "jobs", "peers", "results", "steps", "suspects", "timing")
 
 
 @pytest.fixture
@@ -71,6 +72,29 @@ def test_every_step_of_the_command_runs_in_a_rehearsal(tmp_path):
     before = out.read_text()
     assert subprocess.run(command, capture_output=True, check=False).returncode == 0
     assert json.loads(out.read_text())["steps"] == json.loads(before)["steps"]
+
+
+@pytest.mark.slow
+def test_an_engine_whose_check_failed_is_built_without_each_pass_in_a_rehearsal(perf, tmp_path):
+    """A failure is written into the results of an engine where fuse.norm_pair alone found something: the engine without
+    it is built and checked, and its bits are found to be those of the engine with it."""
+    out, work = tmp_path / "r.json", tmp_path / "work"
+    command = [sys.executable, str(GPU / "run.py"), "--rehearse", "--out", str(out), "--work", str(work)]
+    job, other = "tiny bf16", "tiny bf16-fuse.norm_pair"
+    first = [*command, "--job", job, "--step", "build", "--step", "bits"]
+    assert subprocess.run(first, capture_output=True, check=False).returncode == 0
+    results = perf.results.Results(out)
+    built, bits = results.get(job, "build"), results.get(job, "bits")
+    assert built["matches"]["fuse.norm_pair"] == 2 and bits["passed"]
+    results.put(job, "build", {**built, "matches": {"fuse.norm_pair": 2}})
+    results.put(job, "golden", {"passed": False})
+    done = subprocess.run([*command, "--bisect", job], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"{job}: golden PASSES without fuse.norm_pair" in done.stdout
+    steps = json.loads(out.read_text())["steps"]
+    assert set(steps[other]) == {"build", "golden", "bits"} and steps[other]["build"]["matches"]["fuse.norm_linear"]
+    assert "fuse.norm_pair" not in steps[other]["build"]["matches"]
+    assert steps[other]["bits"]["digest"] == bits["digest"]
 
 
 class Sums:
@@ -244,6 +268,113 @@ def test_results_of_another_version_are_not_gone_on_with(perf, tmp_path):
         perf.results.Results(tmp_path / "old.json")
 
 
+# Jobs without some passes.
+
+
+def test_the_name_of_a_job_says_which_passes_it_has(perf):
+    parse = perf.jobs.Job.parse
+    for name in ("small bf16", "tml-small-276b fp8+overlap", "nano bf16+overlap-fuse.norm_pair-fuse.steps",
+                 "tiny pytorch"):  # fmt: skip
+        assert parse(name).name == name
+    job = parse("nano bf16+overlap-fuse.norm_pair-fuse.steps")
+    assert job.plain.name == "nano bf16-fuse.norm_pair-fuse.steps" and job.whole.name == "nano bf16+overlap"
+    whole = [step.name for step in load_pipeline("triton").steps]
+    assert [step.name for step in parse("nano bf16").pipeline().steps] == whole
+    left = [name for name in whole if name not in job.without]
+    left.insert(left.index("memory.buckets"), "memory.overlap")
+    assert [step.name for step in job.pipeline().steps] == left
+
+
+@pytest.mark.parametrize(("words", "said"), [
+    (["--job", "small"], "names no job"),
+    (["--job", "small bf16-"], "names no job"),
+    (["--job", "small bf16-fuse.steps+overlap"], "names no job"),
+    (["--job", "small pytorch-fuse.steps"], "names no job"),
+    (["--job", "small bf16-fuse.nothing"], "the Triton pipeline has no pass fuse.nothing (small bf16-fuse.nothing)"),
+    (["--job", "small bf16-state.insert"], "no engine can do without state.insert"),
+    (["--bisect", "small pytorch"], "small pytorch is no engine"),
+    (["--bisect", "small bf16", "--step", "bits"], "--bisect chooses jobs and steps itself"),
+])  # fmt: skip
+def test_jobs_that_are_none_are_refused_before_anything_is_built(perf, capsys, tmp_path, words, said):
+    with pytest.raises(SystemExit) as ended:
+        perf.command.main([*words, "--work", str(tmp_path / "work")])
+    assert ended.value.code == 2 and said in capsys.readouterr().err and not (tmp_path / "work").exists()
+
+
+def test_what_may_be_left_out_is_told_exact_or_not(perf):
+    """docs/passes.md is what claims of bits stand on."""
+    known = perf.jobs.exact()
+    assert {"fuse.steps", "fuse.norm_pair", "fuse.conv", "route.select_kernel"} <= known
+    assert not known & {"fuse.norm_linear", "fuse.norm_router", "quantize.fp8", "route.stack_experts"}
+
+
+BISECTED = """
+import json, sys
+sys.path.insert(0, {folder!r})
+from results import Results
+given = json.loads(sys.argv[sys.argv.index("--process") + 1])
+results = Results(__import__("pathlib").Path(sys.argv[sys.argv.index("--out") + 1]))
+matches = {{"fuse.steps": 3, "fuse.norm_pair": 2, "fuse.norm_linear": 1, "fuse.conv": 0, "fuse.head": 1}}
+right = {right!r}
+for step in given["steps"]:
+    print("step", step, flush=True)
+    passed = step != "golden" or any(all("-" + left in given["job"] for left in some) for some in right)
+    row = {{"matches": matches, "spilled": 0}} if step == "build" else {{"passed": passed, "digest": "same"}}
+    results.put(given["job"], step, row)
+"""
+
+
+@pytest.mark.parametrize(("right", "said"), [
+    ([["fuse.norm_pair"]], "golden: at fault, or what it hands to: fuse.norm_pair"),
+    ([["fuse.norm_pair", "fuse.norm_linear"]], "golden: more than one of these passes is at fault"),
+    ([], "golden: none of these passes alone is at fault: look at the kernels that all of them use"),
+    ([[]], "golden and bits pass: nothing to look for"),
+])  # fmt: skip
+def test_a_pass_that_is_at_fault_is_found(perf, tmp_path, monkeypatch, right, said):
+    """Among those of level 2 that found something to rewrite; checks are run, and nothing is timed."""
+    monkeypatch.setattr(perf.command, "device", lambda: (90, ""))
+    monkeypatch.setattr(perf.command, "machine", dict)
+    child, out, lines = tmp_path / "child.py", tmp_path / "out.json", []
+    child.write_text(BISECTED.format(folder=str(GPU), right=right))
+    monkeypatch.setattr(perf.command, "RUN", child)
+    words = ["--out", str(out), "--work", str(tmp_path), "--bisect", "nano bf16+overlap"]
+    perf.command.Run(perf.command.parser().parse_args(words), lines.append).all()
+    assert f"nano bf16+overlap: {said}" in lines
+    steps = json.loads(out.read_text())["steps"]
+    passes = ("fuse.norm_pair", "fuse.steps", "fuse.norm_linear")  # of level 2, in the pipeline's order
+    left = [] if right == [[]] else ["-" + "-".join(passes), *("-" + name for name in passes)]
+    assert list(steps) == ["nano bf16+overlap", *("nano bf16+overlap" + name for name in left)]
+    assert all(list(found) == ["build", "golden", "bits"] for found in steps.values())
+
+
+def test_an_engine_without_a_pass_is_told_beside_the_one_with_it(perf, tmp_path):
+    """The same bits are wanted where the pass is exact and the others found the same to rewrite."""
+    results = perf.results.Results(tmp_path / "r.json")
+    jobs = ("small bf16", "small bf16-fuse.norm_pair", "small bf16-fuse.steps", "small bf16-fuse.norm_linear")
+    for number, job in enumerate(jobs):
+        matches = {"fuse.steps": 5, "fuse.norm_pair": 2, "fuse.norm_linear": 4}
+        for left in job.split("-")[1:]:
+            del matches[left]
+        if job.endswith("steps"):
+            matches["fuse.norm_linear"] = 1  # it makes norms that the other takes
+        results.put(job, "build", {"spilled": 0, "matches": matches})
+        results.put(job, "bits", {"passed": True, "digest": "same" if number < 2 else job})
+        graph = {"method": "decode", "bucket": "b1n1", "of_floor": 0.1, "kernels_alone": None}
+        results.put(job, "graphs", {"rows": [{**graph, "seconds": 1e-4 * (2 + number)}]})
+        chain = {"sessions": 1, "host_gap_seconds": 1e-5}
+        ms = {"silent": 2.0 + number}
+        results.put(job, "chains", {"rows": [chain], "tick_floor_ms": {"silent": 1.0}, "tick_ms": ms})
+    said = {(row["job"], row["claim"]): (row["value"], row["met"]) for row in perf.claims.claims(results)}
+    bits = {key: value for key, value in said.items() if "with and without" in key[1]}
+    assert bits == {(jobs[1], "the same bits with and without fuse.norm_pair"): (True, True)}
+    assert said[jobs[3], "decode of one position without fuse.norm_linear over one with"] == (2.5, None)
+    assert said[jobs[1], "a silent tick without fuse.norm_pair over one with"] == (1.5, None)
+    results.put(jobs[1], "bits", {"passed": True, "digest": "other"})
+    said = {(row["job"], row["claim"]): (row["value"], row["met"]) for row in perf.claims.claims(results)}
+    assert said[jobs[1], "the same bits with and without fuse.norm_pair"] == (False, False)
+    assert said[jobs[1], "a silent tick, part of its floor"] == (1 / 3, None), "times of whole engines only are judged"
+
+
 # What it says.
 
 
@@ -292,13 +423,14 @@ def test_machine_code_of_another_tool_chain_is_brought_along(perf, tmp_path, mon
     variant = Variant("advance_kernel", (), ("*i64:16", "*i64:16", "*i32:16"), 4, 1, 90)
     made = Compiled(b"machine code", "advance_kernel", 4, 0, 20, 0, 2)
 
-    def plan(preset, target, precision, overlap):
+    def plan(preset, target, precision, pipeline):
+        assert "fuse.norm_pair" not in [step.name for step in pipeline.steps] and len(pipeline.steps) > 10
         build._keep(variant, made)
         return {"variants": 1, "spills": {}}
 
     monkeypatch.setenv("TMLC_CACHE", str(tmp_path))
     monkeypatch.setattr(perf.brought, "plan_on_meta", plan)
-    perf.brought.make(tmp_path / "made", [("nano", "bf16")], 90, lambda line: None)
+    perf.brought.make(tmp_path / "made", [perf.jobs.Job.parse("nano bf16-fuse.norm_pair")], 90, lambda line: None)
     assert len(list((tmp_path / "made").iterdir())) == 2
     monkeypatch.setenv("TMLC_CACHE", str(tmp_path / "other"))
     monkeypatch.setattr(build, "toolchain", lambda: "another Triton, and another Python")

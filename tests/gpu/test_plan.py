@@ -55,9 +55,9 @@ def test_every_pointer_of_every_bucket_lies_inside_its_space(parsed):
     assert spaces == {"weight", "arena", "state", "input", "output", "scratch", "slots", "counts"}
 
 
-def test_speech_is_made_of_products_and_norms_and_nothing_is_copied(parsed):
-    """What stands behind a product or a norm is part of its launch (fuse.steps), the modulations of all flow times are
-    one product (fuse.flow_times), and results lie where they are wanted."""
+def test_speech_is_made_of_products_and_nothing_is_copied(parsed):
+    """What stands behind a product is part of its launch (fuse.steps), and so is the norm before it (fuse.norm_linear);
+    the modulations of all flow times are one product (fuse.flow_times), and results lie where they are wanted."""
     code, config = json.loads(parsed.code), TINY["speech_config"]
 
     def kernels(method):
@@ -65,11 +65,11 @@ def test_speech_is_made_of_products_and_norms_and_nothing_is_copied(parsed):
 
     steps, layers = config["flow_steps"], config["flow_layers"]
     assert kernels("speak") == {
-        "philox_normal_kernel": 1, "silu_add_rows_kernel": 1, "rms_norm_kernel": steps * (layers + 1),
-        "linear_kernel": 2 + steps * (2 * layers + 2),
+        "philox_normal_kernel": 1, "silu_add_rows_kernel": 1, "linear_kernel": 2 + steps * (2 * layers + 2),
     }  # fmt: skip
     found = kernels("vocode")
     assert found["elementwise_kernel"] == 1 and "copy_kernel" not in found
+    assert kernels("unembed") == {"linear_kernel": 1}
 
 
 def launches(code):

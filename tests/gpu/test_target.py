@@ -22,6 +22,7 @@ from tmlc.kernels.triton.layouts import unpack
 from tmlc.kernels.triton.variants import Compiled, variant_key
 from tmlc.model_zoo.interaction.config import PRESETS
 from tmlc.package.reader import open_package
+from tmlc.pipeline.pipeline import load_pipeline
 from tmlc.pipeline.registry import get_pass
 from tmlc.report.gpu_plan import create_hollow_checkpoint, plan_on_meta
 
@@ -221,8 +222,10 @@ def test_a_checkpoint_of_holes_takes_no_room(tmp_path):
 @pytest.mark.parametrize("preset", sorted(PRESETS))
 def test_every_kernel_of_every_preset_builds_without_spills(preset, precision):
     """In bf16 with overlapping launches too; weights on meta."""
-    for overlap in (False, True) if precision == "bf16" else (False,):
-        view = plan_on_meta(preset, "triton:sm80+sm90+sm100", precision, overlap=overlap)
+    steps = load_pipeline("triton")
+    overlapping = [steps.before("memory.buckets", "memory.overlap")] if precision == "bf16" else []
+    for pipeline in (steps, *overlapping):
+        view = plan_on_meta(preset, "triton:sm80+sm90+sm100", precision, pipeline=pipeline)
         assert view["variants"] > 100 and view["spills"] == {}
 
 

@@ -110,12 +110,13 @@ def calls(model: Model, bucket: Bucket, sm: int) -> Iterator[Call]:
             {"x": x(q), "weight": w(d, q, dtype=form), "bias": None, "scale": w(1, 1), "addend": x(d)},
             x(d),
         )
+        head = {"x": x(d), "weight": w(m.vocabulary, d, dtype=form), "bias": None}
+        yield call("head_logits", head, x(m.vocabulary - 2), alpha=0.5, cap=0.0, entries=m.vocabulary - 2)
         yield call(
             "head_sample",
-            {"x": x(d), "weight": w(m.vocabulary, d, dtype=form), "bias": None, "key": x(3, "i64"),
-             "temperature": x(1)},
+            head | {"key": x(3, "i64"), "temperature": x(1)},
             x(1, "i32"), alpha=0.5, cap=30.0, entries=m.vocabulary - 2,
-        )  # fmt: skip
+        )
         moe = {
             "x": x(d), "weights": x(m.top_k + m.shared), "experts": x(m.top_k + m.shared, "i32"),
             "gate_up": w(m.experts + m.shared, 2 * m.f, d, dtype=form),

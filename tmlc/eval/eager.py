@@ -96,8 +96,9 @@ def open_model(checkpoint: Path, sessions: int) -> Engine:
     Raises:
         CheckpointError: it is damaged, or has no tokenizer.
     """
-    report = compile(checkpoint, checkpoint, precision="fp32", stop_after="state.insert")
-    program, source = report.program, open_checkpoint(checkpoint)
+    source = open_checkpoint(checkpoint)
+    report = compile(source, checkpoint, precision="fp32", stop_after="state.insert")
+    program = report.program
     assert program is not None
     states, slot_bytes = slot_layout(program)
     backend = EagerBackend(ProgramRunner(program, source), states, slot_bytes)

@@ -17,6 +17,7 @@ TRITON_PASSES = {
     "rms_norm_steps": "fuse.steps",
     "silu_add_rows": "fuse.flow_times",
     "rms_norm_pair": "fuse.norm_pair",
+    "head_logits": "fuse.head_logits",
     "norm_router": "fuse.norm_router",
     "norm_linear": "fuse.norm_linear",
     "norm_linear_steps": "fuse.norm_linear",

@@ -21,6 +21,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from tmlc.pipeline.pipeline import Pipeline, load_pipeline
 from tmlc.report.startup import peak_rss_bytes
 
 SHARD_BYTES = 4 << 30
@@ -66,9 +67,9 @@ def create_hollow_checkpoint(preset: str, folder: Path) -> int:
 
 
 def plan_on_meta(
-    preset: str, target: str, precision: str, jobs: int | None = None, overlap: bool = False
+    preset: str, target: str, precision: str, jobs: int | None = None, pipeline: Pipeline | None = None
 ) -> dict[str, Any]:
-    """Everything of a compilation but the weights, with its figures. `overlap`: with the pass memory.overlap.
+    """Everything of a compilation but the weights, with its figures. `pipeline`: default is the target's own.
 
     Raises:
         EmitError: an op has no kernel, or a kernel does not compile.
@@ -78,7 +79,6 @@ def plan_on_meta(
     from tmlc.emit.triton.build import build_variants, default_jobs
     from tmlc.emit.triton.plan import launches_json, variants_json
     from tmlc.emit.triton.target import TritonTarget
-    from tmlc.pipeline.pipeline import load_pipeline
 
     seconds: dict[str, float] = {}
     started = time.perf_counter()
@@ -93,12 +93,10 @@ def plan_on_meta(
         folder = Path(scratch) / preset
         weight_bytes = create_hollow_checkpoint(preset, folder)
         lap("checkpoint of holes")
-        steps = load_pipeline("triton", target)
+        steps = pipeline or load_pipeline("triton")
         coder = next((name for name, kind in QUANTISERS.items() if kind == precision), None)
         if coder is not None:  # its report reads every weight
             steps = with_codes(steps, coder).configure(coder, report=False)
-        if overlap:
-            steps = steps.before("memory.buckets", "memory.overlap")
         report = compile(
             folder, scratch, target=target, precision=precision, pipeline=steps, stop_after="memory.buckets"
         )
@@ -133,19 +131,17 @@ def plan_on_meta(
     }  # fmt: skip
 
 
-def launches_of_calls(preset: str, target: str, precision: str, disabled: list[str]) -> dict[str, dict[str, int]]:
-    """Method → kernel → launches in a call of its smallest bucket, without the passes in `disabled`."""
+def launches_of_calls(preset: str, target: str, precision: str, pipeline: Pipeline) -> dict[str, dict[str, int]]:
+    """Method → kernel → launches in a call of its smallest bucket."""
     from tmlc.compiler import compile
     from tmlc.emit.targets import find_target
     from tmlc.emit.triton.target import TritonTarget
-    from tmlc.pipeline.pipeline import load_pipeline
 
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / preset
         create_hollow_checkpoint(preset, folder)
-        steps = load_pipeline("triton", target).disable(disabled)
         report = compile(
-            folder, scratch, target=target, precision=precision, pipeline=steps, stop_after="memory.buckets"
+            folder, scratch, target=target, precision=precision, pipeline=pipeline, stop_after="memory.buckets"
         )
     chosen = find_target(target)
     assert isinstance(chosen, TritonTarget) and report.program is not None
@@ -162,16 +158,18 @@ def main() -> None:
     parser.add_argument("--overlap", action="store_true", help="with the pass memory.overlap")
     parser.add_argument("--jobs", type=int, help="processes that compile kernels; default: a core each")
     parser.add_argument("--launches", action="store_true", help="launches of a call of each method, and no kernels")
-    parser.add_argument("--disable", default="", help="passes to leave out of --launches, with commas between")
+    parser.add_argument("--disable", default="", help="passes to leave out, with commas between")
     chosen = parser.parse_args()
     os.environ["TMLC_CACHE"] = "off"
+    steps = load_pipeline("triton").disable(name for name in chosen.disable.split(",") if name)
+    if chosen.overlap:
+        steps = steps.before("memory.buckets", "memory.overlap")
     if chosen.launches:
-        disabled = [name for name in chosen.disable.split(",") if name]
-        found = launches_of_calls(chosen.preset, chosen.target, chosen.precision, disabled)
+        found = launches_of_calls(chosen.preset, chosen.target, chosen.precision, steps)
         for method, kernels in found.items():
             print(f"{method:13}{sum(kernels.values()):5}  {', '.join(f'{k} {n}' for k, n in kernels.items())}")
         return
-    print(json.dumps(plan_on_meta(chosen.preset, chosen.target, chosen.precision, chosen.jobs, chosen.overlap)))
+    print(json.dumps(plan_on_meta(chosen.preset, chosen.target, chosen.precision, chosen.jobs, steps)))
 
 
 if __name__ == "__main__":

@@ -15,9 +15,10 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from tmlc.errors import TmlcError, UsageError
+from tmlc.errors import TmlcError
 from tmlc.runtimes.media.audio import write_wav
 
+from ..folders import require_unused
 from .bank import SpeechBank
 from .episode import TICK_SAMPLES, Episode
 from .spoken import TASKS
@@ -40,8 +41,7 @@ def write(out: Path, episodes: int, seed: int = 0) -> list[Path]:
     Raises:
         UsageError: `out` holds something.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UsageError("the output folder is not empty", where=str(out), fix="name a new folder, or remove this one")
+    require_unused(out)
     out.mkdir(parents=True, exist_ok=True)
     bank, written = SpeechBank.load(), []
     for name in ("turn_taking", "barge_in"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,6 +21,29 @@ from tmlc.ir.types import TensorType
 MAX_TAPS = 64
 
 
+def _head_logits(
+    x: TensorType, weight: TensorType, bias: TensorType | None, alpha: float, cap: float, entries: int
+) -> TensorType:
+    logits = linear_type(x, weight, bias)
+    need(0 < entries <= logits.shape[1], f"{entries} entries of {logits.shape[1]} rows of the weight")
+    need(math.isfinite(alpha), f"alpha {alpha} must be finite")
+    need(cap >= 0, f"cap {cap} must not be negative")
+    return replace(logits, shape=(logits.shape[0], entries))
+
+
+@op(
+    "head_logits(Tensor x, Tensor weight, Tensor? bias, float alpha, float cap, int entries) -> Tensor",
+    _head_logits,
+    from_pass=True,
+)
+def head_logits(x: Tensor, weight: Tensor, bias: Tensor | None, alpha: float, cap: float, entries: int) -> Tensor:
+    """The first `entries` logits softcap(linear(alpha·x)); alpha 1: x itself, cap 0: no soft cap."""
+    logits = linear(x * alpha if alpha != 1 else x, weight, bias)
+    if cap > 0:
+        logits = softcap(logits, cap)
+    return logits[:, :entries].contiguous()
+
+
 def _head_sample(
     x: TensorType,
     weight: TensorType,
@@ -30,10 +54,8 @@ def _head_sample(
     cap: float,
     entries: int,
 ) -> TensorType:
-    logits = linear_type(x, weight, bias)
-    need(0 < entries <= logits.shape[1], f"{entries} entries of {logits.shape[1]} rows of the weight")
-    need(cap >= 0, f"cap {cap} must not be negative")
-    return sample_type(logits, key, temperature)
+    _head_logits(x, weight, bias, alpha, cap, entries)
+    return sample_type(linear_type(x, weight, bias), key, temperature)
 
 
 @op(
@@ -53,10 +75,7 @@ def head_sample(
     entries: int,
 ) -> Tensor:
     """sample of the first `entries` logits softcap(linear(alpha·x)); alpha 1: x itself, cap 0: no soft cap."""
-    logits = linear(x * alpha if alpha != 1 else x, weight, bias)
-    if cap > 0:
-        logits = softcap(logits, cap)
-    return sample(logits[:, :entries], key, temperature)
+    return sample(head_logits(x, weight, bias, alpha, cap, entries), key, temperature)
 
 
 def _after(
