@@ -94,7 +94,7 @@ class Run:
         body["runs"].append({
             "at": now(), "arguments": [bare.relative(arg) for arg in sys.argv[1:]], "machine": machine(),
             "tmlc": tmlc.__version__,
-            "missing": bare.missing(), "rehearsal": self.chosen.rehearse, "not run": self.why,
+            "missing": bare.missing(), "rehearsal": bool(self.chosen.rehearse), "not run": self.why,
             "versions": {name: installed(name) for name in VERSIONS},
         })  # fmt: skip
         self.results.save()
@@ -118,7 +118,7 @@ class Run:
             sys.executable, str(RUN), "--out", str(chosen.out), "--work", str(chosen.work), "--ticks",
             str(chosen.ticks), "--most-seconds", str(chosen.most_seconds), "--process", json.dumps(given),
             *(["--kernels", str(chosen.kernels)] if chosen.kernels else []),
-            *(["--rehearse"] if chosen.rehearse else []),
+            *(["--rehearse", chosen.rehearse] if chosen.rehearse else []),
         ]  # fmt: skip
         child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         begun: list[tuple[str, float]] = []
@@ -207,7 +207,11 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--most-seconds", type=float, default=120.0, help="of each run of ticks")
     made.add_argument("--work", type=Path, default=bare.ROOT / "build/gpu", help="where checkpoints and packages lie")
     made.add_argument("--sm", type=int, default=90, help="what to build for on a machine without a GPU")
-    made.add_argument("--rehearse", action="store_true", help="the smallest model on a device in host memory, no GPU")
+    made.add_argument(
+        "--rehearse", nargs="?", const="interpreter", default="", choices=["interpreter", "ptx"],
+        help="no GPU: a device in host memory, by default with the smallest model; kernels run in Triton's interpreter,"
+        " or as the PTX that they compile to",
+    )  # fmt: skip
     made.add_argument("--make-kernels", type=Path, metavar="DIR", help="only compile kernels, for --kernels")
     made.add_argument("--kernels", type=Path, metavar="DIR", help="machine code that --make-kernels left there")
     made.add_argument("--process", help=argparse.SUPPRESS)

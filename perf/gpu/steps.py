@@ -50,7 +50,7 @@ class Settings:
     Attributes:
         work: where checkpoints and packages are kept, and found again.
         sm: what engines are built for.
-        rehearse: on a device in host memory, with the smallest model.
+        rehearse: on a device in host memory, whose kernels are run by the "interpreter" or as "ptx"; "": on a GPU.
         effort: how much is measured.
         until: when no step is begun any more, in seconds of the clock.
         kernels: machine code that was brought along.
@@ -58,7 +58,7 @@ class Settings:
 
     work: Path
     sm: int
-    rehearse: bool
+    rehearse: str
     effort: timing.Effort
     until: float
     kernels: Path | None = None
@@ -162,7 +162,7 @@ class Subject:
         folder, settings = self.settings.kernels, self.settings
         code = None if folder is None else brought.bring(folder)
         made = create(self.preset, self.checkpoint)
-        row = build(self.job, self.checkpoint, self.package, settings.sm, settings.rehearse)
+        row = build(self.job, self.checkpoint, self.package, settings.sm, bool(settings.rehearse))
         if folder is not None and code is not None:
             code["variants"] = sum((folder / f"{name}.json").exists() for name in row["names"])
         del row["names"]
@@ -350,26 +350,30 @@ def build(job: Job, checkpoint: Path, package: Path, sm: int, small: bool) -> di
 
 
 @contextmanager
-def load(package: Path, rehearse: bool) -> Iterator[Engine]:
-    """The engine on the GPU; for a rehearsal on a device in host memory, which interprets its kernels."""
+def load(package: Path, rehearse: str) -> Iterator[Engine]:
+    """The engine on the GPU; for a rehearsal on a device in host memory, which runs its kernels as `rehearse` says."""
     if not rehearse:
         with tmlc.load(package, sessions=8) as engine:
             yield engine
         return
     from tmlc.emit.triton.host_device import HostDevice
+    from tmlc.kernels.triton.ptx.host import PtxMachine
     from tmlc.kernels.triton.worker import open_interpreter
     from tmlc.runtimes.core.text import load_tokenizer
     from tmlc.runtimes.cuda.backend import CudaBackend
 
-    with open_package(package) as opened, open_interpreter() as machine:
+    with open_package(package) as opened:
         target = next(iter(opened.manifest.targets))
-        backend = CudaBackend(opened, target, HostDevice.of(opened, machine, int(target.rpartition("sm")[2])))
-        named = opened.manifest.tokenizer
-        tokenizer = load_tokenizer(opened.read(named)) if named else None
-        with Engine(backend, opened.manifest, opened.digest, tokenizer, 4) as engine:
-            yield engine
+        sm = int(target.rpartition("sm")[2])
+        # A file of holes: what nobody touches takes no memory.
+        with PtxMachine(sm, 1 << 36) if rehearse == "ptx" else open_interpreter(1 << 36) as machine:
+            backend = CudaBackend(opened, target, HostDevice.of(opened, machine, sm, nbytes=1 << 36))
+            named = opened.manifest.tokenizer
+            tokenizer = load_tokenizer(opened.read(named)) if named else None
+            with Engine(backend, opened.manifest, opened.digest, tokenizer, 4) as engine:
+                yield engine
 
 
-def effort_of(rehearse: bool, ticks: int, most_seconds: float) -> timing.Effort:
+def effort_of(rehearse: str, ticks: int, most_seconds: float) -> timing.Effort:
     """How much is measured."""
     return timing.REHEARSAL if rehearse else replace(timing.Effort(), ticks=ticks, most_seconds=most_seconds)
