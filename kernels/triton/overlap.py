@@ -3,8 +3,8 @@
 Each kernel waits for the one before it (`griddepcontrol.wait`) and then lets the next one begin
 (`griddepcontrol.launch_dependents`). So at any time one kernel runs, and the next one has its programs in place: what a
 launch costs is hidden. Behind its wait a kernel sees everything that ran before it; before its wait, what the kernel
-before the last one wrote, for that one had ended when the last one let this one begin. Products use the time before
-their wait to bring their weights into the L2 cache.
+before the last one wrote, for that one had ended when the last one let this one begin. Products and routers use the
+time before their wait to bring their weights into the L2 cache.
 
 Kernels get the wait as their first instruction, in PTX; those that call `previous` have it there.
 """
@@ -37,7 +37,10 @@ def previous():
 def prefetch_rows(w, w_off, w_mask, k, FORM: tl.constexpr, LINES: tl.constexpr):
     """Asks for the first LINES·128 bytes of rows of weights; w_off: int64 [rows], in elements."""
     if COMPILED:
-        if FORM == "bf16":
+        if FORM == "f32":
+            at = tl.arange(0, LINES)[None, :] * 32
+            there = at < k
+        elif FORM == "bf16":
             at = tl.arange(0, LINES)[None, :] * 64
             there = at < k
         elif FORM == "i4":

@@ -12,6 +12,7 @@ from tmlc.kernels.triton.elementwise import sigmoid
 from tmlc.kernels.triton.launch import Aligned, Launch, Lowered, Operand, Pointer
 from tmlc.kernels.triton.mode import device
 from tmlc.kernels.triton.norms import power
+from tmlc.kernels.triton.overlap import prefetch_rows, previous
 from tmlc.kernels.triton.registry import Call, launch, lowering
 
 MOST_EXPERTS = 1024
@@ -99,20 +100,24 @@ def norm_row(
 @device
 def router_logits_kernel(
     logits, x, w, norm, normed, inverses, rows, total, k, w_stride, x_stride, normed_stride, per, each, eps,
-    EXPERTS: tl.constexpr, ROWS: tl.constexpr, PIECES: tl.constexpr, BLOCK_K: tl.constexpr,
+    EXPERTS: tl.constexpr, ROWS: tl.constexpr, PIECES: tl.constexpr, BLOCK_K: tl.constexpr, LINES: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Logits [rows, total] = x · Wᵀ in float32; grid (runs of EXPERTS experts, runs of `per` rows).
 
     A sum is of one row and one expert: BLOCK_K products, across threads, whatever EXPERTS and ROWS are. (`each` is
     EXPERTS again, as a number: known, it would tell the compiler that rows of weights begin at multiples of it, and how
-    wide loads are would decide the order of the sum.) With `norm`
-    x∘norm is multiplied, and `per` programs more of each run norm a row each: they write normed[row], and in
-    inverses[row] what the logits of the row have to be scaled by.
+    wide loads are would decide the order of the sum.) With `norm` x∘norm is multiplied, and `per` programs more of each
+    run norm a row each: they write normed[row], and in inverses[row] what the logits of the row have to be scaled by.
     """
     slot, inner = tl.arange(0, EXPERTS * ROWS), tl.arange(0, BLOCK_K)
     first = tl.program_id(0) * each
     begin = tl.program_id(1) * per
     w_wide, x_wide = w_stride.to(tl.int64), x_stride.to(tl.int64)
+    if OVERLAP:
+        own = first + tl.arange(0, EXPERTS)
+        prefetch_rows(w, own.to(tl.int64) * w_wide, own < total, k, "f32", LINES)
+        previous()
     if norm is not None:
         extra = tl.program_id(0) - tl.cdiv(total, EXPERTS)
         if extra >= 0:
@@ -245,7 +250,10 @@ def logits_launch(call: Call, logits: Pointer, x: Operand, weight: Operand, inve
             "norm": call.pointer(norm), "normed": call.pointer(normed), "normed_stride": Aligned(normed.stride),
             "eps": float(call.attrs["eps"]),
         }  # fmt: skip
-    fixed = {"EXPERTS": each, "ROWS": at_once, "PIECES": -(-k // block), "BLOCK_K": block}
+    fixed = {
+        "EXPERTS": each, "ROWS": at_once, "PIECES": -(-k // block), "BLOCK_K": block,
+        "LINES": power(-(-min(k, MOST_INPUTS) // 32)), "OVERLAP": False,
+    }  # fmt: skip
     grid = (-(-total // each) + (0 if inverses is None else per), -(-rows // per))
     return launch("router_logits_kernel", grid, values, fixed, max(1, block // WARP_INPUTS))
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import triton_harness
 from triton_harness import Session, Shape, agree, bf16, draw, run, weight
 
 from tmlc.errors import EmitError, KernelError
@@ -14,6 +16,7 @@ from tmlc.kernels.triton.ptx.host import PtxMachine
 from tmlc.kernels.triton.ptx.machine import run_kernel
 from tmlc.kernels.triton.ptx.memory import BASE, Fault, Global
 from tmlc.kernels.triton.ptx.text import parse
+from tmlc.kernels.triton.registry import lower
 
 HEAD = """.version 8.7
 .target sm_90a
@@ -220,6 +223,26 @@ def test_products_in_tiles_of_8_and_of_16_rows_have_the_same_bits(ptx):
     sessions = [Session({"x": draw(i, count, 300)}, count=count) for i, count in enumerate((3, 1, 17))]
     weights = {"weight": weight(draw(9, 33, 300), "bf16")}
     agree(ptx, "linear", sessions, {}, [Shape("f32", 33)], 2e-6, weights, cuts=(1, 9), activations={"x": bf16})
+
+
+def test_overlapping_launches_ask_for_weights_before_they_wait(ptx, monkeypatch):
+    """A product, a router and experts: prefetched inside the weights, then waited, then the same bits as ever."""
+    monkeypatch.setattr(triton_harness, "lower", lambda call: overlapping(lower(call)))
+    given = [Session({"x": draw(0, 3, 70)}, count=3)]
+    shared = {"norm": weight(1 + 0.3 * draw(7, 1, 70)), "weight": weight(draw(8, 11, 70))}
+    routed = {"bias": weight(draw(2, 1, 10)), "scale": weight(np.array([[1.3]], np.float32))}
+    attrs = {"eps": 1e-5, "top_k": 3, "n_shared": 1, "route_scale": 2.5}
+    results = [Shape("f32", 4), Shape("i64", 4), Shape("f32", 70)]
+    agree(ptx, "norm_router", given, attrs, results, 1e-5, shared | routed, cuts=(1,))
+    agree(ptx, "linear", given, {}, [Shape("f32", 11)], 2e-6, {"weight": weight(draw(8, 11, 70), "bf16")},
+          activations={"x": bf16})  # fmt: skip
+    asked = {v.kernel: a.ptx.partition("griddepcontrol.wait")[0].count("prefetch.global.L2")
+             for v, (_, a) in ptx._programs.items() if v.overlap}  # fmt: skip
+    assert asked["router_logits_kernel"] and asked["linear_kernel"] and not asked["sink_router_kernel"]
+
+
+def overlapping(lowered):
+    return replace(lowered, launches=tuple(launch.overlapping() for launch in lowered.launches))
 
 
 def mutated(monkeypatch, pattern: str, which: int):
