@@ -1,14 +1,16 @@
-"""What passes look at a graph with: which op a node calls, its arguments by name, the weight behind a node."""
+"""What passes look at a graph with: which op a node calls, its arguments by name, the weight behind a node; and the
+walk over all calls of an op that most of them are."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import fx
 
 from tmlc.ir.ops import OPS, spec_of
-from tmlc.ir.program import Program
+from tmlc.ir.program import Method, Program
+from tmlc.pipeline.pass_base import NearMiss, PassResult
 
 
 def op_of(node: object) -> str | None:
@@ -38,6 +40,28 @@ def weight_of(node: object) -> str | None:
     if isinstance(node, fx.Node) and node.op == "placeholder" and node.meta["role"][0] == "weight":
         return str(node.meta["role"][1])
     return None
+
+
+def rewrite_calls(
+    program: Program, ops: tuple[str, ...], consider: Callable[[Method, fx.Node], Callable[[], None] | str | None]
+) -> PassResult:
+    """Looks at every call of some ops and rewrites those that fit; calls that nobody reads any more are removed.
+
+    Args:
+        consider: says of a call None (it does not look like a match), why it is none though it looks like one, or what
+            rewrites it.
+    """
+    result = PassResult(program, 0)
+    for method in program.methods.values():
+        for node in [node for op in ops for node in method.calls(op)]:
+            found = consider(method, node)
+            if isinstance(found, str):
+                result.near_misses.append(NearMiss(method.name, node.name, found))
+            elif found is not None:
+                found()
+                result.matches += 1
+        method.sweep()
+    return result
 
 
 def weight_users(program: Program, name: str) -> Iterator[tuple[str, fx.Node]]:

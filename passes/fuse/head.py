@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import fx
 
-from tmlc.ir.program import Fact, Program, call, replace, type_of
-from tmlc.passes.match import arg, op_of, weight_of
-from tmlc.pipeline.pass_base import NearMiss, Pass, PassContext, PassResult
+from tmlc.ir.program import Fact, Method, Program, call, replace, type_of
+from tmlc.passes.match import arg, op_of, rewrite_calls, weight_of
+from tmlc.pipeline.pass_base import Pass, PassContext, PassResult
 from tmlc.pipeline.registry import register_pass
 
 
@@ -20,23 +22,23 @@ class FuseHead(Pass):
     provides = frozenset({Fact.HEAD_FUSED})
 
     def run(self, program: Program, ctx: PassContext) -> PassResult:
-        result = PassResult(program, 0)
-        for method in program.methods.values():
-            for node in method.calls("sample"):
-                found = find_head(arg(node, "logits"))
-                if isinstance(found, str):
-                    result.near_misses.append(NearMiss(method.name, node.name, found))
-                    continue
-                linear, x, alpha, cap, entries = found
-                given = (x, arg(linear, "weight"), arg(linear, "bias"), arg(node, "key"), arg(node, "temperature"))
-                with method.graph.inserting_before(node):
-                    fused = call(method.graph, "head_sample", (*given, alpha, cap, entries))
-                replace(node, fused)
-                result.matches += 1
-            method.sweep()
+        result = rewrite_calls(program, ("sample",), _consider)
         if result.near_misses:
             result.provides = frozenset()
         return result
+
+
+def _consider(method: Method, node: fx.Node) -> Callable[[], None] | str:
+    found = find_head(arg(node, "logits"))
+    return found if isinstance(found, str) else partial(_fuse, method, node, found)
+
+
+def _fuse(method: Method, node: fx.Node, found: tuple[fx.Node, fx.Node, float, float, int]) -> None:
+    linear, x, alpha, cap, entries = found
+    given = (x, arg(linear, "weight"), arg(linear, "bias"), arg(node, "key"), arg(node, "temperature"))
+    with method.graph.inserting_before(node):
+        fused = call(method.graph, "head_sample", (*given, alpha, cap, entries))
+    replace(node, fused)
 
 
 def find_head(here: fx.Node) -> tuple[fx.Node, fx.Node, float, float, int] | str:

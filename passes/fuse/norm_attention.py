@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 from torch import fx
 
 from tmlc.ir.program import Method, Program, call, replace, type_of
-from tmlc.passes.match import arg, named_args, op_of
-from tmlc.pipeline.pass_base import NearMiss, Pass, PassContext, PassResult
+from tmlc.passes.match import arg, named_args, op_of, rewrite_calls
+from tmlc.pipeline.pass_base import Pass, PassContext, PassResult
 from tmlc.pipeline.registry import register_pass
 
 
@@ -16,20 +19,14 @@ class FuseNormAttention(Pass):
     `norm_attention_state`: keys are normed while they are written to the cache, queries by programs beside those."""
 
     def run(self, program: Program, ctx: PassContext) -> PassResult:
-        result = PassResult(program, 0)
-        for method in program.methods.values():
-            for attention in method.calls("attention_state"):
-                norms = [node for node in (arg(attention, "q"), arg(attention, "k")) if op_of(node) == "rms_norm"]
-                if not norms:
-                    continue
-                reason = _why_not(norms, attention)
-                if reason:
-                    result.near_misses.append(NearMiss(method.name, attention.name, reason))
-                    continue
-                _fuse(method, norms[0], norms[1], attention)
-                result.matches += 1
-            method.sweep()
-        return result
+        return rewrite_calls(program, ("attention_state",), _consider)
+
+
+def _consider(method: Method, attention: fx.Node) -> Callable[[], None] | str | None:
+    norms = [node for node in (arg(attention, "q"), arg(attention, "k")) if op_of(node) == "rms_norm"]
+    if not norms:
+        return None
+    return _why_not(norms, attention) or partial(_fuse, method, norms, attention)
 
 
 def _why_not(norms: list[fx.Node], attention: fx.Node) -> str:
@@ -48,9 +45,10 @@ def _why_not(norms: list[fx.Node], attention: fx.Node) -> str:
     return ""
 
 
-def _fuse(method: Method, q_norm: fx.Node, k_norm: fx.Node, attention: fx.Node) -> None:
+def _fuse(method: Method, norms: list[fx.Node], attention: fx.Node) -> None:
+    """`norms`: of queries, of keys."""
     _, _, *args = named_args(attention).values()
-    given = [arg(norm, name) for norm in (q_norm, k_norm) for name in ("x", "weight")]
+    given = [arg(norm, name) for norm in norms for name in ("x", "weight")]
     with method.graph.inserting_before(attention):
-        fused = call(method.graph, "norm_attention_state", (*given, arg(q_norm, "eps"), *args))
+        fused = call(method.graph, "norm_attention_state", (*given, arg(norms[0], "eps"), *args))
     replace(attention, fused)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 from torch import fx
 
 from tmlc.ir.program import Method, Program, call, replace, type_of
 from tmlc.ir.steps import read_steps
-from tmlc.passes.match import arg, named_args, op_of
-from tmlc.pipeline.pass_base import NearMiss, Pass, PassContext, PassResult
+from tmlc.passes.match import arg, named_args, op_of, rewrite_calls
+from tmlc.pipeline.pass_base import Pass, PassContext, PassResult
 from tmlc.pipeline.registry import register_pass
 
 _PRODUCTS = ("linear", "linear_steps", "linear_conv_state")
@@ -24,20 +27,14 @@ class FuseNormLinear(Pass):
     has a product of its own, with weights that are there."""
 
     def run(self, program: Program, ctx: PassContext) -> PassResult:
-        result = PassResult(program, 0)
-        for method in program.methods.values():
-            for norm in [*method.calls("rms_norm"), *method.calls("rms_norm_steps")]:
-                products = [user for user in norm.users if op_of(user) in _PRODUCTS and arg(user, "x") is norm]
-                if not products:
-                    continue
-                reason = _why_not(norm, products)
-                if reason:
-                    result.near_misses.append(NearMiss(method.name, norm.name, reason))
-                    continue
-                _fuse(method, norm, products[0])
-                result.matches += 1
-            method.sweep()
-        return result
+        return rewrite_calls(program, ("rms_norm", "rms_norm_steps"), _consider)
+
+
+def _consider(method: Method, norm: fx.Node) -> Callable[[], None] | str | None:
+    products = [user for user in norm.users if op_of(user) in _PRODUCTS and arg(user, "x") is norm]
+    if not products:
+        return None
+    return _why_not(norm, products) or partial(_fuse, method, norm, products[0])
 
 
 def _why_not(norm: fx.Node, products: list[fx.Node]) -> str:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 from torch import fx
 
 from tmlc.ir.program import Method, Program, call, items, replace, type_of
-from tmlc.passes.match import arg, named_args, op_of, weight_of
-from tmlc.pipeline.pass_base import NearMiss, Pass, PassContext, PassResult
+from tmlc.passes.match import arg, named_args, op_of, rewrite_calls, weight_of
+from tmlc.pipeline.pass_base import Pass, PassContext, PassResult
 from tmlc.pipeline.registry import register_pass
 
 
@@ -16,20 +19,14 @@ class FuseNormRouter(Pass):
     whole row anyway. The normed rows are a result of it, which the experts and whatever else reads them take."""
 
     def run(self, program: Program, ctx: PassContext) -> PassResult:
-        result = PassResult(program, 0)
-        for method in program.methods.values():
-            for router in method.calls("router"):
-                norm = arg(router, "x")
-                if op_of(norm) != "rms_norm":
-                    continue
-                reason = _why_not(norm, router)
-                if reason:
-                    result.near_misses.append(NearMiss(method.name, router.name, reason))
-                    continue
-                _fuse(method, norm, router)
-                result.matches += 1
-            method.sweep()
-        return result
+        return rewrite_calls(program, ("router",), _consider)
+
+
+def _consider(method: Method, router: fx.Node) -> Callable[[], None] | str | None:
+    norm = arg(router, "x")
+    if op_of(norm) != "rms_norm":
+        return None
+    return _why_not(norm, router) or partial(_fuse, method, norm, router)
 
 
 def _why_not(norm: fx.Node, router: fx.Node) -> str:

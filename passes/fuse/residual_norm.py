@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
+from functools import partial
 
 from torch import fx
 
-from tmlc.ir.program import Fact, Program, call, items, replace, type_of
-from tmlc.passes.match import arg, op_of
-from tmlc.pipeline.pass_base import NearMiss, Pass, PassContext, PassResult
+from tmlc.ir.program import Fact, Method, Program, call, items, replace, type_of
+from tmlc.passes.match import arg, op_of, rewrite_calls
+from tmlc.pipeline.pass_base import Pass, PassContext, PassResult
 from tmlc.pipeline.registry import register_pass
 
 
@@ -19,23 +21,18 @@ class ResidualNorm(Pass):
     provides = frozenset({Fact.NORMS_FUSED})
 
     def run(self, program: Program, ctx: PassContext) -> PassResult:
-        result = PassResult(program, 0)
-        for method in program.methods.values():
-            for norm in method.calls("rms_norm"):
-                total = arg(norm, "x")
-                if total.target is operator.getitem and op_of(total.args[0]) == "add_rms_norm":
-                    result.near_misses.append(
-                        NearMiss(method.name, norm.name, "the sum is normed by another norm already")
-                    )
-                elif op_of(total) == "add":
-                    if type_of(arg(norm, "weight")).cols != type_of(total).cols:
-                        reason = "it norms groups of columns, not whole rows"
-                        result.near_misses.append(NearMiss(method.name, norm.name, reason))
-                        continue
-                    _fuse(method.graph, total, norm)
-                    result.matches += 1
-            method.sweep()
-        return result
+        return rewrite_calls(program, ("rms_norm",), _consider)
+
+
+def _consider(method: Method, norm: fx.Node) -> Callable[[], None] | str | None:
+    total = arg(norm, "x")
+    if total.target is operator.getitem and op_of(total.args[0]) == "add_rms_norm":
+        return "the sum is normed by another norm already"
+    if op_of(total) != "add":
+        return None
+    if type_of(arg(norm, "weight")).cols != type_of(total).cols:
+        return "it norms groups of columns, not whole rows"
+    return partial(_fuse, method.graph, total, norm)
 
 
 def _fuse(graph: fx.Graph, total: fx.Node, norm: fx.Node) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 from torch import fx
 
-from tmlc.ir.program import Fact, Program, call, replace
-from tmlc.passes.match import arg, op_of
-from tmlc.pipeline.pass_base import NearMiss, Pass, PassContext, PassResult
+from tmlc.ir.program import Fact, Method, Program, call, replace
+from tmlc.passes.match import arg, op_of, rewrite_calls
+from tmlc.pipeline.pass_base import Pass, PassContext, PassResult
 from tmlc.pipeline.registry import register_pass
 
 
@@ -17,16 +20,11 @@ class FuseRouter(Pass):
     provides = frozenset({Fact.ROUTER_FUSED})
 
     def run(self, program: Program, ctx: PassContext) -> PassResult:
-        result = PassResult(program, 0)
-        for method in program.methods.values():
-            for node in method.calls("sink_router"):
-                reason = _why_not(node)
-                if reason:
-                    result.near_misses.append(NearMiss(method.name, node.name, reason))
-                    continue
-                _fuse(method.graph, node)
-                result.matches += 1
-        return result
+        return rewrite_calls(program, ("sink_router",), _consider)
+
+
+def _consider(method: Method, node: fx.Node) -> Callable[[], None] | str:
+    return _why_not(node) or partial(_fuse, method.graph, node)
 
 
 def _why_not(node: fx.Node) -> str:
