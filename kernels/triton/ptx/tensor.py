@@ -97,10 +97,10 @@ def _described(shared: Shared, lanes: Array, descriptor: Array, rows: int, trans
         at = (k // 8 * one, r // 8 * one, r % 8 * 16 + k % 8 * 2)
     flat = start[:, None, None] + at[0] * leading[:, None, None] + at[1] * stride[:, None, None] + at[2]
     flat ^= (flat >> 7 & (1 << bits) - 1) << 4
-    shape = flat.shape
-    readers = np.broadcast_to(first[:, None, None], shape).reshape(-1)
-    (found,) = shared.load(readers, flat.reshape(-1), 2, 1)
-    return bf16_values(found).astype(np.float64).reshape(shape)
+    for warp in range(4):  # all four read it
+        readers = np.broadcast_to(first[:, None, None] + 32 * warp, flat.shape).reshape(-1)
+        (found,) = shared.load(readers, flat.reshape(-1), 2, 1)
+    return bf16_values(found).astype(np.float64).reshape(flat.shape)
 
 
 def multiply_group(
