@@ -13,10 +13,10 @@ import triton.language as tl
 
 from tmlc.kernels.triton.kv_write import write_launch
 from tmlc.kernels.triton.launch import Aligned, Lowered, Operand, Pointer
-from tmlc.kernels.triton.linear import tanh
 from tmlc.kernels.triton.mode import device
 from tmlc.kernels.triton.norms import power
 from tmlc.kernels.triton.registry import Call, launch, lowering
+from tmlc.kernels.triton.steps import tanh
 
 #: Programs below which the splits of a cache become programs of their own.
 ENOUGH_PROGRAMS = 256
