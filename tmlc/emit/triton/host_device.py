@@ -16,7 +16,7 @@ import hashlib
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -24,10 +24,12 @@ from tmlc.emit.triton.build import frozen
 from tmlc.emit.triton.plan import code_name
 from tmlc.errors import DeviceError, KernelError
 from tmlc.kernels.triton.launch import TRITON_NAMES, Argument, Launch, Pointer
-from tmlc.kernels.triton.ptx.host import PtxMachine
 from tmlc.kernels.triton.worker import Interpreter
 from tmlc.package.reader import Package
 from tmlc.runtimes.cuda.driver import Address, DeviceInfo, Driver, KernelLaunch
+
+if TYPE_CHECKING:
+    from tmlc.kernels.triton.ptx.host import PtxMachine
 
 _DTYPES = {name: dtype for dtype, name in TRITON_NAMES.items()}
 _POOL = ("state", "")
