@@ -13,7 +13,7 @@ from triton_harness import Session, Shape, agree, bf16, draw, run, weight
 from tmlc.errors import EmitError, KernelError
 from tmlc.kernels.triton.ptx import host
 from tmlc.kernels.triton.ptx.host import PtxMachine
-from tmlc.kernels.triton.ptx.machine import run_kernel
+from tmlc.kernels.triton.ptx.machine import Kernel, run_kernel
 from tmlc.kernels.triton.ptx.memory import BASE, Fault, Global
 from tmlc.kernels.triton.ptx.text import parse
 from tmlc.kernels.triton.registry import lower
@@ -38,9 +38,9 @@ def execute(body: str, given: np.ndarray, threads: int = 32, programs: int = 1, 
     """Runs a kernel over a copy of `given`, whose address is its first parameter; %rd3 is that of a thread's word."""
     memory = given.copy().view(np.uint8).reshape(-1)
     held = Global(memory, [(BASE, BASE + memory.size)], np.array(before, np.int64))
-    program = parse(HEAD.format(threads=threads) + body + "\n\tret;\n}\n")
+    kernel = Kernel(parse(HEAD.format(threads=threads) + body + "\n\tret;\n}\n"))
     with np.errstate(all="ignore"):
-        run_kernel(program, (programs, 1, 1), threads, [BASE, 7], held, 1024, overlap)
+        run_kernel(kernel, (programs, 1, 1), threads, [BASE, 7], held, 1024, overlap)
     return memory.view(given.dtype).reshape(given.shape)
 
 
@@ -237,7 +237,7 @@ def test_overlapping_launches_ask_for_weights_before_they_wait(ptx, monkeypatch)
     agree(ptx, "linear", given, {}, [Shape("f32", 11)], 2e-6, {"weight": weight(draw(8, 11, 70), "bf16")},
           activations={"x": bf16})  # fmt: skip
     asked = {v.kernel: a.ptx.partition("griddepcontrol.wait")[0].count("prefetch.global.L2")
-             for v, (_, a) in ptx._programs.items() if v.overlap}  # fmt: skip
+             for v, (_, a) in ptx._kernels.items() if v.overlap}  # fmt: skip
     assert asked["router_logits_kernel"] and asked["linear_kernel"] and not asked["sink_router_kernel"]
 
 

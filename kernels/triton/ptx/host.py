@@ -17,9 +17,9 @@ import numpy as np
 from tmlc.errors import KernelError
 from tmlc.kernels.triton.host_memory import DEFAULT_BYTES, Buffers, HostMemory
 from tmlc.kernels.triton.launch import Launch, Variant
-from tmlc.kernels.triton.ptx.machine import run_kernel
+from tmlc.kernels.triton.ptx.machine import Kernel, run_kernel
 from tmlc.kernels.triton.ptx.memory import BASE, Fault, Global
-from tmlc.kernels.triton.ptx.text import Program, parse
+from tmlc.kernels.triton.ptx.text import parse
 from tmlc.kernels.triton.variants import Assembly, ptx_of
 
 
@@ -29,7 +29,7 @@ class PtxMachine(HostMemory):
     def __init__(self, sm: int, nbytes: int = DEFAULT_BYTES) -> None:
         super().__init__(nbytes)
         self.sm = sm
-        self._programs: dict[Variant, tuple[Program, Assembly]] = {}
+        self._kernels: dict[Variant, tuple[Kernel, Assembly]] = {}
         self._before = np.zeros(0, np.int64)  # what the last launch wrote
 
     def run(
@@ -48,7 +48,7 @@ class PtxMachine(HostMemory):
         launches = list(launches)
         for launch, signature in zip(launches, signatures or (one.signature() for one in launches), strict=True):
             args, ranges = self.places(launch, buffers)
-            program, assembly = self._program(replace(launch.variant(self.sm), signature=signature))
+            kernel, assembly = self._kernel(replace(launch.variant(self.sm), signature=signature))
             values = [
                 arg + BASE if kind[0] == "*" and not isinstance(arg, float) else arg
                 for kind, arg in zip(signature, args, strict=True)
@@ -57,17 +57,17 @@ class PtxMachine(HostMemory):
             try:
                 with np.errstate(all="ignore"):
                     run_kernel(
-                        program, launch.grid, 32 * assembly.num_warps, values, memory, assembly.shared, launch.overlap
+                        kernel, launch.grid, 32 * assembly.num_warps, values, memory, assembly.shared, launch.overlap
                     )
             except Fault as fault:
                 raise KernelError(f"{launch.kernel}: {fault}", where=f"PTX for sm{self.sm}") from fault
             self._before = memory.wrote()
 
-    def _program(self, variant: Variant) -> tuple[Program, Assembly]:
-        if variant not in self._programs:
+    def _kernel(self, variant: Variant) -> tuple[Kernel, Assembly]:
+        if variant not in self._kernels:
             assembly = ptx_of(variant)
-            self._programs[variant] = parse(assembly.ptx), assembly
-        return self._programs[variant]
+            self._kernels[variant] = Kernel(parse(assembly.ptx)), assembly
+        return self._kernels[variant]
 
     def __enter__(self) -> "PtxMachine":
         return self

@@ -38,7 +38,7 @@ class Threads:
     """The threads of some programs of a launch: registers, memory, and where each program is in the grid.
 
     Args:
-        program: the kernel.
+        kernel: what they run.
         places: [programs, 3] in the grid.
         grid: its size.
         threads: of a program.
@@ -50,7 +50,7 @@ class Threads:
 
     def __init__(
         self,
-        program: Program,
+        kernel: "Kernel",
         places: Array,
         grid: tuple[int, int, int],
         threads: int,
@@ -64,19 +64,14 @@ class Threads:
         self.all = np.arange(self.lanes)
         self.owner = self.all // threads
         tid = self.all % threads
-        self.banks = {
-            name: np.zeros((number, self.lanes), _BANKS[width]) for name, (width, number) in program.banks.items()
-        }
+        banks = kernel.program.banks
+        self.banks = {name: np.zeros((number, self.lanes), _BANKS[width]) for name, (width, number) in banks.items()}
         self.specials: dict[str, Any] = {"global_smem": 0, "%tid.x": tid, "%ntid.x": threads, "%laneid": tid % 32}
         for axis, letter in enumerate("xyz"):
             self.specials[f"%ctaid.{letter}"] = places[self.owner, axis]
             self.specials[f"%nctaid.{letter}"] = grid[axis]
         self.params, self.memory = params, memory
-        small = any(
-            i.op[0] in ("ld", "st") and i.op[1].startswith("shared") and np.dtype(KINDS[i.op[-1]]).itemsize < 4
-            for i in program.code
-        )
-        self.shared = Shared(count, shared_bytes, self.owner, tid // 32, 1 if small else 4)
+        self.shared = Shared(count, shared_bytes, self.owner, tid // 32, kernel.grain)
         self.waited = np.full(self.lanes, not overlap)  # for the launch before
 
     def read(self, operand: Operand | None, kind: str, at: Array | None) -> Array:
@@ -113,6 +108,10 @@ class Threads:
         else:
             row.view(value.dtype)[at] = value
 
+    def those(self, at: Array | None) -> Array:
+        """The numbers of the threads `at`."""
+        return self.all if at is None else at
+
     def full(self, value: Array, at: Array | None) -> Array:
         """One number for each thread."""
         return np.broadcast_to(value, (self.lanes if at is None else len(at),))
@@ -125,8 +124,31 @@ class Threads:
         return self.read(operand.base, wide, at).astype(np.int64) + operand.offset
 
 
+Step = Callable[[Threads, Array | None], None]
+
+
+class Kernel:
+    """A program with each of its instructions looked up, which its launches share.
+
+    Attributes:
+        grain: bytes of shared memory that are watched together.
+
+    Raises (when made):
+        EmitError: the kernel has an instruction that is not known here.
+    """
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.steps = [_step(instruction, program) for instruction in program.code]
+        small = any(
+            i.op[0] in ("ld", "st") and i.op[1].startswith("shared") and np.dtype(KINDS[i.op[-1]]).itemsize < 4
+            for i in program.code
+        )
+        self.grain = 1 if small else 4
+
+
 def run_kernel(
-    program: Program,
+    kernel: Kernel,
     grid: tuple[int, int, int],
     threads: int,
     args: Sequence[int | float],
@@ -144,23 +166,21 @@ def run_kernel(
 
     Raises:
         Fault: a hazard, or an access that a GPU would refuse; says where.
-        EmitError: the kernel has an instruction that is not known here.
+        EmitError: the kernel has an operand that is not known here.
     """
-    values = [*args, *[0] * (len(program.params) - len(args))]
-    params = {name: value for (name, _), value in zip(program.params, values, strict=True)}
-    steps = [_step(instruction, program) for instruction in program.code]
+    declared = kernel.program.params
+    values = [*args, *[0] * (len(declared) - len(args))]
+    params = {name: value for (name, _), value in zip(declared, values, strict=True)}
     x, y, z = grid
     places = np.stack(np.meshgrid(np.arange(x), np.arange(y), np.arange(z), indexing="ij"), -1).reshape(-1, 3)
     together = max(1, min(LANES // threads, SHARED_BYTES // max(1, shared_bytes)))
     for begin in range(0, len(places), together):
-        part = Threads(program, places[begin : begin + together], grid, threads, params, memory, shared_bytes, overlap)
-        _run(program, steps, part)
+        part = Threads(kernel, places[begin : begin + together], grid, threads, params, memory, shared_bytes, overlap)
+        _run(kernel, part)
 
 
-Step = Callable[[Threads, Array | None], None]
-
-
-def _run(program: Program, steps: list[Step | None], threads: Threads) -> None:
+def _run(kernel: Kernel, threads: Threads) -> None:
+    program, steps = kernel.program, kernel.steps
     stops = {*program.labels.values(), len(program.code)}
     running: dict[int, Array] = {0: threads.all}  # by the instruction that comes next
     held: dict[int, Array] = {}
@@ -312,8 +332,7 @@ def _load(op: tuple[str, ...], args: Args) -> Step:
     if op[1].startswith("shared"):
 
         def load(threads: Threads, at: Array | None) -> None:
-            lanes = threads.all if at is None else at
-            found = threads.shared.load(lanes, threads.address(source, at), size, count)
+            found = threads.shared.load(threads.those(at), threads.address(source, at), size, count)
             for target, value in zip(targets, found, strict=True):
                 threads.write(target, value.view(KINDS[kind]), kind, at)
 
@@ -322,8 +341,8 @@ def _load(op: tuple[str, ...], args: Args) -> Step:
         raise EmitError(f"PTX load that is not run here: {'.'.join(op)}")
 
     def fetch(threads: Threads, at: Array | None) -> None:
-        lanes = threads.all if at is None else at
-        found = threads.memory.load(threads.address(source, at), size, count, not threads.waited[lanes].all())
+        early = not threads.waited[threads.those(at)].all()
+        found = threads.memory.load(threads.address(source, at), size, count, early)
         for target, value in zip(targets, found, strict=True):
             threads.write(target, value.view(KINDS[kind]), kind, at)
 
@@ -335,7 +354,7 @@ def _store(op: tuple[str, ...], args: Args) -> Step:
     target, sources = args[0], _items(args[1])
 
     def store(threads: Threads, at: Array | None) -> None:
-        lanes = threads.all if at is None else at
+        lanes = threads.those(at)
         values = [threads.full(threads.read(source, f"u{8 * size}", at), at) for source in sources]
         if op[1].startswith("shared"):
             threads.shared.store(lanes, threads.address(target, at), values, size)
@@ -350,16 +369,16 @@ def _store(op: tuple[str, ...], args: Args) -> Step:
 def _copy(op: tuple[str, ...], args: Args) -> Step:
     """cp.async of 4, 8 or 16 bytes, of which a last operand says how many are read; the others become zero."""
     if op[2] == "commit_group":
-        return lambda threads, at: threads.shared.commit(threads.all if at is None else at)
+        return lambda threads, at: threads.shared.commit(threads.those(at))
     if op[2] == "wait_group":
         (left,) = args
         assert isinstance(left, Number)
-        return lambda threads, at: threads.shared.wait(threads.all if at is None else at, left.value)
+        return lambda threads, at: threads.shared.wait(threads.those(at), left.value)
     assert isinstance(args[2], Number)
     nbytes = args[2].value
 
     def copy(threads: Threads, at: Array | None) -> None:
-        lanes = threads.all if at is None else at
+        lanes = threads.those(at)
         source = threads.address(args[1], at)
         read = threads.full(threads.read(args[3], "u32", at) if len(args) > 3 else np.array(nbytes), at)
         if ((read != nbytes) & (read != 0)).any():
@@ -376,7 +395,7 @@ def _copy(op: tuple[str, ...], args: Args) -> Step:
 
 def _warps(threads: Threads, at: Array | None) -> Array:
     """The threads of an instruction that warps do together."""
-    lanes = threads.all if at is None else at
+    lanes = threads.those(at)
     if len(lanes) % 32 or (lanes % 32 != np.tile(np.arange(32), len(lanes) // 32)).any():
         raise Fault("not all threads of a warp are there")
     return lanes
@@ -464,7 +483,7 @@ def _reduce(op: tuple[str, ...], args: Args) -> Step:
 
 def _dependence(op: tuple[str, ...], args: Args) -> Step:
     def step(threads: Threads, at: Array | None) -> None:
-        lanes = threads.all if at is None else at
+        lanes = threads.those(at)
         if op[1] == "wait":
             threads.waited[lanes] = True
         elif not threads.waited[lanes].all():
