@@ -20,25 +20,10 @@ AT_ONCE = 8  # taps whose loads are on their way together
 
 
 @device
-def conv_input(x, shares, row, col, x_stride, mask, TOP_K: tl.constexpr):
-    """x at some rows (of all sessions) and columns: where a convolution takes its input from. With TOP_K x has the
-    parts of so many experts for each row, which are added up with their shares, in order."""
-    if TOP_K == 0:
-        value = tl.load(x + row[:, None] * x_stride + col[None, :], mask=mask, other=0.0)
-    else:
-        value = tl.zeros(mask.shape, tl.float32)
-        for j in tl.static_range(TOP_K):
-            pair = (row * TOP_K + j)[:, None]
-            part = tl.load(x + pair * x_stride + col[None, :], mask=mask, other=0.0)
-            value += tl.load(shares + pair, mask=mask, other=0.0) * part
-    return value
-
-
-@device
 def conv_kernel(
-    out, x, shares, w, taps, tail, addend, slots, counts, n, per, start, c, width, per_head, x_stride, out_stride,
+    out, x, w, taps, tail, addend, slots, counts, n, per, start, c, width, per_head, x_stride, out_stride,
     addend_stride, taps_stride, w_tap, w_channel, level,
-    TOP_K: tl.constexpr, RESIDUAL: tl.constexpr, TAPS: tl.constexpr, PIECE: tl.constexpr, HELD: tl.constexpr,
+    RESIDUAL: tl.constexpr, TAPS: tl.constexpr, PIECE: tl.constexpr, HELD: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """out = addend + level·(Σ_j w_j·x[t - (TAPS-1) + j] (+ x[t])) in c columns from `start` on, addend + x in the
@@ -60,7 +45,9 @@ def conv_kernel(
     r = tl.arange(0, HELD)
     source = count - (TAPS - 1) + r
     keep = (r < TAPS - 1)[:, None] & inside[None, :]
-    fresh = conv_input(x, shares, row + source, col, x_stride, keep & (source >= 0)[:, None], TOP_K)
+    fresh = tl.load(
+        x + (row + source)[:, None] * x_stride + col[None, :], mask=keep & (source >= 0)[:, None], other=0.0
+    )
     old = tl.load(
         held + (source + TAPS - 1)[:, None] * c + channel[None, :], mask=keep & (source < 0)[:, None], other=0.0
     )
@@ -81,13 +68,13 @@ def conv_kernel(
                         mask=live & (j < TAPS), other=0.0,
                     )  # fmt: skip
                 there = live & (at >= 0)[:, None] & (j < TAPS)
-                value = conv_input(x, shares, row + at, col, x_stride, there, TOP_K)
+                value = tl.load(x + (row + at)[:, None] * x_stride + col[None, :], mask=there, other=0.0)
                 before = tl.load(
                     held + (at + TAPS - 1)[:, None] * c + channel[None, :],
                     mask=live & (at < 0)[:, None] & (j < TAPS), other=0.0,
                 )  # fmt: skip
                 total += weight * tl.where((at >= 0)[:, None], value, before)
-        now = conv_input(x, shares, row + t, col, x_stride, whole, TOP_K)
+        now = tl.load(x + (row + t)[:, None] * x_stride + col[None, :], mask=whole, other=0.0)
         if RESIDUAL:
             total += now
         if level is not None:
@@ -111,11 +98,9 @@ def conv_launch(
     level: float = 1.0,
     addend: Operand | None = None,
     start: int = 0,
-    shares: Operand | None = None,
 ) -> Launch:
     """A short convolution of all sessions; x may be a pointer with its stride. It is of the columns of the tail, which
-    begin at `start` in x, out and addend; the others pass as they are. With `shares` x has the parts of a row's
-    experts, one behind the other, and is their weighted sum."""
+    begin at `start` in x, out and addend; the others pass as they are."""
     count, c = tail.rows[1] + 1, tail.cols
     call.need(start + c <= out.cols, f"columns {start} to {start + c} of {out.cols} are convolved")
     call.need(2 <= count <= MOST_TAPS, f"{count} taps", f"2 to {MOST_TAPS} are supported")
@@ -126,7 +111,7 @@ def conv_launch(
     # None of the sizes is said to be a multiple of 16: a thread then has single columns in every load, and nothing is
     # moved between threads, which would part the loads into rounds.
     values: dict[str, Any] = {
-        "out": call.pointer(out), "x": source, "shares": None if shares is None else call.pointer(shares),
+        "out": call.pointer(out), "x": source,
         "w": call.pointer(weight), "tail": call.pointer(tail),
         "taps": None if taps is None else call.pointer(taps), "slots": call.slots, "counts": call.counts,
         "addend": None if addend is None else call.pointer(addend), "n": call.bucket.session_rows(out.rows),
@@ -138,7 +123,7 @@ def conv_launch(
     }  # fmt: skip
     block = min(128, power(out.cols, 16))
     fixed = {
-        "TOP_K": 0 if shares is None else shares.cols, "RESIDUAL": bool(residual), "TAPS": count,
+        "RESIDUAL": bool(residual), "TAPS": count,
         "PIECE": min(count, AT_ONCE), "HELD": power(count - 1),
         "BLOCK_N": min(8, power(call.bucket.session_rows(out.rows))), "BLOCK_C": block,
     }  # fmt: skip

@@ -76,6 +76,35 @@ def group_numbers(scales, zeros, s_off, w_mask, first, k, FORM: tl.constexpr, GR
 
 
 @device
+def slice_values(w, w_off, w_mask, first, zero, k, FORM: tl.constexpr, BLOCK_K: tl.constexpr):
+    """(bf16 [slices, BLOCK_M, inputs] of each slice's inputs: of 4-bit codes those of the first half of a group; of
+    4-bit codes those of the second half, else the first again; what was loaded). Codes have no scale yet."""
+    if FORM == "bf16":
+        kk = first[:, None] + tl.arange(0, BLOCK_K)[None, :]
+        mask = w_mask[None, :, None] & (kk < k)[:, None, :]
+        loaded = tl.load(w + w_off[None, :, None] + kk[:, None, :], mask=mask, other=0.0)
+        low = loaded
+        high = low
+    else:
+        mask = w_mask[None, :, None] & (first < k)[:, None, None]
+        if FORM == "i4":
+            at = (first // 2)[:, None] + tl.arange(0, BLOCK_K // 2)[None, :]
+            loaded = tl.load(w + w_off[None, :, None] + at[:, None, :], mask=mask, other=0)
+            byte = loaded.to(tl.int32)
+            low = ((byte & 15) * 16 - zero[:, :, None]).to(tl.float32).to(tl.bfloat16)
+            high = ((byte >> 4) * 16 - zero[:, :, None]).to(tl.float32).to(tl.bfloat16)
+        else:
+            kk = first[:, None] + tl.arange(0, BLOCK_K)[None, :]
+            loaded = tl.load(w + w_off[None, :, None] + kk[:, None, :], mask=mask, other=0)
+            if FORM == "i8":
+                low = (loaded.to(tl.int32) - 128).to(tl.float32).to(tl.bfloat16)
+            else:
+                low = fp8_value(loaded)
+            high = low
+    return low, high, loaded
+
+
+@device
 def slice_products(
     acc, squares, moved, w, w_off, w_mask, first, scale, zero, low, high, k,
     SQUARES: tl.constexpr, SHIFT: tl.constexpr, FORM: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -85,42 +114,28 @@ def slice_products(
     multiplied as they are, and the product by their scale."""
     low_x, low_raw, low_shift = low
     high_x, high_raw, high_shift = high
+    low_value, high_value, loaded = slice_values(w, w_off, w_mask, first, zero, k, FORM, BLOCK_K)
     if FORM == "bf16":
-        kk = first[:, None] + tl.arange(0, BLOCK_K)[None, :]
-        mask = w_mask[None, :, None] & (kk < k)[:, None, :]
-        values = tl.load(w + w_off[None, :, None] + kk[:, None, :], mask=mask, other=0.0)
-        acc = tl.dot(values, low_x, acc)
+        acc = tl.dot(low_value, low_x, acc)
         if SHIFT:
-            moved = tl.dot(values, low_shift, moved)
+            moved = tl.dot(low_value, low_shift, moved)
         if SQUARES:
-            squares = add_squares(squares, low_raw, tl.full(values.shape, 1.0, tl.float32).to(tl.bfloat16))
+            squares = add_squares(squares, low_raw, tl.full(low_value.shape, 1.0, tl.float32).to(tl.bfloat16))
     else:
-        mask = w_mask[None, :, None] & (first < k)[:, None, None]
         if FORM == "i4":
-            at = (first // 2)[:, None] + tl.arange(0, BLOCK_K // 2)[None, :]
-            codes = tl.load(w + w_off[None, :, None] + at[:, None, :], mask=mask, other=0)
-            byte = codes.to(tl.int32)
-            low_value = ((byte & 15) * 16 - zero[:, :, None]).to(tl.float32).to(tl.bfloat16)
-            high_value = ((byte >> 4) * 16 - zero[:, :, None]).to(tl.float32).to(tl.bfloat16)
             part = tl.dot(high_value, high_x, tl.dot(low_value, low_x))
             acc += part * (scale * 0.0625)[:, :, None]
             if SHIFT:
                 part = tl.dot(high_value, high_shift, tl.dot(low_value, low_shift))
                 moved += part * (scale * 0.0625)[:, :, None]
         else:
-            kk = first[:, None] + tl.arange(0, BLOCK_K)[None, :]
-            codes = tl.load(w + w_off[None, :, None] + kk[:, None, :], mask=mask, other=0)
-            if FORM == "i8":
-                value = (codes.to(tl.int32) - 128).to(tl.float32).to(tl.bfloat16)
-            else:
-                value = fp8_value(codes)
-            acc += tl.dot(value, low_x) * scale[:, :, None]
+            acc += tl.dot(low_value, low_x) * scale[:, :, None]
             if SHIFT:
-                moved += tl.dot(value, low_shift) * scale[:, :, None]
+                moved += tl.dot(low_value, low_shift) * scale[:, :, None]
         if SQUARES:
             # Triton lays the operands of a dot out by the width of what was loaded for them. Ones that seem to come
             # from the codes let x lie alike for both dots; else it is not copied asynchronously.
-            ones = ((codes | 1) & 1).to(tl.bfloat16)
+            ones = ((loaded | 1) & 1).to(tl.bfloat16)
             squares = add_squares(squares, low_raw, ones)
             if FORM == "i4":
                 squares = add_squares(squares, high_raw, ones)

@@ -147,6 +147,7 @@ SHARED_BYTES = {80: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
 REACH = {80: 512, 89: 512, 90: 1024, 100: 1024, 120: 512}
 MOST_WARPS = 8
 MOST_SLICES = 16  # a warp keeps a sum for each of its own: with four of them beside gate and up 8-bit codes spilled
+MOST_PROGRAMS = 4  # of a multiprocessor that share its memory, where a program takes as much as there is
 ROWS = 16  # activations that stand beside a tile of weights, as float32, where there are many
 _BITS = {"bf16": 16, "f8g128": 8, "i8g32": 8, "i4g32": 4, "i4g64": 4}
 _GROUPS = {"f8g128": 128, "i8g32": 32, "i4g32": 32, "i4g64": 64}
@@ -163,6 +164,16 @@ def slices(dtype: str, k: int, block_k: int, sm: int) -> int:
 def stages_that_fit(stages: int, turn: int, sm: int) -> int:
     """Stages (2 at least) of which one less turn of so many bytes fits into shared memory. No sum depends on them."""
     return max(2, min(stages, 1 + SHARED_BYTES[sm] // turn))
+
+
+def turns_at_once(dtype: str, blocks: Blocks, count: int, turns: int, programs: int, sm: int) -> int:
+    """Stages of a loop of so many turns, each of `count` slices of a tile of weights and of 8 rows of bf16 activations:
+    all turns on their way, as far as they fit beside the other programs of a multiprocessor."""
+    if dtype == "f32":
+        return blocks.stages
+    turn = count * blocks.block_k * (blocks.block_m * _BITS[dtype] // 8 + 2 * 8)
+    beside = min(MOST_PROGRAMS, -(-programs // PROCESSORS[sm]))
+    return stages_that_fit(1 + turns, turn * beside, sm)
 
 
 def rule(shape: Shape) -> Blocks:

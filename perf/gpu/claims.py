@@ -11,7 +11,7 @@ from results import Results
 #: Whose times are judged: nano's weights fit into a cache, codes have no target.
 FAST = ("small bf16", "small fp8", "small bf16+overlap", "small fp8+overlap")
 MOST_BEYOND = 0.05  # part of the positions whose logits may differ by more than the tolerance: rows of other experts
-PRODUCTS = ("linear_kernel", "moe_gate_up_kernel", "moe_down_kernel")
+PRODUCTS = ("linear_kernel", "moe_gate_up_kernel", "moe_down_kernel", "moe_down_sum_kernel")
 
 
 def claims(results: Results) -> list[dict[str, Any]]:

@@ -383,7 +383,7 @@ def test_claims_are_told_from_the_results_alone(perf, tmp_path):
     one = {"method": "decode", "bucket": "b1n1", "count": 2}
     products = [
         {**one, "kernel": "moe_gate_up_kernel", "seconds": 1e-6, "of_floor": 0.8},
-        {**one, "kernel": "moe_down_kernel", "seconds": 3e-6, "of_floor": 0.4},
+        {**one, "kernel": "moe_down_sum_kernel", "seconds": 3e-6, "of_floor": 0.4},
         {**one, "kernel": "linear_kernel", "seconds": 1e-6, "of_floor": 0.9},
         {**one, "method": "speak", "kernel": "linear_kernel", "seconds": 1.0, "of_floor": 0.01},
     ]

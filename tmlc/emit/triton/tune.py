@@ -20,7 +20,7 @@ from tmlc.kernels.triton.launch import TRITON_NAMES, Aligned, Argument, Launch, 
 from tmlc.kernels.triton.layouts import FORMS
 from tmlc.kernels.triton.norms import power
 from tmlc.kernels.triton.overlap import OVERLAP_FROM
-from tmlc.kernels.triton.tuning import SHARED_BYTES, Blocks, Shape, Tiles, rule, slices
+from tmlc.kernels.triton.tuning import SHARED_BYTES, Blocks, Shape, Tiles, rule, slices, turns_at_once
 from tmlc.kernels.triton.variants import Compiled
 from tmlc.package.reader import Package
 from tmlc.runtimes.cuda.driver import Driver
@@ -31,6 +31,7 @@ KERNELS = {
     "linear_kernel": ("linear", "m", "k"),
     "moe_gate_up_kernel": ("moe_gate_up", "f", "k"),
     "moe_down_kernel": ("moe_down", "d", "k"),
+    "moe_down_sum_kernel": ("moe_down", "d", "k"),
     "attention_kernel": ("attention", "dv", "d"),
 }
 MOST_POSITIONS = 16  # of the longer call that is measured: an append of a tick
@@ -186,15 +187,17 @@ def candidates(shape: Shape, tiles: Tiles) -> list[Blocks]:
 
 def with_blocks(launch: Launch, shape: Shape, blocks: Blocks) -> Launch:
     """The launch as it would be lowered if a table chose these blocks."""
-    fixed, grid = dict(launch.constexprs), launch.grid
+    fixed, grid, stages = dict(launch.constexprs), launch.grid, blocks.stages
     if shape.op == "attention":
         fixed["BLOCK_J"] = blocks.block_k
     else:
         count = slices(shape.dtype, shape.k, blocks.block_k, shape.sm)
         fixed |= {"BLOCK_M": blocks.block_m, "BLOCK_K": blocks.block_k, "SLICES": count}
         grid = (grid[0], -(-shape.m // blocks.block_m), grid[2])
+        if launch.kernel == "moe_down_sum_kernel":
+            stages = turns_at_once(shape.dtype, blocks, count, fixed["TOP_K"], grid[0] * grid[1], shape.sm)
     return replace(
-        launch, constexprs=tuple(sorted(fixed.items())), grid=grid, num_warps=blocks.warps, num_stages=blocks.stages
+        launch, constexprs=tuple(sorted(fixed.items())), grid=grid, num_warps=blocks.warps, num_stages=stages
     )
 
 
