@@ -6,36 +6,25 @@ Many rows: the pairs are sorted by expert first, 16 of one expert share a tile, 
 up. Both sum in the same order, to the same bits.
 """
 
-from typing import Any
-
 import triton.language as tl
 
-from tmlc.kernels.triton.conv import conv_launch
 from tmlc.kernels.triton.elementwise import sigmoid
-from tmlc.kernels.triton.launch import ITEM_BYTES, Aligned, Launch, Lowered, Operand, Pointer
 from tmlc.kernels.triton.mode import device
-from tmlc.kernels.triton.norms import power
 from tmlc.kernels.triton.overlap import prefetch_rows, previous
 from tmlc.kernels.triton.products import (
-    FEW_ROWS,
-    ROWS,
     exact_product,
     group_numbers,
     inputs,
-    lines,
-    product_values,
     slice_values,
-    tile_rows,
     weight_product,
     weight_products,
 )
-from tmlc.kernels.triton.registry import Call, launch, lowering
-from tmlc.kernels.triton.row_conv import NO_CONV, RowConv, convolve, keep_rows, rows_before
+from tmlc.kernels.triton.router import sink_choice, store_sink_routes
+from tmlc.kernels.triton.row_conv import convolve, keep_rows, rows_before
 from tmlc.kernels.triton.steps import tanh
-from tmlc.kernels.triton.tuning import turns_at_once
 
-#: Rows from which on pairs are grouped where the program does not say (grouped_from 0).
-GROUPED_FROM = 16
+#: Experts that a warp ranks together, one a thread.
+WARP = tl.constexpr(32)
 
 
 @device
@@ -59,6 +48,17 @@ def tile_pairs(order, tile_first, tile_count, tile_expert, index, ROWS: tl.const
 
 
 @device
+def of_somebody(counts, row, n, per):
+    """Whether a row is of a session's new positions; without n each row is a session's only one (a division would keep
+    this load waiting)."""
+    if n is None:
+        live = tl.load(counts + row) > 0
+    else:
+        live = row % n < tl.load(counts + row // n) * per
+    return live
+
+
+@device
 def chosen(experts, at, count_e):
     """The expert of a pair; of a pair of nobody, any."""
     return tl.minimum(tl.maximum(tl.load(experts + at).to(tl.int32), 0), count_e - 1)
@@ -68,25 +68,56 @@ def chosen(experts, at, count_e):
 def moe_gate_up_kernel(
     hidden, x, w, scales, zeros, bias, experts, order, tile_first, tile_count, tile_expert, counts, n, per, top_k,
     count_e, f, k, w_stride, s_stride, x_stride, alpha, limit, gate_cap, up_cap,
+    weights, logits, inverses, learned, scale, routed, route_scale,
     GROUPED: tl.constexpr, ACT: tl.constexpr, FORM: tl.constexpr, GROUP: tl.constexpr, SLICES: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr, TOP_K: tl.constexpr, SHARED: tl.constexpr,
+    PARTS: tl.constexpr,
 ):  # fmt: skip
-    """hidden[pair, f] = act(gate_e x, up_e x); grid (tiles of pairs, blocks of f)."""
+    """hidden[pair, f] = act(gate_e x, up_e x); grid (tiles of pairs, blocks of f).
+
+    With `logits` [rows, routed + SHARED] each program finds the expert of its choice itself, as `sink_router_kernel`
+    does; there is one block more, which stores experts and weights for the second product.
+    """
     col = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = col < f
     if GROUPED:
         pair, held, expert = tile_pairs(order, tile_first, tile_count, tile_expert, tl.program_id(0), ROWS)
         if tl.max(held.to(tl.int32), 0) == 0:
             return
+        x_row = pair // top_k
     else:
-        # A pair of nobody goes all the way and reads and writes nothing: a branch, or a mask of what is loaded here,
-        # would part these loads into rounds.
-        pair, row = tl.program_id(0) + tl.zeros((ROWS,), tl.int32), tl.program_id(0) // top_k
-        expert = chosen(experts, tl.program_id(0), count_e)
-        live = row % n < tl.load(counts + row // n) * per
+        pair = tl.program_id(0) + tl.zeros((ROWS,), tl.int32)
+        row, choice = tl.program_id(0) // top_k, tl.program_id(0) % top_k
+        if TOP_K > 0:  # known, it is divided by faster
+            row, choice = tl.program_id(0) // (TOP_K + SHARED), tl.program_id(0) % (TOP_K + SHARED)
+        live = of_somebody(counts, row, n, per)
+        if TOP_K > 0:
+            wide = row.to(tl.int64)
+            # Of a row of nobody no expert is eligible, so its count is read along with the logits.
+            found, places, shared = sink_choice(
+                logits, inverses, learned, wide, routed, tl.where(live, routed, 0), routed + SHARED, TOP_K, SHARED,
+                PARTS, WARP,
+            )  # fmt: skip
+            factor = route_scale * tl.load(scale)
+            stores = tl.program_id(1) == tl.num_programs(1) - 1
+            if stores | (live == 0):
+                if stores & live & (choice == 0):
+                    store_sink_routes(
+                        weights, experts, found, places, shared, factor, wide, routed, TOP_K, SHARED, PARTS, WARP
+                    )
+                return
+            mine = tl.zeros((WARP,), tl.int32)
+            for p in tl.static_range(PARTS):
+                mine += tl.where(places[p] == choice, p * WARP + tl.arange(0, WARP), 0)
+            expert = tl.where(choice < TOP_K, tl.sum(mine, 0), routed + choice - TOP_K)
+        else:
+            # A pair of nobody goes all the way and reads and writes nothing: a branch, or a mask of what is loaded
+            # here, would part these loads into rounds.
+            expert = chosen(experts, tl.program_id(0), count_e)
+            inside = inside & live
         held = (tl.arange(0, ROWS) == 0) & live
-        inside = inside & live
-    x_off = (pair // top_k).to(tl.int64) * x_stride
+        x_row = row + tl.zeros((ROWS,), tl.int32)
+    x_off = x_row.to(tl.int64) * x_stride
     gate_row = (expert.to(tl.int64) * 2) * f + col
     up_row = gate_row + f
     if FORM == "f32":
@@ -265,16 +296,16 @@ def moe_down_sum_kernel(
     col = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     choice = tl.arange(0, COLS)
     # A row of nobody goes all the way and reads and writes nothing: a branch would part these loads into rounds.
-    live = row % n < tl.load(counts + row // n) * per
+    live = of_somebody(counts, row, n, per)
     inside = (col < d) & live
-    # What chose the experts had ended when the gate's kernel let this one begin.
+    # What chose the experts had ended when the gate's kernel let this one begin; without LINES that kernel chose them.
     ids, shares = (), ()
     for j in tl.static_range(TOP_K):
         ids += (chosen(experts, row * TOP_K + j, count_e),)  # type: ignore[assignment]
         shares += (tl.load(weights + row * TOP_K + j),)  # type: ignore[assignment]
     if TAPS > 0:
         slot = tl.load(slots + row)
-    if OVERLAP:
+    if OVERLAP and LINES > 0:
         line = tl.arange(0, COLS * BLOCK_M)
         at, place = tl.program_id(1) * BLOCK_M + line % BLOCK_M, line // BLOCK_M
         there = live & (at < d) & (place < TOP_K)
@@ -331,161 +362,3 @@ def moe_combine_kernel(
     if addend is not None:
         total = tl.load(addend + row * addend_stride + col, mask=inside, other=0.0) + total
     tl.store(out + row * out_stride + col, total, mask=inside)
-
-
-class _Scratch:
-    """Pieces of scratch, each at a multiple of 256 bytes."""
-
-    def __init__(self) -> None:
-        self.used = 0
-
-    def piece(self, dtype: str, count: int) -> Pointer:
-        nbytes = ITEM_BYTES[dtype] * count
-        pointer = Pointer("scratch", "", self.used, dtype, nbytes)
-        self.used += -(-nbytes // 256) * 256
-        return pointer
-
-
-def grouped(call: Call) -> bool:
-    """Whether a call's pairs are sorted by expert. Counted by positions of a session, and so the same for a session
-    alone and in company; bits agree anyhow."""
-    routes, rows = call.operand("weights"), call.rows(call.operand("x"))
-    return routes.cols > ROWS or rows >= (int(call.attrs["grouped_from"]) or GROUPED_FROM)
-
-
-def gate_up_launches(call: Call, scratch: _Scratch) -> tuple[list[Launch], Pointer, dict[str, Any]]:
-    """The hidden columns of every pair, where they are, and the lists of sorted pairs, if the call groups them."""
-    x, routes, experts, weight = (call.operand(name) for name in ("x", "weights", "experts", "gate_up"))
-    count_e, wide, _ = weight.shape
-    f, top_k, rows, n = wide // 2, routes.cols, call.rows(x), call.bucket.session_rows(x.rows)
-    call.need(x.rows[0] > 0 == x.rows[1], f"rows {x.rows[0]}n+{x.rows[1]} belong to no positions")
-    call.need(routes.stride == top_k == experts.stride, "routes are not dense")
-    pairs, sort = rows * top_k, grouped(call)
-    # Rounded before the second product, unless its weights are float32.
-    hidden = scratch.piece("f32" if call.operand("down").dtype == "f32" else "bf16", pairs * f)
-    bias = call.optional("gate_up_bias")
-    alpha, limit = float(call.attrs["alpha"]), float(call.attrs["limit"])
-    caps = float(call.attrs["gate_cap"]), float(call.attrs["up_cap"])
-    act = 2 if caps[0] > 0 else 1 if alpha > 0 else 0
-    launches: list[Launch] = []
-    chosen: dict[str, Any] = {
-        "experts": call.pointer(experts, ("i32", "i64")), "counts": call.counts, "n": n, "per": x.rows[0],
-        "count_e": count_e,
-    }  # fmt: skip
-    tiles = pairs
-    lists: dict[str, Any] = dict.fromkeys(("order", "tile_first", "tile_count", "tile_expert"))
-    if sort:
-        tiles = pairs // 16 + count_e
-        lists = {name: scratch.piece("i32", pairs if name == "order" else tiles) for name in lists}
-        values = chosen | lists | {"top_k": top_k, "pairs": pairs}
-        launches.append(launch("moe_sort_kernel", (count_e,), values, {"BLOCK": 1024}, 4))
-        chosen = dict.fromkeys(chosen)
-    product, fixed, blocks = product_values(call, weight, "moe_gate_up", f)
-    fixed |= {"GROUPED": sort, "ROWS": ROWS if sort else FEW_ROWS, "ACT": act}
-    values = product | chosen | lists | {
-        "hidden": hidden, "x": call.pointer(x), "x_stride": Aligned(x.stride), "f": Aligned(f), "top_k": top_k,
-        "bias": None if bias is None else call.pointer(bias),
-        "alpha": alpha if act == 1 else None, "limit": limit if act == 1 else None,
-        "gate_cap": caps[0] if act == 2 else None, "up_cap": caps[1] if act == 2 else None,
-    }  # fmt: skip
-    grid = (tiles, -(-f // blocks.block_m))
-    launches.append(launch("moe_gate_up_kernel", grid, values, fixed, blocks.warps, blocks.stages))
-    return launches, hidden, lists
-
-
-def down_launch(call: Call, scratch: _Scratch, hidden: Pointer, lists: dict[str, Any]) -> tuple[Launch, Pointer]:
-    """The second product of sorted pairs, and where its results are, one behind the other: [rows·top_k, d]."""
-    down, bias = call.operand("down"), call.optional("down_bias")
-    d, pairs = down.shape[1], call.rows(call.operand("x")) * call.operand("weights").cols
-    product, fixed, blocks = product_values(call, down, "moe_down", d)
-    fixed |= {"ROWS": ROWS, "LINES": lines(down, fixed), "OVERLAP": False}
-    parts = scratch.piece("f32", pairs * d)
-    values = product | lists | {
-        "parts": parts, "hidden": hidden, "d": Aligned(d), "bias": None if bias is None else call.pointer(bias),
-    }  # fmt: skip
-    grid = (pairs // 16 + down.shape[0], -(-d // blocks.block_m))
-    return launch("moe_down_kernel", grid, values, fixed, blocks.warps, blocks.stages), parts
-
-
-def _sum_values(call: Call, out: Operand | Pointer, addend: Operand | None, out_stride: int) -> dict[str, Any]:
-    """What both kernels that add up the experts of a row take; `out` may be scratch with its stride."""
-    x = call.operand("x")
-    return {
-        "counts": call.counts, "n": call.bucket.session_rows(x.rows), "per": x.rows[0],
-        "weights": call.pointer(call.operand("weights")), "d": Aligned(call.operand("down").shape[1]),
-        "out": call.pointer(out) if isinstance(out, Operand) else out,
-        "out_stride": Aligned(out.stride if isinstance(out, Operand) else out_stride),
-        "addend": None if addend is None else call.pointer(addend),
-        "addend_stride": None if addend is None else Aligned(addend.stride),
-    }  # fmt: skip
-
-
-def combine_launch(
-    call: Call, parts: Pointer, out: Operand | Pointer, addend: Operand | None, out_stride: int
-) -> Launch:
-    """The weighted sum of the parts of each row's experts, and `addend` before it."""
-    d = call.operand("down").shape[1]
-    block = min(1024, power(d, 32))
-    values = _sum_values(call, out, addend, out_stride) | {"parts": parts, "top_k": call.operand("weights").cols}
-    return launch("moe_combine_kernel", (call.rows(call.operand("x")), -(-d // block)), values, {"BLOCK": block}, 4)
-
-
-def down_sum_launch(
-    call: Call, hidden: Pointer, out: Operand | Pointer, addend: Operand | None, out_stride: int, conv: RowConv | None
-) -> Launch:
-    """The second product and the weighted sum of few rows, and `addend` before it. `conv`: with one row a session."""
-    down, bias, experts = call.operand("down"), call.optional("down_bias"), call.operand("experts")
-    d, rows, top_k = down.shape[1], call.rows(call.operand("x")), call.operand("weights").cols
-    product, fixed, blocks = product_values(call, down, "moe_down", d)
-    convolution = NO_CONV if conv is None else conv.values(call, d)
-    values = product | convolution[0] | _sum_values(call, out, addend, out_stride) | {
-        "hidden": hidden, "bias": None if bias is None else call.pointer(bias), "count_e": down.shape[0],
-        "experts": call.pointer(experts, ("i32", "i64")),
-    }  # fmt: skip
-    fixed |= convolution[1] | {
-        "TOP_K": top_k, "COLS": tile_rows(top_k), "LINES": lines(down, fixed), "OVERLAP": False,
-    }  # fmt: skip
-    grid = (rows, -(-d // blocks.block_m))
-    stages = turns_at_once(down.dtype, blocks, fixed["SLICES"], top_k, grid[0] * grid[1], call.sm)
-    return launch("moe_down_sum_kernel", grid, values, fixed, blocks.warps, stages)
-
-
-def summed(
-    call: Call, out: Operand | None, addend: Operand | None = None, conv: RowConv | None = None
-) -> tuple[list[Launch], Pointer | None, _Scratch]:
-    """The experts of every row, added up: into `out`, or, where that is None, dense into scratch, and where there."""
-    scratch = _Scratch()
-    launches, hidden, lists = gate_up_launches(call, scratch)
-    cols = call.operand("down").shape[1]
-    source = scratch.piece("f32", call.rows(call.operand("x")) * cols) if out is None else None
-    to: Any = out if source is None else source
-    if grouped(call):
-        product, parts = down_launch(call, scratch, hidden, lists)
-        launches += [product, combine_launch(call, parts, to, addend, cols)]
-    else:
-        launches.append(down_sum_launch(call, hidden, to, addend, cols, conv))
-    return launches, source, scratch
-
-
-@lowering("moe", "moe_add")
-def lower_moe(call: Call) -> Lowered:
-    launches, _, scratch = summed(call, call.outputs[0], call.optional("addend"))
-    return Lowered(tuple(launches), scratch.used)
-
-
-@lowering("moe_conv_state")
-def lower_moe_conv(call: Call) -> Lowered:
-    """With one row a session whoever adds the experts up convolves; more rows are a kernel of their own."""
-    out, addend = call.outputs[0], call.optional("addend")
-    conv = RowConv(
-        call.operand("taps"), call.operand("tail"), 0, bool(call.attrs["residual"]), float(call.attrs["level"])
-    )
-    if call.bucket.session_rows(out.rows) == 1 and conv.fits and not grouped(call):
-        launches, _, scratch = summed(call, out, addend, conv)
-        return Lowered(tuple(launches), scratch.used)
-    launches, source, scratch = summed(call, None)
-    assert source is not None
-    launches.append(
-        conv_launch(call, out, (source, out.cols), conv.taps, conv.tail, conv.residual, level=conv.level, addend=addend)
-    )
-    return Lowered(tuple(launches), scratch.used)

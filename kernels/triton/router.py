@@ -9,7 +9,7 @@ from typing import Any
 import triton.language as tl
 
 from tmlc.kernels.triton.elementwise import sigmoid
-from tmlc.kernels.triton.launch import Aligned, Launch, Lowered, Operand, Pointer
+from tmlc.kernels.triton.launch import Aligned, Launch, Lowered, Pointer
 from tmlc.kernels.triton.mode import device
 from tmlc.kernels.triton.norms import power
 from tmlc.kernels.triton.overlap import prefetch_rows, previous
@@ -71,6 +71,83 @@ def store_routes(weights, experts, share, index, place, row, K: tl.constexpr):
     at = row * K + place
     tl.store(weights + at, share, mask=place >= 0)
     tl.store(experts + at, index.to(experts.dtype.element_ty), mask=place >= 0)
+
+
+@device
+def sink_choice(
+    logits, inverses, bias, row, routed, eligible, logits_stride,
+    TOP_K: tl.constexpr, SHARED: tl.constexpr, PARTS: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """(logits and places of the routed experts, PARTS blocks of each, and the logits of the shared ones as numbers) of
+    a row: places of the first `eligible` are chosen by sigmoid + bias, -1 is none. The best of blocks of one warp are
+    found without any wait for another warp."""
+    inverse = 1.0
+    if inverses is not None:
+        inverse = tl.load(inverses + row)
+    at = logits + row * logits_stride
+    found, keys, places, shared = (), (), (), ()
+    for p in tl.static_range(PARTS):
+        e = p * BLOCK_E + tl.arange(0, BLOCK_E)
+        logit = tl.load(at + e, mask=e < routed, other=0.0)
+        learned = tl.load(bias + e, mask=e < routed, other=0.0)
+        if inverses is not None:
+            logit = logit * inverse
+        found += (logit,)  # type: ignore[assignment]
+        keys += (tl.where(e < eligible, sortable(sigmoid(logit) + learned), -2147483648),)  # type: ignore[assignment]
+        places += (tl.full((BLOCK_E,), -1, tl.int32),)  # type: ignore[assignment]
+    for s in tl.static_range(SHARED):
+        one = tl.load(at + routed + s)
+        if inverses is not None:
+            one = one * inverse
+        shared += (one,)  # type: ignore[assignment]
+    for turn in tl.static_range(TOP_K):
+        top = keys[0]
+        for p in tl.static_range(1, PARTS):
+            top = tl.maximum(top, keys[p])
+        best = tl.max(top, 0)
+        first = tl.full((BLOCK_E,), 1 << 30, tl.int32)
+        for p in tl.static_range(PARTS):
+            e = p * BLOCK_E + tl.arange(0, BLOCK_E)
+            first = tl.minimum(first, tl.where(keys[p] == best, e, 1 << 30))
+        winner = tl.min(first, 0)
+        left, taken = (), ()
+        for p in tl.static_range(PARTS):
+            won = p * BLOCK_E + tl.arange(0, BLOCK_E) == winner
+            left += (tl.where(won, -2147483648, keys[p]),)  # type: ignore[assignment]
+            taken += (tl.where(won, turn, places[p]),)  # type: ignore[assignment]
+        keys, places = left, taken
+    return found, places, shared
+
+
+@device
+def store_sink_routes(
+    weights, experts, found, places, shared, factor, row, routed,
+    TOP_K: tl.constexpr, SHARED: tl.constexpr, PARTS: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """The chosen and the shared experts of a row, and the softmax of their log-sigmoids times the factor. It is summed
+    place by place, so that its bits do not depend on which thread has what."""
+    top = tl.full((BLOCK_E,), float("-inf"), tl.float32)
+    for p in tl.static_range(PARTS):
+        top = tl.maximum(top, tl.where(places[p] >= 0, log_sigmoid(found[p]), float("-inf")))
+    best = tl.max(top, 0)
+    for s in tl.static_range(SHARED):
+        best = tl.maximum(best, log_sigmoid(shared[s]))
+    total = 0.0
+    for j in tl.static_range(TOP_K):
+        one = tl.zeros((BLOCK_E,), tl.float32)
+        for p in tl.static_range(PARTS):
+            one += tl.where(places[p] == j, tl.exp(log_sigmoid(found[p]) - best), 0.0)
+        total += tl.sum(one, 0)
+    for s in tl.static_range(SHARED):
+        total += tl.exp(log_sigmoid(shared[s]) - best)
+    for p in tl.static_range(PARTS):
+        share = tl.exp(log_sigmoid(found[p]) - best) / total * factor
+        e = p * BLOCK_E + tl.arange(0, BLOCK_E)
+        store_routes(weights, experts, share, e, places[p], row, TOP_K + SHARED)
+    at = row * (TOP_K + SHARED) + TOP_K
+    for s in tl.static_range(SHARED):
+        tl.store(weights + at + s, tl.exp(log_sigmoid(shared[s]) - best) / total * factor)
+        tl.store(experts + at + s, (routed + s).to(experts.dtype.element_ty))
 
 
 @device
@@ -155,18 +232,11 @@ def sink_router_kernel(
     """The choice by sigmoid + bias from logits [rows, experts + shared], and the softmax of the log-sigmoids of the
     chosen and the shared; with `inverses` the logits of a row are scaled by its own; grid (rows)."""
     row = tl.program_id(0).to(tl.int64)
-    e = tl.arange(0, BLOCK_E)
-    logit = tl.load(logits + row * logits_stride + e, mask=e < routed + SHARED, other=0.0)
-    if inverses is not None:
-        logit = logit * tl.load(inverses + row)
-    learned = tl.load(bias + e, mask=e < routed, other=0.0)
+    found, places, shared = sink_choice(
+        logits, inverses, bias, row, routed, routed, logits_stride, TOP_K, SHARED, 1, BLOCK_E
+    )
     factor = route_scale * tl.load(scale)
-    key = tl.where(e < routed, sortable(sigmoid(logit) + learned), -2147483648)
-    place = turns(key, e, TOP_K)
-    if SHARED > 0:
-        place = tl.where((e >= routed) & (e < routed + SHARED), TOP_K + e - routed, place)
-    share = softmax_of(log_sigmoid(logit), place >= 0)
-    store_routes(weights, experts, share * factor, e, place, row, TOP_K + SHARED)
+    store_sink_routes(weights, experts, found, places, shared, factor, row, routed, TOP_K, SHARED, 1, BLOCK_E)
 
 
 @device
@@ -225,9 +295,11 @@ def _warps(experts: int) -> int:
     return max(1, power(experts) // 128)
 
 
-def logits_launch(call: Call, logits: Pointer, x: Operand, weight: Operand, inverses: Pointer | None) -> Launch:
+def logits_launch(call: Call, logits: Pointer, inverses: Pointer | None) -> Launch:
     """The logits of all rows, dense. With `inverses` the call has a norm, and these are where the scale of each row
     goes; the normed rows are its third result."""
+    weight, x = call.operand("weight"), call.operand("x")
+    call.need(weight.dtype == "f32", f"a router with weights of {weight.dtype}", "keep routers in f32")
     (total, k), rows = weight.shape, call.rows(x)
     call.need(x.cols == k, f"{weight.name} {weight.shape} does not take {x.cols} columns")
     block = min(MOST_INPUTS, power(k, 32))
@@ -258,33 +330,41 @@ def logits_launch(call: Call, logits: Pointer, x: Operand, weight: Operand, inve
     return launch("router_logits_kernel", grid, values, fixed, max(1, block // WARP_INPUTS))
 
 
-@lowering("router", "norm_router", "sink_router")
-def lower_sink_router(call: Call) -> Lowered:
+def sink_values(
+    call: Call, logits: Pointer, stride: int, inverses: Pointer | None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Arguments and constexprs of the choice from logits with so many columns a row."""
     top_k, shared = int(call.attrs["top_k"]), int(call.attrs["n_shared"])
     bias, scale = call.operand("bias"), call.operand("scale")
     routed = bias.cols * bias.rows[1]
-    total, rows = routed + shared, call.rows(call.outputs[0])
+    total = routed + shared
     call.need(total <= MOST_EXPERTS, f"{total} experts", f"up to {MOST_EXPERTS} are supported")
     values = _results(call, top_k + shared) | {
-        "bias": call.pointer(bias), "scale": call.pointer(scale), "routed": routed,
-        "route_scale": float(call.attrs["route_scale"]), "inverses": None,
+        "bias": call.pointer(bias), "scale": call.pointer(scale), "routed": routed, "logits": logits,
+        "logits_stride": stride, "route_scale": float(call.attrs["route_scale"]), "inverses": inverses,
     }  # fmt: skip
-    fixed = {"TOP_K": top_k, "SHARED": shared, "BLOCK_E": power(total, 32)}
-    warps = _warps(total)
+    return values, {"TOP_K": top_k, "SHARED": shared, "BLOCK_E": power(routed, 32)}
+
+
+def sink_launch(call: Call, logits: Pointer, stride: int, inverses: Pointer | None) -> Launch:
+    """The choice of each row."""
+    values, fixed = sink_values(call, logits, stride, inverses)
+    rows = call.rows(call.outputs[0])
+    return launch("sink_router_kernel", (rows,), values, fixed, _warps(values["routed"]))
+
+
+@lowering("router", "norm_router", "sink_router")
+def lower_sink_router(call: Call) -> Lowered:
     if call.op == "sink_router":
         given = call.operand("logits")
-        values |= {"logits": call.pointer(given), "logits_stride": given.stride}
-        return Lowered((launch("sink_router_kernel", (rows,), values, fixed, warps),))
-    weight, x = call.operand("weight"), call.operand("x")
-    call.need(weight.dtype == "f32", f"a router with weights of {weight.dtype}", "keep routers in f32")
+        return Lowered((sink_launch(call, call.pointer(given), given.stride, None),))
+    total, rows = call.operand("weight").shape[0], call.rows(call.operand("x"))
     logits = Pointer("scratch", "", 0, "f32", rows * total * 4)
-    values |= {"logits": logits, "logits_stride": total}
-    used = logits.nbytes
+    used, inverses = logits.nbytes, None
     if call.op == "norm_router":
         at = -(-used // 16) * 16
-        values["inverses"], used = Pointer("scratch", "", at, "f32", rows * 4), at + rows * 4
-    choice = launch("sink_router_kernel", (rows,), values, fixed, warps)
-    return Lowered((logits_launch(call, logits, x, weight, values["inverses"]), choice), used)
+        inverses, used = Pointer("scratch", "", at, "f32", rows * 4), at + rows * 4
+    return Lowered((logits_launch(call, logits, inverses), sink_launch(call, logits, total, inverses)), used)
 
 
 @lowering("topk_router")

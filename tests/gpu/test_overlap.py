@@ -11,8 +11,10 @@ import pytest
 
 import tmlc
 from tmlc.errors import EmitError
-from tmlc.kernels.triton.launch import Variant
+from tmlc.kernels.triton.bucket import Bucket
+from tmlc.kernels.triton.launch import Operand, Variant
 from tmlc.kernels.triton.overlap import DEPENDENTS, WAIT, with_wait
+from tmlc.kernels.triton.registry import Call, lower
 from tmlc.kernels.triton.variants import compile_variant
 from tmlc.package.reader import open_package
 from tmlc.pipeline.pipeline import load_pipeline
@@ -71,20 +73,38 @@ def instructions(variant: Variant) -> list[str]:
 
 
 def test_machine_code_waits_before_it_reads_anything_that_another_kernel_wrote(overlapping):
-    """A product asks for its weights first, and the experts' second one for what the router said; all others wait at
-    once. The assembler calls the wait ACQBULK, and what lets the next kernel begin PREEXIT."""
+    """A product asks for its weights first; all others wait at once, among them the experts' second product where the
+    first one chose them. The assembler calls the wait ACQBULK, and what lets the next kernel begin PREEXIT."""
     from tmlc.emit.triton.tune import package_samples
 
     with open_package(overlapping) as held:
         launches = {sample.launch.kernel: sample.launch for _, sample in package_samples(held, 90)}
-    for kernel in ("linear_kernel", "moe_down_sum_kernel", "attention_kernel"):
-        names = instructions(launches[kernel].variant(90))
-        wait = next(k for k, name in enumerate(names) if "ACQBULK" in name)
-        before = [name for name in names[:wait] if "LDG" in name or "CCTL" in name or "EXIT" in name]
-        assert any("PREEXIT" in name for name in names[wait:])
-        assert not any("STG" in name or " EXIT" in name for name in before)
-        assert ("CCTL" in " ".join(before)) == (kernel != "attention_kernel")
-        assert ("LDG" in " ".join(before)) == (kernel == "moe_down_sum_kernel")
+    for kernel in ("linear_kernel", "moe_gate_up_kernel", "moe_down_sum_kernel", "attention_kernel"):
+        before = before_the_wait(launches[kernel].variant(90))
+        assert ("CCTL" in " ".join(before)) == (kernel == "linear_kernel") and "LDG" not in " ".join(before)
+
+
+def test_experts_that_a_router_chose_ask_for_their_weights_before_they_wait():
+    """What chose them had ended when the launch before was let begin."""
+    rows = {name: Operand("arena", kind, (1, 0), cols, cols)
+            for name, kind, cols in (("x", "f32", 64), ("weights", "f32", 3), ("experts", "i32", 3))}  # fmt: skip
+    stacked = {name: Operand("weight", "bf16", (0, 4 * m), 64, 64, name=name, shape=(4, m, 64))
+               for name, m in (("gate_up", 128), ("down", 64))}  # fmt: skip
+    numbers = dict.fromkeys(("alpha", "limit", "gate_cap", "up_cap"), 0.0) | {"grouped_from": 0}
+    for n, kernel in ((1, "moe_down_sum_kernel"), (16, "moe_down_kernel")):
+        made = lower(Call("moe", rows | stacked, numbers, (rows["x"],), Bucket(1, n), 90)).launches
+        (launch,) = [one for one in made if one.kernel == kernel]
+        before = " ".join(before_the_wait(launch.overlapping().variant(90)))
+        assert "CCTL" in before and "LDG" in before
+
+
+def before_the_wait(variant: Variant) -> list[str]:
+    """Loads, prefetches and exits before the wait; there is no store, and no program ends."""
+    names = instructions(variant)
+    wait = next(k for k, name in enumerate(names) if "ACQBULK" in name)
+    assert any("PREEXIT" in name for name in names[wait:])
+    assert not any("STG" in name or " EXIT" in name for name in names[:wait])
+    return [name for name in names[:wait] if "LDG" in name or "CCTL" in name]
 
 
 def test_programs_that_write_keys_ask_for_their_session_before_they_wait(overlapping):

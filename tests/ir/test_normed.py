@@ -60,6 +60,17 @@ def test_the_state_of_its_convolution_is_changed():
     assert torch.equal(here[4], there[4]) and not torch.equal(here[4], CASES["linear_conv_state"]()[4])
 
 
+def test_experts_take_the_rows_and_the_choice_of_a_normed_router():
+    given = (rand(6, 3, seed=13), rand(2, 6, seed=14), True, 0.5, X)
+    stacked = (rand(5, 8, 6, seed=15), rand(5, 6, 4, seed=16), None, None, 0.0, 0.0, 0.0, 0.0, 0)
+    tails = [given[1].clone(), given[1].clone()]
+    weights, experts, normed = op("norm_router", X, NORM, EPS, *CASES["router"]())
+    wanted = op("moe_conv_state", given[0], tails[0], *given[2:], normed, weights, experts, *stacked)
+    found = op("norm_moe_conv_state", X, NORM, EPS, *CASES["router"](), given[0], tails[1], *given[2:], *stacked)
+    assert torch.equal(found, wanted) and torch.equal(*tails) and not torch.equal(tails[0], given[1])
+    assert OPS["norm_moe_conv_state"].mutates == ("tail",)
+
+
 def attention_arguments():
     states = torch.tensor([[2]]), torch.zeros(6, 3), torch.zeros(6, 2)
     return (*states, None, None, 2, 1, 0.5, 0, 0, 0.0, 0.0, None, 0.0)

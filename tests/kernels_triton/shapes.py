@@ -165,6 +165,16 @@ def calls(model: Model, bucket: Bucket, sm: int) -> Iterator[Call]:
     yield call("router", {"x": x(d), "weight": w(m.experts + m.shared, d), **routes}, *out, **numbers)
     yield call("norm_router", {"x": x(d), "norm": w(1, d), "weight": w(m.experts + m.shared, d), **routes}, *out, x(d),
                eps=1e-6, **numbers)  # fmt: skip
+    for f in (m.f, 2 * m.f):
+        given = {
+            "x": x(d), "norm": w(1, d), "weight": w(m.experts + m.shared, d), **routes, "taps": w(d, 4),
+            "tail": state(3, d), "addend": x(d), "gate_up": w(m.experts + m.shared, 2 * f, d, dtype="bf16"),
+            "down": w(m.experts + m.shared, d, f, dtype="bf16"),
+        }  # fmt: skip
+        yield call(
+            "norm_moe_conv_state", given, x(d), eps=1e-6, residual=True, level=1.0, alpha=0.0, limit=0.0, gate_cap=0.0,
+            up_cap=0.0, grouped_from=9, **numbers,
+        )  # fmt: skip
     yield call("sink_router", {"logits": x(m.experts + m.shared), **routes}, *out, **numbers)
     for scores, groups in ((0, 1), (1, 4), (2, 1)):
         yield call(

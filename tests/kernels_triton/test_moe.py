@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from triton_harness import Session, Shape, agree, bf16, bits, draw, run, weight
@@ -144,6 +146,27 @@ def test_few_rows_are_two_launches(batch, n, top_k, kernels):
     assert [one.kernel for one in found] == [f"{name}_kernel" for name in kernels.split()]
 
 
+@pytest.mark.parametrize(
+    ("batch", "routed", "kernels"),
+    [
+        (1, 128, "router_logits moe_gate_up moe_down_sum"),
+        (1, 129, "router_logits sink_router moe_gate_up moe_down_sum"),
+        (16, 9, "router_logits sink_router moe_sort moe_gate_up moe_down moe_combine conv"),
+    ],
+)
+def test_few_rows_choose_among_up_to_128_experts_themselves(batch, routed, kernels):
+    call = conv_call(Bucket(batch, 1), 3)
+
+    def w(*shape):
+        return Operand("weight", "f32", (0, shape[0]), shape[1], shape[1], name="r", shape=shape)
+
+    args = call.args | {"norm": w(1, D), "weight": w(routed + 1, D), "bias": w(1, routed), "scale": w(1, 1)}
+    del args["weights"], args["experts"]
+    attrs = call.attrs | {"eps": 1e-6, "top_k": 2, "n_shared": 1, "route_scale": 1.0}
+    found = lower(replace(call, op="norm_moe_conv_state", args=args, attrs=attrs)).launches
+    assert [one.kernel for one in found] == [f"{name}_kernel" for name in kernels.split()]
+
+
 @pytest.mark.parametrize("sm", ARCHITECTURES)
 @pytest.mark.parametrize("dtype", ["bf16", "f8g128", "i8g32", "i4g32", "i4g64"])
 @pytest.mark.parametrize("batch", [1, 4, 15])
@@ -158,6 +181,38 @@ def test_all_choices_of_a_row_are_on_their_way_where_they_fit(sm, dtype, batch):
     assert made.num_stages == 2 or (made.num_stages - 1) * turn * programs <= SHARED_BYTES[sm]
     if batch == 1:
         assert made.num_stages == 6 or (SHARED_BYTES[sm] == 101376 and dtype == "bf16" and made.num_stages == 5)
+
+
+@pytest.mark.parametrize(("count", "top_k", "shared"), [(9, 2, 1), (32, 4, 0), (33, 3, 2)])
+def test_experts_that_choose_themselves_give_the_bits_of_a_router_before_them(machine, count, top_k, shared):
+    """Of few rows and of many, where a kernel chooses for each row; the best two are alike."""
+    attrs = ATTRS | {"residual": True, "level": 0.8, "top_k": top_k, "n_shared": shared, "route_scale": 2.5}
+    attrs["eps"] = 1e-6
+    weights = {
+        "norm": weight(draw(1, 1, D)), "weight": weight(draw(5, count + shared, D)),
+        "bias": weight(np.round(draw(2, 1, count), 1)), "scale": weight(np.array([[1.3]], np.float32)),
+        "gate_up": weight(draw(3, count + shared, 2 * F, D) / 4, "bf16"),
+        "down": weight(draw(4, count + shared, D, F), "bf16"), "taps": weight(draw(6, D, 4)),
+    }  # fmt: skip
+    for name in ("weight", "bias"):  # two experts alike, which are chosen
+        for values in (weights[name].parts[0], weights[name].values):
+            rows = values.T if name == "bias" else values
+            rows[5] = rows[3]
+    weights["bias"].parts[0][0, [3, 5]] += 2
+    weights["bias"].values[0, [3, 5]] += 2
+    results = []
+    for grouped_from in (1, 100):
+        sessions = [Session({"x": draw(i, 1, D), "addend": draw(i + 9, 1, D)}, {"tail": draw(i + 20, 3, D)}, 1)
+                    for i in range(3)]  # fmt: skip
+        found = run(machine, "norm_moe_conv_state", sessions, attrs | {"grouped_from": grouped_from},
+                    [Shape("f32", D)], weights, batch=4)  # fmt: skip
+        results.append([one[0] for one in found] + [one.states["tail"] for one in sessions])
+    for few, many in zip(*results, strict=True):
+        assert np.isfinite(few).all() and np.array_equal(bits(few), bits(many))
+    sessions = [Session({"x": draw(i, n, D), "addend": draw(i + 9, n, D)}, {"tail": draw(i + 20, 3, D)}, n)
+                for i, n in enumerate((1, 4))]  # fmt: skip
+    agree(machine, "norm_moe_conv_state", sessions, attrs | {"grouped_from": 6}, [Shape("f32", D)], 1.5e-2, weights,
+          cuts=(1,), compared=["tail"])  # fmt: skip
 
 
 def conv_call(bucket: Bucket, top_k: int, dtype: str = "f32", d: int = D, f: int = F, sm: int = 90) -> Call:

@@ -1,4 +1,4 @@
-"""fuse.norm_router, fuse.norm_linear and fuse.norm_attention: before and after, near misses, and the same numbers."""
+"""Passes that put norms into what reads them: before and after, near misses, and the same numbers."""
 
 import pytest
 
@@ -203,6 +203,48 @@ def test_a_router_with_a_computed_operand_keeps_its_norm(run_pass):
     assert record.matches == 0 and "is computed" in record.near_misses[0]
 
 
+EXPERTS = ROUTED.replace(
+    "method decode", 'state "decode.tail" : f32[2, 6] kind=conv_tail method=decode init=zeros\nmethod decode'
+).replace('weight "down" =', 'weight "taps6" = source("taps6") : f32[6, 3]\nweight "down" =')
+EXPERTS = "facts stateful\n" + EXPERTS + f"""  %taps = weight "taps6"
+  %tail = state "decode.tail"
+  %r = norm_{NORMED}
+  %shares = item(%r, 0)
+  %experts = item(%r, 1)
+  %h = item(%r, 2)
+"""
+CONVOLVED = ("  %y = moe_conv_state(%taps, %tail, residual=true, level=0.5, addend=%x, x=%h, weights=%shares,"
+             " experts=%experts, {}\n  return %y\n}}\n")  # fmt: skip
+LAST = ("gate_up=%gate_up, down=%down, gate_up_bias=none, down_bias=none, alpha=0.0, limit=0.0, gate_cap=0.0,"
+        " up_cap=0.0, grouped_from=0)")  # fmt: skip
+
+
+def test_experts_choose_themselves_from_the_logits_of_a_router(run_pass, same_structure):
+    after = run_pass("fuse.norm_moe", EXPERTS + CONVOLVED.format(LAST))
+    assert (after.record[-1].matches, after.record[-1].near_misses) == (1, [])
+    head = EXPERTS[: EXPERTS.index("  %r = ")]
+    _, _, settings = NORMED.partition("router(")
+    same_structure(after, f"""{head}  %y = norm_moe_conv_state({settings[:-1]}, taps=%taps, tail=%tail, residual=true, \
+level=0.5, addend=%x, {LAST}
+  return %y
+}}
+""")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "reason"),
+    [
+        ("return %y", "return %y, %h", "2 readers"),
+        ("return %y", "%z = silu(%shares)\n  return %y, %z", "2 readers"),
+        ("x=%h, weights", "x=%x, weights", "reads its results otherwise"),
+        ("addend=%x", "addend=%h", "reads its results otherwise"),
+    ],
+)
+def test_a_router_that_others_read_stays_apart(old, new, reason, run_pass):
+    record = run_pass("fuse.norm_moe", (EXPERTS + CONVOLVED.format(LAST)).replace(old, new)).record[-1]
+    assert record.matches == 0 and reason in record.near_misses[0]
+
+
 def test_attention_norms_the_queries_and_keys_that_it_alone_reads(run_pass, same_structure):
     after = run_pass("fuse.norm_attention", ATTENTION)
     assert (after.record[-1].matches, after.record[-1].near_misses) == (1, [])
@@ -250,10 +292,10 @@ def test_heads_that_are_turned_behind_their_norms_are_left_to_the_pass_for_two_n
     assert run_pass("fuse.norm_pair", after).record[-1].matches == 1
 
 
-@pytest.mark.parametrize("text", [BEFORE_EXPERTS, PRODUCTS, STEPS, CONV, ATTENTION])
+@pytest.mark.parametrize("text", [BEFORE_EXPERTS, PRODUCTS, STEPS, CONV, ATTENTION, EXPERTS + CONVOLVED.format(LAST)])
 def test_numbers_stay_the_same(text, run_pass, program_of, weights_for, equivalent):
     before = after = program_of(text)
-    for name in (*PASSES, "fuse.norm_attention"):
+    for name in (*PASSES, "fuse.norm_attention", "fuse.norm_moe"):
         after = run_pass(name, after)
     assert sum(record.matches for record in after.record) == 1
-    assert equivalent(before, after, weights_for(before)) < 1e-6
+    assert equivalent(before, after, weights_for(before)) < 2e-6

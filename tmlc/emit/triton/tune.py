@@ -193,7 +193,8 @@ def with_blocks(launch: Launch, shape: Shape, blocks: Blocks) -> Launch:
     else:
         count = slices(shape.dtype, shape.k, blocks.block_k, shape.sm)
         fixed |= {"BLOCK_M": blocks.block_m, "BLOCK_K": blocks.block_k, "SLICES": count}
-        grid = (grid[0], -(-shape.m // blocks.block_m), grid[2])
+        more = grid[1] - -(-shape.m // dict(launch.constexprs)["BLOCK_M"])  # programs that make no tile
+        grid = (grid[0], -(-shape.m // blocks.block_m) + more, grid[2])
         if launch.kernel == "moe_down_sum_kernel":
             stages = turns_at_once(shape.dtype, blocks, count, fixed["TOP_K"], grid[0] * grid[1], shape.sm)
     return replace(

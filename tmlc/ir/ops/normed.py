@@ -1,6 +1,6 @@
-"""Ops that norm the rows that they read (fuse.norm_router, fuse.norm_linear, fuse.norm_attention): the meaning of each
-is rms_norm of whole rows (and `modulate` where it takes a gain and a shift), or of the heads of queries and keys, and
-then the op behind it.
+"""Ops that norm the rows that they read (fuse.norm_router, fuse.norm_linear, fuse.norm_attention, fuse.norm_moe): the
+meaning of each is rms_norm of whole rows (and `modulate` where it takes a gain and a shift), or of the heads of queries
+and keys, and then the op behind it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tmlc.ir.ops.attention import attention_state
 from tmlc.ir.ops.dense import linear, modulate, rms_norm
-from tmlc.ir.ops.fused import linear_conv_state
+from tmlc.ir.ops.fused import linear_conv_state, moe_conv_state
 from tmlc.ir.ops.moe import router
 from tmlc.ir.ops.registry import OPS, need, op, vector
 from tmlc.ir.ops.steps import linear_steps
@@ -147,3 +147,23 @@ def norm_attention_state(
 ) -> Tensor:
     """attention_state of the heads of q and of k, each normed: rms_norm(q, q_norm, eps), rms_norm(k, k_norm, eps)."""
     return attention_state(rms_norm(q, q_norm, eps), rms_norm(k, k_norm, eps), v, *args)
+
+
+def _norm_moe_conv_state(x: TensorType, *args: Any) -> TensorType:
+    weights, experts, normed = _norm_router(x, *args[:8])
+    made: TensorType = OPS["moe_conv_state"].shapes(*args[8:13], normed, weights, experts, *args[13:])
+    return made
+
+
+@op(
+    "norm_moe_conv_state(Tensor x, Tensor norm, float eps, Tensor weight, Tensor bias, Tensor scale, int top_k,"
+    " int n_shared, float route_scale, Tensor taps, Tensor(a!) tail, bool residual, float level, Tensor? addend,"
+    " Tensor gate_up, Tensor down, Tensor? gate_up_bias, Tensor? down_bias, float alpha, float limit, float gate_cap,"
+    " float up_cap, int grouped_from) -> Tensor",
+    _norm_moe_conv_state,
+    from_pass=True,
+)
+def norm_moe_conv_state(x: Tensor, *args: Any) -> Tensor:
+    """moe_conv_state of the rows, weights and experts that norm_router gives."""
+    weights, experts, normed = norm_router(x, *args[:8])
+    return moe_conv_state(*args[8:13], normed, weights, experts, *args[13:])
