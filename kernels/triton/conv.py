@@ -12,6 +12,7 @@ from tmlc.kernels.triton.launch import Launch, Lowered, Operand, Pointer
 from tmlc.kernels.triton.linear import linear_launch
 from tmlc.kernels.triton.mode import device
 from tmlc.kernels.triton.norms import power
+from tmlc.kernels.triton.parts import Parts
 from tmlc.kernels.triton.registry import Call, launch, lowering
 from tmlc.kernels.triton.row_conv import RowConv
 
@@ -158,13 +159,15 @@ def lower_conv(call: Call) -> Lowered:
 
 
 @lowering("linear_conv_state")
-def lower_linear_conv(call: Call) -> Lowered:
+def lower_linear_conv(call: Call, parts: Parts | None = None) -> Lowered:
+    """With `parts` these are x, and the convolution is one that a product can do."""
     out, weight = call.outputs[0], call.operand("weight")
     conv = RowConv(
         call.operand("taps"), call.operand("tail"), int(call.attrs["start"]), bool(call.attrs["residual"]),
         float(call.attrs["level"]),
     )  # fmt: skip
-    x, bias, factor, addend = call.operand("x"), *(call.optional(name) for name in ("bias", "scale", "addend"))
+    x = parts or call.operand("x")
+    bias, factor, addend = (call.optional(name) for name in ("bias", "scale", "addend"))
     if call.bucket.session_rows(out.rows) == 1 and conv.fits:
         return Lowered((linear_launch(call, out, x, weight, bias, factor, addend, conv=conv),))
     m = weight.shape[0]

@@ -9,6 +9,7 @@ from tmlc.kernels.triton.launch import Aligned, Launch, Lowered, Operand, Pointe
 from tmlc.kernels.triton.layouts import FORMS
 from tmlc.kernels.triton.mode import device
 from tmlc.kernels.triton.overlap import prefetch_rows, previous
+from tmlc.kernels.triton.parts import NO_COLUMNS, NO_PARTS, Parts
 from tmlc.kernels.triton.products import FEW_ROWS, lines, normed_product, product_values, tile_rows, weight_product
 from tmlc.kernels.triton.registry import Call, launch, lowering
 from tmlc.kernels.triton.row_conv import NO_CONV, RowConv, convolve, keep_rows, rows_before
@@ -21,16 +22,17 @@ def linear_kernel(
     out, x, norm, w, scales, zeros, bias, factor, addend, rows, m, k, w_stride, s_stride, x_stride, out_stride,
     addend_stride, alpha, cap, eps, a, b, c, a_stride, b_stride, c_stride, number0, number1, number2,
     gain, shift, gain_stride, shift_stride, taps, tail, slots, counts, start, channels, level,
+    part_m, part_l, part_acc, splits,
     FORM: tl.constexpr, GROUP: tl.constexpr, SLICES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
     ROWS: tl.constexpr, LINES: tl.constexpr, OVERLAP: tl.constexpr, STEPS: tl.constexpr, COUNT: tl.constexpr,
-    TAPS: tl.constexpr, RESIDUAL: tl.constexpr,
+    TAPS: tl.constexpr, RESIDUAL: tl.constexpr, DV: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """out[rows, m] = addend + factor·(cap·tanh((alpha·x) · Wᵀ + bias)/cap)), and then the steps; with `norm` of
     rms_norm(x) in the place of alpha·x, or with `gain` and `shift` of rms_norm(x)∘(1 + gain) + shift; grid (tiles of
     rows, tiles of m). What the epilogue reads is asked for before the product, which hides the wait.
 
     With `taps` each row is a session's only one, and before the addend comes its convolution of `channels` columns
-    from `start` on (row_conv.py).
+    from `start` on (row_conv.py). With PARTS there is one row, and x is the sum of the parts of attention (parts.py).
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     col = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -71,9 +73,12 @@ def linear_kernel(
             eps, gain, gain_off, shift, shift_off, FORM, GROUP, SLICES, BLOCK_M, BLOCK_K, ROWS,
         )  # fmt: skip
     else:
+        x_off = wide_row
+        if PARTS == 0:
+            x_off = wide_row * x_stride
         y = weight_product(
-            w, scales, zeros, wide_col * w_stride, wide_col * s_stride, inside, x, wide_row * x_stride, live, k, alpha,
-            FORM, GROUP, SLICES, BLOCK_M, BLOCK_K, ROWS,
+            w, scales, zeros, wide_col * w_stride, wide_col * s_stride, inside, x, x_off, live, k, alpha,
+            FORM, GROUP, SLICES, BLOCK_M, BLOCK_K, ROWS, (part_m, part_l, part_acc, splits), DV, PARTS,
         )  # fmt: skip
     if bias is not None:
         y += biases[:, None]
@@ -94,7 +99,7 @@ def linear_kernel(
 def linear_launch(
     call: Call,
     out: Operand | Pointer,
-    x: Operand,
+    x: Operand | Parts,
     weight: Operand,
     bias: Operand | None = None,
     factor: Operand | None = None,
@@ -105,12 +110,12 @@ def linear_launch(
     steps: tuple[dict[str, Any], dict[str, Any]] = (NO_STEPS, {"STEPS": (), "COUNT": 0}),
     conv: RowConv | None = None,
 ) -> Launch:
-    """One product of all rows of x; `out` may be a pointer to scratch, with its stride. `steps`: of `steps_of`. `conv`:
-    in a call of one row a session. An op that norms its rows first names the weight of the norm `norm`, and `gain` and
-    `shift` where it modulates them then."""
+    """One product of all rows of x (of parts of attention, one); `out` may be a pointer to scratch, with its stride.
+    `steps`: of `steps_of`. `conv`: in a call of one row a session. An op that norms its rows first names the weight of
+    the norm `norm`, and `gain` and `shift` where it modulates them then."""
     m, k = weight.shape[-2:]
     call.need(len(weight.shape) == 2 and x.cols == k, f"{weight.name} {weight.shape} does not take {x.cols} columns")
-    rows, norm = call.rows(x), call.optional("norm")
+    norm, rows = call.optional("norm"), 1 if isinstance(x, Parts) else call.rows(x)
     call.need(norm is None or norm.cols == k, f"the norm of {x.cols} columns is not of whole rows")
     gain, shift = call.optional("gain"), call.optional("shift")
     values, fixed, blocks = product_values(call, weight, "linear", m)
@@ -120,7 +125,8 @@ def linear_launch(
     values |= {
         "out": call.pointer(out) if isinstance(out, Operand) else out,
         "out_stride": out.stride if isinstance(out, Operand) else out_stride,
-        "x": call.pointer(x), "x_stride": Aligned(x.stride), "rows": rows, "m": m,
+        "x": None if isinstance(x, Parts) else call.pointer(x),
+        "x_stride": None if isinstance(x, Parts) else Aligned(x.stride), "rows": rows, "m": m,
         "bias": None if bias is None else call.pointer(bias),
         "factor": None if factor is None else call.pointer(factor),
         "addend": None if addend is None else call.pointer(addend),
@@ -136,8 +142,8 @@ def linear_launch(
         **steps[0],
     }  # fmt: skip
     convolution = NO_CONV if conv is None else conv.values(call, m)
-    values |= convolution[0]
-    fixed |= steps[1] | convolution[1]
+    values |= convolution[0] | (x.values if isinstance(x, Parts) else NO_PARTS)
+    fixed |= steps[1] | convolution[1] | (x.fixed if isinstance(x, Parts) else NO_COLUMNS)
     stages, form = blocks.stages, FORMS[weight.dtype]
     if norm is not None:
         held = weight.dtype != "i4g32"
@@ -147,14 +153,18 @@ def linear_launch(
         # The norm's weight lies beside the rows: fewer turns may fit on their way.
         each = fixed["BLOCK_M"] * form.bits // 8 + (4 if gain is None else 12) * fixed["ROWS"] + 4
         stages = stages_that_fit(stages, fixed["SLICES"] * blocks.block_k * each, call.sm)
+    if isinstance(x, Parts):  # a number of each part in the place of rows
+        each = fixed["BLOCK_M"] * form.bits // 8 + 4 * fixed["PARTS"]
+        stages = stages_that_fit(stages, fixed["SLICES"] * blocks.block_k * each, call.sm)
     grid = (-(-rows // fixed["ROWS"]), -(-m // fixed["BLOCK_M"]))
     return launch("linear_kernel", grid, values, fixed, blocks.warps, stages)
 
 
 @lowering("linear", "linear_add")
-def lower_linear(call: Call) -> Lowered:
+def lower_linear(call: Call, parts: Parts | None = None) -> Lowered:
+    """With `parts` these are x."""
     product = linear_launch(
-        call, call.outputs[0], call.operand("x"), call.operand("weight"), bias=call.optional("bias"),
+        call, call.outputs[0], parts or call.operand("x"), call.operand("weight"), bias=call.optional("bias"),
         factor=call.optional("scale"), addend=call.optional("addend"),
     )  # fmt: skip
     return Lowered((product,))
