@@ -13,6 +13,7 @@ from tmlc.kernels.triton.linear import linear_launch
 from tmlc.kernels.triton.mode import device
 from tmlc.kernels.triton.norms import power
 from tmlc.kernels.triton.parts import Parts
+from tmlc.kernels.triton.products import FEW_ROWS
 from tmlc.kernels.triton.registry import Call, launch, lowering
 from tmlc.kernels.triton.row_conv import RowConv
 
@@ -168,7 +169,7 @@ def lower_linear_conv(call: Call, parts: Parts | None = None) -> Lowered:
     )  # fmt: skip
     x = parts or call.operand("x")
     bias, factor, addend = (call.optional(name) for name in ("bias", "scale", "addend"))
-    if call.bucket.session_rows(out.rows) == 1 and conv.fits:
+    if conv.fits(call, out, FEW_ROWS):
         return Lowered((linear_launch(call, out, x, weight, bias, factor, addend, conv=conv),))
     m = weight.shape[0]
     product = Pointer("scratch", "", 0, "f32", call.rows(out) * m * 4)

@@ -22,25 +22,29 @@ def linear_kernel(
     out, x, norm, w, scales, zeros, bias, factor, addend, rows, m, k, w_stride, s_stride, x_stride, out_stride,
     addend_stride, alpha, cap, eps, a, b, c, a_stride, b_stride, c_stride, number0, number1, number2,
     gain, shift, gain_stride, shift_stride, taps, tail, slots, counts, start, channels, level,
-    part_m, part_l, part_acc, splits,
+    per, mixed, mixed_stride, part_m, part_l, part_acc, splits,
     FORM: tl.constexpr, GROUP: tl.constexpr, SLICES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
     ROWS: tl.constexpr, LINES: tl.constexpr, OVERLAP: tl.constexpr, STEPS: tl.constexpr, COUNT: tl.constexpr,
-    TAPS: tl.constexpr, RESIDUAL: tl.constexpr, DV: tl.constexpr, PARTS: tl.constexpr,
+    TAPS: tl.constexpr, RESIDUAL: tl.constexpr, EACH: tl.constexpr, DV: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """out[rows, m] = addend + factor·(cap·tanh((alpha·x) · Wᵀ + bias)/cap)), and then the steps; with `norm` of
     rms_norm(x) in the place of alpha·x, or with `gain` and `shift` of rms_norm(x)∘(1 + gain) + shift; grid (tiles of
     rows, tiles of m). What the epilogue reads is asked for before the product, which hides the wait.
 
-    With `taps` each row is a session's only one, and before the addend comes its convolution of `channels` columns
-    from `start` on (row_conv.py). With PARTS there is one row, and x is the sum of the parts of attention (parts.py).
+    With `taps` a tile has the EACH rows of its sessions, and before the addend comes their convolution of `channels`
+    columns from `start` on (row_conv.py); with `mixed` it is one of the result, and goes there. With PARTS there is one row, and x is the sum of the parts of attention (parts.py).
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     col = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     live, inside = row < rows, col < m
     wide_row, wide_col = row.to(tl.int64), col.to(tl.int64)
     if TAPS > 0:  # the host wrote these before the first launch
-        slot = tl.load(slots + row, mask=live, other=-1)
-        some = tl.load(counts + row, mask=live, other=0) > 0
+        turn = row % EACH
+        slot = tl.load(slots + row // EACH, mask=live, other=-1)
+        count = tl.load(counts + row // EACH, mask=live, other=0)
+        some = (slot >= 0) & (count > 0)
+        if EACH > 1:
+            count *= per
     if OVERLAP:
         prefetch_rows(w, wide_col * w_stride, inside, k, FORM, LINES)
         previous()
@@ -61,9 +65,9 @@ def linear_kernel(
     if TAPS > 0:
         channel = col - start
         convolved = inside & (channel >= 0) & (channel < channels)
-        held = convolved[:, None] & ((slot >= 0) & some)[None, :]
+        held = convolved[:, None] & some[None, :]
         tail_at = tail + (slot // 4)[None, :] + channel[:, None]
-        weights, before = rows_before(taps, tail_at, channel, convolved, held, channels, TAPS)
+        weights, before = rows_before(taps, tail_at, channel, convolved, held, channels, TAPS, EACH, turn)
     if norm is not None:
         gain_off, shift_off = wide_row, wide_row
         if gain is not None:
@@ -86,13 +90,18 @@ def linear_kernel(
         y *= times
     if cap is not None:
         y = cap * tanh(y / cap)
-    if TAPS > 0:
+    if TAPS > 0 and mixed is None:
         tl.debug_barrier()  # every thread has read the tail
-        keep_rows(y, before, tail_at, held, channels, TAPS)
-        y = convolve(y, weights, before, convolved, level, RESIDUAL, TAPS)
+        keep_rows(y, before, tail_at, held, channels, TAPS, EACH, turn, count)
+        y = convolve(y, weights, before, convolved, level, RESIDUAL, TAPS, EACH, ROWS)
     if addend is not None:
         y = added + y
     y = run_steps(y, av, bv, cv, number0, number1, number2, STEPS, COUNT)
+    if mixed is not None:
+        tl.debug_barrier()
+        keep_rows(y, before, tail_at, held, channels, TAPS, EACH, turn, count)
+        z = convolve(y, weights, before, convolved, level, RESIDUAL, TAPS, EACH, ROWS)
+        tl.store(mixed + wide_row[None, :] * mixed_stride + col[:, None], z, mask=mask)
     tl.store(out + wide_row[None, :] * out_stride + col[:, None], y, mask=mask)
 
 
@@ -109,9 +118,10 @@ def linear_launch(
     out_stride: int = 0,
     steps: tuple[dict[str, Any], dict[str, Any]] = (NO_STEPS, {"STEPS": (), "COUNT": 0}),
     conv: RowConv | None = None,
+    mixed: Operand | None = None,
 ) -> Launch:
     """One product of all rows of x (of parts of attention, one); `out` may be a pointer to scratch, with its stride.
-    `steps`: of `steps_of`. `conv`: in a call of one row a session. An op that norms its rows first names the weight of
+    `steps`: of `steps_of`. `conv`: one that fits; with `mixed` it goes there. An op that norms its rows first names the weight of
     the norm `norm`, and `gain` and `shift` where it modulates them then."""
     m, k = weight.shape[-2:]
     call.need(len(weight.shape) == 2 and x.cols == k, f"{weight.name} {weight.shape} does not take {x.cols} columns")
@@ -141,7 +151,7 @@ def linear_launch(
         "shift_stride": None if shift is None else Aligned(shift.stride),
         **steps[0],
     }  # fmt: skip
-    convolution = NO_CONV if conv is None else conv.values(call, m)
+    convolution = NO_CONV if conv is None else conv.values(call, call.outputs[0], m, mixed)
     values |= convolution[0] | (x.values if isinstance(x, Parts) else NO_PARTS)
     fixed |= steps[1] | convolution[1] | (x.fixed if isinstance(x, Parts) else NO_COLUMNS)
     stages, form = blocks.stages, FORMS[weight.dtype]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from triton_harness import Session, Shape, agree, draw, weight
+from triton_harness import Session, Shape, agree, bits, draw, run, weight
 
 COUNTS = (7, 1, 2)
 
@@ -57,3 +57,18 @@ def test_a_product_and_the_convolution_of_some_of_its_columns(machine, start, ad
     agree(
         machine, "linear_conv_state", sessions, attrs, [Shape("f32", m)], 3e-6, weights, cuts=(1, 2), compared=["tail"]
     )
+
+
+@pytest.mark.parametrize("counts", [(3, 4), (0, 2), (4, 1), (7,), (2, 1, 0, 2)])
+def test_a_product_convolves_all_rows_of_the_sessions_in_its_tile(machine, counts):
+    """Against a launch of the convolution, in a bucket with more rows; whatever part of its rows a session has."""
+    m, k, c = 30, 20, 11
+    weights = {"weight": weight(draw(5, m, k)), "taps": weight(draw(6, c, 4))}
+    attrs = {"start": 6, "residual": True, "level": 0.5}
+    both = [[Session({"x": draw(i, n, k)}, {"tail": draw(i + 9, 3, c)}, n) for i, n in enumerate(counts)] for _ in "ab"]
+    found, wanted = (
+        run(machine, "linear_conv_state", sessions, attrs, [Shape("f32", m)], weights, n=n, batch=len(counts), pad=3)
+        for sessions, n in zip(both, (8 // len(counts), 16), strict=True)
+    )
+    for (have,), (want,), one, other in zip(found, wanted, *both, strict=True):
+        assert np.array_equal(bits(have), bits(want)) and np.array_equal(one.states["tail"], other.states["tail"])

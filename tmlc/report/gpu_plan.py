@@ -5,7 +5,8 @@ compiled kernels).
 The checkpoint is all holes (a sparse file: headers, and no data), so everything is what `tmlc compile` does up to the
 weights, which are never read: tracing, passes, lowering to launches, compiling every kernel, and the JSON of the plan.
 Nothing is written, and the module run by itself does not use the compile cache. `--launches` stops before kernels are
-compiled and prints how many launches a call of each method makes in its smallest bucket; `--disable` leaves out passes.
+compiled and prints how many launches a call of each method makes in its smallest bucket, and each graph of a tick for
+one session; `--disable` leaves out passes.
 """
 
 from __future__ import annotations
@@ -132,10 +133,14 @@ def plan_on_meta(
 
 
 def launches_of_calls(preset: str, target: str, precision: str, pipeline: Pipeline) -> dict[str, dict[str, int]]:
-    """Method → kernel → launches in a call of its smallest bucket."""
+    """Kernel → launches: of a call of each method in its smallest bucket (`decode`), and of the graphs of a tick for one
+    session (`listen.b1`)."""
     from tmlc.compiler import compile
     from tmlc.emit.targets import find_target
+    from tmlc.emit.triton.chains import chains_of
     from tmlc.emit.triton.target import TritonTarget
+    from tmlc.kernels.triton.bucket import Bucket
+    from tmlc.runtimes.cuda.chains import Link
 
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / preset
@@ -145,9 +150,14 @@ def launches_of_calls(preset: str, target: str, precision: str, pipeline: Pipeli
         )
     chosen = find_target(target)
     assert isinstance(chosen, TritonTarget) and report.program is not None
-    methods = chosen.lower(report.program).launches[chosen.architectures[0]]
-    smallest = {name: buckets[min(buckets, key=lambda b: (b.batch, b.n))] for name, buckets in methods.items()}
-    return {name: dict(Counter(launch.kernel for launch in found)) for name, found in smallest.items()}
+    lowered, sm = chosen.lower(report.program), chosen.architectures[0]
+    methods = lowered.launches[sm]
+    found = {name: buckets[min(buckets, key=lambda b: (b.batch, b.n))] for name, buckets in methods.items()}
+    for chain in chains_of(report.program, lowered.methods, lowered.buckets):
+        if chain.batch == 1:
+            calls = [methods[link.method][Bucket(1, link.n)] for link in chain.links if isinstance(link, Link)]
+            found[chain.key] = [launch for part in (*calls, lowered.chains[sm][chain.key]) for launch in part]
+    return {name: dict(Counter(launch.kernel for launch in launches)) for name, launches in found.items()}
 
 
 def main() -> None:
@@ -157,7 +167,7 @@ def main() -> None:
     parser.add_argument("--precision", default="bf16")
     parser.add_argument("--overlap", action="store_true", help="with the pass memory.overlap")
     parser.add_argument("--jobs", type=int, help="processes that compile kernels; default: a core each")
-    parser.add_argument("--launches", action="store_true", help="launches of a call of each method, and no kernels")
+    parser.add_argument("--launches", action="store_true", help="launches of calls and of a tick's graphs, and no kernels")
     parser.add_argument("--disable", default="", help="passes to leave out, with commas between")
     chosen = parser.parse_args()
     os.environ["TMLC_CACHE"] = "off"
