@@ -159,6 +159,20 @@ def lower_conv(call: Call) -> Lowered:
     )  # fmt: skip
 
 
+@lowering("linear_and_conv_state")
+def lower_linear_and_conv(call: Call) -> Lowered:
+    out, mixed = call.outputs
+    conv = RowConv(call.operand("taps"), call.operand("tail"), 0, bool(call.attrs["residual"]), 1.0)
+    fits = conv.fits(call, out, FEW_ROWS)
+    product = linear_launch(
+        call, out, call.operand("x"), call.operand("weight"), call.optional("bias"), call.optional("scale"),
+        call.optional("addend"), conv=conv if fits else None, mixed=mixed if fits else None,
+    )  # fmt: skip
+    if fits:
+        return Lowered((product,))
+    return Lowered((product, conv_launch(call, mixed, out, conv.taps, conv.tail, conv.residual)))
+
+
 @lowering("linear_conv_state")
 def lower_linear_conv(call: Call, parts: Parts | None = None) -> Lowered:
     """With `parts` these are x, and the convolution is one that a product can do."""

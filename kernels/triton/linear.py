@@ -12,7 +12,7 @@ from tmlc.kernels.triton.overlap import prefetch_rows, previous
 from tmlc.kernels.triton.parts import NO_COLUMNS, NO_PARTS, Parts
 from tmlc.kernels.triton.products import FEW_ROWS, lines, normed_product, product_values, tile_rows, weight_product
 from tmlc.kernels.triton.registry import Call, launch, lowering
-from tmlc.kernels.triton.row_conv import NO_CONV, RowConv, convolve, keep_rows, rows_before
+from tmlc.kernels.triton.row_conv import NO_CONV, RowConv, convolve_rows, rows_before, sessions_from, tails_before
 from tmlc.kernels.triton.steps import NO_STEPS, run_steps, steps_of, tanh
 from tmlc.kernels.triton.tuning import stages_that_fit
 
@@ -32,19 +32,19 @@ def linear_kernel(
     rows, tiles of m). What the epilogue reads is asked for before the product, which hides the wait.
 
     With `taps` a tile has the EACH rows of its sessions, and before the addend comes their convolution of `channels`
-    columns from `start` on (row_conv.py); with `mixed` it is one of the result, and goes there. With PARTS there is one row, and x is the sum of the parts of attention (parts.py).
+    columns from `start` on (row_conv.py); with `mixed` it is one of the result, and goes there. With PARTS there is one
+    row, and x is the sum of the parts of attention (parts.py).
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     col = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     live, inside = row < rows, col < m
     wide_row, wide_col = row.to(tl.int64), col.to(tl.int64)
     if TAPS > 0:  # the host wrote these before the first launch
-        turn = row % EACH
-        slot = tl.load(slots + row // EACH, mask=live, other=-1)
-        count = tl.load(counts + row // EACH, mask=live, other=0)
-        some = (slot >= 0) & (count > 0)
-        if EACH > 1:
-            count *= per
+        if EACH == 1:
+            slot = tl.load(slots + row, mask=live, other=-1)
+            some = tl.load(counts + row, mask=live, other=0) > 0
+        else:
+            sessions = sessions_from(tl.program_id(0) * (ROWS // EACH), slots, counts, rows // EACH, ROWS // EACH)
     if OVERLAP:
         prefetch_rows(w, wide_col * w_stride, inside, k, FORM, LINES)
         previous()
@@ -65,9 +65,14 @@ def linear_kernel(
     if TAPS > 0:
         channel = col - start
         convolved = inside & (channel >= 0) & (channel < channels)
-        held = convolved[:, None] & some[None, :]
-        tail_at = tail + (slot // 4)[None, :] + channel[:, None]
-        weights, before = rows_before(taps, tail_at, channel, convolved, held, channels, TAPS, EACH, turn)
+        if EACH == 1:
+            held = convolved[:, None] & ((slot >= 0) & some)[None, :]
+            tails = (tail + (slot // 4)[None, :] + channel[:, None], held)
+            weights, before = rows_before(taps, tails[0], channel, convolved, held, channels, TAPS)
+        else:
+            weights, tails, before = tails_before(
+                taps, tail, sessions, channel, convolved, channels, TAPS, ROWS // EACH
+            )
     if norm is not None:
         gain_off, shift_off = wide_row, wide_row
         if gain is not None:
@@ -91,16 +96,16 @@ def linear_kernel(
     if cap is not None:
         y = cap * tanh(y / cap)
     if TAPS > 0 and mixed is None:
-        tl.debug_barrier()  # every thread has read the tail
-        keep_rows(y, before, tail_at, held, channels, TAPS, EACH, turn, count)
-        y = convolve(y, weights, before, convolved, level, RESIDUAL, TAPS, EACH, ROWS)
+        y = convolve_rows(
+            y, weights, tails, before, convolved, level, per, channels, RESIDUAL, TAPS, EACH, ROWS // EACH, BLOCK_M
+        )
     if addend is not None:
         y = added + y
     y = run_steps(y, av, bv, cv, number0, number1, number2, STEPS, COUNT)
     if mixed is not None:
-        tl.debug_barrier()
-        keep_rows(y, before, tail_at, held, channels, TAPS, EACH, turn, count)
-        z = convolve(y, weights, before, convolved, level, RESIDUAL, TAPS, EACH, ROWS)
+        z = convolve_rows(
+            y, weights, tails, before, convolved, level, per, channels, RESIDUAL, TAPS, EACH, ROWS // EACH, BLOCK_M
+        )
         tl.store(mixed + wide_row[None, :] * mixed_stride + col[:, None], z, mask=mask)
     tl.store(out + wide_row[None, :] * out_stride + col[:, None], y, mask=mask)
 
@@ -121,8 +126,8 @@ def linear_launch(
     mixed: Operand | None = None,
 ) -> Launch:
     """One product of all rows of x (of parts of attention, one); `out` may be a pointer to scratch, with its stride.
-    `steps`: of `steps_of`. `conv`: one that fits; with `mixed` it goes there. An op that norms its rows first names the weight of
-    the norm `norm`, and `gain` and `shift` where it modulates them then."""
+    `steps`: of `steps_of`. `conv`: one that fits; with `mixed` it goes there. An op that norms its rows first names the
+    weight of the norm `norm`, and `gain` and `shift` where it modulates them then."""
     m, k = weight.shape[-2:]
     call.need(len(weight.shape) == 2 and x.cols == k, f"{weight.name} {weight.shape} does not take {x.cols} columns")
     norm, rows = call.optional("norm"), 1 if isinstance(x, Parts) else call.rows(x)

@@ -1,5 +1,5 @@
-"""A short convolution in the epilogue of the product that feeds it, where a tile has all rows of its sessions: whoever has
-made a column has all that its convolution needs, but for the rows before, which lie in the session's tail.
+"""A short convolution in the epilogue of the product that feeds it, where a tile has all rows of its sessions: whoever
+has made a column has all that its convolution needs, but for the rows before, which lie in the session's tail.
 
 More rows have a launch of their own (conv.py), with the same operations in the same order.
 """
@@ -23,55 +23,23 @@ NO_CONV: tuple[dict[str, Any], dict[str, Any]] = (
 
 
 @device
-def rows_before(taps, tail, channel, inside, held, c, TAPS: tl.constexpr, EACH: tl.constexpr = 1, turn=0):
-    """(weights of the taps [BLOCK_M], rows before [BLOCK_M, rows]), each a tuple in ascending order. They are asked for
-    here and first used in `convolve`.
-
-    EACH rows of a session follow each other, row r of them in turn[r]: its j-th row before is row turn + j of the tail,
-    or, where that ends, one of the EACH.
-    """
+def rows_before(taps, tail, channel, inside, held, c, TAPS: tl.constexpr):
+    """(weights of the taps [BLOCK_M], the TAPS - 1 rows before [BLOCK_M, rows]), each a tuple in ascending order. They
+    are asked for here and first used in `convolve`."""
     weights, rows = (), ()
     for j in tl.static_range(TAPS):
         weights += (tl.load(taps + channel * TAPS + j, mask=inside, other=0.0),)  # type: ignore[assignment]
         if j < TAPS - 1:
-            if EACH == 1:
-                rows += (tl.load(tail + j * c, mask=held, other=0.0),)  # type: ignore[assignment]
-            else:
-                there = held & (turn + j < TAPS - 1)[None, :]
-                rows += (tl.load(tail + (turn + j)[None, :] * c, mask=there, other=0.0),)  # type: ignore[assignment]
+            rows += (tl.load(tail + j * c, mask=held, other=0.0),)  # type: ignore[assignment]
     return weights, rows
 
 
 @device
-def rows_apart(y, lane, ROWS: tl.constexpr, EACH: tl.constexpr):
-    """The columns [BLOCK_M] of y [BLOCK_M, ROWS], in order, without the last of each session. Each is a sum of one
-    number, so it has its bits whatever the order is."""
-    found = ()
-    for s in tl.static_range(ROWS // EACH):
-        for t in tl.static_range(EACH - 1):
-            found += (tl.sum(tl.where((lane == s * EACH + t)[None, :], y, 0.0), 1),)  # type: ignore[assignment]
-    return found
-
-
-@device
-def convolve(
-    y, weights, rows, inside, level,
-    RESIDUAL: tl.constexpr, TAPS: tl.constexpr, EACH: tl.constexpr = 1, ROWS: tl.constexpr = 1,
-):  # fmt: skip
-    """level·(Σ_j weights_j·x[t - (TAPS-1) + j] (+ x[t])) of the rows x of each session, those before it and then its EACH
-    columns of y [BLOCK_M, ROWS], in the rows `inside`; the others as they are."""
-    if EACH > 1:
-        lane = tl.arange(0, ROWS)
-        apart = rows_apart(y, lane, ROWS, EACH)
+def convolve(y, weights, rows, inside, level, RESIDUAL: tl.constexpr, TAPS: tl.constexpr):
+    """level·(Σ_j weights_j·rows_j (+ y)) in the columns `inside`, y being the last row; the others as they are."""
     total = tl.zeros(y.shape, tl.float32)
     for j in tl.static_range(TAPS - 1):
-        before = rows[j]
-        for s in tl.static_range(ROWS // EACH):
-            for t in tl.static_range(EACH - 1):
-                if t + TAPS - 1 - j < EACH:
-                    to = s * EACH + t + TAPS - 1 - j
-                    before = tl.where((lane == to)[None, :], apart[s * (EACH - 1) + t][:, None], before)
-        total += weights[j][:, None] * before
+        total += weights[j][:, None] * rows[j]
     total += weights[TAPS - 1][:, None] * y
     if RESIDUAL:
         total += y
@@ -81,19 +49,110 @@ def convolve(
 
 
 @device
-def keep_rows(y, rows, tail, held, c, TAPS: tl.constexpr, EACH: tl.constexpr = 1, turn=0, count=1):
-    """The last TAPS - 1 of the tail's rows and the first `count` of a session's. Every thread has read the tail."""
+def keep_rows(y, rows, tail, held, c, TAPS: tl.constexpr):
+    """The tail without its first row, and y behind it. Every thread has read the tail."""
+    for j in tl.static_range(TAPS - 2):
+        tl.store(tail + j * c, rows[j + 1], mask=held)
+    tl.store(tail + (TAPS - 2) * c, y, mask=held)
+
+
+@device
+def sessions_from(first, slots, counts, sessions, HELD: tl.constexpr):
+    """(slot, count) of HELD sessions from `first` on, of `sessions`; no slot is negative."""
+    found = ()
+    for s in tl.static_range(HELD):
+        there = first + s < sessions
+        slot = tl.load(slots + first + s, mask=there, other=-1)
+        found += ((slot, tl.load(counts + first + s, mask=there, other=0)),)  # type: ignore[assignment]
+    return found
+
+
+@device
+def tails_before(taps, tail, sessions, channel, inside, c, TAPS: tl.constexpr, HELD: tl.constexpr):
+    """`rows_before` of HELD sessions: (weights, tails: for each session its pointer, its count and whether it is there,
+    rows: of all sessions one behind the other, [BLOCK_M] each)."""
+    weights, tails, rows = (), (), ()
+    for j in tl.static_range(TAPS):
+        weights += (tl.load(taps + channel * TAPS + j, mask=inside, other=0.0),)  # type: ignore[assignment]
+    for s in tl.static_range(HELD):
+        slot, count = sessions[s]
+        at = tail + slot // 4 + channel
+        there = (slot >= 0) & (count > 0)
+        tails += ((at, count, there),)  # type: ignore[assignment]
+        for j in tl.static_range(TAPS - 1):
+            rows += (tl.load(at + j * c, mask=inside & there, other=0.0),)  # type: ignore[assignment]
+    return weights, tails, rows
+
+
+@device
+def columns_of(y, BLOCK_M: tl.constexpr):
+    """The columns [BLOCK_M] of y [BLOCK_M, 8] as a tuple: threads exchange y once, and a thread then has its row."""
+    even, odd = tl.split(tl.reshape(y, (BLOCK_M, 4, 2)))
+    c04, c26 = tl.split(tl.reshape(even, (BLOCK_M, 2, 2)))
+    c15, c37 = tl.split(tl.reshape(odd, (BLOCK_M, 2, 2)))
+    c0, c4 = tl.split(c04)
+    c1, c5 = tl.split(c15)
+    c2, c6 = tl.split(c26)
+    c3, c7 = tl.split(c37)
+    return c0, c1, c2, c3, c4, c5, c6, c7
+
+
+@device
+def from_columns(c, BLOCK_M: tl.constexpr):
+    """[BLOCK_M, 8] of eight columns: what `columns_of` takes apart."""
+    even = tl.reshape(tl.join(tl.join(c[0], c[4]), tl.join(c[2], c[6])), (BLOCK_M, 4))
+    odd = tl.reshape(tl.join(tl.join(c[1], c[5]), tl.join(c[3], c[7])), (BLOCK_M, 4))
+    return tl.reshape(tl.join(even, odd), (BLOCK_M, 8))
+
+
+@device
+def convolve_sessions(
+    y, weights, tails, rows, inside, level, per, c,
+    RESIDUAL: tl.constexpr, TAPS: tl.constexpr, EACH: tl.constexpr, HELD: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """`convolve` and `keep_rows` of y [BLOCK_M, 8], EACH columns a session, count·per of them real. Every thread has
+    read the tails."""
+    columns = columns_of(y, BLOCK_M)
+    mixed = ()
+    for s in tl.static_range(HELD):
+        whole = ()  # the session's rows: those of its tail, then its own
+        for j in tl.static_range(TAPS - 1):
+            whole += (rows[s * (TAPS - 1) + j],)  # type: ignore[assignment]
+        for t in tl.static_range(EACH):
+            whole += (columns[s * EACH + t],)  # type: ignore[assignment]
+        for t in tl.static_range(EACH):
+            now = columns[s * EACH + t]
+            total = tl.zeros(now.shape, tl.float32)
+            for j in tl.static_range(TAPS):
+                total += weights[j] * whole[t + j]
+            if RESIDUAL:
+                total += now
+            if level is not None:
+                total = total * level
+            mixed += (tl.where(inside, total, now),)  # type: ignore[assignment]
+        at, count, there = tails[s]
+        for j in tl.static_range(TAPS - 1):
+            kept = whole[1 + j]  # type: ignore[var-annotated]
+            for n in tl.static_range(2, EACH + 1):
+                kept = tl.where(count * per == n, whole[n + j], kept)
+            tl.store(at + j * c, kept, mask=inside & there)
+    return from_columns(mixed, BLOCK_M)
+
+
+@device
+def convolve_rows(
+    y, weights, tails, rows, inside, level, per, c,
+    RESIDUAL: tl.constexpr, TAPS: tl.constexpr, EACH: tl.constexpr, HELD: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """The convolution of a tile's rows, and their sessions' tails moved on. tails and rows: of `tails_before`, or with
+    one row a session its pointers and which are there, and of `rows_before`."""
+    tl.debug_barrier()  # every thread has read the tails
     if EACH == 1:
-        for j in tl.static_range(TAPS - 2):
-            tl.store(tail + j * c, rows[j + 1], mask=held)
-        tl.store(tail + (TAPS - 2) * c, y, mask=held)
-    else:
-        for j in tl.static_range(TAPS - 1):  # of the first column, whose rows are the whole tail
-            stays = (turn == 0) & (j >= count)
-            tl.store(tail + (j - count)[None, :] * c, rows[j], mask=held & stays[None, :])
-        place = turn - count + (TAPS - 1)
-        comes = (turn < count) & (place >= 0)
-        tl.store(tail + place[None, :] * c, y, mask=held & comes[None, :])
+        keep_rows(y, rows, tails[0], tails[1], c, TAPS)
+        return convolve(y, weights, rows, inside, level, RESIDUAL, TAPS)
+    return convolve_sessions(
+        y, weights, tails, rows, inside, level, per, c, RESIDUAL, TAPS, EACH, HELD, BLOCK_M
+    )
 
 
 @dataclass(frozen=True)

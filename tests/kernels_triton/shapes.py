@@ -105,6 +105,9 @@ def calls(model: Model, bucket: Bucket, sm: int) -> Iterator[Call]:
         projected = {"x": x(q), "weight": w(d, q, dtype=form), "bias": None, "scale": None, "addend": x(d)}
         yield call("linear_conv_state", projected | {"taps": w(d, 4), "tail": state(3, d)}, x(d), start=0,
                    residual=True, level=1.0)  # fmt: skip
+        block = {"x": x(2 * m.vocoder), "weight": w(m.vocoder, 2 * m.vocoder, dtype=form), "bias": w(1, m.vocoder)}
+        block |= {"scale": None, "addend": x(m.vocoder), "taps": w(m.vocoder, 7), "tail": state(6, m.vocoder)}
+        yield call("linear_and_conv_state", block, x(m.vocoder), x(m.vocoder), residual=False)
         yield call(
             "linear_add",
             {"x": x(q), "weight": w(d, q, dtype=form), "bias": None, "scale": w(1, 1), "addend": x(d)},

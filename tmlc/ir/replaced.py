@@ -24,6 +24,7 @@ TRITON_PASSES = {
     "norm_linear_conv_state": "fuse.norm_linear",
     "norm_attention_state": "fuse.norm_attention",
     "attention_linear_state": "fuse.attention_linear",
+    "linear_and_conv_state": "fuse.linear_and_conv",
     "modulated_linear": "fuse.norm_linear",
     "modulated_linear_steps": "fuse.norm_linear",
 }

@@ -133,8 +133,8 @@ def plan_on_meta(
 
 
 def launches_of_calls(preset: str, target: str, precision: str, pipeline: Pipeline) -> dict[str, dict[str, int]]:
-    """Kernel → launches: of a call of each method in its smallest bucket (`decode`), and of the graphs of a tick for one
-    session (`listen.b1`)."""
+    """Kernel → launches: of a call of each method in its smallest bucket (`decode`), and of the graphs of a tick for
+    one session (`listen.b1`)."""
     from tmlc.compiler import compile
     from tmlc.emit.targets import find_target
     from tmlc.emit.triton.chains import chains_of
@@ -167,7 +167,7 @@ def main() -> None:
     parser.add_argument("--precision", default="bf16")
     parser.add_argument("--overlap", action="store_true", help="with the pass memory.overlap")
     parser.add_argument("--jobs", type=int, help="processes that compile kernels; default: a core each")
-    parser.add_argument("--launches", action="store_true", help="launches of calls and of a tick's graphs, and no kernels")
+    parser.add_argument("--launches", action="store_true", help="launches of calls and of a tick's graphs; no kernels")
     parser.add_argument("--disable", default="", help="passes to leave out, with commas between")
     chosen = parser.parse_args()
     os.environ["TMLC_CACHE"] = "off"

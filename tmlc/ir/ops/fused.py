@@ -175,6 +175,42 @@ def linear_conv_state(
     return _finish(linear(x, weight, bias), scale, taps, tail, start, residual, level, addend)
 
 
+def _linear_and_conv_state(
+    x: TensorType,
+    weight: TensorType,
+    bias: TensorType | None,
+    scale: TensorType | None,
+    addend: TensorType | None,
+    taps: TensorType,
+    tail: TensorType,
+    residual: bool,
+) -> tuple[TensorType, TensorType]:
+    y = _after(linear_type(x, weight, bias), scale, taps, tail, 0, 1.0, addend)
+    need(conv_taps(taps, "taps")[0] == y.shape[1], f"taps must have {y.shape[1]} channels, not {taps}")
+    return y, y
+
+
+@op(
+    "linear_and_conv_state(Tensor x, Tensor weight, Tensor? bias, Tensor? scale, Tensor? addend, Tensor taps,"
+    " Tensor(a!) tail, bool residual) -> (Tensor, Tensor)",
+    _linear_and_conv_state,
+    from_pass=True,
+)
+def linear_and_conv_state(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    addend: Tensor | None,
+    taps: Tensor,
+    tail: Tensor,
+    residual: bool,
+) -> tuple[Tensor, Tensor]:
+    """(y, short_conv_state(y)) of y = (addend +) scale·linear(x): a product that others read beside its convolution."""
+    y = _finish(linear(x, weight, bias), scale, None, None, 0, False, 1.0, addend)
+    return y, short_conv_state(y, taps, tail, residual)
+
+
 def _moe_add(addend: TensorType, *args: Any) -> TensorType:
     return _after(moe_type(*args), None, None, None, 0, 1.0, addend)
 
