@@ -149,10 +149,12 @@ def convolve_rows(
     tl.debug_barrier()  # every thread has read the tails
     if EACH == 1:
         keep_rows(y, rows, tails[0], tails[1], c, TAPS)
-        return convolve(y, weights, rows, inside, level, RESIDUAL, TAPS)
-    return convolve_sessions(
-        y, weights, tails, rows, inside, level, per, c, RESIDUAL, TAPS, EACH, HELD, BLOCK_M
-    )
+        mixed = convolve(y, weights, rows, inside, level, RESIDUAL, TAPS)
+    else:
+        mixed = convolve_sessions(
+            y, weights, tails, rows, inside, level, per, c, RESIDUAL, TAPS, EACH, HELD, BLOCK_M
+        )
+    return mixed
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,14 @@ import tempfile
 import time
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tmlc.pipeline.pipeline import Pipeline, load_pipeline
 from tmlc.report.startup import peak_rss_bytes
+
+if TYPE_CHECKING:
+    from tmlc.emit.triton.target import Lowerings
+    from tmlc.ir.program import Program
 
 SHARD_BYTES = 4 << 30
 
@@ -132,15 +136,17 @@ def plan_on_meta(
     }  # fmt: skip
 
 
-def launches_of_calls(preset: str, target: str, precision: str, pipeline: Pipeline) -> dict[str, dict[str, int]]:
-    """Kernel → launches: of a call of each method in its smallest bucket (`decode`), and of the graphs of a tick for
-    one session (`listen.b1`)."""
+def lowered_preset(
+    preset: str, target: str, precision: str, pipeline: Pipeline
+) -> tuple[Program, Lowerings, int]:
+    """The program of a zoo preset, its launches, and the first architecture of the target. No kernel is compiled.
+
+    Raises:
+        EmitError: an op has no kernel.
+    """
     from tmlc.compiler import compile
     from tmlc.emit.targets import find_target
-    from tmlc.emit.triton.chains import chains_of
     from tmlc.emit.triton.target import TritonTarget
-    from tmlc.kernels.triton.bucket import Bucket
-    from tmlc.runtimes.cuda.chains import Link
 
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / preset
@@ -150,10 +156,20 @@ def launches_of_calls(preset: str, target: str, precision: str, pipeline: Pipeli
         )
     chosen = find_target(target)
     assert isinstance(chosen, TritonTarget) and report.program is not None
-    lowered, sm = chosen.lower(report.program), chosen.architectures[0]
+    return report.program, chosen.lower(report.program), chosen.architectures[0]
+
+
+def launches_of_calls(preset: str, target: str, precision: str, pipeline: Pipeline) -> dict[str, dict[str, int]]:
+    """Kernel → launches: of a call of each method in its smallest bucket (`decode`), and of the graphs of a tick for
+    one session (`listen.b1`)."""
+    from tmlc.emit.triton.chains import chains_of
+    from tmlc.kernels.triton.bucket import Bucket
+    from tmlc.runtimes.cuda.chains import Link
+
+    program, lowered, sm = lowered_preset(preset, target, precision, pipeline)
     methods = lowered.launches[sm]
     found = {name: buckets[min(buckets, key=lambda b: (b.batch, b.n))] for name, buckets in methods.items()}
-    for chain in chains_of(report.program, lowered.methods, lowered.buckets):
+    for chain in chains_of(program, lowered.methods, lowered.buckets):
         if chain.batch == 1:
             calls = [methods[link.method][Bucket(1, link.n)] for link in chain.links if isinstance(link, Link)]
             found[chain.key] = [launch for part in (*calls, lowered.chains[sm][chain.key]) for launch in part]
