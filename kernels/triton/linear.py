@@ -10,10 +10,18 @@ from tmlc.kernels.triton.layouts import FORMS
 from tmlc.kernels.triton.mode import device
 from tmlc.kernels.triton.overlap import prefetch_rows, previous
 from tmlc.kernels.triton.parts import NO_COLUMNS, NO_PARTS, Parts
-from tmlc.kernels.triton.products import FEW_ROWS, lines, normed_product, product_values, tile_rows, weight_product
+from tmlc.kernels.triton.products import (
+    FEW_ROWS,
+    lines,
+    normed_products,
+    product_values,
+    tile_rows,
+    two_products,
+    weight_product,
+)
 from tmlc.kernels.triton.registry import Call, launch, lowering
 from tmlc.kernels.triton.row_conv import NO_CONV, RowConv, convolve_rows, rows_before, sessions_from, tails_before
-from tmlc.kernels.triton.steps import NO_STEPS, run_steps, steps_of, tanh
+from tmlc.kernels.triton.steps import NO_STEPS, arithmetic, run_steps, steps_of, tanh
 from tmlc.kernels.triton.tuning import stages_that_fit
 
 
@@ -26,6 +34,7 @@ def linear_kernel(
     FORM: tl.constexpr, GROUP: tl.constexpr, SLICES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
     ROWS: tl.constexpr, LINES: tl.constexpr, OVERLAP: tl.constexpr, STEPS: tl.constexpr, COUNT: tl.constexpr,
     TAPS: tl.constexpr, RESIDUAL: tl.constexpr, EACH: tl.constexpr, DV: tl.constexpr, PARTS: tl.constexpr,
+    GATED: tl.constexpr,
 ):  # fmt: skip
     """out[rows, m] = addend + factor·(cap·tanh((alpha·x) · Wᵀ + bias)/cap)), and then the steps; with `norm` of
     rms_norm(x) in the place of alpha·x, or with `gain` and `shift` of rms_norm(x)∘(1 + gain) + shift; grid (tiles of
@@ -33,7 +42,8 @@ def linear_kernel(
 
     With `taps` a tile has the EACH rows of its sessions, and before the addend comes their convolution of `channels`
     columns from `start` on (row_conv.py); with `mixed` it is one of the result, and goes there. With PARTS there is one
-    row, and x is the sum of the parts of attention (parts.py).
+    row, and x is the sum of the parts of attention (parts.py). With GATED W has 2·m rows: silu of a product with one of
+    the first m is multiplied by that with the row m behind it.
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     col = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -47,10 +57,14 @@ def linear_kernel(
             sessions = sessions_from(tl.program_id(0) * (ROWS // EACH), slots, counts, rows // EACH, ROWS // EACH)
     if OVERLAP:
         prefetch_rows(w, wide_col * w_stride, inside, k, FORM, LINES)
+        if GATED:
+            prefetch_rows(w, (wide_col + m) * w_stride, inside, k, FORM, LINES)
         previous()
     mask = inside[:, None] & live[None, :]
     if bias is not None:
         biases = tl.load(bias + col, mask=inside, other=0.0)
+        if GATED:
+            biases_2 = tl.load(bias + m + col, mask=inside, other=0.0)
     if factor is not None:
         times = tl.load(factor)
     if addend is not None:
@@ -77,9 +91,16 @@ def linear_kernel(
         gain_off, shift_off = wide_row, wide_row
         if gain is not None:
             gain_off, shift_off = wide_row * gain_stride, wide_row * shift_stride
-        y = normed_product(
-            w, scales, zeros, wide_col * w_stride, wide_col * s_stride, inside, x, norm, wide_row * x_stride, live, k,
-            eps, gain, gain_off, shift, shift_off, FORM, GROUP, SLICES, BLOCK_M, BLOCK_K, ROWS,
+        y, y_2 = normed_products(
+            w, scales, zeros, wide_col * w_stride, wide_col * s_stride, (wide_col + m) * w_stride,
+            (wide_col + m) * s_stride, inside, x, norm, wide_row * x_stride, live, k, eps, gain, gain_off, shift,
+            shift_off, GATED, FORM, GROUP, SLICES, BLOCK_M, BLOCK_K, ROWS,
+        )  # fmt: skip
+    elif GATED:
+        y, y_2 = two_products(
+            w, scales, zeros, wide_col * w_stride, wide_col * s_stride, (wide_col + m) * w_stride,
+            (wide_col + m) * s_stride, inside, x, wide_row * x_stride, live, k, FORM, GROUP, SLICES, BLOCK_M, BLOCK_K,
+            ROWS,
         )  # fmt: skip
     else:
         x_off = wide_row
@@ -91,6 +112,10 @@ def linear_kernel(
         )  # fmt: skip
     if bias is not None:
         y += biases[:, None]
+        if GATED:
+            y_2 += biases_2[:, None]
+    if GATED:
+        y = arithmetic(y, y_2, 0.0, 0.0, 0.0, "swiglu")
     if factor is not None:
         y *= times
     if cap is not None:
@@ -124,11 +149,16 @@ def linear_launch(
     steps: tuple[dict[str, Any], dict[str, Any]] = (NO_STEPS, {"STEPS": (), "COUNT": 0}),
     conv: RowConv | None = None,
     mixed: Operand | None = None,
+    gated: bool = False,
 ) -> Launch:
     """One product of all rows of x (of parts of attention, one); `out` may be a pointer to scratch, with its stride.
-    `steps`: of `steps_of`. `conv`: one that fits; with `mixed` it goes there. An op that norms its rows first names the
-    weight of the norm `norm`, and `gain` and `shift` where it modulates them then."""
+    `steps`: of `steps_of`. `conv`: one that fits; with `mixed` it goes there. `gated`: the weight has gates, and then
+    as many ups. An op that norms its rows first names the weight of the norm `norm`, and `gain` and `shift` where it
+    modulates them then."""
     m, k = weight.shape[-2:]
+    if gated:
+        call.need(m % 2 == 0, f"{m} rows of gates and ups")
+        m //= 2
     call.need(len(weight.shape) == 2 and x.cols == k, f"{weight.name} {weight.shape} does not take {x.cols} columns")
     norm, rows = call.optional("norm"), 1 if isinstance(x, Parts) else call.rows(x)
     call.need(norm is None or norm.cols == k, f"the norm of {x.cols} columns is not of whole rows")
@@ -158,19 +188,19 @@ def linear_launch(
     }  # fmt: skip
     convolution = NO_CONV if conv is None else conv.values(call, call.outputs[0], m, mixed)
     values |= convolution[0] | (x.values if isinstance(x, Parts) else NO_PARTS)
-    fixed |= steps[1] | convolution[1] | (x.fixed if isinstance(x, Parts) else NO_COLUMNS)
-    stages, form = blocks.stages, FORMS[weight.dtype]
+    fixed |= steps[1] | convolution[1] | (x.fixed if isinstance(x, Parts) else NO_COLUMNS) | {"GATED": gated}
+    form, stages = FORMS[weight.dtype], blocks.stages
     if norm is not None:
         held = weight.dtype != "i4g32"
         call.need(held, "weights of i4g32 leave no registers for a norm", "leave out fuse.norm_linear")
-        if form.group:  # codes, their values, x and its squares of more rows of weights do not fit into the registers
-            fixed["BLOCK_M"] = min(16, blocks.block_m)
-        # The norm's weight lies beside the rows: fewer turns may fit on their way.
-        each = fixed["BLOCK_M"] * form.bits // 8 + (4 if gain is None else 12) * fixed["ROWS"] + 4
-        stages = stages_that_fit(stages, fixed["SLICES"] * blocks.block_k * each, call.sm)
-    if isinstance(x, Parts):  # a number of each part in the place of rows
-        each = fixed["BLOCK_M"] * form.bits // 8 + 4 * fixed["PARTS"]
-        stages = stages_that_fit(stages, fixed["SLICES"] * blocks.block_k * each, call.sm)
+    if gated or (norm is not None and form.group):
+        # Two products, or codes, their values, x and its squares of more rows of weights do not fit into the registers.
+        fixed["BLOCK_M"] = min(16, blocks.block_m)
+    if gated or norm is not None or isinstance(x, Parts):
+        # What lies beside the weights and the rows: the norm's weight, gains, shifts; or parts in the place of rows.
+        each = (2 if gated else 1) * fixed["BLOCK_M"] * form.bits // 8
+        each += 4 * fixed["PARTS"] if isinstance(x, Parts) else (4 if gain is None else 12) * fixed["ROWS"]
+        stages = stages_that_fit(stages, fixed["SLICES"] * blocks.block_k * (each + 4 * (norm is not None)), call.sm)
     grid = (-(-rows // fixed["ROWS"]), -(-m // fixed["BLOCK_M"]))
     return launch("linear_kernel", grid, values, fixed, blocks.warps, stages)
 
@@ -182,6 +212,14 @@ def lower_linear(call: Call, parts: Parts | None = None) -> Lowered:
         call, call.outputs[0], parts or call.operand("x"), call.operand("weight"), bias=call.optional("bias"),
         factor=call.optional("scale"), addend=call.optional("addend"),
     )  # fmt: skip
+    return Lowered((product,))
+
+
+@lowering("linear_swiglu")
+def lower_linear_swiglu(call: Call) -> Lowered:
+    product = linear_launch(
+        call, call.outputs[0], call.operand("x"), call.operand("weight"), bias=call.optional("bias"), gated=True
+    )
     return Lowered((product,))
 
 

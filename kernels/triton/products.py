@@ -263,6 +263,24 @@ def weight_product(
 
 
 @device
+def two_products(
+    w, scales, zeros, w_off, s_off, w_off_2, s_off_2, w_mask, x, x_off, x_mask, k,
+    FORM: tl.constexpr, GROUP: tl.constexpr, SLICES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    ROWS: tl.constexpr,
+):  # fmt: skip
+    """`weight_product` of the rows of w_off, and of those of w_off_2."""
+    if FORM == "f32":
+        y = exact_product(w, w_off, w_mask, x, x_off, x_mask, k, None, BLOCK_M, BLOCK_K, ROWS)
+        y_2 = exact_product(w, w_off_2, w_mask, x, x_off, x_mask, k, None, BLOCK_M, BLOCK_K, ROWS)
+    else:
+        y, y_2 = weight_products(
+            w, scales, zeros, w_off, s_off, w_off_2, s_off_2, w_mask, x, x_off, x_mask, k, None,
+            True, FORM, GROUP, SLICES, BLOCK_M, BLOCK_K, ROWS,
+        )  # fmt: skip
+    return y, y_2
+
+
+@device
 def exact_normed_product(
     w, w_off, w_mask, x, norm, x_off, x_mask, k, gain, gain_off, shift, shift_off,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr,
@@ -289,27 +307,34 @@ def exact_normed_product(
 
 
 @device
-def normed_product(
-    w, scales, zeros, w_off, s_off, w_mask, x, norm, x_off, x_mask, k, eps,
+def normed_products(
+    w, scales, zeros, w_off, s_off, w_off_2, s_off_2, w_mask, x, norm, x_off, x_mask, k, eps,
     gain, gain_off, shift, shift_off,
-    FORM: tl.constexpr, GROUP: tl.constexpr, SLICES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
-    ROWS: tl.constexpr,
+    TWO: tl.constexpr, FORM: tl.constexpr, GROUP: tl.constexpr, SLICES: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """float32 [BLOCK_M, ROWS] = W[rows of w_off] · (rms_norm(x; norm, eps)∘(1 + gain) + shift)[rows of x_off]ᵀ, weights
-    of any form: the product of norm∘x∘(1 + gain), at the end times one number for each row, and that of the shift."""
+    of any form: the product of norm∘x∘(1 + gain), at the end times one number for each row, and that of the shift. With
+    TWO also the product of the rows of w_off_2, without gain and shift; else that is the first again."""
     if FORM == "f32":
         y, square, moved = exact_normed_product(
             w, w_off, w_mask, x, norm, x_off, x_mask, k, gain, gain_off, shift, shift_off, BLOCK_M, BLOCK_K, ROWS
         )
+        y_2 = y
+        if TWO:
+            y_2, _, _ = exact_normed_product(
+                w, w_off_2, w_mask, x, norm, x_off, x_mask, k, None, gain_off, None, shift_off, BLOCK_M, BLOCK_K, ROWS
+            )
     else:
-        y, _, square, moved = sliced_products(
-            w, scales, zeros, w_off, s_off, w_off, s_off, w_mask, x, x_off, x_mask, k, None, norm,
-            gain, gain_off, shift, shift_off, None, False, FORM, GROUP, SLICES, BLOCK_M, BLOCK_K, ROWS,
+        y, y_2, square, moved = sliced_products(
+            w, scales, zeros, w_off, s_off, w_off_2, s_off_2, w_mask, x, x_off, x_mask, k, None, norm,
+            gain, gain_off, shift, shift_off, None, TWO, FORM, GROUP, SLICES, BLOCK_M, BLOCK_K, ROWS,
         )  # fmt: skip
-    y = y * (1.0 / tl.sqrt_rn(square / k + eps))
+    inverse = 1.0 / tl.sqrt_rn(square / k + eps)
+    y, y_2 = y * inverse, y_2 * inverse
     if shift is not None:
         y += moved
-    return y
+    return y, y_2
 
 
 def product_values(
