@@ -245,16 +245,16 @@ def choices_products(
             if FORM == "i4":
                 at_zero = one_of(j, zero, TOP_K)
             low, high, _ = slice_values(w, off, inside, first, at_zero, k, FORM, BLOCK_K)
+            half: tl.constexpr = BLOCK_K // 2 if FORM == "i4" else BLOCK_K
+            low_x, _, _ = inputs(
+                x, x_off, choice == j, first, k, None, None, None, x_off, None, x_off, None, 0, 0, half
+            )
+            codes = tl.dot(low, low_x, codes)
             if FORM == "i4":
-                kk = first[:, None] + tl.arange(0, BLOCK_K // 2)[None, :]
-                low_x, _, _ = inputs(x, x_off, choice == j, kk, k, None, None, None, x_off, None, x_off)
-                kk += BLOCK_K // 2
-                high_x, _, _ = inputs(x, x_off, choice == j, kk, k, None, None, None, x_off, None, x_off)
-                codes = tl.dot(high, high_x, tl.dot(low, low_x, codes))
-            else:
-                kk = first[:, None] + tl.arange(0, BLOCK_K)[None, :]
-                low_x, _, _ = inputs(x, x_off, choice == j, kk, k, None, None, None, x_off, None, x_off)
-                codes = tl.dot(low, low_x, codes)
+                high_x, _, _ = inputs(
+                    x, x_off, choice == j, first + half, k, None, None, None, x_off, None, x_off, None, 0, 0, half
+                )
+                codes = tl.dot(high, high_x, codes)
         if FORM == "bf16":
             acc = codes
         else:

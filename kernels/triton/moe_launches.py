@@ -141,14 +141,15 @@ def down_sum_launch(
     down, bias, experts = call.operand("down"), call.optional("down_bias"), call.operand("experts")
     d, rows, top_k = down.shape[1], call.rows(call.operand("x")), call.operand("weights").cols
     product, fixed, blocks = product_values(call, down, "moe_down", d)
-    convolution = NO_CONV if conv is None else conv.values(call, d)
-    values = product | convolution[0] | _sum_values(call, out, addend, out_stride) | _whose(call) | {
+    convolution = NO_CONV if conv is None else conv.values(call, call.outputs[0], d, None)
+    taps = {name: convolution[0][name] for name in ("taps", "tail", "slots", "start", "channels", "level")}
+    values = product | taps | _sum_values(call, out, addend, out_stride) | _whose(call) | {
         "hidden": hidden, "bias": None if bias is None else call.pointer(bias), "count_e": down.shape[0],
         "experts": call.pointer(experts, ("i32", "i64")),
     }  # fmt: skip
-    fixed |= convolution[1] | {
-        "TOP_K": top_k, "COLS": tile_rows(top_k), "LINES": lines(down, fixed) if early else 0,
-        "OVERLAP": False,
+    fixed |= {
+        "TAPS": convolution[1]["TAPS"], "RESIDUAL": convolution[1]["RESIDUAL"], "TOP_K": top_k,
+        "COLS": tile_rows(top_k), "LINES": lines(down, fixed) if early else 0, "OVERLAP": False,
     }  # fmt: skip
     grid = (rows, -(-d // blocks.block_m))
     stages = turns_at_once(down.dtype, blocks, fixed["SLICES"], top_k, grid[0] * grid[1], call.sm)
@@ -191,7 +192,7 @@ def convolved_launches(call: Call, scratch: _Scratch, choice: Choice) -> list[La
     conv = RowConv(
         call.operand("taps"), call.operand("tail"), 0, bool(call.attrs["residual"]), float(call.attrs["level"])
     )
-    if call.bucket.session_rows(out.rows) == 1 and conv.fits and not grouped(call):
+    if call.bucket.session_rows(out.rows) == 1 and conv.fits(call, out, 1) and not grouped(call):
         return summed(call, scratch, out, addend, conv, choice)[0]
     launches, source = summed(call, scratch, None, choice=choice)
     assert source is not None

@@ -90,6 +90,10 @@ def calls(model: Model, bucket: Bucket, sm: int) -> Iterator[Call]:
                        | given, x(m.flow), steps=text, numbers=numbers)  # fmt: skip
         normed = {"x": x(d), "norm": w(1, d)}
         given = {"weight": w(qkvr, d, dtype=form), "bias": None}
+        both = {"weight": w(2 * m.dense, d, dtype=form), "bias": None}
+        yield call("linear_swiglu", {"x": x(d)} | both, x(m.dense))
+        if form not in ("i4g32", "i4g64"):
+            yield call("norm_linear_swiglu", normed | both, x(m.dense), eps=1e-6)
         if form != "i4g32":
             yield call("norm_linear", normed | given, x(qkvr), eps=1e-6)
             yield call("norm_linear_steps", normed | given, x(qkvr), steps="silu:v", numbers=[], eps=1e-6)
@@ -105,6 +109,9 @@ def calls(model: Model, bucket: Bucket, sm: int) -> Iterator[Call]:
         projected = {"x": x(q), "weight": w(d, q, dtype=form), "bias": None, "scale": None, "addend": x(d)}
         yield call("linear_conv_state", projected | {"taps": w(d, 4), "tail": state(3, d)}, x(d), start=0,
                    residual=True, level=1.0)  # fmt: skip
+        block = {"x": x(2 * m.vocoder), "weight": w(m.vocoder, 2 * m.vocoder, dtype=form), "bias": w(1, m.vocoder)}
+        block |= {"scale": None, "addend": x(m.vocoder), "taps": w(m.vocoder, 7), "tail": state(6, m.vocoder)}
+        yield call("linear_and_conv_state", block, x(m.vocoder), x(m.vocoder), residual=False)
         yield call(
             "linear_add",
             {"x": x(q), "weight": w(d, q, dtype=form), "bias": None, "scale": w(1, 1), "addend": x(d)},
@@ -148,6 +155,11 @@ def calls(model: Model, bucket: Bucket, sm: int) -> Iterator[Call]:
                 if not extra:
                     norms = {"q_norm": w(1, m.head), "k_norm": w(1, m.head)}
                     yield call("norm_attention_state", given | norms, x(q), eps=1e-6, **attrs)
+                for form in m.forms:
+                    if not extra and cache == m.caches[0]:
+                        after = {"weight": w(d, q, dtype=form), "taps": w(d, 4), "tail": state(3, d), "addend": x(d)}
+                        yield call("attention_linear_state", given | after, x(d), eps=0.0, start=0, residual=True,
+                                   level=1.0, **attrs)  # fmt: skip
     yield call(
         "rope_state", {"x": x(q), "position": state(1, 1, "i64"), "inv_freq": w(1, m.head // 2)}, x(q),
         num_heads=m.heads, offset=0, interleaved=False, scaling=1.0,
