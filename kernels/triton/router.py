@@ -101,7 +101,7 @@ def sink_choice(
             one = one * inverse
         shared += (one,)  # type: ignore[assignment]
     for turn in tl.static_range(TOP_K):
-        top = keys[0]
+        top = keys[0]  # type: ignore[misc]
         for p in tl.static_range(1, PARTS):
             top = tl.maximum(top, keys[p])
         best = tl.max(top, 0)

@@ -117,6 +117,25 @@ def test_an_instruction_gives_the_number(operation, operands, wanted):
     assert real(computed(operation, *operands)) == wanted
 
 
+@pytest.mark.parametrize("way", ["", ".trans"])
+def test_a_matrix_is_stored_as_it_lies_in_the_threads_or_transposed(way):
+    """Element (i, j) is 8·i + j: thread t has two of row t / 4."""
+    body = f"""mul.lo.u32 %r10, %r1, 2;
+add.s32 %r11, %r10, 1;
+shl.b32 %r11, %r11, 16;
+or.b32 %r10, %r10, %r11;
+and.b32 %r12, %r1, 7;
+shl.b32 %r12, %r12, 4;
+stmatrix.sync.aligned.m8n8.x1{way}.shared.b16 [%r12], {{%r10}};
+bar.sync 0;
+shl.b32 %r13, %r1, 2;
+ld.shared.b32 %r20, [%r13];
+st.global.b32 [%rd3], {{%r20}};"""
+    found = execute(body, np.zeros(32, np.uint32)).view(np.uint16).reshape(8, 8)
+    wanted = np.arange(64, dtype=np.uint16).reshape(8, 8)
+    assert np.array_equal(found, wanted.T if way else wanted)
+
+
 def test_threads_that_part_meet_again():
     """Each thread of two programs counts to its own number; a shuffle behind the loop needs whole warps."""
     body = """

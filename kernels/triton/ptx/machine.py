@@ -413,10 +413,8 @@ def _matrices(op: tuple[str, ...], args: Args) -> Step:
             for register, value in zip(registers, found, strict=True):
                 threads.write(register, value, "b32", at)
         else:
-            if "trans" in op:
-                raise EmitError("stmatrix.trans is not run here")
             values = [threads.read(register, "b32", at) for register in registers]
-            tensor.store_matrices(threads.shared, lanes, where, values)
+            tensor.store_matrices(threads.shared, lanes, where, values, "trans" in op)
 
     return step
 

@@ -33,14 +33,16 @@ def load_matrices(shared: Shared, lanes: Array, addresses: Array, count: int, tr
     return found
 
 
-def store_matrices(shared: Shared, lanes: Array, addresses: Array, values: list[Array]) -> None:
-    """stmatrix, not transposed."""
+def store_matrices(shared: Shared, lanes: Array, addresses: Array, values: list[Array], transposed: bool) -> None:
+    """stmatrix: what `load_matrices` takes back."""
     per = 8 * len(values)
     warps = len(lanes) // 32
     rows = np.empty((warps, len(values), 8, 8), np.uint16)
     for number, value in enumerate(values):
         pairs = np.ascontiguousarray(value).view(np.uint16).reshape(warps, 32, 2)
         rows[:, number, (_LANE // 4)[:, None], (_LANE % 4 * 2)[:, None] + np.arange(2)] = pairs
+    if transposed:
+        rows = np.ascontiguousarray(rows.transpose(0, 1, 3, 2))
     words = rows.reshape(warps * per, 8).view(np.uint32)
     own = lanes.reshape(-1, 32)[:, :per].reshape(-1)
     shared.store(own, addresses.reshape(-1, 32)[:, :per].reshape(-1), [words[:, i] for i in range(4)], 4)

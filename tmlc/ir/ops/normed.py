@@ -166,7 +166,8 @@ def norm_attention_state(
 
 def _norm_moe_conv_state(x: TensorType, *args: Any) -> TensorType:
     weights, experts, normed = _norm_router(x, *args[:8])
-    made: TensorType = OPS["moe_conv_state"].shapes(*args[8:13], normed, weights, experts, *args[13:])
+    shapes: Any = OPS["moe_conv_state"].shapes
+    made: TensorType = shapes(*args[8:13], normed, weights, experts, *args[13:])
     return made
 
 
