@@ -20,6 +20,7 @@ from tmlc.kernels.triton.launch import Aligned, Launch, Lowered, Operand, Pointe
 from tmlc.kernels.triton.mode import device
 from tmlc.kernels.triton.norms import normed, power
 from tmlc.kernels.triton.overlap import previous
+from tmlc.kernels.triton.parts import LEAST, Parts, join, whole_power
 from tmlc.kernels.triton.registry import Call, launch, lowering
 from tmlc.kernels.triton.steps import tanh
 
@@ -28,17 +29,8 @@ ENOUGH_PROGRAMS = 256
 #: Positions of a split, and how many splits a cache has while they are of no more than the most positions.
 LEAST_SPLIT, MOST_SPLIT, SPLITS = 64, 4096, 64
 MOST_HEAD = 256
-#: The largest score of no keys. No score is less, so differences of largest scores are never of infinities.
-LEAST = tl.constexpr(-3.4028234663852886e38)
 #: Parts whose loads are on their way together when they are added up.
 PARTS_AT_ONCE = 40
-
-
-@device
-def whole_power(x):
-    """2^x of a whole number up to 0, and 0 below -126: whole numbers are put into a float's exponent, which takes no
-    slow instruction."""
-    return ((tl.maximum(x, -127.0) + 12583039.0).to(tl.int32, bitcast=True) << 23).to(tl.float32, bitcast=True)
 
 
 @device
@@ -236,11 +228,8 @@ def attention_kernel(
                 l = l * shrink + tl.sum(rounded.to(tl.float32), 0)  # noqa: E741
                 acc += tl.dot(vt, rounded)
             m = new_m
-        most = tl.maximum(total_m, m)
-        old, new = whole_power(total_m - most), whole_power(m - most)
-        total_l = total_l * old + l * new
+        total_m, total_l, old, new = join(total_m, total_l, m, l)
         total = total * old[None, :] + acc * new[None, :]
-        total_m = most
     store = live[None, :] & (outer < dv)[:, None]
     if PARALLEL:
         part = (row * tl.num_programs(1) * group + head) * splits + tl.program_id(2)
@@ -279,11 +268,8 @@ def attention_combine_kernel(
             m = tl.load(part_m + part, mask=there, other=LEAST)
             l = tl.load(part_l + part, mask=there, other=0.0)  # noqa: E741
             acc = tl.load(part_acc + part * dv + outer, mask=there & (outer < dv), other=0.0)
-            most = tl.maximum(total_m, m)
-            old, new = whole_power(total_m - most), whole_power(m - most)
-            total_l = total_l * old + l * new
+            total_m, total_l, old, new = join(total_m, total_l, m, l)
             total = total * old + acc * new
-            total_m = most
     if sink_logits is not None:
         most = tl.maximum(total_m, tl.ceil(sink))
         old = whole_power(total_m - most)
@@ -306,11 +292,12 @@ def split_count(capacity: int, window: int, n: int) -> int:
 _CACHES = {"f32": 4, "bf16": 2, "u8": 1}
 
 
-@lowering("attention_state", "norm_attention_state")
-def lower_attention(call: Call) -> Lowered:
+def attention_launches(call: Call) -> tuple[Lowered, Parts | None]:
+    """The launches of attention, but for the one that adds up the parts of the splits, where they are programs of their
+    own; and where these parts lie."""
     q, v = call.operand("q"), call.operand("v")
     caches = call.operand("k_cache"), call.operand("v_cache")
-    position, out = call.operand("position"), call.outputs[0]
+    position = call.operand("position")
     heads, groups = int(call.attrs["num_heads"]), int(call.attrs["num_kv_heads"])
     window, sinks = int(call.attrs["window"]), int(call.attrs["sinks"])
     capacity, n = caches[0].rows[1], call.bucket.session_rows(q.rows)
@@ -337,7 +324,7 @@ def lower_attention(call: Call) -> Lowered:
     tiles = -(-n * group // 16)
     programs = call.bucket.batch * tiles * groups
     parallel = programs < ENOUGH_PROGRAMS and splits > 1
-    rel, table, sink = (call.optional(name) for name in ("rel", "rel_table", "sink_logits"))
+    rel, table = call.optional("rel"), call.optional("rel_table")
     rows = call.bucket.batch * n
     parts = rows * heads * splits
     floor, cap = float(call.attrs["log_floor"]), float(call.attrs["softcap"])
@@ -359,12 +346,7 @@ def lower_attention(call: Call) -> Lowered:
         launches.append(write_launch(call, before, cached | {"RING": window > 0}, normed_queries))
         new = dict.fromkeys(new)
 
-    sink_stride = 0 if sink is None or sink.space == "weight" else sink.stride
-    last: dict[str, Any] = {
-        "out": call.pointer(out), "out_stride": Aligned(out.stride),
-        "sink_logits": None if sink is None else call.pointer(sink),
-        "sink_stride": None if sink is None else sink_stride,
-    }  # fmt: skip
+    last = _results(call)
     inside = shared | new | {
         "q": queries, "q_stride": Aligned(q_stride),
         "rel": None if rel is None else call.pointer(rel),
@@ -389,15 +371,40 @@ def lower_attention(call: Call) -> Lowered:
     values = inside | nothing | (scratch if parallel else last)
     programs_by = (call.bucket.batch * tiles, groups, splits if parallel else 1)
     launches.append(launch("attention_kernel", programs_by, values, fixed, blocks.warps, blocks.stages))
-    if not parallel:
-        return Lowered(tuple(launches), used)
-    values = scratch | last | {
-        "counts": call.counts, "n": n, "heads": heads, "dv": Aligned(dv), "splits": splits,
+    left = None
+    if parallel:
+        left = Parts(scratch["part_m"], scratch["part_l"], scratch["part_acc"], splits, heads, dv)
+    return Lowered(tuple(launches), used), left
+
+
+def combine_launch(call: Call, parts: Parts) -> Launch:
+    """The launch that adds the parts of every query up."""
+    out = call.outputs[0]
+    values: dict[str, Any] = parts.values | _results(call) | {
+        "counts": call.counts, "n": call.bucket.session_rows(out.rows), "heads": parts.heads,
+        "dv": Aligned(parts.columns),
     }  # fmt: skip
-    turns = -(-splits // PARTS_AT_ONCE)
-    fixed = {"BLOCK_V": block_v, "TURNS": turns, "PARTS": -(-splits // (4 * turns)) * 4}
-    launches.append(launch("attention_combine_kernel", (rows, heads), values, fixed, 1))
-    return Lowered(tuple(launches), used)
+    turns = -(-parts.splits // PARTS_AT_ONCE)
+    fixed = {
+        "BLOCK_V": power(parts.columns, 16), "TURNS": turns, "PARTS": -(-parts.splits // (4 * turns)) * 4,
+    }  # fmt: skip
+    return launch("attention_combine_kernel", (call.rows(out), parts.heads), values, fixed, 1)
+
+
+def _results(call: Call) -> dict[str, Any]:
+    """Arguments of whoever writes what attention gives."""
+    out, sink = call.outputs[0], call.optional("sink_logits")
+    return {
+        "out": call.pointer(out), "out_stride": Aligned(out.stride),
+        "sink_logits": None if sink is None else call.pointer(sink),
+        "sink_stride": None if sink is None else 0 if sink.space == "weight" else sink.stride,
+    }  # fmt: skip
+
+
+@lowering("attention_state", "norm_attention_state")
+def lower_attention(call: Call) -> Lowered:
+    lowered, parts = attention_launches(call)
+    return lowered if parts is None else lowered.then(combine_launch(call, parts))
 
 
 def _state(call: Call, operand: Operand, dtype: str) -> Pointer:

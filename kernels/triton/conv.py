@@ -12,6 +12,8 @@ from tmlc.kernels.triton.launch import Launch, Lowered, Operand, Pointer
 from tmlc.kernels.triton.linear import linear_launch
 from tmlc.kernels.triton.mode import device
 from tmlc.kernels.triton.norms import power
+from tmlc.kernels.triton.parts import Parts
+from tmlc.kernels.triton.products import FEW_ROWS
 from tmlc.kernels.triton.registry import Call, launch, lowering
 from tmlc.kernels.triton.row_conv import RowConv
 
@@ -157,15 +159,31 @@ def lower_conv(call: Call) -> Lowered:
     )  # fmt: skip
 
 
+@lowering("linear_and_conv_state")
+def lower_linear_and_conv(call: Call) -> Lowered:
+    out, mixed = call.outputs
+    conv = RowConv(call.operand("taps"), call.operand("tail"), 0, bool(call.attrs["residual"]), 1.0)
+    fits = conv.fits(call, out, FEW_ROWS)
+    product = linear_launch(
+        call, out, call.operand("x"), call.operand("weight"), call.optional("bias"), call.optional("scale"),
+        call.optional("addend"), conv=conv if fits else None, mixed=mixed if fits else None,
+    )  # fmt: skip
+    if fits:
+        return Lowered((product,))
+    return Lowered((product, conv_launch(call, mixed, out, conv.taps, conv.tail, conv.residual)))
+
+
 @lowering("linear_conv_state")
-def lower_linear_conv(call: Call) -> Lowered:
+def lower_linear_conv(call: Call, parts: Parts | None = None) -> Lowered:
+    """With `parts` these are x, and the convolution is one that a product can do."""
     out, weight = call.outputs[0], call.operand("weight")
     conv = RowConv(
         call.operand("taps"), call.operand("tail"), int(call.attrs["start"]), bool(call.attrs["residual"]),
         float(call.attrs["level"]),
     )  # fmt: skip
-    x, bias, factor, addend = call.operand("x"), *(call.optional(name) for name in ("bias", "scale", "addend"))
-    if call.bucket.session_rows(out.rows) == 1 and conv.fits:
+    x = parts or call.operand("x")
+    bias, factor, addend = (call.optional(name) for name in ("bias", "scale", "addend"))
+    if conv.fits(call, out, FEW_ROWS):
         return Lowered((linear_launch(call, out, x, weight, bias, factor, addend, conv=conv),))
     m = weight.shape[0]
     product = Pointer("scratch", "", 0, "f32", call.rows(out) * m * 4)

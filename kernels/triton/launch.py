@@ -15,6 +15,8 @@ TRITON_NAMES = {
 #: method of a chain to the next.
 SPACES = ("weight", "arena", "state", "input", "output", "scratch", "slots", "counts", "between")
 ALIGNMENT = 16
+#: Name of what lies in scratch between the calls that one op is lowered as.
+KEPT = "kept"
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,18 @@ class Lowered:
 
     def then(self, *launches: Launch) -> "Lowered":
         return replace(self, launches=(*self.launches, *launches))
+
+    def behind(self, nbytes: int) -> "Lowered":
+        """The same launches with their scratch behind `nbytes` that others have: those of pointers to scratch with the
+        name KEPT, which stay where they are."""
+
+        def moved(arg: Argument) -> Argument:
+            if not isinstance(arg, Pointer) or arg.space != "scratch":
+                return arg
+            return replace(arg, name="") if arg.name == KEPT else replace(arg, offset=arg.offset + nbytes)
+
+        launches = tuple(replace(one, args=tuple(moved(arg) for arg in one.args)) for one in self.launches)
+        return Lowered(launches, nbytes + self.scratch_bytes)
 
 
 class Aligned(int):

@@ -9,10 +9,19 @@ from tmlc.kernels.triton.launch import Aligned, Launch, Lowered, Operand, Pointe
 from tmlc.kernels.triton.layouts import FORMS
 from tmlc.kernels.triton.mode import device
 from tmlc.kernels.triton.overlap import prefetch_rows, previous
-from tmlc.kernels.triton.products import FEW_ROWS, lines, normed_product, product_values, tile_rows, weight_product
+from tmlc.kernels.triton.parts import NO_COLUMNS, NO_PARTS, Parts
+from tmlc.kernels.triton.products import (
+    FEW_ROWS,
+    lines,
+    normed_products,
+    product_values,
+    tile_rows,
+    two_products,
+    weight_product,
+)
 from tmlc.kernels.triton.registry import Call, launch, lowering
-from tmlc.kernels.triton.row_conv import NO_CONV, RowConv, convolve, keep_rows, rows_before
-from tmlc.kernels.triton.steps import NO_STEPS, run_steps, steps_of, tanh
+from tmlc.kernels.triton.row_conv import NO_CONV, RowConv, convolve_rows, rows_before, sessions_from, tails_before
+from tmlc.kernels.triton.steps import NO_STEPS, arithmetic, run_steps, steps_of, tanh
 from tmlc.kernels.triton.tuning import stages_that_fit
 
 
@@ -21,30 +30,41 @@ def linear_kernel(
     out, x, norm, w, scales, zeros, bias, factor, addend, rows, m, k, w_stride, s_stride, x_stride, out_stride,
     addend_stride, alpha, cap, eps, a, b, c, a_stride, b_stride, c_stride, number0, number1, number2,
     gain, shift, gain_stride, shift_stride, taps, tail, slots, counts, start, channels, level,
+    per, mixed, mixed_stride, part_m, part_l, part_acc, splits,
     FORM: tl.constexpr, GROUP: tl.constexpr, SLICES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
     ROWS: tl.constexpr, LINES: tl.constexpr, OVERLAP: tl.constexpr, STEPS: tl.constexpr, COUNT: tl.constexpr,
-    TAPS: tl.constexpr, RESIDUAL: tl.constexpr,
+    TAPS: tl.constexpr, RESIDUAL: tl.constexpr, EACH: tl.constexpr, DV: tl.constexpr, PARTS: tl.constexpr,
+    GATED: tl.constexpr,
 ):  # fmt: skip
     """out[rows, m] = addend + factor·(cap·tanh((alpha·x) · Wᵀ + bias)/cap)), and then the steps; with `norm` of
     rms_norm(x) in the place of alpha·x, or with `gain` and `shift` of rms_norm(x)∘(1 + gain) + shift; grid (tiles of
     rows, tiles of m). What the epilogue reads is asked for before the product, which hides the wait.
 
-    With `taps` each row is a session's only one, and before the addend comes its convolution of `channels` columns
-    from `start` on (row_conv.py).
+    With `taps` a tile has the EACH rows of its sessions, and before the addend comes their convolution of `channels`
+    columns from `start` on (row_conv.py); with `mixed` it is one of the result, and goes there. With PARTS there is one
+    row, and x is the sum of the parts of attention (parts.py). With GATED W has 2·m rows: silu of a product with one of
+    the first m is multiplied by that with the row m behind it.
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     col = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     live, inside = row < rows, col < m
     wide_row, wide_col = row.to(tl.int64), col.to(tl.int64)
     if TAPS > 0:  # the host wrote these before the first launch
-        slot = tl.load(slots + row, mask=live, other=-1)
-        some = tl.load(counts + row, mask=live, other=0) > 0
+        if EACH == 1:
+            slot = tl.load(slots + row, mask=live, other=-1)
+            some = tl.load(counts + row, mask=live, other=0) > 0
+        else:
+            sessions = sessions_from(tl.program_id(0) * (ROWS // EACH), slots, counts, rows // EACH, ROWS // EACH)
     if OVERLAP:
         prefetch_rows(w, wide_col * w_stride, inside, k, FORM, LINES)
+        if GATED:
+            prefetch_rows(w, (wide_col + m) * w_stride, inside, k, FORM, LINES)
         previous()
     mask = inside[:, None] & live[None, :]
     if bias is not None:
         biases = tl.load(bias + col, mask=inside, other=0.0)
+        if GATED:
+            biases_2 = tl.load(bias + m + col, mask=inside, other=0.0)
     if factor is not None:
         times = tl.load(factor)
     if addend is not None:
@@ -59,42 +79,66 @@ def linear_kernel(
     if TAPS > 0:
         channel = col - start
         convolved = inside & (channel >= 0) & (channel < channels)
-        held = convolved[:, None] & ((slot >= 0) & some)[None, :]
-        tail_at = tail + (slot // 4)[None, :] + channel[:, None]
-        weights, before = rows_before(taps, tail_at, channel, convolved, held, channels, TAPS)
+        if EACH == 1:
+            held = convolved[:, None] & ((slot >= 0) & some)[None, :]
+            tails = (tail + (slot // 4)[None, :] + channel[:, None], held)
+            weights, before = rows_before(taps, tails[0], channel, convolved, held, channels, TAPS)
+        else:
+            weights, tails, before = tails_before(
+                taps, tail, sessions, channel, convolved, channels, TAPS, ROWS // EACH
+            )
     if norm is not None:
         gain_off, shift_off = wide_row, wide_row
         if gain is not None:
             gain_off, shift_off = wide_row * gain_stride, wide_row * shift_stride
-        y = normed_product(
-            w, scales, zeros, wide_col * w_stride, wide_col * s_stride, inside, x, norm, wide_row * x_stride, live, k,
-            eps, gain, gain_off, shift, shift_off, FORM, GROUP, SLICES, BLOCK_M, BLOCK_K, ROWS,
+        y, y_2 = normed_products(
+            w, scales, zeros, wide_col * w_stride, wide_col * s_stride, (wide_col + m) * w_stride,
+            (wide_col + m) * s_stride, inside, x, norm, wide_row * x_stride, live, k, eps, gain, gain_off, shift,
+            shift_off, GATED, FORM, GROUP, SLICES, BLOCK_M, BLOCK_K, ROWS,
+        )  # fmt: skip
+    elif GATED:
+        y, y_2 = two_products(
+            w, scales, zeros, wide_col * w_stride, wide_col * s_stride, (wide_col + m) * w_stride,
+            (wide_col + m) * s_stride, inside, x, wide_row * x_stride, live, k, FORM, GROUP, SLICES, BLOCK_M, BLOCK_K,
+            ROWS,
         )  # fmt: skip
     else:
+        x_off = wide_row
+        if PARTS == 0:
+            x_off = wide_row * x_stride
         y = weight_product(
-            w, scales, zeros, wide_col * w_stride, wide_col * s_stride, inside, x, wide_row * x_stride, live, k, alpha,
-            FORM, GROUP, SLICES, BLOCK_M, BLOCK_K, ROWS,
+            w, scales, zeros, wide_col * w_stride, wide_col * s_stride, inside, x, x_off, live, k, alpha,
+            FORM, GROUP, SLICES, BLOCK_M, BLOCK_K, ROWS, (part_m, part_l, part_acc, splits), DV, PARTS,
         )  # fmt: skip
     if bias is not None:
         y += biases[:, None]
+        if GATED:
+            y_2 += biases_2[:, None]
+    if GATED:
+        y = arithmetic(y, y_2, 0.0, 0.0, 0.0, "swiglu")
     if factor is not None:
         y *= times
     if cap is not None:
         y = cap * tanh(y / cap)
-    if TAPS > 0:
-        tl.debug_barrier()  # every thread has read the tail
-        keep_rows(y, before, tail_at, held, channels, TAPS)
-        y = convolve(y, weights, before, convolved, level, RESIDUAL, TAPS)
+    if TAPS > 0 and mixed is None:
+        y = convolve_rows(
+            y, weights, tails, before, convolved, level, per, channels, RESIDUAL, TAPS, EACH, ROWS // EACH, BLOCK_M
+        )
     if addend is not None:
         y = added + y
     y = run_steps(y, av, bv, cv, number0, number1, number2, STEPS, COUNT)
+    if mixed is not None:
+        z = convolve_rows(
+            y, weights, tails, before, convolved, level, per, channels, RESIDUAL, TAPS, EACH, ROWS // EACH, BLOCK_M
+        )
+        tl.store(mixed + wide_row[None, :] * mixed_stride + col[:, None], z, mask=mask)
     tl.store(out + wide_row[None, :] * out_stride + col[:, None], y, mask=mask)
 
 
 def linear_launch(
     call: Call,
     out: Operand | Pointer,
-    x: Operand,
+    x: Operand | Parts,
     weight: Operand,
     bias: Operand | None = None,
     factor: Operand | None = None,
@@ -104,13 +148,19 @@ def linear_launch(
     out_stride: int = 0,
     steps: tuple[dict[str, Any], dict[str, Any]] = (NO_STEPS, {"STEPS": (), "COUNT": 0}),
     conv: RowConv | None = None,
+    mixed: Operand | None = None,
+    gated: bool = False,
 ) -> Launch:
-    """One product of all rows of x; `out` may be a pointer to scratch, with its stride. `steps`: of `steps_of`. `conv`:
-    in a call of one row a session. An op that norms its rows first names the weight of the norm `norm`, and `gain` and
-    `shift` where it modulates them then."""
+    """One product of all rows of x (of parts of attention, one); `out` may be a pointer to scratch, with its stride.
+    `steps`: of `steps_of`. `conv`: one that fits; with `mixed` it goes there. `gated`: the weight has gates, and then
+    as many ups. An op that norms its rows first names the weight of the norm `norm`, and `gain` and `shift` where it
+    modulates them then."""
     m, k = weight.shape[-2:]
+    if gated:
+        call.need(m % 2 == 0, f"{m} rows of gates and ups")
+        m //= 2
     call.need(len(weight.shape) == 2 and x.cols == k, f"{weight.name} {weight.shape} does not take {x.cols} columns")
-    rows, norm = call.rows(x), call.optional("norm")
+    norm, rows = call.optional("norm"), 1 if isinstance(x, Parts) else call.rows(x)
     call.need(norm is None or norm.cols == k, f"the norm of {x.cols} columns is not of whole rows")
     gain, shift = call.optional("gain"), call.optional("shift")
     values, fixed, blocks = product_values(call, weight, "linear", m)
@@ -120,7 +170,8 @@ def linear_launch(
     values |= {
         "out": call.pointer(out) if isinstance(out, Operand) else out,
         "out_stride": out.stride if isinstance(out, Operand) else out_stride,
-        "x": call.pointer(x), "x_stride": Aligned(x.stride), "rows": rows, "m": m,
+        "x": None if isinstance(x, Parts) else call.pointer(x),
+        "x_stride": None if isinstance(x, Parts) else Aligned(x.stride), "rows": rows, "m": m,
         "bias": None if bias is None else call.pointer(bias),
         "factor": None if factor is None else call.pointer(factor),
         "addend": None if addend is None else call.pointer(addend),
@@ -135,28 +186,40 @@ def linear_launch(
         "shift_stride": None if shift is None else Aligned(shift.stride),
         **steps[0],
     }  # fmt: skip
-    convolution = NO_CONV if conv is None else conv.values(call, m)
-    values |= convolution[0]
-    fixed |= steps[1] | convolution[1]
-    stages, form = blocks.stages, FORMS[weight.dtype]
+    convolution = NO_CONV if conv is None else conv.values(call, call.outputs[0], m, mixed)
+    values |= convolution[0] | (x.values if isinstance(x, Parts) else NO_PARTS)
+    fixed |= steps[1] | convolution[1] | (x.fixed if isinstance(x, Parts) else NO_COLUMNS) | {"GATED": gated}
+    form, stages = FORMS[weight.dtype], blocks.stages
     if norm is not None:
         held = weight.dtype != "i4g32"
         call.need(held, "weights of i4g32 leave no registers for a norm", "leave out fuse.norm_linear")
-        if form.group:  # codes, their values, x and its squares of more rows of weights do not fit into the registers
-            fixed["BLOCK_M"] = min(16, blocks.block_m)
-        # The norm's weight lies beside the rows: fewer turns may fit on their way.
-        each = fixed["BLOCK_M"] * form.bits // 8 + (4 if gain is None else 12) * fixed["ROWS"] + 4
-        stages = stages_that_fit(stages, fixed["SLICES"] * blocks.block_k * each, call.sm)
+    if gated or (norm is not None and form.group):
+        # Two products, or codes, their values, x and its squares of more rows of weights do not fit into the registers.
+        fixed["BLOCK_M"] = min(16, blocks.block_m)
+    if gated or norm is not None or isinstance(x, Parts):
+        # What lies beside the weights and the rows: the norm's weight, gains, shifts; or parts in the place of rows.
+        each = (2 if gated else 1) * fixed["BLOCK_M"] * form.bits // 8
+        each += 4 * fixed["PARTS"] if isinstance(x, Parts) else (4 if gain is None else 12) * fixed["ROWS"]
+        stages = stages_that_fit(stages, fixed["SLICES"] * blocks.block_k * (each + 4 * (norm is not None)), call.sm)
     grid = (-(-rows // fixed["ROWS"]), -(-m // fixed["BLOCK_M"]))
     return launch("linear_kernel", grid, values, fixed, blocks.warps, stages)
 
 
 @lowering("linear", "linear_add")
-def lower_linear(call: Call) -> Lowered:
+def lower_linear(call: Call, parts: Parts | None = None) -> Lowered:
+    """With `parts` these are x."""
     product = linear_launch(
-        call, call.outputs[0], call.operand("x"), call.operand("weight"), bias=call.optional("bias"),
+        call, call.outputs[0], parts or call.operand("x"), call.operand("weight"), bias=call.optional("bias"),
         factor=call.optional("scale"), addend=call.optional("addend"),
     )  # fmt: skip
+    return Lowered((product,))
+
+
+@lowering("linear_swiglu")
+def lower_linear_swiglu(call: Call) -> Lowered:
+    product = linear_launch(
+        call, call.outputs[0], call.operand("x"), call.operand("weight"), bias=call.optional("bias"), gated=True
+    )
     return Lowered((product,))
 
 

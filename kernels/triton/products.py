@@ -13,6 +13,7 @@ import triton.language as tl
 from tmlc.kernels.triton.launch import Aligned, Operand
 from tmlc.kernels.triton.layouts import FORMS, weight_pointers
 from tmlc.kernels.triton.mode import device
+from tmlc.kernels.triton.parts import sum_of_parts
 from tmlc.kernels.triton.registry import Call
 from tmlc.kernels.triton.tuning import Blocks, slices
 
@@ -31,11 +32,19 @@ def fp8_value(byte):
 
 
 @device
-def inputs(x, x_off, x_mask, kk, k, alpha, norm, gain, gain_off, shift, shift_off):
-    """[slices, inputs, rows] of the inputs kk [slices, inputs]: alpha·norm∘x∘(1 + gain) as bf16, float32 x itself, and
-    the shift as bf16 (where there is none, the first again)."""
+def inputs(
+    x, x_off, x_mask, first, k, alpha, norm, gain, gain_off, shift, shift_off, parts,
+    DV: tl.constexpr, PARTS: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """[slices, inputs, rows] of the BLOCK_K inputs from first [slices] on: alpha·norm∘x∘(1 + gain) as bf16, float32 x
+    itself, and the shift as bf16 (where there is none, the first again). With PARTS the one row that is there is the
+    sum of these."""
+    kk = first[:, None] + tl.arange(0, BLOCK_K)[None, :]
     mask = x_mask[None, :, None] & (kk < k)[:, None, :]
-    values = tl.load(x + x_off[None, :, None] + kk[:, None, :], mask=mask, other=0.0)
+    if PARTS > 0:
+        values = tl.where(mask, sum_of_parts(parts, first, k, DV, PARTS, BLOCK_K)[:, None, :], 0.0)
+    else:
+        values = tl.load(x + x_off[None, :, None] + kk[:, None, :], mask=mask, other=0.0)
     taken = values
     if norm is not None:
         taken = values * tl.load(norm + kk, mask=kk < k, other=0.0)[:, None, :]
@@ -130,13 +139,13 @@ def slice_products(
 @device
 def sliced_products(
     w, scales, zeros, w_off, s_off, w_off_2, s_off_2, w_mask, x, x_off, x_mask, k, alpha, norm,
-    gain, gain_off, shift, shift_off,
+    gain, gain_off, shift, shift_off, parts,
     TWO: tl.constexpr, FORM: tl.constexpr, GROUP: tl.constexpr, SLICES: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_K: tl.constexpr, ROWS: tl.constexpr, DV: tl.constexpr = 0, PARTS: tl.constexpr = 0,
 ):  # fmt: skip
     """float32 [BLOCK_M, ROWS] = W[rows of w_off] · (alpha·norm∘x∘(1 + gain))[rows of x_off]ᵀ, with TWO the same of
     w_off_2, with `norm` the sums of squares of x, and with `shift` W·shiftᵀ. A number of the last three that is not
-    asked for is the first again.
+    asked for is the first again. With PARTS x is one row, the sum of `parts` (parts.py).
 
     w_off, s_off: int64 [BLOCK_M], where a row of codes and of scales begins; x_off: int64 [ROWS]. SLICES·BLOCK_K
     inputs are read at a time. Not for f32.
@@ -163,13 +172,18 @@ def sliced_products(
             if TWO:
                 scale_2, zero_2 = group_numbers(scales, zeros, s_off_2, w_mask, following, k, FORM, GROUP)
         if FORM == "i4":
-            kk = first[:, None] + tl.arange(0, BLOCK_K // 2)[None, :]
-            low = inputs(x, x_off, x_mask, kk, k, alpha, norm, gain, gain_off, shift, shift_off)
-            kk += BLOCK_K // 2
-            high = inputs(x, x_off, x_mask, kk, k, alpha, norm, gain, gain_off, shift, shift_off)
+            low = inputs(
+                x, x_off, x_mask, first, k, alpha, norm, gain, gain_off, shift, shift_off, parts, DV, PARTS,
+                BLOCK_K // 2,
+            )  # fmt: skip
+            high = inputs(
+                x, x_off, x_mask, first + BLOCK_K // 2, k, alpha, norm, gain, gain_off, shift, shift_off, parts, DV,
+                PARTS, BLOCK_K // 2,
+            )  # fmt: skip
         else:
-            kk = first[:, None] + tl.arange(0, BLOCK_K)[None, :]
-            low = inputs(x, x_off, x_mask, kk, k, alpha, norm, gain, gain_off, shift, shift_off)
+            low = inputs(
+                x, x_off, x_mask, first, k, alpha, norm, gain, gain_off, shift, shift_off, parts, DV, PARTS, BLOCK_K
+            )
             high = low
         acc, squares, moved = slice_products(
             acc, squares, moved, w, w_off, w_mask, first, now, at, low, high, k,
@@ -195,27 +209,33 @@ def sliced_products(
 def weight_products(
     w, scales, zeros, w_off, s_off, w_off_2, s_off_2, w_mask, x, x_off, x_mask, k, alpha,
     TWO: tl.constexpr, FORM: tl.constexpr, GROUP: tl.constexpr, SLICES: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_K: tl.constexpr, ROWS: tl.constexpr, parts=None, DV: tl.constexpr = 0, PARTS: tl.constexpr = 0,
 ):  # fmt: skip
     """`sliced_products` of rows that are not normed."""
     total, total_2, _, _ = sliced_products(
         w, scales, zeros, w_off, s_off, w_off_2, s_off_2, w_mask, x, x_off, x_mask, k, alpha, None,
-        None, x_off, None, x_off, TWO, FORM, GROUP, SLICES, BLOCK_M, BLOCK_K, ROWS,
+        None, x_off, None, x_off, parts, TWO, FORM, GROUP, SLICES, BLOCK_M, BLOCK_K, ROWS, DV, PARTS,
     )  # fmt: skip
     return total, total_2
 
 
 @device
 def exact_product(
-    w, w_off, w_mask, x, x_off, x_mask, k, alpha, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr
-):
+    w, w_off, w_mask, x, x_off, x_mask, k, alpha,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr,
+    parts=None, DV: tl.constexpr = 0, PARTS: tl.constexpr = 0,
+):  # fmt: skip
     """The product with f32 weights, of float32 numbers: K in ascending blocks."""
     acc = tl.zeros((BLOCK_M, ROWS), tl.float32)
     for start in range(0, k, BLOCK_K):
         kk = start + tl.arange(0, BLOCK_K)
         inside = kk < k
         values = tl.load(w + w_off[:, None] + kk[None, :], mask=w_mask[:, None] & inside[None, :], other=0.0)
-        rows = tl.load(x + x_off[None, :] + kk[:, None], mask=x_mask[None, :] & inside[:, None], other=0.0)
+        if PARTS > 0:
+            row = sum_of_parts(parts, start + tl.arange(0, 1), k, DV, PARTS, BLOCK_K)
+            rows = tl.where(x_mask[None, :] & inside[:, None], tl.trans(row, 1, 0), 0.0)
+        else:
+            rows = tl.load(x + x_off[None, :] + kk[:, None], mask=x_mask[None, :] & inside[:, None], other=0.0)
         if alpha is not None:
             rows = rows * alpha
         acc = tl.dot(values, rows, acc, input_precision="ieee")
@@ -226,17 +246,38 @@ def exact_product(
 def weight_product(
     w, scales, zeros, w_off, s_off, w_mask, x, x_off, x_mask, k, alpha,
     FORM: tl.constexpr, GROUP: tl.constexpr, SLICES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
-    ROWS: tl.constexpr,
+    ROWS: tl.constexpr, parts=None, DV: tl.constexpr = 0, PARTS: tl.constexpr = 0,
 ):  # fmt: skip
-    """float32 [BLOCK_M, ROWS] = W[rows of w_off] · (alpha·x)[rows of x_off]ᵀ, weights of any form."""
+    """float32 [BLOCK_M, ROWS] = W[rows of w_off] · (alpha·x)[rows of x_off]ᵀ, weights of any form; with PARTS the one
+    row of x is the sum of `parts` (parts.py)."""
     if FORM == "f32":
-        y = exact_product(w, w_off, w_mask, x, x_off, x_mask, k, alpha, BLOCK_M, BLOCK_K, ROWS)
+        y = exact_product(
+            w, w_off, w_mask, x, x_off, x_mask, k, alpha, BLOCK_M, BLOCK_K, ROWS, parts, DV, PARTS
+        )
     else:
         y, _ = weight_products(
             w, scales, zeros, w_off, s_off, w_off, s_off, w_mask, x, x_off, x_mask, k, alpha,
-            False, FORM, GROUP, SLICES, BLOCK_M, BLOCK_K, ROWS,
+            False, FORM, GROUP, SLICES, BLOCK_M, BLOCK_K, ROWS, parts, DV, PARTS,
         )  # fmt: skip
     return y
+
+
+@device
+def two_products(
+    w, scales, zeros, w_off, s_off, w_off_2, s_off_2, w_mask, x, x_off, x_mask, k,
+    FORM: tl.constexpr, GROUP: tl.constexpr, SLICES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    ROWS: tl.constexpr,
+):  # fmt: skip
+    """`weight_product` of the rows of w_off, and of those of w_off_2."""
+    if FORM == "f32":
+        y = exact_product(w, w_off, w_mask, x, x_off, x_mask, k, None, BLOCK_M, BLOCK_K, ROWS)
+        y_2 = exact_product(w, w_off_2, w_mask, x, x_off, x_mask, k, None, BLOCK_M, BLOCK_K, ROWS)
+    else:
+        y, y_2 = weight_products(
+            w, scales, zeros, w_off, s_off, w_off_2, s_off_2, w_mask, x, x_off, x_mask, k, None,
+            True, FORM, GROUP, SLICES, BLOCK_M, BLOCK_K, ROWS,
+        )  # fmt: skip
+    return y, y_2
 
 
 @device
@@ -266,27 +307,34 @@ def exact_normed_product(
 
 
 @device
-def normed_product(
-    w, scales, zeros, w_off, s_off, w_mask, x, norm, x_off, x_mask, k, eps,
+def normed_products(
+    w, scales, zeros, w_off, s_off, w_off_2, s_off_2, w_mask, x, norm, x_off, x_mask, k, eps,
     gain, gain_off, shift, shift_off,
-    FORM: tl.constexpr, GROUP: tl.constexpr, SLICES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
-    ROWS: tl.constexpr,
+    TWO: tl.constexpr, FORM: tl.constexpr, GROUP: tl.constexpr, SLICES: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """float32 [BLOCK_M, ROWS] = W[rows of w_off] · (rms_norm(x; norm, eps)∘(1 + gain) + shift)[rows of x_off]ᵀ, weights
-    of any form: the product of norm∘x∘(1 + gain), at the end times one number for each row, and that of the shift."""
+    of any form: the product of norm∘x∘(1 + gain), at the end times one number for each row, and that of the shift. With
+    TWO also the product of the rows of w_off_2, without gain and shift; else that is the first again."""
     if FORM == "f32":
         y, square, moved = exact_normed_product(
             w, w_off, w_mask, x, norm, x_off, x_mask, k, gain, gain_off, shift, shift_off, BLOCK_M, BLOCK_K, ROWS
         )
+        y_2 = y
+        if TWO:
+            y_2, _, _ = exact_normed_product(
+                w, w_off_2, w_mask, x, norm, x_off, x_mask, k, None, gain_off, None, shift_off, BLOCK_M, BLOCK_K, ROWS
+            )
     else:
-        y, _, square, moved = sliced_products(
-            w, scales, zeros, w_off, s_off, w_off, s_off, w_mask, x, x_off, x_mask, k, None, norm,
-            gain, gain_off, shift, shift_off, False, FORM, GROUP, SLICES, BLOCK_M, BLOCK_K, ROWS,
+        y, y_2, square, moved = sliced_products(
+            w, scales, zeros, w_off, s_off, w_off_2, s_off_2, w_mask, x, x_off, x_mask, k, None, norm,
+            gain, gain_off, shift, shift_off, None, TWO, FORM, GROUP, SLICES, BLOCK_M, BLOCK_K, ROWS,
         )  # fmt: skip
-    y = y * (1.0 / tl.sqrt_rn(square / k + eps))
+    inverse = 1.0 / tl.sqrt_rn(square / k + eps)
+    y, y_2 = y * inverse, y_2 * inverse
     if shift is not None:
         y += moved
-    return y
+    return y, y_2
 
 
 def product_values(

@@ -22,7 +22,7 @@ ARCHITECTURES = (80, 89, 90, 100, 120)
 #: Modules with lowerings; importing them fills LOWERINGS.
 MODULES = (
     "steps", "linear", "norms", "attention", "elementwise", "lookup", "conv", "normed", "router", "moe", "position",
-    "random", "media", "blocks",
+    "random", "media", "blocks", "attention_linear",
 )  # fmt: skip
 
 #: Ops that never reach an engine, and what takes their place.

@@ -13,7 +13,7 @@ from tmlc.passes.match import arg, named_args, op_of, rewrite_calls
 from tmlc.pipeline.pass_base import Pass, PassContext, PassResult
 from tmlc.pipeline.registry import register_pass
 
-_PRODUCTS = ("linear", "linear_steps", "linear_conv_state")
+_PRODUCTS = ("linear", "linear_steps", "linear_swiglu", "linear_conv_state")
 _MODULATED = {"linear": "modulated_linear", "linear_steps": "modulated_linear_steps"}
 #: Forms of weights whose kernels have no registers left for squares: with 16 rows they spilled.
 FULL = ("i4g32",)
@@ -21,10 +21,10 @@ FULL = ("i4g32",)
 
 @register_pass("fuse.norm_linear")
 class FuseNormLinear(Pass):
-    """Turns `rms_norm` of whole rows and the `linear`, `linear_steps` or `linear_conv_state` that is its only reader
-    into one op: the product sums the squares of what it reads anyway, and is scaled by their root at the end. A norm
-    that is modulated (`rms_norm_steps` of an adaptive norm) becomes part of a `linear` or `linear_steps`: the shift
-    has a product of its own, with weights that are there."""
+    """Turns `rms_norm` of whole rows and the product (one of _PRODUCTS) that is its only reader into one op: that sums
+    the squares of what it reads anyway, and is scaled by their root at the end. A norm that is modulated
+    (`rms_norm_steps` of an adaptive norm) becomes part of a `linear` or `linear_steps`: the shift has a product of its
+    own, with weights that are there."""
 
     def run(self, program: Program, ctx: PassContext) -> PassResult:
         return rewrite_calls(program, ("rms_norm", "rms_norm_steps"), _consider)

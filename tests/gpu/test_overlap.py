@@ -72,8 +72,8 @@ def instructions(variant: Variant) -> list[str]:
 
 def test_machine_code_waits_before_it_reads_anything_that_another_kernel_wrote(overlapping):
     """A product asks for its weights first, the experts' second one for what the router said, and attention for its
-    session, slot and count; all others wait at once. The assembler calls the wait ACQBULK, and what lets the next kernel
-    begin PREEXIT."""
+    session's slot and count; all others wait at once. The assembler calls the wait ACQBULK, and what lets the next
+    kernel begin PREEXIT."""
     from tmlc.emit.triton.tune import package_samples
 
     with open_package(overlapping) as held:

@@ -23,6 +23,7 @@ STEPS = (X[:, :5].contiguous(), None, None, "mul:va silu:v", [])
 CASES = {
     "linear": lambda: (W, BIAS),
     "linear_steps": lambda: (W, None, *STEPS),
+    "linear_swiglu": lambda: (rand(8, 6, seed=13), rand(8, seed=14)),
     "linear_conv_state": lambda: (W, BIAS, None, TAPS, rand(2, 2, seed=5), 1, True, 0.5, None),
     "router": lambda: (rand(5, 6, seed=6), rand(1, 4, seed=7), rand(1, 1, seed=8), 2, 1, 2.5),
 }
@@ -36,6 +37,15 @@ def test_it_is_the_norm_and_then_the_op(name):
         wanted = (*wanted, normed)
     for one, other in zip(wanted, found, strict=True):
         assert torch.equal(one, other)
+
+
+def test_gates_and_ups_are_the_halves_of_a_product():
+    weight, bias = CASES["linear_swiglu"]()
+    both = op("linear", X, weight, bias)
+    found = op("linear_swiglu", X, weight, bias)
+    assert torch.equal(found, op("swiglu", both[:, :4].contiguous(), both[:, 4:].contiguous()))
+    with pytest.raises(IRError, match="5 is not a multiple of 2"):
+        OPS["linear_swiglu"].shapes(TensorType("f32", (4, 6)), TensorType("f32", (5, 6)), None)
 
 
 @pytest.mark.parametrize("name", ["linear", "linear_steps"])

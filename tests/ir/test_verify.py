@@ -86,6 +86,24 @@ def test_broken_text(stateful_text, rule, old, new):
     assert caught.value.where.endswith(rule), str(caught.value)
 
 
+def test_attention_with_its_projection_is_held_to_its_cache_too(stateful_text):
+    """Its tail may be absent: then it is no state."""
+    text = stateful_text.replace(
+        "attention_state(%q, %k, %v, %position, %k_cache, %v_cache, none, none,",
+        "attention_linear_state(%q, none, %k, none, eps=0.0, v=%v, position=%position, k_cache=%k_cache,"
+        " v_cache=%v_cache, rel=none, rel_table=none,",
+    ).replace(
+        "log_alpha=0.0)",
+        "log_alpha=0.0, sink_logits=none, softcap=0.0, weight=%project, bias=none, factor=none, taps=none, tail=none,"
+        " start=0, residual=false, level=1.0, addend=none)",
+    )  # fmt: skip
+    text = text.replace('state "position"', 'weight "project" = source("project") : f32[8, 8]\nstate "position"', 1)
+    text = text.replace("  %position =", '  %project = weight "project" : f32[8, 8]\n  %position =')
+    verify(parse_program(text))
+    with pytest.raises(IRError, match="a ring of 8 rows cannot hold"):
+        verify(parse_program(text.replace("window=3", "window=5")))
+
+
 def test_attention_that_norms_is_held_to_its_cache_too(stateful_text):
     text = stateful_text.replace(
         "attention_state(%q, %k, %v, %position, %k_cache, %v_cache, none, none,",

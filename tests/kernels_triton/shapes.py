@@ -92,6 +92,8 @@ def calls(model: Model, bucket: Bucket, sm: int) -> Iterator[Call]:
         given = {"weight": w(qkvr, d, dtype=form), "bias": None}
         if form != "i4g32":
             yield call("norm_linear", normed | given, x(qkvr), eps=1e-6)
+            both = {"weight": w(2 * m.dense, d, dtype=form), "bias": None}
+            yield call("norm_linear_swiglu", normed | both, x(m.dense), eps=1e-6)
             yield call("norm_linear_steps", normed | given, x(qkvr), steps="silu:v", numbers=[], eps=1e-6)
             passed = {"scale": None, "taps": w(2 * kv, 4), "tail": state(3, 2 * kv), "addend": None}
             yield call("norm_linear_conv_state", normed | given | passed, x(qkvr), start=q, residual=True, level=1.0,
@@ -102,9 +104,13 @@ def calls(model: Model, bucket: Bucket, sm: int) -> Iterator[Call]:
             yield call("modulated_linear_steps", flow, x(m.flow), steps="silu:v", numbers=[], eps=1e-6)
         for rows, k in ((qkvr, d), (d, q), (2 * m.dense, d), (d, m.dense), (m.flow, m.flow), (d, 80)):
             yield call("linear", {"x": x(k), "weight": w(rows, k, dtype=form), "bias": None}, x(rows))
+        yield call("linear_swiglu", {"x": x(d), "weight": w(2 * m.dense, d, dtype=form), "bias": None}, x(m.dense))
         projected = {"x": x(q), "weight": w(d, q, dtype=form), "bias": None, "scale": None, "addend": x(d)}
         yield call("linear_conv_state", projected | {"taps": w(d, 4), "tail": state(3, d)}, x(d), start=0,
                    residual=True, level=1.0)  # fmt: skip
+        block = {"x": x(2 * m.vocoder), "weight": w(m.vocoder, 2 * m.vocoder, dtype=form), "bias": w(1, m.vocoder)}
+        block |= {"scale": None, "addend": x(m.vocoder), "taps": w(m.vocoder, 7), "tail": state(6, m.vocoder)}
+        yield call("linear_and_conv_state", block, x(m.vocoder), x(m.vocoder), residual=False)
         yield call(
             "linear_add",
             {"x": x(q), "weight": w(d, q, dtype=form), "bias": None, "scale": w(1, 1), "addend": x(d)},
@@ -148,6 +154,11 @@ def calls(model: Model, bucket: Bucket, sm: int) -> Iterator[Call]:
                 if not extra:
                     norms = {"q_norm": w(1, m.head), "k_norm": w(1, m.head)}
                     yield call("norm_attention_state", given | norms, x(q), eps=1e-6, **attrs)
+                for form in m.forms:
+                    if not extra and cache == m.caches[0]:
+                        after = {"weight": w(d, q, dtype=form), "taps": w(d, 4), "tail": state(3, d), "addend": x(d)}
+                        yield call("attention_linear_state", given | after, x(d), eps=0.0, start=0, residual=True,
+                                   level=1.0, **attrs)  # fmt: skip
     yield call(
         "rope_state", {"x": x(q), "position": state(1, 1, "i64"), "inv_freq": w(1, m.head // 2)}, x(q),
         num_heads=m.heads, offset=0, interleaved=False, scaling=1.0,

@@ -145,7 +145,7 @@ ONE_BY_ONE = [
 
 
 @pytest.mark.parametrize(("op", "dtype", "window", "inside"), ONE_BY_ONE)
-def test_positions_that_write_themselves_have_the_bits_of_many_in_a_call(machine, monkeypatch, op, dtype, window, inside):
+def test_positions_that_write_themselves_have_the_bits_of_many(machine, monkeypatch, op, dtype, window, inside):
     """Results and caches, into the sinks and out of them, across the seam of a ring and across a split, with more heads
     than one program has queries; splits are programs or `inside` one. A session that does not run keeps its states."""
     from tmlc.kernels.triton import attention
@@ -167,7 +167,8 @@ def test_positions_that_write_themselves_have_the_bits_of_many_in_a_call(machine
     many, single = begun(), begun()
     found = run(machine, op, many, attrs, out, weights)
     for i in range(4):
-        step = [Session({k: x[i : i + 1] for k, x in one.inputs.items()}, one.states, min(one.count, 1)) for one in single]
+        step = [Session({k: x[i : i + 1] for k, x in one.inputs.items()}, one.states, min(one.count, 1))
+                for one in single]  # fmt: skip
         for one, (want,), (have,) in zip(step, found, run(machine, op, step, attrs, out, weights), strict=True):
             assert np.array_equal(bits(have), bits(want[i : i + 1] if one.count else want))
             one.states["position"] += one.count

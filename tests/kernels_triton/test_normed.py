@@ -48,6 +48,28 @@ def test_a_product_of_normed_rows(machine, dtype, m, k):
     agree(machine, "norm_linear", given, EPS, [Shape("f32", m)], tolerance, weights, cuts=(1, 9))
 
 
+@pytest.mark.parametrize(
+    ("dtype", "f", "k"),
+    [("f32", 19, 70), ("bf16", 19, 70), ("bf16", 33, 520), ("f8g128", 20, 300), ("i8g32", 20, 131),
+     ("i4g64", 20, 300)],
+)  # fmt: skip
+@pytest.mark.parametrize("normed", [False, True])
+def test_gates_and_ups_of_a_product(machine, dtype, f, k, normed):
+    """Against float64, and the bits of the product and then swiglu."""
+    given, weights = sessions(k), weights_of(2 * f, k, dtype) | {"bias": weight(draw(9, 1, 2 * f))}
+    name, attrs = ("norm_linear_swiglu", EPS) if normed else ("linear_swiglu", {})
+    if not normed:
+        del weights["norm"]
+    tolerance = EXACT if dtype == "f32" else 2 * ROUNDED
+    agree(machine, name, given, attrs, [Shape("f32", f)], tolerance, weights, cuts=(1, 9))
+    product, one = name.removesuffix("_swiglu"), [given[1]]
+    ((both,),) = run(machine, product, one, attrs, [Shape("f32", 2 * f)], weights)
+    halves = [Session({"gate": both[:, :f].copy(), "up": both[:, f:].copy()}, count=1)]
+    ((wanted,),) = run(machine, "swiglu", halves, {}, [Shape("f32", f)])
+    ((found,),) = run(machine, name, one, attrs, [Shape("f32", f)], weights)
+    assert np.array_equal(bits(found), bits(wanted))
+
+
 def test_steps_behind_a_product_of_normed_rows(machine):
     attrs = EPS | {"steps": "mul:av silu:v", "numbers": []}
     given, weights = sessions(70, a=20), weights_of(20, 70, "bf16")

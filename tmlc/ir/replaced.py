@@ -21,8 +21,12 @@ TRITON_PASSES = {
     "norm_router": "fuse.norm_router",
     "norm_linear": "fuse.norm_linear",
     "norm_linear_steps": "fuse.norm_linear",
+    "norm_linear_swiglu": "fuse.norm_linear",
+    "linear_swiglu": "fuse.swiglu",
     "norm_linear_conv_state": "fuse.norm_linear",
     "norm_attention_state": "fuse.norm_attention",
+    "attention_linear_state": "fuse.attention_linear",
+    "linear_and_conv_state": "fuse.linear_and_conv",
     "modulated_linear": "fuse.norm_linear",
     "modulated_linear_steps": "fuse.norm_linear",
 }

@@ -14,6 +14,7 @@ from torch import fx
 from tmlc.errors import IRError
 from tmlc.ir.dims import Dim
 from tmlc.ir.ops import OpSpec, spec_of
+from tmlc.ir.ops.attended import ATTENTION_WITH_CACHE
 from tmlc.ir.program import STATE_KINDS, Fact, Method, Program, infer_type, role, type_of
 from tmlc.ir.types import TensorType
 from tmlc.ir.weights import infer_weight
@@ -210,7 +211,8 @@ def _outputs(method: Method) -> None:
 def _state_args(spec: OpSpec, node: fx.Node) -> list[tuple[str, Any]]:
     reads = "position" in spec.args and "position" not in spec.mutates
     names = (*spec.mutates, "position") if reads else spec.mutates
-    return [(name, node.args[spec.args.index(name)]) for name in names]
+    absent = {name for name in names if name in spec.optional and node.args[spec.args.index(name)] is None}
+    return [(name, node.args[spec.args.index(name)]) for name in names if name not in absent]
 
 
 def _states(method: Method) -> None:
@@ -241,7 +243,7 @@ def _states(method: Method) -> None:
 
 
 def _position(method: Method) -> None:
-    cached = [node for op in ("attention_state", "norm_attention_state") for node in method.calls(op)]
+    cached = [node for op in ATTENTION_WITH_CACHE for node in method.calls(op)]
     turned, advances = (method.calls(op) for op in ("rope_state", "advance"))
     if not cached and not turned and not advances:
         return

@@ -5,7 +5,8 @@ compiled kernels).
 The checkpoint is all holes (a sparse file: headers, and no data), so everything is what `tmlc compile` does up to the
 weights, which are never read: tracing, passes, lowering to launches, compiling every kernel, and the JSON of the plan.
 Nothing is written, and the module run by itself does not use the compile cache. `--launches` stops before kernels are
-compiled and prints how many launches a call of each method makes in its smallest bucket; `--disable` leaves out passes.
+compiled and prints how many launches a call of each method makes in its smallest bucket, and each graph of a tick for
+one session; `--disable` leaves out passes.
 """
 
 from __future__ import annotations
@@ -19,10 +20,14 @@ import tempfile
 import time
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tmlc.pipeline.pipeline import Pipeline, load_pipeline
 from tmlc.report.startup import peak_rss_bytes
+
+if TYPE_CHECKING:
+    from tmlc.emit.triton.target import Lowerings
+    from tmlc.ir.program import Program
 
 SHARD_BYTES = 4 << 30
 
@@ -131,8 +136,14 @@ def plan_on_meta(
     }  # fmt: skip
 
 
-def launches_of_calls(preset: str, target: str, precision: str, pipeline: Pipeline) -> dict[str, dict[str, int]]:
-    """Method → kernel → launches in a call of its smallest bucket."""
+def lowered_preset(
+    preset: str, target: str, precision: str, pipeline: Pipeline
+) -> tuple[Program, Lowerings, int]:
+    """The program of a zoo preset, its launches, and the first architecture of the target. No kernel is compiled.
+
+    Raises:
+        EmitError: an op has no kernel.
+    """
     from tmlc.compiler import compile
     from tmlc.emit.targets import find_target
     from tmlc.emit.triton.target import TritonTarget
@@ -145,9 +156,24 @@ def launches_of_calls(preset: str, target: str, precision: str, pipeline: Pipeli
         )
     chosen = find_target(target)
     assert isinstance(chosen, TritonTarget) and report.program is not None
-    methods = chosen.lower(report.program).launches[chosen.architectures[0]]
-    smallest = {name: buckets[min(buckets, key=lambda b: (b.batch, b.n))] for name, buckets in methods.items()}
-    return {name: dict(Counter(launch.kernel for launch in found)) for name, found in smallest.items()}
+    return report.program, chosen.lower(report.program), chosen.architectures[0]
+
+
+def launches_of_calls(preset: str, target: str, precision: str, pipeline: Pipeline) -> dict[str, dict[str, int]]:
+    """Kernel → launches: of a call of each method in its smallest bucket (`decode`), and of the graphs of a tick for
+    one session (`listen.b1`)."""
+    from tmlc.emit.triton.chains import chains_of
+    from tmlc.kernels.triton.bucket import Bucket
+    from tmlc.runtimes.cuda.chains import Link
+
+    program, lowered, sm = lowered_preset(preset, target, precision, pipeline)
+    methods = lowered.launches[sm]
+    found = {name: buckets[min(buckets, key=lambda b: (b.batch, b.n))] for name, buckets in methods.items()}
+    for chain in chains_of(program, lowered.methods, lowered.buckets):
+        if chain.batch == 1:
+            calls = [methods[link.method][Bucket(1, link.n)] for link in chain.links if isinstance(link, Link)]
+            found[chain.key] = [launch for part in (*calls, lowered.chains[sm][chain.key]) for launch in part]
+    return {name: dict(Counter(launch.kernel for launch in launches)) for name, launches in found.items()}
 
 
 def main() -> None:
@@ -157,7 +183,7 @@ def main() -> None:
     parser.add_argument("--precision", default="bf16")
     parser.add_argument("--overlap", action="store_true", help="with the pass memory.overlap")
     parser.add_argument("--jobs", type=int, help="processes that compile kernels; default: a core each")
-    parser.add_argument("--launches", action="store_true", help="launches of a call of each method, and no kernels")
+    parser.add_argument("--launches", action="store_true", help="launches of calls and of a tick's graphs; no kernels")
     parser.add_argument("--disable", default="", help="passes to leave out, with commas between")
     chosen = parser.parse_args()
     os.environ["TMLC_CACHE"] = "off"

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from tmlc.ir.ops.attention import short_conv_state
 from tmlc.ir.ops.blocks import softcap
-from tmlc.ir.ops.dense import linear, linear_type, same, scale_by
+from tmlc.ir.ops.dense import linear, linear_type, same, scale_by, swiglu
 from tmlc.ir.ops.moe import moe, moe_type
 from tmlc.ir.ops.random import sample, sample_type
-from tmlc.ir.ops.registry import conv_taps, need, one_element, op
+from tmlc.ir.ops.registry import conv_taps, exact, need, one_element, op
 from tmlc.ir.types import TensorType
 
 #: What an engine keeps in registers and on the stack while it convolves a column.
@@ -76,6 +76,18 @@ def head_sample(
 ) -> Tensor:
     """sample of the first `entries` logits softcap(linear(alpha·x)); alpha 1: x itself, cap 0: no soft cap."""
     return sample(head_logits(x, weight, bias, alpha, cap, entries), key, temperature)
+
+
+def _linear_swiglu(x: TensorType, weight: TensorType, bias: TensorType | None) -> TensorType:
+    both = linear_type(x, weight, bias)
+    return replace(both, shape=(both.shape[0], exact(both.shape[1], 2, "gates and ups")))
+
+
+@op("linear_swiglu(Tensor x, Tensor weight, Tensor? bias) -> Tensor", _linear_swiglu, from_pass=True)
+def linear_swiglu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """swiglu of the two halves of linear(x): weight has the rows of the gates, and then those of the ups."""
+    gate, up = linear(x, weight, bias).chunk(2, 1)
+    return swiglu(gate, up)
 
 
 def _after(
@@ -173,6 +185,42 @@ def linear_conv_state(
     """(addend +) scale·linear(x), of which the columns from `start` on, as many as taps has channels, go through
     level·short_conv_state."""
     return _finish(linear(x, weight, bias), scale, taps, tail, start, residual, level, addend)
+
+
+def _linear_and_conv_state(
+    x: TensorType,
+    weight: TensorType,
+    bias: TensorType | None,
+    scale: TensorType | None,
+    addend: TensorType | None,
+    taps: TensorType,
+    tail: TensorType,
+    residual: bool,
+) -> tuple[TensorType, TensorType]:
+    y = _after(linear_type(x, weight, bias), scale, taps, tail, 0, 1.0, addend)
+    need(conv_taps(taps, "taps")[0] == y.shape[1], f"taps must have {y.shape[1]} channels, not {taps}")
+    return y, y
+
+
+@op(
+    "linear_and_conv_state(Tensor x, Tensor weight, Tensor? bias, Tensor? scale, Tensor? addend, Tensor taps,"
+    " Tensor(a!) tail, bool residual) -> (Tensor, Tensor)",
+    _linear_and_conv_state,
+    from_pass=True,
+)
+def linear_and_conv_state(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    addend: Tensor | None,
+    taps: Tensor,
+    tail: Tensor,
+    residual: bool,
+) -> tuple[Tensor, Tensor]:
+    """(y, short_conv_state(y)) of y = (addend +) scale·linear(x): a product that others read beside its convolution."""
+    y = _finish(linear(x, weight, bias), scale, None, None, 0, False, 1.0, addend)
+    return y, short_conv_state(y, taps, tail, residual)
 
 
 def _moe_add(addend: TensorType, *args: Any) -> TensorType:

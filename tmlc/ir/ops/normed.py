@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tmlc.ir.ops.attention import attention_state
 from tmlc.ir.ops.dense import linear, modulate, rms_norm
-from tmlc.ir.ops.fused import linear_conv_state
+from tmlc.ir.ops.fused import linear_conv_state, linear_swiglu
 from tmlc.ir.ops.moe import router
 from tmlc.ir.ops.registry import OPS, need, op, vector
 from tmlc.ir.ops.steps import linear_steps
@@ -67,6 +67,21 @@ def _norm_linear_steps(x: TensorType, norm: TensorType, eps: float, *args: Any) 
 def norm_linear_steps(x: Tensor, norm: Tensor, eps: float, *args: Any) -> Tensor:
     """linear_steps of rms_norm(x)."""
     return linear_steps(rms_norm(x, norm, eps), *args)
+
+
+def _norm_linear_swiglu(x: TensorType, norm: TensorType, eps: float, *args: Any) -> TensorType:
+    made: TensorType = _behind("linear_swiglu", x, norm, *args)
+    return made
+
+
+@op(
+    "norm_linear_swiglu(Tensor x, Tensor norm, float eps, Tensor weight, Tensor? bias) -> Tensor",
+    _norm_linear_swiglu,
+    from_pass=True,
+)
+def norm_linear_swiglu(x: Tensor, norm: Tensor, eps: float, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """linear_swiglu of rms_norm(x)."""
+    return linear_swiglu(rms_norm(x, norm, eps), weight, bias)
 
 
 def _norm_linear_conv_state(x: TensorType, norm: TensorType, eps: float, *args: Any) -> TensorType:

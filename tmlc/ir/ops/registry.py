@@ -57,6 +57,11 @@ class OpSpec:
         return tuple(a.name for a in self.overload._schema.arguments)
 
     @property
+    def optional(self) -> frozenset[str]:
+        """Names of the arguments that may be absent (None)."""
+        return frozenset(a.name for a in self.overload._schema.arguments if isinstance(a.type, torch.OptionalType))
+
+    @property
     def outputs(self) -> int:
         """Number of tensors returned: 0 to 3."""
         return len(self.overload._schema.returns)

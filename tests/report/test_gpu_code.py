@@ -1,0 +1,55 @@
+"""What `tmlc.report.gpu_code` says of machine code."""
+
+import pytest
+
+pytest.importorskip("triton", reason="the triton extra is not installed")
+
+from tmlc.errors import UsageError
+from tmlc.kernels.triton.bucket import Bucket
+from tmlc.kernels.triton.launch import Operand
+from tmlc.kernels.triton.registry import Call, lower
+from tmlc.report.gpu_code import code_of, launches_of, read_code
+
+TEXT = """
+        .section        .text.kernel
+.text.kernel:
+        /*0000*/                   LDC R1, c[0x0][0x28] ;
+        /*0010*/              @!P0 LDG.E.128 R4, desc[UR4][R2.64] ;
+        /*0020*/                   LDGSTS.E.BYPASS.128 [R9], desc[UR4][R2.64] ;
+        /*0030*/                   LDGDEPBAR ;
+        /*0040*/                   DEPBAR.LE SB0, 0x0 ;
+        /*0050*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;
+        /*0060*/             @!UP1 LDG.E R5, desc[UR4][R2.64] ;
+        /*0070*/                   HMMA.16816.F32.BF16 R8, R4, R6, R8 ;
+        /*0080*/                   STG.E desc[UR4][R2.64], R8 ;
+        /*0090*/                   EXIT ;
+"""
+
+
+def test_instructions_are_told_apart():
+    total, counts, early = read_code(TEXT)
+    assert (total, early) == (10, 2)
+    assert counts == {"loads": 2, "copies": 1, "stores": 1, "waits": 1, "barriers": 1, "dots": 1, "local": 0}
+
+
+@pytest.mark.parametrize("sm", [80, 90])
+def test_a_product_asks_for_all_that_it_reads_before_its_first_wait(sm):
+    x = Operand("arena", "f32", (1, 0), 256, 256)
+    weight = Operand("weight", "bf16", (0, 64), 256, 256, name="w", shape=(64, 256))
+    out = Operand("arena", "f32", (1, 0), 64, 64, 4096)
+    (launch,) = lower(Call("linear", {"x": x, "weight": weight, "bias": None}, {}, (out,), Bucket(1, 1), sm)).launches
+    code = code_of(launch.variant(sm))
+    assert code.counts["copies"] >= code.early >= code.counts["copies"] // 2 > 0  # the other half stands in the loop
+    assert code.counts["dots"] > 0 and code.counts["stores"] > 0
+    assert 0 < code.registers <= 255 and code.spill_bytes == code.counts["local"] == 0 < code.shared
+
+
+@pytest.mark.parametrize(
+    ("method", "bucket", "fix"), [("decade", Bucket(1, 1), "decode, speak"), ("decode", Bucket(1, 3), "b1n1, b1n4")]
+)
+def test_a_call_that_there_is_not_names_those_that_are(method, bucket, fix):
+    methods = {"decode": {Bucket(1, 1): [], Bucket(1, 4): []}, "speak": {}}
+    assert launches_of(methods, "decode", Bucket(1, 4)) == []
+    with pytest.raises(UsageError) as caught:
+        launches_of(methods, method, bucket)
+    assert caught.value.fix == f"use one of {fix}"

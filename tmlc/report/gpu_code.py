@@ -1,0 +1,133 @@
+"""What the assembler makes of the kernels of a call: `python -m tmlc.report.gpu_code small decode` compiles each
+variant of the call's launches and prints a line for it, with what its machine code holds. No GPU, no weights.
+
+Of an instruction in a loop the counts say one: they are of the text, not of a run. Loads of a kernel that asks for all
+it reads at once stand before its first wait.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from tmlc.errors import TmlcError, UsageError
+from tmlc.kernels.triton.bucket import Bucket
+from tmlc.kernels.triton.launch import Launch, Variant
+from tmlc.pipeline.pipeline import load_pipeline
+from tmlc.report.gpu_plan import lowered_preset
+
+_INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\d+ )?([A-Z0-9_.]+)", re.MULTILINE)
+#: Column → instructions of it, as nvdisasm names them.
+KINDS = {
+    "loads": ("LDG.",),
+    "copies": ("LDGSTS.",),
+    "stores": ("STG.",),
+    "waits": ("DEPBAR.LE",),
+    "barriers": ("BAR.SYNC", "BAR.RED"),
+    "dots": ("HMMA.", "IMMA.", "QMMA.", "DMMA.", "HGMMA.", "UTCHMMA"),
+    "local": ("LDL", "STL"),
+}
+#: What a warp waits at: for its asynchronous copies, or for other warps.
+WAITS = ("DEPBAR.LE", "BAR.")
+DISASSEMBLY_SECONDS = 60
+
+
+@dataclass(frozen=True)
+class Code:
+    """What stands in the machine code of a variant.
+
+    Attributes:
+        registers, spill_bytes, shared: of a thread, of a thread, of a program.
+        instructions: in all.
+        counts: of KINDS. (An asynchronous copy is no load here.)
+        early: loads and copies before the first instruction of WAITS.
+    """
+
+    registers: int
+    spill_bytes: int
+    shared: int
+    instructions: int
+    counts: dict[str, int]
+    early: int
+
+
+def read_code(text: str) -> tuple[int, dict[str, int], int]:
+    """(instructions, counts of KINDS, loads and copies before the first wait) of a disassembly."""
+    found = [f"{name}." for name in _INSTRUCTION.findall(text)]
+    counts = {kind: sum(name.startswith(names) for name in found) for kind, names in KINDS.items()}
+    first = next((at for at, name in enumerate(found) if name.startswith(WAITS)), len(found))
+    early = sum(name.startswith((*KINDS["loads"], *KINDS["copies"])) for name in found[:first])
+    return len(found), counts, early
+
+
+def code_of(variant: Variant) -> Code:
+    """Compiles a variant and reads its machine code. Raises EmitError as `compile_variant`."""
+    from triton import knobs
+
+    from tmlc.kernels.triton.variants import compile_variant
+
+    made = compile_variant(variant)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(made.cubin)
+        command = [knobs.nvidia.nvdisasm.path, "-c", file.name]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=DISASSEMBLY_SECONDS)
+    return Code(made.registers, made.spill_bytes, made.shared, *read_code(done.stdout))
+
+
+def launches_of(
+    methods: Mapping[str, Mapping[Bucket, list[Launch]]], method: str, bucket: Bucket
+) -> list[Launch]:
+    """The launches of a call of `method` in a bucket.
+
+    Raises:
+        UsageError: there is no such method, or it has no such bucket.
+    """
+    if method not in methods:
+        raise UsageError(f"there is no method {method}", fix=f"use one of {', '.join(methods)}")
+    if bucket not in methods[method]:
+        known = ", ".join(one.name for one in methods[method])
+        raise UsageError(f"{method} has no bucket {bucket.name}", fix=f"use one of {known}")
+    return methods[method][bucket]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tmlc.report.gpu_code")
+    parser.add_argument("preset", help="of the zoo, e.g. small")
+    parser.add_argument("method", help="e.g. decode")
+    parser.add_argument("--sessions", type=int, default=1, help="of the bucket")
+    parser.add_argument("--positions", type=int, default=1, help="of the bucket")
+    parser.add_argument("--target", default="triton:sm90")
+    parser.add_argument("--precision", default="bf16")
+    parser.add_argument("--kernel", help="only variants of this one")
+    parser.add_argument("--overlap", action="store_true", help="with the pass memory.overlap")
+    chosen = parser.parse_args()
+    os.environ["TMLC_CACHE"] = "off"
+    steps = load_pipeline("triton")
+    if chosen.overlap:
+        steps = steps.before("memory.buckets", "memory.overlap")
+    try:
+        _, lowered, sm = lowered_preset(chosen.preset, chosen.target, chosen.precision, steps)
+        launches = launches_of(lowered.launches[sm], chosen.method, Bucket(chosen.sessions, chosen.positions))
+    except TmlcError as error:
+        parser.error(str(error))
+    times = Counter((launch.variant(sm), launch.grid) for launch in launches)
+    print(f"{'kernel':25} times  programs warps registers spilled shared", "early", *KINDS, "instructions")
+    for (variant, grid), count in times.items():
+        if chosen.kernel in (None, variant.kernel):
+            code = code_of(variant)
+            sizes = (variant.num_warps, code.registers, code.spill_bytes, code.shared, code.early)
+            numbers = (*sizes, *code.counts.values(), code.instructions)
+            widths = (5, 9, 7, 6, 5, *map(len, KINDS), 12)
+            row = " ".join(f"{number:>{width}}" for number, width in zip(numbers, widths, strict=True))
+            print(f"{variant.kernel:25} {count:5} {grid[0] * grid[1] * grid[2]:9} {row}")
+
+
+if __name__ == "__main__":
+    main()
