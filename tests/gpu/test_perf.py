@@ -76,24 +76,24 @@ def test_every_step_of_the_command_runs_in_a_rehearsal(tmp_path):
 
 @pytest.mark.slow
 def test_an_engine_whose_check_failed_is_built_without_each_pass_in_a_rehearsal(perf, tmp_path):
-    """A failure is written into the results of an engine where fuse.norm_pair alone found something: the engine without
-    it is built and checked, and its bits are found to be those of the engine with it."""
+    """A failure is written into the results of an engine where fuse.norm_attention alone found something: the engine
+    without it is built and checked, and its bits are found to be those of the engine with it."""
     out, work = tmp_path / "r.json", tmp_path / "work"
     command = [sys.executable, str(GPU / "run.py"), "--rehearse", "--out", str(out), "--work", str(work)]
-    job, other = "tiny bf16", "tiny bf16-fuse.norm_pair"
+    job, other = "tiny bf16", "tiny bf16-fuse.norm_attention"
     first = [*command, "--job", job, "--step", "build", "--step", "bits"]
     assert subprocess.run(first, capture_output=True, check=False).returncode == 0
     results = perf.results.Results(out)
     built, bits = results.get(job, "build"), results.get(job, "bits")
-    assert built["matches"]["fuse.norm_pair"] == 2 and bits["passed"]
-    results.put(job, "build", {**built, "matches": {"fuse.norm_pair": 2}})
+    assert built["matches"]["fuse.norm_attention"] == 2 and bits["passed"]
+    results.put(job, "build", {**built, "matches": {"fuse.norm_attention": 2}})
     results.put(job, "golden", {"passed": False})
     done = subprocess.run([*command, "--bisect", job], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert f"{job}: golden PASSES without fuse.norm_pair" in done.stdout
+    assert f"{job}: golden PASSES without fuse.norm_attention" in done.stdout
     steps = json.loads(out.read_text())["steps"]
     assert set(steps[other]) == {"build", "golden", "bits"} and steps[other]["build"]["matches"]["fuse.norm_linear"]
-    assert "fuse.norm_pair" not in steps[other]["build"]["matches"]
+    assert "fuse.norm_attention" not in steps[other]["build"]["matches"]
     assert steps[other]["bits"]["digest"] == bits["digest"]
 
 
