@@ -191,8 +191,9 @@ def linear_launch(
     fixed |= steps[1] | convolution[1] | (x.fixed if isinstance(x, Parts) else NO_COLUMNS) | {"GATED": gated}
     form, stages = FORMS[weight.dtype], blocks.stages
     if norm is not None:
-        held = weight.dtype != "i4g32"
-        call.need(held, "weights of i4g32 leave no registers for a norm", "leave out fuse.norm_linear")
+        full = ("i4g32", "i4g64") if gated else ("i4g32",)
+        why = f"weights of {weight.dtype} leave no registers for a norm"
+        call.need(weight.dtype not in full, why, "leave out fuse.norm_linear")
     if gated or (norm is not None and form.group):
         # Two products, or codes, their values, x and its squares of more rows of weights do not fit into the registers.
         fixed["BLOCK_M"] = min(16, blocks.block_m)

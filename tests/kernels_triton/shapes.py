@@ -90,10 +90,12 @@ def calls(model: Model, bucket: Bucket, sm: int) -> Iterator[Call]:
                        | given, x(m.flow), steps=text, numbers=numbers)  # fmt: skip
         normed = {"x": x(d), "norm": w(1, d)}
         given = {"weight": w(qkvr, d, dtype=form), "bias": None}
+        both = {"weight": w(2 * m.dense, d, dtype=form), "bias": None}
+        yield call("linear_swiglu", {"x": x(d)} | both, x(m.dense))
+        if form not in ("i4g32", "i4g64"):
+            yield call("norm_linear_swiglu", normed | both, x(m.dense), eps=1e-6)
         if form != "i4g32":
             yield call("norm_linear", normed | given, x(qkvr), eps=1e-6)
-            both = {"weight": w(2 * m.dense, d, dtype=form), "bias": None}
-            yield call("norm_linear_swiglu", normed | both, x(m.dense), eps=1e-6)
             yield call("norm_linear_steps", normed | given, x(qkvr), steps="silu:v", numbers=[], eps=1e-6)
             passed = {"scale": None, "taps": w(2 * kv, 4), "tail": state(3, 2 * kv), "addend": None}
             yield call("norm_linear_conv_state", normed | given | passed, x(qkvr), start=q, residual=True, level=1.0,
@@ -104,7 +106,6 @@ def calls(model: Model, bucket: Bucket, sm: int) -> Iterator[Call]:
             yield call("modulated_linear_steps", flow, x(m.flow), steps="silu:v", numbers=[], eps=1e-6)
         for rows, k in ((qkvr, d), (d, q), (2 * m.dense, d), (d, m.dense), (m.flow, m.flow), (d, 80)):
             yield call("linear", {"x": x(k), "weight": w(rows, k, dtype=form), "bias": None}, x(rows))
-        yield call("linear_swiglu", {"x": x(d), "weight": w(2 * m.dense, d, dtype=form), "bias": None}, x(m.dense))
         projected = {"x": x(q), "weight": w(d, q, dtype=form), "bias": None, "scale": None, "addend": x(d)}
         yield call("linear_conv_state", projected | {"taps": w(d, 4), "tail": state(3, d)}, x(d), start=0,
                    residual=True, level=1.0)  # fmt: skip
