@@ -1,6 +1,10 @@
 """Attention over a linear or a ring cache: new keys and values are written (kv_write.py), then each query works through
 the splits of its positions.
 
+In a call of one row a session one launch does all of that: whoever has the split of the new position writes its key and
+value first, and norms them and the queries where heads are normed. More rows have a launch before, for a query also
+sees keys that other programs write.
+
 A split is [S·s, S·s + S) in absolute positions, so a query's splits, and the order of its sums, depend on its own
 position only. Where a call has too few programs for a GPU each split is a program of its own, which leaves its part in
 scratch, and a second launch adds the parts up in ascending order; else one program does all of that in its registers.
@@ -11,10 +15,11 @@ from typing import Any
 
 import triton.language as tl
 
-from tmlc.kernels.triton.kv_write import write_launch
+from tmlc.kernels.triton.kv_write import cache_row, new_rows, norms, write_column, write_launch
 from tmlc.kernels.triton.launch import Aligned, Launch, Lowered, Operand, Pointer
 from tmlc.kernels.triton.mode import device
-from tmlc.kernels.triton.norms import power
+from tmlc.kernels.triton.norms import normed, power
+from tmlc.kernels.triton.overlap import previous
 from tmlc.kernels.triton.parts import LEAST, Parts, join, whole_power
 from tmlc.kernels.triton.registry import Call, launch, lowering
 from tmlc.kernels.triton.steps import tanh
@@ -46,42 +51,63 @@ def relative_bias(share, rel_table, ahead, places, j, held, extent, RANKS: tl.co
 
 @device
 def attention_kernel(
-    out, part_m, part_l, part_acc, q, position, k_cache, v_cache, rel, rel_table, sink_logits, slots, counts,
-    n, group, d, dv, capacity, window, sinks, splits, k_stride, v_stride, q_stride, out_stride, rel_stride,
-    sink_stride, extent, scale, log_floor, log_alpha, cap,
+    out, part_m, part_l, part_acc, q, k, v, q_norm, k_norm, position, k_cache, v_cache, rel, rel_table, sink_logits,
+    slots, counts, n, group, d, dv, window, sinks, splits, k_stride, v_stride, q_stride, k_new_stride, v_new_stride,
+    out_stride, rel_stride, sink_stride, extent, eps, scale, log_floor, log_alpha, cap,
     RING: tl.constexpr, INT8: tl.constexpr, EXACT: tl.constexpr, RANKS: tl.constexpr, BLOCK_R: tl.constexpr,
-    ALONE: tl.constexpr, PARALLEL: tl.constexpr, NARROW: tl.constexpr, SPLIT: tl.constexpr, BLOCK_J: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, ITEM: tl.constexpr,
+    ALONE: tl.constexpr, PARALLEL: tl.constexpr, SPLIT: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr, ITEM: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """16 queries (rows × heads of one kv head) of a session over its cache; grid (sessions × tiles, kv heads, splits).
 
+    k, v: the new keys and values of a call of one row a session, which are written here; else they are in the cache.
+    q_norm, k_norm: what queries and new keys are normed with.
+    RING: rows of a ring, without those of the sinks; 0: a linear cache.
     EXACT: float32 caches, whose products are of float32 numbers; else of bf16 numbers.
     ALONE: the queries of a tile stand at one position, so a key is at one distance from all of them.
-    NARROW: a ring of less rows than a block has keys.
     """
     tiles = tl.cdiv(n * group, 16)
     session, g = tl.program_id(0) // tiles, tl.program_id(1)
     t = (tl.program_id(0) % tiles) * 16 + tl.arange(0, 16)
     i, head = t // group, g * group + t % group
     count, slot = tl.load(counts + session), tl.load(slots + session)
-    if ((tl.program_id(0) % tiles) * 16 >= count * group) | (slot < 0):  # no slot is; both are read together
-        return
-    live = i < count
-    start = tl.load(position + slot // 8)
+    if OVERLAP:  # the host wrote these before the first launch
+        previous()
+    # What does not depend on the position is asked for together with the session, of rows of no session too.
     row = session.to(tl.int64) * n + i
+    inner, outer = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
+    if q_norm is not None:
+        q_learned = tl.load(q_norm + inner, mask=inner < d, other=0.0)
+        k_learned = tl.load(k_norm + inner, mask=inner < d, other=0.0)
+    q_at = q + row[None, :] * q_stride + head[None, :] * d + inner[:, None]
+    qt = tl.load(q_at, mask=(i < n)[None, :] & (inner < d)[:, None], other=0.0)
+    share, places = 0.0, 1
+    if RANKS > 0:
+        r = tl.arange(0, BLOCK_R)
+        share_at = rel + (row * rel_stride + head * RANKS)[None, :] + r[:, None]
+        share = tl.load(share_at, mask=(i < n)[None, :] & (r < RANKS)[:, None], other=0.0)
+    if k is not None:  # the same key and value in 16 columns, so that they lie as queries do
+        same = session.to(tl.int64) + tl.zeros((1, 16), tl.int32)
+        key = tl.load(k + same * k_new_stride + g * d + inner[:, None], mask=(inner < d)[:, None], other=0.0)
+        value = tl.load(v + same * v_new_stride + g * dv + outer[:, None], mask=(outer < dv)[:, None], other=0.0)
+    # No program ends early, so that all of this is under way at once; one without a query finds no keys.
+    there = ((tl.program_id(0) % tiles) * 16 < count * group) & (slot >= 0)
+    live = there & (i < count)
+    start = tl.load(position + slot // 8, mask=there, other=0)
+    if q_norm is not None:  # while the position is under way
+        qt = tl.trans(normed(tl.trans(qt), q_learned, d, eps))
+        key = tl.trans(normed(tl.trans(key), k_learned, d, eps))
     p = start + i
     first_i = (tl.program_id(0) % tiles) * 16 // group
     ahead = i - first_i  # positions are counted from the first query on, in 32 bits
     first_p = start + first_i
     last_p = start + tl.minimum(count, ((tl.program_id(0) % tiles) * 16 + 15) // group + 1) - 1
+    last_p = tl.where(there, last_p, -1)
 
     tau = tl.zeros((16,), tl.float32) + 1.0
     if log_floor is not None:
         tau += log_alpha * tl.log(tl.maximum(1.0, (p + 1).to(tl.float32) / log_floor))
     unit = 1.4426950408889634  # scores are in units of ln 2, but for what a soft cap needs
-    inner, outer = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
-    q_at = q + row[None, :] * q_stride + head[None, :] * d + inner[:, None]
-    qt = tl.load(q_at, mask=live[None, :] & (inner < d)[:, None], other=0.0)
     if cap is not None:
         qt = qt * (scale * tau)[None, :]
     else:
@@ -89,13 +115,8 @@ def attention_kernel(
     if not EXACT:
         qt = qt.to(tl.bfloat16)
 
-    share, places = 0.0, 1
-    if RANKS > 0:
-        r = tl.arange(0, BLOCK_R)
-        share_at = rel + (row * rel_stride + head * RANKS)[None, :] + r[:, None]
-        share = tl.load(share_at, mask=live[None, :] & (r < RANKS)[:, None], other=0.0)
-        if not ALONE:
-            places = (last_p - first_p).to(tl.int32) + 1
+    if RANKS > 0 and not ALONE:
+        places = (last_p - first_p).to(tl.int32) + 1
 
     # Slots lie at multiples of 64 bytes; said here, for the compiler to load whole vectors.
     k_base = tl.multiple_of(slot // ITEM, 16)
@@ -108,13 +129,25 @@ def attention_kernel(
         k_base += g * d
         v_base += g * dv
 
+    if k is not None:  # written and read back by each tile of the head, so they are what a later call reads
+        mine = there
+        if PARALLEL:
+            z, split = tl.program_id(2), start // SPLIT
+            if RING:
+                split = tl.where(start < sinks, 0, split - tl.maximum(start - window + 1, sinks) // SPLIT + 1)
+            mine = there & (split == z)
+        new_at = cache_row(start, RING, sinks, RING > 0)
+        write_column(k_cache, key, k_base + new_at * k_stride, d, mine, INT8)
+        write_column(v_cache, value, v_base + new_at * v_stride, dv, mine, INT8)
+        tl.debug_barrier()  # every thread reads what some have written
+
     total_m = tl.full((16,), LEAST, tl.float32)
     total_l = tl.zeros((16,), tl.float32)
     total = tl.zeros((BLOCK_V, 16), tl.float32)
-    mine = splits
+    turns = splits
     if PARALLEL:
-        mine = 1
-    for step in range(mine):
+        turns = 1
+    for step in range(turns):
         z = tl.program_id(2) + step
         if RING:  # split 0 holds the sinks; the others follow from the first position of the call
             oldest = first_p - window + 1
@@ -122,9 +155,8 @@ def attention_kernel(
             lo = tl.maximum(tl.where(z == 0, 0, tl.maximum(behind, oldest // BLOCK_J * BLOCK_J)), 0)
             hi = tl.where(z == 0, tl.minimum(sinks, last_p + 1), tl.minimum(behind + SPLIT, last_p + 1))
             skip = tl.where(z == 0, 0, tl.maximum(tl.maximum(oldest, sinks) - lo, 0)).to(tl.int32)
-            ring = capacity - sinks
-            turned = ((lo - sinks) % ring).to(tl.int32)  # where `lo` lies in the ring
-            turned = tl.where(turned < 0, turned + ring, turned)
+            turned = ((lo - sinks) % RING).to(tl.int32)  # where `lo` lies in the ring
+            turned = tl.where(turned < 0, turned + RING, turned)
         else:
             lo = z * SPLIT
             hi = tl.minimum(lo + SPLIT, last_p + 1)
@@ -138,8 +170,8 @@ def attention_kernel(
             held = first + k_index < length
             if RING:
                 held = held & (first + k_index >= skip)
-                at = (turned + first) % ring + k_index
-                at = at % ring if NARROW else tl.where(at >= ring, at - ring, at)
+                at = (turned + first) % RING + k_index
+                at = at % RING if RING < BLOCK_J else tl.where(at >= RING, at - RING, at)
                 at = tl.where(z == 0, first + k_index, sinks + at).to(tl.int64)
             else:
                 at = (lo + first + k_index).to(tl.int64)
@@ -282,12 +314,11 @@ def attention_launches(call: Call) -> tuple[Lowered, Parts | None]:
     call.need(dtype in _CACHES, f"caches of {dtype}")
     shared: dict[str, Any] = {
         "position": _state(call, position, "i64"), "slots": call.slots, "counts": call.counts, "n": n,
-        "d": Aligned(d), "dv": Aligned(dv), "capacity": Aligned(capacity), "sinks": Aligned(sinks),
+        "d": Aligned(d), "dv": Aligned(dv), "sinks": Aligned(sinks),
         "k_cache": _state(call, caches[0], dtype), "v_cache": _state(call, caches[1], dtype),
         "k_stride": Aligned(caches[0].stride), "v_stride": Aligned(caches[1].stride),
     }  # fmt: skip
-    ring, int8 = window > 0, dtype == "u8"
-    cached: dict[str, Any] = {"RING": ring, "INT8": int8, "ITEM": _CACHES[dtype]}
+    cached: dict[str, Any] = {"INT8": dtype == "u8", "ITEM": _CACHES[dtype]}
 
     splits = split_count(capacity, window, n)
     tiles = -(-n * group // 16)
@@ -304,14 +335,19 @@ def attention_launches(call: Call) -> tuple[Lowered, Parts | None]:
         "part_acc": Pointer("scratch", "", 2 * m_bytes, "f32", parts * dv * 4),
     }
     used = 2 * m_bytes + parts * dv * 4 if parallel else 0
-    queries, q_stride, normed = call.pointer(q), q.stride, None
-    if call.op == "norm_attention_state":
-        queries = normed = Pointer("scratch", "", -(-used // 256) * 256, "f32", rows * q.cols * 4)
-        used, q_stride = normed.offset + normed.nbytes, q.cols
-    launches = [write_launch(call, shared, cached, normed)]
+    launches: list[Launch] = []
+    queries, q_stride, new = call.pointer(q), q.stride, new_rows(call) | norms(call)
+    if n > 1:
+        normed_queries = None
+        if call.op == "norm_attention_state":
+            queries = normed_queries = Pointer("scratch", "", -(-used // 256) * 256, "f32", rows * q.cols * 4)
+            used, q_stride = queries.offset + queries.nbytes, q.cols
+        before = shared | new | {"capacity": Aligned(capacity)}
+        launches.append(write_launch(call, before, cached | {"RING": window > 0}, normed_queries))
+        new = dict.fromkeys(new)
 
     last = _results(call)
-    inside = shared | {
+    inside = shared | new | {
         "q": queries, "q_stride": Aligned(q_stride),
         "rel": None if rel is None else call.pointer(rel),
         "rel_table": None if table is None else call.pointer(table),
@@ -327,10 +363,9 @@ def attention_launches(call: Call) -> tuple[Lowered, Parts | None]:
     call.need(blocks.block_k <= LEAST_SPLIT, f"blocks of {blocks.block_k} keys", most)
     ranks, alone = 0 if rel is None else rel.cols // heads, n == 1 or group % 16 == 0
     fixed = {
-        **cached, "EXACT": dtype == "f32", "RANKS": ranks, "ALONE": alone, "PARALLEL": parallel,
-        "BLOCK_R": power(ranks or 1, 16),
-        "NARROW": ring and capacity - sinks < blocks.block_k, "SPLIT": split_size(capacity, window),
-        "BLOCK_J": blocks.block_k, "BLOCK_D": block_d, "BLOCK_V": block_v,
+        **cached, "RING": capacity - sinks if window else 0, "EXACT": dtype == "f32", "RANKS": ranks, "ALONE": alone,
+        "PARALLEL": parallel, "BLOCK_R": power(ranks or 1, 16), "SPLIT": split_size(capacity, window),
+        "BLOCK_J": blocks.block_k, "BLOCK_D": block_d, "BLOCK_V": block_v, "OVERLAP": False,
     }  # fmt: skip
     nothing = dict.fromkeys(last if parallel else scratch)
     values = inside | nothing | (scratch if parallel else last)

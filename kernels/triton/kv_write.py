@@ -1,5 +1,6 @@
 """New keys and values are written into the caches of their sessions; where heads are normed, the keys on their way, and
-the queries by programs beside them."""
+the queries by programs beside them. In calls of one row a session attention does that itself (attention.py), with the
+functions of this file."""
 
 from typing import Any
 
@@ -16,11 +17,24 @@ WRITTEN_AT_ONCE, NORMED_AT_ONCE = 2048, 256
 
 
 @device
-def cache_row(position, capacity, sinks, RING: tl.constexpr):
-    """Row of a cache that holds an absolute position."""
+def cache_row(position, ring, sinks, RING: tl.constexpr):
+    """Row of a cache that holds an absolute position; `ring`: how many rows lie behind those of the sinks."""
     if RING:
-        return tl.where(position < sinks, position, sinks + (position - sinks) % (capacity - sinks))
+        return tl.where(position < sinks, position, sinks + (position - sinks) % ring)
     return position
+
+
+@device
+def int8_codes(values, AXIS: tl.constexpr):
+    """(codes uint8, float32 scales) of heads that lie along an axis of `values`."""
+    peak = tl.max(tl.abs(values), AXIS)
+    # Counted as floats: the compiler counts whole numbers as bits, through memory.
+    usable = (peak < float("inf")) & (tl.sum(tl.where(values != values, 1.0, 0.0), AXIS) == 0.0)
+    flat = (usable == 0) | (peak < 1e-30)
+    step = tl.where(flat, 0.0, tl.div_rn(127.0, tl.where(flat, 1.0, peak)))
+    rounded = (values * tl.expand_dims(step, AXIS) + 12582912.0) - 12582912.0
+    codes = tl.where(tl.expand_dims(flat, AXIS), 128.0, rounded + 128.0).to(tl.int32).to(tl.uint8)
+    return codes, tl.where(usable, tl.where(flat, 0.0, tl.div_rn(peak, 127.0)), float("nan"))
 
 
 @device
@@ -38,23 +52,17 @@ def write_row(
     INT8: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr, ITEM: tl.constexpr, NORMED: tl.constexpr,
 ):  # fmt: skip
     """A run of heads of one new row into row `at` of a cache. NORMED: four columns are a thread's, of caches in bf16
-    too, as in `norm_run`: so a head is summed in one order whatever the cache is, and the same for queries."""
+    too: so they are stored from where they were summed."""
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     inner = tl.arange(0, BLOCK)
     mask = (head < groups)[:, None] & (inner < d)[None, :]
     base = tl.multiple_of(slot // ITEM, 16) + at * row_stride
     if INT8:
         wide = (d + 3) // 4 * 4
-        peak = tl.max(tl.abs(values), 1)
-        usable = (peak < float("inf")) & (tl.sum((values != values).to(tl.int32), 1) == 0)
-        flat = (usable == 0) | (peak < 1e-30)
-        step = tl.where(flat, 0.0, tl.div_rn(127.0, tl.where(flat, 1.0, peak)))
-        rounded = (values * step[:, None] + 12582912.0) - 12582912.0
-        code = tl.where(flat[:, None], 128.0, rounded + 128.0).to(tl.int32).to(tl.uint8)
+        codes, scale = int8_codes(values, 1)
         place = head * (wide + 4)
         inside = (head < groups)[:, None] & (inner < wide)[None, :]
-        tl.store(cache + base + place[:, None] + inner[None, :], tl.where(mask, code, 0), mask=inside)
-        scale = tl.where(usable, tl.where(flat, 0.0, tl.div_rn(peak, 127.0)), float("nan"))
+        tl.store(cache + base + place[:, None] + inner[None, :], tl.where(mask, codes, 0), mask=inside)
         where = (cache + base + place + wide).to(tl.pointer_type(tl.float32))
         tl.store(where, scale, mask=head < groups)
     else:
@@ -62,6 +70,21 @@ def write_row(
         if NORMED:
             there = tl.max_contiguous(there, (1, 4))
         tl.store(there, values.to(cache.dtype.element_ty), mask=mask)
+
+
+@device
+def write_column(cache, values, place, d, live, INT8: tl.constexpr):
+    """Column 0 of values[columns, 16], a head of one new row, to where it lies in a cache."""
+    inner, first = tl.arange(0, values.shape[0]), (tl.arange(0, 16) == 0) & live
+    there = cache + place + inner[:, None] + tl.zeros((1, 16), tl.int32)
+    if INT8:
+        wide = (d + 3) // 4 * 4
+        codes, scale = int8_codes(values, 0)
+        tl.store(there, tl.where((inner < d)[:, None], codes, 0), mask=first[None, :] & (inner < wide)[:, None])
+        where = (cache + place + wide).to(tl.pointer_type(tl.float32)) + tl.zeros((16,), tl.int32)
+        tl.store(where, scale, mask=first)
+    else:
+        tl.store(there, values.to(cache.dtype.element_ty), mask=first[None, :] & (inner < d)[:, None])
 
 
 @device
@@ -77,7 +100,7 @@ def kv_write_kernel(
     slot = tl.load(slots + session)
     if (i >= tl.load(counts + session)) | (slot < 0):  # no slot is negative; said here, both are read together
         return
-    at = cache_row(tl.load(position + slot // 8) + i, capacity, sinks, RING)
+    at = cache_row(tl.load(position + slot // 8) + i, capacity - sinks, sinks, RING)
     if tl.program_id(2) == 0:
         keys = read_row(k, row, groups, d, k_new_stride, HEADS, BLOCK_K)
         write_row(k_cache, keys, slot, at, groups, d, k_stride, INT8, HEADS, BLOCK_K, ITEM, False)
@@ -117,19 +140,41 @@ def norm_kv_write_kernel(
         learned = tl.load(k_norm + inner, mask=inner < d, other=0.0)
         begin = tl.load(position + slot // 8, mask=live, other=0)
         keys = normed(keys, learned, d, eps)
-        at = cache_row(begin + i, capacity, sinks, RING)
+        at = cache_row(begin + i, capacity - sinks, sinks, RING)
         write_row(k_cache, keys, slot, at, written, d, k_stride, INT8, HEADS, BLOCK_K, ITEM, True)
     else:
         values = read_row(v, row, groups, dv, v_new_stride, HEADS, BLOCK_V)
-        at = cache_row(tl.load(position + slot // 8, mask=live, other=0) + i, capacity, sinks, RING)
+        at = cache_row(tl.load(position + slot // 8, mask=live, other=0) + i, capacity - sinks, sinks, RING)
         write_row(v_cache, values, slot, at, written, dv, v_stride, INT8, HEADS, BLOCK_V, ITEM, True)
+
+
+def new_rows(call: Call) -> dict[str, Any]:
+    """The new keys and values of attention, as arguments."""
+    k, v = call.operand("k"), call.operand("v")
+    strides = {"k_new_stride": Aligned(k.stride), "v_new_stride": Aligned(v.stride)}
+    return {"k": call.pointer(k), "v": call.pointer(v), **strides}
+
+
+def norms(call: Call) -> dict[str, Any]:
+    """What attention norms queries and keys with, as arguments; None in a call that norms nothing.
+
+    Raises:
+        EmitError: the weights of a norm are not as wide as a head.
+    """
+    if call.op != "norm_attention_state":
+        return dict.fromkeys(("q_norm", "k_norm", "eps"))
+    weights = {name: call.operand(name) for name in ("q_norm", "k_norm")}
+    d = call.operand("k").cols // int(call.attrs["num_kv_heads"])
+    for weight in weights.values():
+        call.need(weight.cols == d, f"{weight.name} has {weight.cols} columns", f"heads have {d}")
+    return {name: call.pointer(weight) for name, weight in weights.items()} | {"eps": float(call.attrs["eps"])}
 
 
 def write_launch(call: Call, shared: dict[str, Any], cached: dict[str, Any], queries: Pointer | None) -> Launch:
     """The launch that writes the new keys and values of attention.
 
     Args:
-        shared: what it takes as `attention_kernel` does: caches, sessions, sizes.
+        shared: caches, sessions, sizes, new rows and norms, by parameter name.
         cached: RING, INT8 and ITEM.
         queries: where the normed queries go, of a call that norms; None: keys are written as they are.
     """
@@ -137,25 +182,17 @@ def write_launch(call: Call, shared: dict[str, Any], cached: dict[str, Any], que
     groups, rows = int(call.attrs["num_kv_heads"]), call.rows(k)
     d, dv = k.cols // groups, v.cols // groups
     block_k, block_v = (power(-(-width // 4) * 4 if cached["INT8"] else width, 4) for width in (d, dv))
-    values = shared | {
-        "k": call.pointer(k), "v": call.pointer(v), "groups": groups,
-        "k_new_stride": Aligned(k.stride), "v_new_stride": Aligned(v.stride),
-    }  # fmt: skip
     held = max(block_k, block_v)
     run = min(power(groups), max(1, WRITTEN_AT_ONCE // held))
-    if queries is not None:  # as many heads as in rms_norm_pair_kernel, for the same order
+    if queries is not None:
         run = max(1, NORMED_AT_ONCE // held)
     fixed = cached | {"HEADS": run, "BLOCK_K": block_k, "BLOCK_V": block_v}
     warps, runs = 1 if run * held <= 256 else 4, -(-groups // run)
+    values = shared | {"groups": groups}
     if queries is None:
+        values = {name: value for name, value in values.items() if value is not None}
         return launch("kv_write_kernel", (rows, runs, 2), values, fixed, warps)
-    q, q_norm, k_norm = (call.operand(name) for name in ("q", "q_norm", "k_norm"))
-    heads = q.cols // d
-    for norm in (q_norm, k_norm):
-        call.need(norm.cols == d, f"{norm.name} has {norm.cols} columns", f"heads have {d}")
-    values |= {
-        "q_normed": queries, "q": call.pointer(q), "q_norm": call.pointer(q_norm), "k_norm": call.pointer(k_norm),
-        "heads": heads, "q_stride": Aligned(q.stride), "eps": float(call.attrs["eps"]),
-    }  # fmt: skip
-    grid = (rows, runs, 2 + -(-heads // (run * runs)))
+    q = call.operand("q")
+    values |= {"q_normed": queries, "q": call.pointer(q), "q_stride": Aligned(q.stride), "heads": q.cols // d}
+    grid = (rows, runs, 2 + -(-(q.cols // d) // (run * runs)))
     return launch("norm_kv_write_kernel", grid, values, fixed | {"OVERLAP": False}, warps)

@@ -164,8 +164,10 @@ def linear_launch(
     call.need(norm is None or norm.cols == k, f"the norm of {x.cols} columns is not of whole rows")
     gain, shift = call.optional("gain"), call.optional("shift")
     values, fixed, blocks = product_values(call, weight, "linear", m)
-    # Gains and shifts of 16 rows do not fit into shared memory, nor their tails into the registers of few warps.
-    tile = tile_rows(rows) if gain is None and conv is None else FEW_ROWS
+    # Gains and shifts of 16 rows do not fit into shared memory, nor their tails into the registers of few warps, nor
+    # two products of codes beside the squares.
+    two = gated and norm is not None and FORMS[weight.dtype].group > 0
+    tile = FEW_ROWS if gain is not None or conv is not None or two else tile_rows(rows)
     fixed |= {"ROWS": tile, "LINES": lines(weight, fixed), "OVERLAP": False}
     values |= {
         "out": call.pointer(out) if isinstance(out, Operand) else out,
@@ -191,9 +193,8 @@ def linear_launch(
     fixed |= steps[1] | convolution[1] | (x.fixed if isinstance(x, Parts) else NO_COLUMNS) | {"GATED": gated}
     form, stages = FORMS[weight.dtype], blocks.stages
     if norm is not None:
-        full = ("i4g32", "i4g64") if gated else ("i4g32",)
-        why = f"weights of {weight.dtype} leave no registers for a norm"
-        call.need(weight.dtype not in full, why, "leave out fuse.norm_linear")
+        held = weight.dtype != "i4g32"
+        call.need(held, "weights of i4g32 leave no registers for a norm", "leave out fuse.norm_linear")
     if gated or (norm is not None and form.group):
         # Two products, or codes, their values, x and its squares of more rows of weights do not fit into the registers.
         fixed["BLOCK_M"] = min(16, blocks.block_m)

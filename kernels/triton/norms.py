@@ -15,10 +15,35 @@ MOST_COLUMNS = 16384
 
 
 @device
+def head_sums(x):
+    """Sums of x[groups, columns] over 4 to 256 columns, a power of two, as [groups], in an order that is written here:
+    each sum is of two numbers, so no bit depends on which thread has which column, nor on columns of zeros behind. As
+    the columns of a warp lie, four a thread, each step stays in a thread or is one exchange between two."""
+    x = tl.sum(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)), 2)
+    x = tl.sum(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)), 2)
+    if x.shape[1] > 16:  # the halves of 256 columns are added up last
+        x = tl.sum(tl.reshape(x, (x.shape[0], x.shape[1] // 32, 2, 16)), 2)
+    else:
+        x = tl.reshape(x, (x.shape[0], 1, x.shape[1]))
+    if x.shape[2] == 16:
+        x = tl.sum(tl.reshape(x, (x.shape[0], x.shape[1], 2, 8)), 2)
+    if x.shape[2] == 8:
+        x = tl.sum(tl.reshape(x, (x.shape[0], x.shape[1], 2, 4)), 2)
+    if x.shape[2] == 4:
+        x = tl.sum(tl.reshape(x, (x.shape[0], x.shape[1], 2, 2)), 2)
+    return tl.sum(tl.sum(x, 2), 1)
+
+
+@device
 def normed(values, learned, d, eps):
-    """values[groups, columns]·rsqrt(mean of squares + eps)·learned."""
-    mean = tl.sum(values * values, 1) / d
-    inverse = 1.0 / tl.sqrt_rn(mean + eps)
+    """values[groups, columns]·rsqrt(mean of squares + eps)·learned. Of up to 256 columns the bits are the same in every
+    kernel; where there are more a kernel has its own order."""
+    squares = values * values
+    if (squares.shape[1] < 4) | (squares.shape[1] > 256):
+        sums = tl.sum(squares, 1)
+    else:
+        sums = head_sums(squares)
+    inverse = 1.0 / tl.sqrt_rn(sums / d + eps)
     return values * inverse[:, None] * learned[None, :]
 
 

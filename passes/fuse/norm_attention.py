@@ -16,7 +16,7 @@ from tmlc.pipeline.registry import register_pass
 @register_pass("fuse.norm_attention")
 class FuseNormAttention(Pass):
     """Turns the `rms_norm` of each head of queries, that of keys, and the `attention_state` that alone reads them into
-    `norm_attention_state`: keys are normed while they are written to the cache, queries by programs beside those."""
+    `norm_attention_state`: keys are normed while they are written to the cache, queries beside them."""
 
     def run(self, program: Program, ctx: PassContext) -> PassResult:
         return rewrite_calls(program, ("attention_state",), _consider)

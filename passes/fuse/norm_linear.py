@@ -15,9 +15,8 @@ from tmlc.pipeline.registry import register_pass
 
 _PRODUCTS = ("linear", "linear_steps", "linear_swiglu", "linear_conv_state")
 _MODULATED = {"linear": "modulated_linear", "linear_steps": "modulated_linear_steps"}
-#: Forms of weights whose kernels have no registers left for squares: with 16 rows they spilled. And those of which two
-#: products (gates and ups) leave none.
-FULL, FULL_OF_TWO = ("i4g32",), ("i4g32", "i4g64")
+#: Forms of weights whose kernels have no registers left for squares: with 16 rows they spilled.
+FULL = ("i4g32",)
 
 
 @register_pass("fuse.norm_linear")
@@ -50,9 +49,8 @@ def _why_not(norm: fx.Node, products: list[fx.Node]) -> str:
         return f"{products[0].name} is one of its {len(norm.users)} readers"
     if [value for value in named_args(products[0]).values() if value is norm] != [norm]:
         return f"{products[0].name} reads it twice"
-    held = type_of(arg(products[0], "weight")).dtype
-    if held in (FULL_OF_TWO if op_of(products[0]) == "linear_swiglu" else FULL):
-        return f"a {op_of(products[0])} with weights of {held} has no registers left for it"
+    if type_of(arg(products[0], "weight")).dtype in FULL:
+        return f"a product with weights of {type_of(arg(products[0], 'weight')).dtype} has no registers left for it"
     return ""
 
 

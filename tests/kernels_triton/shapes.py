@@ -92,9 +92,8 @@ def calls(model: Model, bucket: Bucket, sm: int) -> Iterator[Call]:
         given = {"weight": w(qkvr, d, dtype=form), "bias": None}
         both = {"weight": w(2 * m.dense, d, dtype=form), "bias": None}
         yield call("linear_swiglu", {"x": x(d)} | both, x(m.dense))
-        if form not in ("i4g32", "i4g64"):
-            yield call("norm_linear_swiglu", normed | both, x(m.dense), eps=1e-6)
         if form != "i4g32":
+            yield call("norm_linear_swiglu", normed | both, x(m.dense), eps=1e-6)
             yield call("norm_linear", normed | given, x(qkvr), eps=1e-6)
             yield call("norm_linear_steps", normed | given, x(qkvr), steps="silu:v", numbers=[], eps=1e-6)
             passed = {"scale": None, "taps": w(2 * kv, 4), "tail": state(3, 2 * kv), "addend": None}

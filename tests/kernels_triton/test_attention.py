@@ -134,3 +134,60 @@ def test_its_bits_are_those_of_the_norms_and_then_attention(machine, monkeypatch
         for name in ("k_cache", "v_cache"):
             assert np.array_equal(bits(one.states[name]), bits(other.states[name])), name
     assert all(np.array_equal(bits(state), bits(fused[1].states[name])) for name, state in before.items())
+
+
+ONE_BY_ONE = [
+    ("norm_attention_state", "bf16", 7, False), ("attention_state", "f32", 0, True),
+    *(pytest.param(op, dtype, window, inside, marks=pytest.mark.slow)
+      for op in ("attention_state", "norm_attention_state") for dtype in ("f32", "bf16", "u8")
+      for window, inside in ((7, True), (0, False))),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("op", "dtype", "window", "inside"), ONE_BY_ONE)
+def test_positions_that_write_themselves_have_the_bits_of_many(machine, monkeypatch, op, dtype, window, inside):
+    """Results and caches, into the sinks and out of them, across the seam of a ring and across a split, with more heads
+    than one program has queries; splits are programs or `inside` one. A session that does not run keeps its states."""
+    from tmlc.kernels.triton import attention
+
+    heads, attrs = 17, attributes(num_heads=17, num_kv_heads=1, window=window, sinks=16 if window else 0)
+    monkeypatch.setattr(attention, "ENOUGH_PROGRAMS", 5 if inside else 256)
+    weights, out = dict(WEIGHTS), [Shape("f32", heads * DV)]
+    if op == "norm_attention_state":
+        weights, attrs = weights | NORMS, attrs | {"eps": 1e-5}
+
+    def begun() -> list[Session]:
+        made = [session(seed, 4, begin, dtype, 32 if window else 70, groups=1)
+                for seed, begin in ((1, 14), (20, 5), (40, 29 if window else 62))]  # fmt: skip
+        for one in made:
+            one.inputs["q"], one.inputs["rel"] = draw(one.count + 9, 4, heads * D), draw(7, 4, heads * RANKS)
+        made[1].count = 0
+        return made
+
+    many, single = begun(), begun()
+    found = run(machine, op, many, attrs, out, weights)
+    for i in range(4):
+        step = [Session({k: x[i : i + 1] for k, x in one.inputs.items()}, one.states, min(one.count, 1))
+                for one in single]  # fmt: skip
+        for one, (want,), (have,) in zip(step, found, run(machine, op, step, attrs, out, weights), strict=True):
+            assert np.array_equal(bits(have), bits(want[i : i + 1] if one.count else want))
+            one.states["position"] += one.count
+    kept = begun()[1]
+    for one, other in zip(many, single, strict=True):
+        for name in ("k_cache", "v_cache"):
+            assert np.array_equal(bits(one.states[name]), bits(other.states[name])), name
+            assert one.count or np.array_equal(bits(one.states[name]), bits(kept.states[name]))
+
+
+@pytest.mark.parametrize("op", ["attention_state", "norm_attention_state"])
+def test_one_position_a_session_needs_no_launch_that_writes(op):
+    from shapes import NANO, calls
+
+    from tmlc.kernels.triton.bucket import Bucket
+    from tmlc.kernels.triton.registry import lower
+
+    for bucket in (Bucket(1, 1), Bucket(8, 1), Bucket(1, 4)):
+        for call in calls(NANO, bucket, 90):
+            if call.op == op:
+                writes = [one.kernel for one in lower(call).launches if "kv_write" in one.kernel]
+                assert len(writes) == (bucket.n > 1)

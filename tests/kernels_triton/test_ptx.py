@@ -68,6 +68,8 @@ def real(word: int) -> float:
         ("add.s16x2 d, a, b;", (0xFFFF0001, 0x00010002), 0x00000003),
         ("mul.hi.u32 d, a, b;", (0x80000000, 6), 3),
         ("mul.hi.s32 d, a, b;", (-2, 1 << 30), 0xFFFFFFFF),
+        ("cvt.s64.s32 da, a; mul.hi.s64 da, da, 3074457345618258603; cvt.u32.u64 d, da;", (-600,), 0xFFFFFF9B),
+        ("cvt.s64.s32 da, a; mul.hi.u64 da, da, da; cvt.u32.u64 d, da;", (-3,), -6 & 0xFFFFFFFF),
         ("mad.lo.s32 d, a, b, c;", (-3, 5, 20), 5),
         ("mad.wide.s32 %rd10, a, b, 1; cvt.u32.u64 d, %rd10;", (-1, 1), 0),
         ("div.s32 d, a, b;", (-7, 2), -3 & 0xFFFFFFFF),

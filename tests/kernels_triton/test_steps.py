@@ -105,6 +105,21 @@ def test_norms_of_two_tensors(machine, d, left, right):
     agree(machine, "rms_norm_pair", given, {"eps": 1e-6}, shapes, 1e-6, weights, cuts=(2,))
 
 
+@pytest.mark.parametrize("d", [6, 64, 200])
+def test_a_head_is_summed_in_one_order_wherever_its_columns_lie(machine, d):
+    """A load of four numbers, of one (rows that are not aligned), and programs of one warp and of several."""
+    weights = {name: weight(draw(7, 1, d)) for name in ("a_weight", "b_weight", "weight")}
+    a, b = draw(1, 3, 8 * d), draw(2, 3, 2 * d)
+    shapes = [Shape("f32", 8 * d), Shape("f32", 2 * d)]
+    found = []
+    for pad in (0, 3):
+        pair = [Session({"a": a, "b": b}, count=3)]
+        found.append(run(machine, "rms_norm_pair", pair, {"eps": 1e-6}, shapes, weights, pad=pad)[0][0])
+    norm = [Session({"x": a}, count=3)]
+    found += run(machine, "rms_norm", norm, {"eps": 1e-6}, shapes[:1], weights)[0]
+    assert all(np.array_equal(bits(found[0]), bits(one)) for one in found[1:])
+
+
 def test_an_operand_that_is_a_weight_is_refused(machine):
     weights = {"a": weight(draw(1, 3, 36))}
     with pytest.raises(EmitError, match="operand a is the weight a"):

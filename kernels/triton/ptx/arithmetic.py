@@ -136,7 +136,21 @@ def _product(op: tuple[str, ...]) -> Rule | None:
         own, wide = KINDS[kind], KINDS[WIDER[kind]]
         bits = wide(8 * np.dtype(own).itemsize)
         return (kind, kind), kind, lambda a, b: ((a.astype(wide) * b.astype(wide)) >> bits).astype(own)
+    if op[1] == "hi" and kind in ("s64", "u64"):
+        return (kind, kind), kind, _high_half
     return None
+
+
+def _high_half(a: Array, b: Array) -> Array:
+    """The upper 64 bits of a product of 128, of halves of 32 bits."""
+    half, low = np.uint64(32), np.uint64(0xFFFFFFFF)
+    x, y = a.astype(np.uint64), b.astype(np.uint64)
+    (x1, x0), (y1, y0) = ((number >> half, number & low) for number in (x, y))
+    middle = x1 * y0 + (x0 * y0 >> half)
+    high = x1 * y1 + (middle >> half) + (x0 * y1 + (middle & low) >> half)
+    if a.dtype == np.int64:  # a negative number stands 2^64 above itself
+        high -= np.where(a < 0, y, np.uint64(0)) + np.where(b < 0, x, np.uint64(0))
+    return high.astype(a.dtype)
 
 
 def _product_sum(op: tuple[str, ...]) -> Rule | None:
