@@ -204,6 +204,8 @@ def convolved_launches(call: Call, scratch: _Scratch, choice: Choice) -> list[La
 def lower_norm_moe_conv(call: Call) -> Lowered:
     """Few rows and up to MOST_RANKED routed experts: the first product chooses them itself from the router's logits."""
     x, total, count = call.operand("x"), call.operand("weight").shape[0], call.attrs["top_k"] + call.attrs["n_shared"]
+    held = call.operand("gate_up").shape[0]
+    call.need(held >= total, f"a router chooses among {total} experts, and there are {held}")
     scratch = _Scratch()
 
     def row_of(dtype: str, cols: int) -> Operand:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from triton_harness import Session, Shape, agree, bf16, bits, draw, run, weight
 
+from tmlc.errors import EmitError
 from tmlc.kernels.triton.bucket import Bucket
 from tmlc.kernels.triton.launch import Operand
 from tmlc.kernels.triton.registry import ARCHITECTURES, Call, lower
@@ -163,8 +164,12 @@ def test_few_rows_choose_among_up_to_128_experts_themselves(batch, routed, kerne
     args = call.args | {"norm": w(1, D), "weight": w(routed + 1, D), "bias": w(1, routed), "scale": w(1, 1)}
     del args["weights"], args["experts"]
     attrs = call.attrs | {"eps": 1e-6, "top_k": 2, "n_shared": 1, "route_scale": 1.0}
-    found = lower(replace(call, op="norm_moe_conv_state", args=args, attrs=attrs)).launches
-    assert [one.kernel for one in found] == [f"{name}_kernel" for name in kernels.split()]
+    call = replace(call, op="norm_moe_conv_state", args=args, attrs=attrs)
+    with pytest.raises(EmitError, match=f"chooses among {routed + 1} experts, and there are {E}"):
+        lower(call)
+    for name in ("gate_up", "down"):
+        args[name] = replace(args[name], shape=(routed + 1, *args[name].shape[1:]))
+    assert [one.kernel for one in lower(call).launches] == [f"{name}_kernel" for name in kernels.split()]
 
 
 @pytest.mark.parametrize("sm", ARCHITECTURES)
