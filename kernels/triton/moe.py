@@ -16,8 +16,8 @@ from tmlc.kernels.triton.products import (
     group_numbers,
     inputs,
     slice_values,
+    two_products,
     weight_product,
-    weight_products,
 )
 from tmlc.kernels.triton.router import sink_choice, store_sink_routes
 from tmlc.kernels.triton.row_conv import convolve, keep_rows, rows_before
@@ -120,14 +120,10 @@ def moe_gate_up_kernel(
     x_off = x_row.to(tl.int64) * x_stride
     gate_row = (expert.to(tl.int64) * 2) * f + col
     up_row = gate_row + f
-    if FORM == "f32":
-        gate = exact_product(w, gate_row * w_stride, inside, x, x_off, held, k, None, BLOCK_M, BLOCK_K, ROWS)
-        up = exact_product(w, up_row * w_stride, inside, x, x_off, held, k, None, BLOCK_M, BLOCK_K, ROWS)
-    else:
-        gate, up = weight_products(
-            w, scales, zeros, gate_row * w_stride, gate_row * s_stride, up_row * w_stride, up_row * s_stride, inside,
-            x, x_off, held, k, None, True, FORM, GROUP, SLICES, BLOCK_M, BLOCK_K, ROWS,
-        )  # fmt: skip
+    gate, up = two_products(
+        w, scales, zeros, gate_row * w_stride, gate_row * s_stride, up_row * w_stride, up_row * s_stride, inside,
+        x, x_off, held, k, FORM, GROUP, SLICES, BLOCK_M, BLOCK_K, ROWS,
+    )  # fmt: skip
     if bias is not None:
         gate += tl.load(bias + gate_row, mask=inside, other=0.0)[:, None]
         up += tl.load(bias + up_row, mask=inside, other=0.0)[:, None]
