@@ -242,6 +242,19 @@ def test_machine_code_that_is_not_the_plans_is_refused(tiny, machine, tmp_path):
         CudaBackend(held, "triton:sm90", HostDevice.of(held, machine))
 
 
+def test_a_package_of_other_kernels_than_those_here_does_not_run_in_host_memory(tiny, machine, tmp_path):
+    """Where nothing runs its machine code, kernels are made from the source here."""
+
+    def alter(members):
+        code = json.loads(members["engines/triton/sm90/code.json"])
+        code["variants"][0]["signature"].append("i32")
+        members["engines/triton/sm90/code.json"] = json.dumps(code).encode()
+
+    package = rewritten(tiny.gpu, tmp_path, alter)
+    with open_package(package) as held, pytest.raises(PackageError, match="takes other arguments than the kernel here"):
+        HostDevice.of(held, machine)
+
+
 def test_settings_of_other_targets_are_refused(tiny):
     with open_package(tiny.gpu) as held:
         placed = {option: {"placement": Placement(**{option: True})} for option in ("pin", "lock_memory", "huge_pages")}

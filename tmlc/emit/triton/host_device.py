@@ -22,8 +22,10 @@ import numpy as np
 
 from tmlc.emit.triton.build import frozen
 from tmlc.emit.triton.plan import code_name
-from tmlc.errors import DeviceError, KernelError
+from tmlc.errors import DeviceError, KernelError, PackageError
 from tmlc.kernels.triton.launch import TRITON_NAMES, Argument, Launch, Pointer
+from tmlc.kernels.triton.mode import PARAMETERS
+from tmlc.kernels.triton.registry import load_kernels
 from tmlc.kernels.triton.worker import Interpreter
 from tmlc.package.reader import Package
 from tmlc.runtimes.cuda.driver import Address, DeviceInfo, Driver, KernelLaunch
@@ -72,10 +74,19 @@ class HostDevice(Driver):
 
     @staticmethod
     def of(package: Package, machine: Interpreter | PtxMachine, sm: int = 90, **more: Any) -> HostDevice:
-        """A device that runs the package's engine for an architecture."""
+        """A device that runs the package's engine for an architecture.
+
+        Raises:
+            PackageError: a kernel of the package takes other arguments than the one here.
+        """
+        load_kernels()
         kernels = {}
         for v in package.json(code_name(sm))["variants"]:
             fixed = tuple(sorted((name, frozen(value)) for name, value in v["constexprs"].items()))
+            here, given = PARAMETERS.get(v["kernel"], ()), {name for name, _ in fixed}
+            if not given <= set(here) or len(here) != len(given) + len(v["signature"]):
+                what = f"{v['kernel']} of the package takes other arguments than the kernel here, which stands for it"
+                raise PackageError(what, where=str(package.path), fix="compile the package again")
             kernels[v["sha256"]] = Kernel(v["kernel"], fixed, v["num_warps"], v["num_stages"])
         return HostDevice(machine, kernels, DeviceInfo("a device in host memory", sm, 99000), **more)
 
