@@ -1,14 +1,21 @@
-"""What tests of several rooms share: no compile cache, and the kernel sources compiled with the sanitizers once."""
+"""What tests of several rooms share: no compile cache, commands that can be interrupted, and the kernel sources
+compiled with the sanitizers once."""
 
 import os
 import platform
 import shutil
+import signal
 import subprocess
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+
+# A shell starts what runs in its background with interrupts ignored, and children inherit that: `make test &` would
+# find commands that Ctrl-C does not end.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 KERNELS = Path(__file__).parents[1] / "kernels/cpu"
 FLAGS = [
