@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +16,7 @@ from tmlc.kernels.triton.registry import Call, lower
 from tmlc.kernels.triton.variants import compile_variant
 from tmlc.package.reader import open_package
 from tmlc.pipeline.pipeline import load_pipeline
+from tmlc.report.gpu_code import disassembled
 
 FEATURE = "triton.overlap.v1"
 
@@ -62,14 +61,9 @@ def test_the_launches_are_those_without_overlap(overlapping, tiny, lab, machine,
 
 def instructions(variant: Variant) -> list[str]:
     """Its machine code; it must not spill."""
-    from triton import knobs
-
     made = compile_variant(variant)
     assert not made.spill_bytes
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        Path(file.name).write_bytes(made.cubin)
-        code = subprocess.run([knobs.nvidia.nvdisasm.path, "-c", file.name], capture_output=True, text=True).stdout
-    return [line.split("*/")[1].split(";")[0] for line in code.splitlines() if "*/" in line]
+    return [line.split("*/")[1].split(";")[0] for line in disassembled(made.cubin).splitlines() if "*/" in line]
 
 
 def test_machine_code_waits_before_it_reads_anything_that_another_kernel_wrote(overlapping):

@@ -67,18 +67,23 @@ def read_code(text: str) -> tuple[int, dict[str, int], int]:
     return len(found), counts, early
 
 
-def code_of(variant: Variant) -> Code:
-    """Compiles a variant and reads its machine code. Raises EmitError as `compile_variant`."""
+def disassembled(cubin: bytes) -> str:
+    """Machine code as text, by Triton's nvdisasm."""
     from triton import knobs
 
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(cubin)
+        command = [knobs.nvidia.nvdisasm.path, "-c", file.name]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=DISASSEMBLY_SECONDS)
+    return done.stdout
+
+
+def code_of(variant: Variant) -> Code:
+    """Compiles a variant and reads its machine code. Raises EmitError as `compile_variant`."""
     from tmlc.kernels.triton.variants import compile_variant
 
     made = compile_variant(variant)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        Path(file.name).write_bytes(made.cubin)
-        command = [knobs.nvidia.nvdisasm.path, "-c", file.name]
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=DISASSEMBLY_SECONDS)
-    return Code(made.registers, made.spill_bytes, made.shared, *read_code(done.stdout))
+    return Code(made.registers, made.spill_bytes, made.shared, *read_code(disassembled(made.cubin)))
 
 
 def launches_of(
