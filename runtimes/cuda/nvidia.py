@@ -81,7 +81,9 @@ class NvidiaDriver(Driver):
     def _start(self) -> int:
         """Starts the driver; its version."""
         nothing = TargetError(
-            "this machine has no NVIDIA driver", where="cuda runtime", fix="install the driver, or load another target"
+            "this machine has no NVIDIA driver",
+            where="cuda runtime",
+            fix="use the package on a machine with an NVIDIA GPU and its driver; here, compile for another target",
         )
         try:
             result = self._c.cuInit(0)[0]

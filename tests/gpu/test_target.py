@@ -4,12 +4,15 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 import tmlc
+from tmlc.cli.main import cli
 from tmlc.emit.targets import find_target
 from tmlc.emit.triton import build
 from tmlc.emit.triton.plan import least_driver
@@ -25,6 +28,7 @@ from tmlc.package.reader import open_package
 from tmlc.pipeline.pipeline import load_pipeline
 from tmlc.pipeline.registry import get_pass
 from tmlc.report.gpu_plan import create_hollow_checkpoint, plan_on_meta
+from tmlc.runtimes.cuda import nvidia
 
 
 @pytest.mark.parametrize(
@@ -106,6 +110,33 @@ def test_buckets_stay_below_the_bytes_that_calls_may_move():
 def test_sizes_that_are_no_list_from_one_are_refused(settings):
     with pytest.raises(PipelineError, match=r"memory\.buckets"):
         buckets(8, **settings)
+
+
+def test_inspect_counts_the_launches_of_each_methods_smallest_bucket(tiny, parsed):
+    shown = CliRunner().invoke(cli, ["inspect", str(tiny.gpu), "--json"])
+    assert shown.exit_code == 0, shown.stderr
+    counts, code = json.loads(shown.stdout)["op_counts"]["triton:sm90"], json.loads(parsed.code)
+    kernels = [variant["kernel"] for variant in code["variants"]]
+    assert set(counts) == set(code["code"])
+    for name, found in counts.items():
+        assert found == Counter(kernels[launch[0]] for launch in code["code"][name]["b1n1"])
+    assert "linear_kernel" in CliRunner().invoke(cli, ["inspect", str(tiny.gpu)]).stdout
+
+
+def test_verify_without_a_gpu_says_what_it_did_and_what_it_could_not(tiny, tmp_path, monkeypatch):
+    def no_driver():
+        raise TargetError("this machine has no NVIDIA driver", where="cuda runtime", fix="use another machine")
+
+    monkeypatch.setattr(nvidia, "NvidiaDriver", no_driver)
+    told = CliRunner().invoke(cli, ["verify", str(tiny.gpu)])
+    assert told.exit_code == 2 and not told.stdout
+    assert "every byte is as it was written, but the recorded calls were not replayed: this machine" in told.stderr
+    altered = bytearray(tiny.gpu.read_bytes())
+    with open_package(tiny.gpu) as package:
+        altered[package.place("weights.safetensors")[1] + 4096] ^= 1
+    (tmp_path / "altered.tmlc").write_bytes(altered)
+    told = CliRunner().invoke(cli, ["verify", str(tmp_path / "altered.tmlc")])
+    assert told.exit_code == 2 and "altered or damaged" in told.stderr and "every byte" not in told.stderr
 
 
 def test_a_package_for_two_architectures_holds_a_plan_for_each(tiny, lab, tmp_path):

@@ -24,7 +24,12 @@ def describe_package(package: Package) -> dict[str, Any]:
     """Methods, states, passes, memory, op counts and files of an open package, ready for JSON."""
     manifest = package.manifest
     plans = {name: package.json(target.plan) for name, target in manifest.targets.items()}
-    ops = {target: _count_ops(plan, f"{package.path}: {target}") for target, plan in plans.items()}
+    ops = {
+        target: _count_launches(package, plan)
+        if target.partition(":")[0] == "triton"
+        else _count_ops(plan, f"{package.path}: {target}")
+        for target, plan in plans.items()
+    }
     return {
         "kind": "package",
         "digest": package.digest,
@@ -56,6 +61,23 @@ def _count_ops(plan: Any, where: str) -> dict[str, dict[str, int]]:
         readable = False
     if not readable:
         raise PackageError("the plan cannot be read", where=where, fix="compile the checkpoint again")
+    return {name: dict(ops.most_common()) for name, ops in counts.items()}
+
+
+def _count_launches(package: Package, plan: Any) -> dict[str, dict[str, int]]:
+    """How often each method of a Triton engine launches each kernel, in its smallest bucket and for the package's first
+    architecture. PlanError for a plan that the runtime would not take."""
+    from tmlc.runtimes.cuda.backend import FOLDER
+    from tmlc.runtimes.cuda.plan import architectures, plan_error, read_plan
+
+    sm = next(iter(architectures(plan)), None)
+    if sm is None:
+        raise plan_error("it lists no architectures", "plan.json")
+    engine = read_plan(plan, package.json(f"{FOLDER}/sm{sm}/code.json"), sm, package.tensors)
+    counts = {}
+    for name, method in engine.methods.items():
+        smallest = min(method.buckets, key=lambda bucket: (bucket.batch, bucket.n))
+        counts[name] = Counter(engine.variants[launch.variant].kernel for launch in smallest.launches)
     return {name: dict(ops.most_common()) for name, ops in counts.items()}
 
 
