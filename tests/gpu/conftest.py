@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +32,8 @@ from tmlc.runtimes.core.engine import Engine
 from tmlc.runtimes.core.text import load_tokenizer
 from tmlc.runtimes.cuda.backend import CudaBackend
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "foreign"))  # random_models.py and stored_codes.py
+
 TARGET = "triton:sm90"
 #: Few buckets, so that lowering and capturing stay quick: what they hold is cut into them.
 BUCKETS = {"batch": [1, 4], "positions": [1, 4]}
@@ -49,9 +52,11 @@ def nothing_compiled() -> Iterator[None]:
         yield
 
 
-def compile_for_gpu(checkpoint: Path, out: Path, precision: str = "fp32", name: str = TARGET, **bounds) -> Path:
+def compile_for_gpu(
+    checkpoint: Path, out: Path, precision: str = "fp32", name: str = TARGET, buckets: dict = BUCKETS, **bounds
+) -> Path:
     # The small buckets would never group experts otherwise.
-    steps = load_pipeline("triton").configure("memory.buckets", **BUCKETS)
+    steps = load_pipeline("triton").configure("memory.buckets", **buckets)
     steps = steps.configure("route.select_kernel", grouped_from=2)
     with nothing_compiled():
         tmlc.compile(checkpoint, out, target=name, precision=precision, pipeline=steps, **bounds)

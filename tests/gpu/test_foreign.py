@@ -1,0 +1,163 @@
+"""Checkpoints that we never saw, on a device in host memory: random models of every family that the frontend takes, of
+sizes between those that kernels are tuned for, against transformers.
+
+A session's logits are those of transformers as long as it holds all positions, and those of the CPU engine when layers
+without a window have forgotten some; its bits are the same alone, in company and cut otherwise.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from random_models import odd_sizes, random_model
+from stored_codes import THERE, WAYS, store
+
+import tmlc
+from tmlc.frontend import open_checkpoint
+from tmlc.frontend.foreign import families
+from tmlc.ir.run import ProgramRunner
+from tmlc.kernels.triton.ptx.host import PtxMachine
+from tmlc.package.reader import open_package
+
+CONTEXT, SINKS, APPEND, POSITIONS = 24, 4, 8, 40
+BUCKETS = {"batch": [1, 2], "positions": [1, 4]}
+BOUNDS = dict(context=CONTEXT, context_policy="ring_with_sinks", sinks=SINKS, max_append=APPEND)
+
+
+def append(session, ids, sizes):
+    """Logits of `ids`, appended in parts of these sizes, over and over."""
+    at, parts = 0, []
+    while at < len(ids):
+        count = sizes[len(parts) % len(sizes)]
+        parts.append(session.append(tokens=ids[at : at + count]))
+        at += count
+    return np.concatenate(parts)
+
+
+def decode(engine, parts):
+    """Hidden rows of each session, for as many positions of noise (which depends on their number only)."""
+    width = engine.model.width
+    rows = [np.random.default_rng(n).standard_normal((n, width)).astype(np.float32) for _, n in parts]
+    slots = [(n, engine.slots.handle(session.index)) for session, n in parts]
+    with engine.device():
+        out = engine.backend.call("decode", slots, [np.concatenate(rows)])[0].copy()
+    return [part.tobytes() for part in np.split(out, np.cumsum([n for _, n in parts])[:-1])]
+
+
+def states(*sessions):
+    return [session.engine.slots.memory.read(session.index) for session in sessions]
+
+
+def steady(engine, ids, seed):
+    """The logits of `ids`, after holding the bits of two sessions, with long and short pasts, in company to those of
+    their twins alone, whose pasts were cut otherwise."""
+    draw = random.Random(seed)
+    with engine.session() as long, engine.session() as short, engine.session() as twin:
+        logits = append(long, ids, [draw.randint(1, APPEND) for _ in range(9)])
+        assert np.array_equal(append(twin, ids, [APPEND, 1, 3]), logits), "another cut"
+        assert states(long) == states(twin)
+        append(short, ids[:3], [3])
+        with short.fork() as beside:
+            for counts in ((2, 4), (1, 1)):
+                apart = [*decode(engine, [(long, counts[0])]), *decode(engine, [(short, counts[1])])]
+                assert decode(engine, [(beside, counts[1]), (twin, counts[0])]) == apart[::-1], "in company"
+                assert states(long, short) == states(twin, beside)
+    return logits
+
+
+def usual_error(found, expected):
+    """Root mean square error of a position, for the worst but a fifth of them: where a router was near a tie another
+    expert answers, and the error there says nothing of the arithmetic."""
+    return float(np.quantile(np.sqrt(np.mean(np.square(found - expected), 1)), 0.8))
+
+
+@torch.no_grad()
+def transformers_logits(model, ids):
+    return model(torch.tensor(ids)[None], use_cache=False).logits[0].float().numpy()
+
+
+def dequantised(lab, folder, precision, ids):
+    """What eager PyTorch makes of the program that the engine was made from, with the values of its codes."""
+    checkpoint = open_checkpoint(folder)
+    program = tmlc.compile(
+        checkpoint, "unused", target=lab.target, precision=precision, stop_after="memory.buckets", **BOUNDS
+    ).program
+    session, parts = ProgramRunner(program, checkpoint).session(), []
+    for at in range(0, len(ids), APPEND):
+        (x,) = session.call("embed_text", torch.tensor(ids[at : at + APPEND])[:, None])
+        (hidden,) = session.call("decode", x)
+        parts.append(session.call("unembed", hidden)[0].numpy())
+    return np.concatenate(parts)
+
+
+def hold(lab, machine, model, folder, precision="fp32", seed=0, positions=POSITIONS):
+    """Holds the engine of the checkpoint in `folder` to `model`, over that many positions."""
+    made = model.config.get_text_config()
+    vocabulary = getattr(made, "unpadded_vocab_size", None) or made.vocab_size
+    ids = np.random.default_rng(seed).integers(0, vocabulary, positions).tolist()
+    lab.compile(folder, folder.parent / "gpu.tmlc", precision, buckets=BUCKETS, **BOUNDS)
+    mark = machine.mark()
+    with lab.load(folder.parent / "gpu.tmlc", machine, 4) as engine:
+        logits = steady(engine, ids, seed)
+    machine.release(mark)
+    expected, first = transformers_logits(model, ids[:CONTEXT]), logits[:CONTEXT]
+    assert 0.3 < expected.std() < 3.0, "the bounds are meant for logits of unit scale"
+    if precision == "fp32":
+        assert np.abs(first - expected).max() <= 1e-4
+        tmlc.compile(folder, folder.parent / "cpu.tmlc", precision="fp32", **BOUNDS)
+        with tmlc.load(folder.parent / "cpu.tmlc", threads=1) as engine, engine.session() as session:
+            assert np.abs(append(session, ids, [APPEND]) - logits).max() <= 1e-4
+    elif precision == "bf16":
+        theirs = transformers_logits(copy.deepcopy(model).bfloat16(), ids[:CONTEXT])
+        assert usual_error(first, expected) <= 1.5 * usual_error(theirs, expected)
+    else:
+        assert usual_error(logits, dequantised(lab, folder, precision, ids)) <= 2e-2
+
+
+@pytest.fixture
+def odd(tmp_path):
+    """(family, seed) → a model of odd sizes, and the folder of its checkpoint."""
+
+    def make(family, seed):
+        model = random_model(family, seed, **odd_sizes(family, seed))
+        model.save_pretrained(tmp_path / "checkpoint")
+        return model, tmp_path / "checkpoint"
+
+    return make
+
+
+@pytest.mark.parametrize(("family", "precision"), [("gpt_oss", "bf16"), ("deepseek_v3", "fp32")])
+def test_the_engine_equals_transformers(lab, machine, tmp_path, family, precision):
+    model = random_model(family, 3)
+    model.save_pretrained(tmp_path / "checkpoint")
+    hold(lab, machine, model, tmp_path / "checkpoint", precision, positions=12)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", families())
+@pytest.mark.parametrize("seed", [0, 1])
+def test_engines_of_odd_sizes_equal_transformers(lab, machine, odd, family, seed):
+    hold(lab, machine, *odd(family, seed), "fp32", seed)
+
+
+CODES = ["bf16", "int8", "fp8", "int4"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "precision"), [(f, CODES[i % 4]) for i, f in enumerate(families())])
+def test_engines_of_odd_sizes_in_other_precisions(lab, machine, odd, family, precision):
+    hold(lab, machine, *odd(family, 2), precision, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "precision"), [(f, CODES[(i + 1) % 4]) for i, f in enumerate(families())])
+def test_what_the_compiler_makes_of_odd_sizes(lab, odd, family, precision):
+    """The same by PTX."""
+    with PtxMachine(90) as machine:
+        hold(lab, machine, *odd(family, 3), precision, 3, positions=14)
