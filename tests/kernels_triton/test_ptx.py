@@ -188,6 +188,13 @@ def test_a_hazard_is_found(body, fault):
         execute(body, np.zeros(64, np.uint32), threads=64)
 
 
+def test_a_gpu_has_one_nan_so_two_threads_that_write_one_agree():
+    """As a row of nobody gives where its scratch held no numbers: NumPy keeps the bits of either operand."""
+    body = f"{SHARED}or.b32 %r4, %r1, 0x7FC00000;\nadd.f32 %r5, %r4, 0f3F800000;\nst.shared.b32 [%r8], %r5;\n"
+    found = execute(f"{body}bar.sync 0;\nld.shared.b32 %r6, [%r8];\nst.global.b32 [%rd3], {{%r6}};", np.zeros(32, "u4"))
+    assert np.isnan(found.view(np.float32)).all()
+
+
 COPY = f"{SHARED}cp.async.ca.shared.global [%r2], [%rd3], 4, %r20;\ncp.async.commit_group;\n"
 TAKE = "ld.shared.b32 %r4, [%r2];\nadd.s32 %r4, %r4, 1;\nst.global.b32 [%rd3], {%r4};"
 

@@ -25,6 +25,15 @@ class Fault(Exception):
     """What a GPU would answer with an error, or with a result that is wrong now and then."""
 
 
+def _differ(held: Array, written: Array) -> bool:
+    """Whether two threads wrote different numbers to one place. Two NaNs are the same number: a GPU makes only one
+    (0x7fffffff), where NumPy keeps those of the operands."""
+    other = held != written
+    if other.any() and held.dtype == np.uint32:
+        other &= ~(np.isnan(held.view(np.float32)) & np.isnan(written.view(np.float32)))
+    return bool(other.any())
+
+
 class Global:
     """Host memory whose first byte has the address BASE.
 
@@ -158,7 +167,7 @@ class Shared:
         view = self.memory.view(_WHOLE[size])
         for number, value in enumerate(values):
             view[flat // size + number] = value
-        if any((view[flat // size + number] != value).any() for number, value in enumerate(values)):
+        if any(_differ(view[flat // size + number], value) for number, value in enumerate(values)):
             raise Fault("two threads write different numbers to one place in shared memory")
 
     def rows(self, lanes: Array, addresses: Array) -> Array:
