@@ -25,6 +25,7 @@ from tmlc.ir.run import ProgramRunner
 from tmlc.kernels.triton.ptx.host import PtxMachine
 from tmlc.package.reader import open_package
 
+CONFORMANCE = Path(__file__).parents[1] / "conformance"
 CONTEXT, SINKS, APPEND, POSITIONS = 24, 4, 8, 40
 BUCKETS = {"batch": [1, 2], "positions": [1, 4]}
 BOUNDS = dict(context=CONTEXT, context_policy="ring_with_sinks", sinks=SINKS, max_append=APPEND)
@@ -161,3 +162,64 @@ def test_what_the_compiler_makes_of_odd_sizes(lab, odd, family, precision):
     """The same by PTX."""
     with PtxMachine(90) as machine:
         hold(lab, machine, *odd(family, 3), precision, 3, positions=14)
+
+
+@pytest.mark.parametrize(("family", "write", "changes"), WAYS)
+@pytest.mark.skipif(not THERE, reason="needs the dequantiser of transformers 5.22")
+def test_a_stored_quantised_checkpoint_gives_the_package_of_its_dequantised_twin(lab, tmp_path, family, write, changes):
+    """MXFP4 experts and FP8 blocks, as gpt-oss and DeepSeek-V3 come: the same launches over the same bytes."""
+    random_model(family, 0, **changes).save_pretrained(tmp_path / "plain")
+    store(tmp_path / "plain", tmp_path / "stored", write)
+    found = []
+    for name in ("plain", "stored"):
+        lab.compile(tmp_path / name, tmp_path / f"{name}.tmlc", "int8", buckets=BUCKETS, **BOUNDS)
+        with open_package(tmp_path / f"{name}.tmlc") as package:
+            files = [file for file in package.names() if file.startswith(("engines/", "weights"))]
+            found.append({file: package.read(file) for file in files})
+    assert len(found[0]) > 20 and found[0] == found[1]
+
+
+def room(name):
+    """A module of the conformance tests, for the configs that it draws."""
+    spec = spec_from_file_location(name, CONFORMANCE / f"{name}.py")
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(6))
+def test_inkling_engines_equal_transformers(lab, machine, tmp_path, number):
+    inkling = room("test_inkling_text")
+    name = sorted(inkling.CONFIGS)[number]
+    model = inkling.random_model(inkling.CONFIGS[name], len(name))
+    model.save_pretrained(tmp_path / "checkpoint")
+    hold(lab, machine, model, tmp_path / "checkpoint", "bf16" if number % 3 == 2 else "fp32")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(4))
+def test_inkling2_engines_equal_transformers(lab, machine, tmp_path, seed):
+    inkling = room("test_inkling2_text")
+    model = inkling.random_model(inkling.draw(seed), seed)
+    model.save_pretrained(tmp_path / "checkpoint")
+    hold(lab, machine, model, tmp_path / "checkpoint", "bf16" if seed == 3 else "fp32", seed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_what_an_inkling_hears_and_sees_is_what_transformers_does(lab, machine, tmp_path, monkeypatch, seed):
+    inkling = room("test_inkling_mm")
+    monkeypatch.setattr(inkling, "POSITIONS", 30)
+    config, processor = inkling.draw(seed)
+    model = inkling.random_model(config, seed)
+    inkling.save(model, processor, tmp_path / "checkpoint")
+    given = inkling.Mixed(config, processor, seed)
+    assert {"audio", "image"} & {kind for kind, _ in given.pieces}
+    lab.compile(tmp_path / "checkpoint", tmp_path / "gpu.tmlc", buckets=BUCKETS, context=128, max_append=APPEND)
+    mark = machine.mark()
+    with lab.load(tmp_path / "gpu.tmlc", machine, 2) as engine, engine.session() as one, engine.session() as other:
+        whole = given.append_whole(one)
+        assert np.array_equal(given.append_chunked(other, seed), whole) and states(one) == states(other)
+    machine.release(mark)
+    assert np.abs(whole - inkling.expect(model, given.inputs())).max() <= 1e-4
