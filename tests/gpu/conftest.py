@@ -53,11 +53,16 @@ def nothing_compiled() -> Iterator[None]:
 
 
 def compile_for_gpu(
-    checkpoint: Path, out: Path, precision: str = "fp32", name: str = TARGET, buckets: dict = BUCKETS, **bounds
+    checkpoint: Path,
+    out: Path,
+    precision: str = "fp32",
+    name: str = TARGET,
+    buckets: dict = BUCKETS,
+    grouped_from: int = 2,  # the small buckets would never group experts otherwise
+    **bounds,
 ) -> Path:
-    # The small buckets would never group experts otherwise.
     steps = load_pipeline("triton").configure("memory.buckets", **buckets)
-    steps = steps.configure("route.select_kernel", grouped_from=2)
+    steps = steps.configure("route.select_kernel", grouped_from=grouped_from)
     with nothing_compiled():
         tmlc.compile(checkpoint, out, target=name, precision=precision, pipeline=steps, **bounds)
     return out

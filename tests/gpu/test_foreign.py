@@ -26,7 +26,7 @@ from tmlc.kernels.triton.ptx.host import PtxMachine
 from tmlc.package.reader import open_package
 
 CONFORMANCE = Path(__file__).parents[1] / "conformance"
-CONTEXT, SINKS, APPEND, POSITIONS = 24, 4, 8, 40
+CONTEXT, SINKS, APPEND, POSITIONS = 24, 4, 8, 34
 BUCKETS = {"batch": [1, 2], "positions": [1, 4]}
 BOUNDS = dict(context=CONTEXT, context_policy="ring_with_sinks", sinks=SINKS, max_append=APPEND)
 
@@ -102,7 +102,7 @@ def hold(lab, machine, model, folder, precision="fp32", seed=0, positions=POSITI
     made = model.config.get_text_config()
     vocabulary = getattr(made, "unpadded_vocab_size", None) or made.vocab_size
     ids = np.random.default_rng(seed).integers(0, vocabulary, positions).tolist()
-    lab.compile(folder, folder.parent / "gpu.tmlc", precision, buckets=BUCKETS, **BOUNDS)
+    lab.compile(folder, folder.parent / "gpu.tmlc", precision, buckets=BUCKETS, grouped_from=5, **BOUNDS)
     mark = machine.mark()
     with lab.load(folder.parent / "gpu.tmlc", machine, 4) as engine:
         logits = steady(engine, ids, seed)
@@ -140,28 +140,27 @@ def test_the_engine_equals_transformers(lab, machine, tmp_path, family, precisio
     hold(lab, machine, model, tmp_path / "checkpoint", precision, positions=12)
 
 
+CODES = ["bf16", "int8", "fp8", "int4"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", families())
-@pytest.mark.parametrize("seed", [0, 1])
-def test_engines_of_odd_sizes_equal_transformers(lab, machine, odd, family, seed):
-    hold(lab, machine, *odd(family, seed), "fp32", seed)
-
-
-CODES = ["bf16", "int8", "fp8", "int4"]
+def test_engines_of_odd_sizes_equal_transformers(lab, machine, odd, family):
+    hold(lab, machine, *odd(family, 0))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("family", "precision"), [(f, CODES[i % 4]) for i, f in enumerate(families())])
 def test_engines_of_odd_sizes_in_other_precisions(lab, machine, odd, family, precision):
-    hold(lab, machine, *odd(family, 2), precision, 2)
+    hold(lab, machine, *odd(family, 1), precision, 1)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("family", "precision"), [(f, CODES[(i + 1) % 4]) for i, f in enumerate(families())])
 def test_what_the_compiler_makes_of_odd_sizes(lab, odd, family, precision):
-    """The same by PTX."""
+    """The same by PTX, until windows have wrapped."""
     with PtxMachine(90) as machine:
-        hold(lab, machine, *odd(family, 3), precision, 3, positions=14)
+        hold(lab, machine, *odd(family, 2), precision, 2, positions=20)
 
 
 @pytest.mark.parametrize(("family", "write", "changes"), WAYS)
@@ -210,7 +209,7 @@ def test_inkling2_engines_equal_transformers(lab, machine, tmp_path, seed):
 @pytest.mark.parametrize("seed", range(3))
 def test_what_an_inkling_hears_and_sees_is_what_transformers_does(lab, machine, tmp_path, monkeypatch, seed):
     inkling = room("test_inkling_mm")
-    monkeypatch.setattr(inkling, "POSITIONS", 30)
+    monkeypatch.setattr(inkling, "POSITIONS", 16)
     config, processor = inkling.draw(seed)
     model = inkling.random_model(config, seed)
     inkling.save(model, processor, tmp_path / "checkpoint")

@@ -10,6 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from random_models import random_model
 
 import tmlc
 from tmlc.cli.main import cli
@@ -137,6 +138,20 @@ def test_verify_without_a_gpu_says_what_it_did_and_what_it_could_not(tiny, tmp_p
     (tmp_path / "altered.tmlc").write_bytes(altered)
     told = CliRunner().invoke(cli, ["verify", str(tmp_path / "altered.tmlc")])
     assert told.exit_code == 2 and "altered or damaged" in told.stderr and "every byte" not in told.stderr
+
+
+def test_a_dry_run_refuses_the_sizes_that_compiling_refuses(tmp_path):
+    """Not only ops that have no kernel: a head of 288 columns is known to be too wide when the call is lowered."""
+    random_model("llama", 1, num_attention_heads=1, num_key_value_heads=1, head_dim=288).save_pretrained(tmp_path / "x")
+    words = ["compile", str(tmp_path / "x"), "--target", "triton:sm80+sm90", "--dry-run", "--json"]
+    told = CliRunner().invoke(cli, words)
+    refused = [row for row in json.loads(told.stdout)["coverage"] if row["kernel"] is None]
+    assert told.exit_code == 1 and {row["method"] for row in refused} == {"decode"}
+    assert all("heads of 288 columns" in row["reason"] and "up to 256" in row["fix"] for row in refused)
+    assert all(" at modeling_llama.py:" in row["source"] for row in refused)
+    with pytest.raises(EmitError, match="heads of 288 columns"):
+        tmlc.compile(tmp_path / "x", tmp_path / "x.tmlc", target="triton:sm90")
+    assert not (tmp_path / "x.tmlc").exists()
 
 
 def test_a_package_for_two_architectures_holds_a_plan_for_each(tiny, lab, tmp_path):

@@ -21,7 +21,7 @@ from tmlc.ir.ops import spec_of
 from tmlc.ir.program import Method, Program
 from tmlc.ir.types import ITEM_BYTES, TensorType
 from tmlc.kernels.triton.bucket import Bucket
-from tmlc.kernels.triton.launch import Launch, Operand
+from tmlc.kernels.triton.launch import Launch, Lowered, Operand
 from tmlc.kernels.triton.registry import Call, lower
 from tmlc.kernels.triton.tuning import Tiles, table
 from tmlc.package.manifest import MethodInfo, Signature
@@ -65,6 +65,13 @@ class Step:
     args: dict[str, Place | None]
     attrs: dict[str, Any]
     outputs: tuple[Value, ...]
+
+
+def _lowered(step: Step, bucket: Bucket, sm: int, tiles: Tiles) -> Lowered:
+    """The launches of one call. Raises EmitError where no kernel takes it."""
+    args = {name: p.at(bucket) if isinstance(p, Value) else p for name, p in step.args.items()}
+    outputs = tuple(value.at(bucket) for value in step.outputs)
+    return lower(Call(step.op, args, step.attrs, outputs, bucket, sm, tiles))
 
 
 class MethodLowering:
@@ -135,10 +142,8 @@ class MethodLowering:
         found: list[Launch] = []
         scratch = 0
         for step in self.steps:
-            args = {name: p.at(bucket) if isinstance(p, Value) else p for name, p in step.args.items()}
-            outputs = tuple(value.at(bucket) for value in step.outputs)
             try:
-                lowered = lower(Call(step.op, args, step.attrs, outputs, bucket, sm, tiles or table()))
+                lowered = _lowered(step, bucket, sm, tiles or table())
             except EmitError as error:
                 failed = self.fail(step.node, error.what, error.fix)
                 failed.where = f"{failed.where}; {error.where}" if error.where else failed.where
@@ -146,6 +151,16 @@ class MethodLowering:
             found += lowered.launches
             scratch = max(scratch, lowered.scratch_bytes)
         return found, scratch
+
+    def refusals(self, bucket: Bucket, sm: int, tiles: Tiles) -> list[tuple[str, EmitError]]:
+        """(op, why) of every call that `launches` would raise for."""
+        found = []
+        for step in self.steps:
+            try:
+                _lowered(step, bucket, sm, tiles)
+            except EmitError as error:
+                found.append((step.op, error))
+        return found
 
     # Places.
 

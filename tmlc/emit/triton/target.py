@@ -97,23 +97,43 @@ class TritonTarget(Target):
         self.tiles = Tiles.read(file)
 
     def coverage(self, program: Program) -> list[Coverage]:
+        """As of every target. With buckets, sizes count too: calls are lowered in the smallest and the largest."""
         counts: dict[tuple[str, str], int] = {}
+        sources: dict[tuple[str, str], str] = {}
         for method in program.methods.values():
             for node in method.graph.nodes:
                 spec = spec_of(node.target) if node.op == "call_function" else None
                 if spec is not None:
-                    counts[method.name, spec.name] = counts.get((method.name, spec.name), 0) + 1
+                    key = method.name, spec.name
+                    counts[key] = counts.get(key, 0) + 1
+                    sources.setdefault(key, str(node.meta.get("source", "")))
         there = {**dict.fromkeys(VIEWS, "(view)"), **{op: op for op in supported()}}
+        fix = "Use the pipeline of the target: --preset triton."
+        refused = {key: EmitError(REFUSED.get(key[1], "no kernel"), fix=fix) for key in counts if key[1] not in there}
+        if not refused and "buckets" in program.meta:
+            refused = self._refusals(program)
         return [
-            Coverage(method, op, count, there.get(op), "" if op in there else REFUSED.get(op, "no kernel"))
+            Coverage(
+                *(key := (method, op)), count,
+                None if key in refused else there[op], refused[key].what if key in refused else "", sources[key],
+                refused[key].fix if key in refused else "",
+            )
             for (method, op), count in counts.items()
-        ]
+        ]  # fmt: skip
 
-    def lower(self, program: Program, tell: Progress = lambda stage, done, total: None) -> Lowerings:
-        """All launches of a program, without compiling anything.
+    def _refusals(self, program: Program) -> dict[tuple[str, str], EmitError]:
+        """Of each method and op the first call that no kernel takes."""
+        found: dict[tuple[str, str], EmitError] = {}
+        for lowering, buckets in self._methods(program):
+            ends = min(buckets, key=_padded), max(buckets, key=_padded)
+            for sm in self.architectures:
+                for bucket in ends:
+                    for op, error in lowering.refusals(bucket, sm, self.tiles):
+                        found.setdefault((lowering.method.name, op), error)
+        return found
 
-        Raises EmitError as `emit` does.
-        """
+    def _methods(self, program: Program) -> list[tuple[MethodLowering, list[Bucket]]]:
+        """The methods of a program, ready to be lowered, each with its buckets."""
         states, _ = slot_layout(program)
         offsets = {state.name: state.offset for state in states}
         chosen = program.meta.get("buckets")
@@ -121,8 +141,19 @@ class TritonTarget(Target):
             raise EmitError(
                 "the program has no buckets", where="target triton", fix="Run memory.buckets as the last pass."
             )
-        methods = [MethodLowering(program, method, offsets) for method in program.methods.values()]
-        out = Lowerings(methods, {name: [Bucket(b, n) for b, n in pairs] for name, pairs in chosen.items()})
+        return [
+            (MethodLowering(program, method, offsets), [Bucket(b, n) for b, n in chosen[method.name]])
+            for method in program.methods.values()
+        ]
+
+    def lower(self, program: Program, tell: Progress = lambda stage, done, total: None) -> Lowerings:
+        """All launches of a program, without compiling anything.
+
+        Raises EmitError as `emit` does.
+        """
+        ready = self._methods(program)
+        methods = [method for method, _ in ready]
+        out = Lowerings(methods, {method.method.name: buckets for method, buckets in ready})
         total = len(self.architectures) * sum(map(len, out.buckets.values()))
         done, chains = 0, chains_of(program, methods, out.buckets)
         for sm in self.architectures:
@@ -188,6 +219,11 @@ class TritonTarget(Target):
             producer={"triton": metadata.version("triton")},
             notes=spills(compiled),
         )
+
+
+def _padded(bucket: Bucket) -> int:
+    """Padded positions of a bucket."""
+    return bucket.batch * bucket.n
 
 
 def _needed(program: Program, lowered: Lowerings) -> list[str]:
