@@ -27,6 +27,7 @@ from tmlc.package.reader import open_package
 
 CONFORMANCE = Path(__file__).parents[1] / "conformance"
 CONTEXT, SINKS, APPEND, POSITIONS = 24, 4, 8, 34
+CODES = ["bf16", "int8", "fp8", "int4"]
 BUCKETS = {"batch": [1, 2], "positions": [1, 4]}
 BOUNDS = dict(context=CONTEXT, context_policy="ring_with_sinks", sinks=SINKS, max_append=APPEND)
 
@@ -140,9 +141,6 @@ def test_the_engine_equals_transformers(lab, machine, tmp_path, family, precisio
     hold(lab, machine, model, tmp_path / "checkpoint", precision, positions=12)
 
 
-CODES = ["bf16", "int8", "fp8", "int4"]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("family", families())
 def test_engines_of_odd_sizes_equal_transformers(lab, machine, odd, family):
@@ -150,15 +148,9 @@ def test_engines_of_odd_sizes_equal_transformers(lab, machine, odd, family):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("family", "precision"), [(f, CODES[i % 4]) for i, f in enumerate(families())])
-def test_engines_of_odd_sizes_in_other_precisions(lab, machine, odd, family, precision):
-    hold(lab, machine, *odd(family, 1), precision, 1)
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize(("family", "precision"), [(f, CODES[(i + 1) % 4]) for i, f in enumerate(families())])
 def test_what_the_compiler_makes_of_odd_sizes(lab, odd, family, precision):
-    """The same by PTX, until windows have wrapped."""
+    """Other precisions, and by PTX."""
     with PtxMachine(90) as machine:
         hold(lab, machine, *odd(family, 2), precision, 2, positions=20)
 
@@ -187,17 +179,17 @@ def room(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", range(6))
+@pytest.mark.parametrize("number", [0, 1, 3])
 def test_inkling_engines_equal_transformers(lab, machine, tmp_path, number):
     inkling = room("test_inkling_text")
     name = sorted(inkling.CONFIGS)[number]
     model = inkling.random_model(inkling.CONFIGS[name], len(name))
     model.save_pretrained(tmp_path / "checkpoint")
-    hold(lab, machine, model, tmp_path / "checkpoint", "bf16" if number % 3 == 2 else "fp32")
+    hold(lab, machine, model, tmp_path / "checkpoint", "bf16" if number == 3 else "fp32")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", [0, 3])
 def test_inkling2_engines_equal_transformers(lab, machine, tmp_path, seed):
     inkling = room("test_inkling2_text")
     model = inkling.random_model(inkling.draw(seed), seed)
@@ -206,7 +198,7 @@ def test_inkling2_engines_equal_transformers(lab, machine, tmp_path, seed):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, 2])
 def test_what_an_inkling_hears_and_sees_is_what_transformers_does(lab, machine, tmp_path, monkeypatch, seed):
     inkling = room("test_inkling_mm")
     monkeypatch.setattr(inkling, "POSITIONS", 16)
