@@ -2,7 +2,8 @@
 
 Two accesses of different warps to one place in shared memory, of which one writes, need a barrier of the program
 between them, whatever the order in which they happen to run here. What an asynchronous copy writes may not be read
-before a thread has waited for it, and by other warps not before a barrier behind that.
+before a thread has waited for it, and by other warps not before a barrier behind that. Tensor memory
+(tensor_memory.py) is watched likewise.
 """
 
 from collections.abc import Sequence
@@ -98,9 +99,13 @@ class Shared:
         programs, size, lanes: how many programs, bytes of each, threads of all.
         program, warp: of each thread.
         grain: bytes that are watched together: 1 where a kernel has accesses of less than 4.
+        name: of the memory, for messages.
     """
 
-    def __init__(self, programs: int, size: int, program: Array, warp: Array, grain: int) -> None:
+    def __init__(
+        self, programs: int, size: int, program: Array, warp: Array, grain: int, name: str = "shared memory"
+    ) -> None:
+        self.name = name
         self.size = -(-max(size, 16) // 16) * 16
         self.memory = np.full(programs * self.size, 0xFF, np.uint8)
         self.program, self.warp, self.grain = program, warp, grain
@@ -114,9 +119,9 @@ class Shared:
         at = addresses.astype(np.int64)
         if (at % (size * count)).any():
             bad = int(at[at % (size * count) != 0][0])
-            raise Fault(f"shared memory at {bad}: {count} times {size} bytes, unaligned")
+            raise Fault(f"{self.name} at {bad}: {count} times {size} bytes, unaligned")
         if (at + size * count > self.size).any():
-            raise Fault(f"shared memory at {int(at.max())} of {self.size}")
+            raise Fault(f"{self.name} at {int(at.max())} of {self.size}")
         return at + self.program[lanes] * self.size
 
     def _stamp(self, lanes: Array) -> Array:
@@ -128,12 +133,13 @@ class Shared:
             where = (flat + byte) // self.grain
             found = self.writer[where]
             if (found == _ON_ITS_WAY).any():
-                raise Fault("reads shared memory that a copy is on its way to")
+                raise Fault(f"reads {self.name} that something is on its way to")
             if ((found // _WARPS == stamp // _WARPS) & (found != stamp) & (found >= 0)).any():
-                raise Fault("reads shared memory that another warp wrote, with no barrier between")
+                raise Fault(f"reads {self.name} that another warp wrote, with no barrier between")
             before = self.reader[where]
-            shared = (before // _WARPS == stamp // _WARPS) & (before != stamp)
-            self.reader[where] = np.where(shared, stamp // _WARPS * _WARPS + _MANY, stamp)
+            several = (before // _WARPS == stamp // _WARPS) & (before != stamp)
+            now = np.where(several, stamp // _WARPS * _WARPS + _MANY, stamp)
+            self.reader[where] = np.where(before == _ON_ITS_WAY, before, now)
 
     def _watch_write(self, lanes: Array, flat: Array, nbytes: int, pending: bool = False) -> None:
         stamp = self._stamp(lanes)
@@ -141,9 +147,11 @@ class Shared:
             where = (flat + byte) // self.grain
             for found, what in ((self.writer[where], "wrote"), (self.reader[where], "read")):
                 if ((found // _WARPS == stamp // _WARPS) & (found != stamp) & (found >= 0)).any():
-                    raise Fault(f"writes shared memory that another warp {what}, with no barrier between")
+                    raise Fault(f"writes {self.name} that another warp {what}, with no barrier between")
             if (self.writer[where] == _ON_ITS_WAY).any():
-                raise Fault("writes shared memory that a copy is on its way to")
+                raise Fault(f"writes {self.name} that something is on its way to")
+            if (self.reader[where] == _ON_ITS_WAY).any():
+                raise Fault(f"writes {self.name} that is still being read")
             self.writer[where] = _ON_ITS_WAY if pending else stamp
 
     def load(self, lanes: Array, addresses: Array, size: int, count: int) -> list[Array]:
@@ -159,7 +167,7 @@ class Shared:
         for number, value in enumerate(values):
             view[flat // size + number] = value
         if any((view[flat // size + number] != value).any() for number, value in enumerate(values)):
-            raise Fault("two threads write different numbers to one place in shared memory")
+            raise Fault(f"two threads write different numbers to one place in {self.name}")
 
     def rows(self, lanes: Array, addresses: Array) -> Array:
         """16 bytes at each address, as uint16 [threads, 8]: rows of matrices."""
@@ -192,6 +200,27 @@ class Shared:
                 rest = ~over
                 kept.append(_Copy(one.lanes[rest], one.at[rest], one.data[rest], one.group[rest]))
         self.copies = kept
+
+    def check(self, lanes: Array, words: Array, writing: bool = True) -> None:
+        """Whether these threads may read these words of 4 bytes, and write them."""
+        self._watch_read(lanes, words * 4, 4)
+        if writing:
+            self._watch_write(lanes, words * 4, 4)
+
+    def hold(self, reading: Array | None = None, writing: Array | None = None) -> None:
+        """These words of 4 bytes are read or written by something that goes on by itself."""
+        for watched, words in ((self.reader, reading), (self.writer, writing)):
+            if words is not None:
+                for byte in range(0, 4, self.grain):
+                    watched[(words * 4 + byte) // self.grain] = _ON_ITS_WAY
+
+    def release(self, lanes: Array | None, reading: Array | None = None, writing: Array | None = None) -> None:
+        """That is over: as if these threads had done it just now; None: for everybody."""
+        stamp = -1 if lanes is None else self._stamp(lanes)
+        for watched, words in ((self.reader, reading), (self.writer, writing)):
+            if words is not None:
+                for byte in range(0, 4, self.grain):
+                    watched[(words * 4 + byte) // self.grain] = stamp
 
     def barrier(self, programs: Array) -> None:
         """All threads of these programs have come to a barrier."""
