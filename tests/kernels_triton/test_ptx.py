@@ -367,9 +367,10 @@ TRY_WAIT = r"\{\s*\.reg \.pred complete;.*?\}\s"
         (r"(?s)" + TRY_WAIT, "reads tensor memory that something is on its way to"),
         (r"(?m)^.*tcgen05\.commit[^;]*;", "waits for the end of a product that nobody has begun"),
         (r"(?m)^.*tcgen05\.dealloc[^;]*;", "keeps tensor memory"),
+        (r"fence\.proxy\.async[^;]*;", "written without a fence"),
     ],
 )
-def test_attention_in_tensor_memory_without_a_wait_is_found(monkeypatch, pattern, fault):
+def test_attention_in_tensor_memory_without_what_orders_it_is_found(monkeypatch, pattern, fault):
     """Products of Blackwell: of a whole kernel, each of what orders them."""
     d, k_cache, position = 16, np.zeros((64, 16), np.uint16), np.array([[3]], np.int64)
     states = {"position": position, "k_cache": k_cache, "v_cache": k_cache.copy()}

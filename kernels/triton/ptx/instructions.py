@@ -28,11 +28,11 @@ def step_of(instruction: Instruction, program: Program) -> Step | None:
     name = op[0]
     if name in ("bra", "ret", "exit") or op[:2] in BARRIERS:
         return None
-    if name in _NOTHING or ".".join(op[:2]) in _NOTHING:
-        return lambda threads, at: None
     maker = _MAKERS.get(".".join(op[:2])) or _MAKERS.get(name)
     if maker is not None:
         return maker(op, args)
+    if name in _NOTHING or ".".join(op[:2]) in _NOTHING:
+        return lambda threads, at: None
     found = rule(op, len(args) - 1)
     if found is None:
         raise EmitError(f"PTX instruction that is not run here: {instruction.line}", where=program.name)
@@ -270,6 +270,12 @@ def _prefetch(op: tuple[str, ...], args: Args) -> Step:
     return lambda threads, at: threads.memory.touch(threads.address(args[0], at))
 
 
+def _fence(op: tuple[str, ...], args: Args) -> Step:
+    if op[2] != "async" or op[3:] not in ((), ("shared::cta",)):
+        raise EmitError(f"PTX instruction that is not run here: {'.'.join(op)}")
+    return lambda threads, at: threads.shared.fence(threads.those(at))
+
+
 def _elect(op: tuple[str, ...], args: Args) -> Step:
     """The first thread of each warp."""
 
@@ -377,6 +383,7 @@ _MAKERS: dict[str, Callable[[tuple[str, ...], Args], Step]] = {
     "mov": _move, "ld": _load, "st": _store, "cp.async": _copy, "ldmatrix": _matrices, "stmatrix": _matrices,
     "mma": _multiply, "wgmma.mma_async": _multiply_group, "shfl": _shuffle, "redux": _reduce,
     "griddepcontrol": _dependence, "prefetch": _prefetch, "elect": _elect, "mbarrier": _arrivals,
+    "fence.proxy": _fence,
     "tcgen05.alloc": _tensor_memory, "tcgen05.dealloc": _tensor_memory,
     "tcgen05.relinquish_alloc_permit": _tensor_memory, "tcgen05.ld": _tensor_move, "tcgen05.st": _tensor_move,
     "tcgen05.wait::ld": _tensor_wait, "tcgen05.wait::st": _tensor_wait, "tcgen05.mma": _tensor_multiply,

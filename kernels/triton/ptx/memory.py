@@ -2,8 +2,9 @@
 
 Two accesses of different warps to one place in shared memory, of which one writes, need a barrier of the program
 between them, whatever the order in which they happen to run here. What an asynchronous copy writes may not be read
-before a thread has waited for it, and by other warps not before a barrier behind that. Tensor memory
-(tensor_memory.py) is watched likewise.
+before a thread has waited for it, and by other warps not before a barrier behind that. Tensor cores that read by
+themselves (the async proxy) see what a thread wrote only after that thread's fence. Tensor memory (tensor_memory.py) is
+watched likewise.
 """
 
 from collections.abc import Sequence
@@ -112,6 +113,7 @@ class Shared:
         self.epoch = np.zeros(programs, np.int32)
         self.writer = np.full(programs * self.size // grain, -1, np.int32)
         self.reader = np.full(programs * self.size // grain, -1, np.int32)
+        self.unfenced = np.full(programs * self.size // 4, -1, np.int32)  # who wrote a word last, until its fence
         self.copies: list[_Copy] = []
         self.begun = np.zeros(len(program), np.int64)  # groups that a thread has closed
 
@@ -166,6 +168,8 @@ class Shared:
         view = self.memory.view(_WHOLE[size])
         for number, value in enumerate(values):
             view[flat // size + number] = value
+            self.unfenced[(flat + number * size) // 4] = lanes
+            self.unfenced[(flat + number * size + size - 1) // 4] = lanes
         if any((view[flat // size + number] != value).any() for number, value in enumerate(values)):
             raise Fault(f"two threads write different numbers to one place in {self.name}")
 
@@ -193,6 +197,8 @@ class Shared:
             if over.any():
                 nbytes = one.data.shape[1]
                 self.memory[one.at[over, None] + np.arange(nbytes)] = one.data[over]
+                for word in range(0, nbytes, 4):
+                    self.unfenced[(one.at[over] + word) // 4] = one.lanes[over]
                 stamp = self._stamp(one.lanes[over])
                 for byte in range(0, nbytes, self.grain):
                     self.writer[(one.at[over] + byte) // self.grain] = stamp
@@ -200,6 +206,17 @@ class Shared:
                 rest = ~over
                 kept.append(_Copy(one.lanes[rest], one.at[rest], one.data[rest], one.group[rest]))
         self.copies = kept
+
+    def fence(self, lanes: Array) -> None:
+        """What these threads have written is seen by tensor cores that read by themselves."""
+        fencing = np.zeros(len(self.program) + 1, bool)  # the last stands for nobody
+        fencing[lanes] = True
+        self.unfenced[fencing[self.unfenced]] = -1
+
+    def fenced(self, words: Array) -> None:
+        """Tensor cores read these words of 4 bytes by themselves."""
+        if (self.unfenced[words] >= 0).any():
+            raise Fault(f"a product reads {self.name} that was written without a fence behind it")
 
     def check(self, lanes: Array, words: Array, writing: bool = True) -> None:
         """Whether these threads may read these words of 4 bytes, and write them."""

@@ -109,8 +109,9 @@ def described(
     for column in readers.T:
         by = np.broadcast_to(column[:, None, None], flat.shape).reshape(-1)
         (found,) = shared.load(by, flat.reshape(-1), 2, 1)
-    place = flat + (shared.program[readers[:, 0]] * shared.size)[:, None, None]
-    return bf16_values(found).astype(np.float64).reshape(flat.shape), place // 4
+    place = (flat + (shared.program[readers[:, 0]] * shared.size)[:, None, None]) // 4
+    shared.fenced(place)
+    return bf16_values(found).astype(np.float64).reshape(flat.shape), place
 
 
 def _by_group(shared: Shared, lanes: Array, descriptor: Array, rows: int, transposed: bool) -> Array:
