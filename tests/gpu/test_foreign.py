@@ -27,7 +27,8 @@ from tmlc.package.reader import open_package
 
 CONFORMANCE = Path(__file__).parents[1] / "conformance"
 CONTEXT, SINKS, APPEND, POSITIONS = 24, 4, 8, 34
-CODES = ["bf16", "int8", "fp8", "int4"]
+#: Of each family by PTX; bf16 where no router can be near a tie.
+PRECISIONS = ["int8", "fp8", "int4", "fp8", "int8", "fp8", "int4", "int8", "bf16", "bf16", "int4"]
 BUCKETS = {"batch": [1, 2], "positions": [1, 4]}
 BOUNDS = dict(context=CONTEXT, context_policy="ring_with_sinks", sinks=SINKS, max_append=APPEND)
 
@@ -92,17 +93,23 @@ def by_cpu(folder, ids):
 
 
 def dequantised(lab, folder, precision, ids):
-    """What eager PyTorch makes of the program that the engine was made from, with the values of its codes."""
+    """What eager PyTorch makes of the program that the engine was made from, with the values of its codes; and three
+    times more, of inputs that are moved as far as bfloat16 rounds, which tips over what is near a tie."""
     checkpoint = open_checkpoint(folder)
     program = tmlc.compile(
         checkpoint, "unused", target=lab.target, precision=precision, stop_after="memory.buckets", **BOUNDS
     ).program
-    session, parts = ProgramRunner(program, checkpoint).session(), []
-    for at in range(0, len(ids), APPEND):
-        (x,) = session.call("embed_text", torch.tensor(ids[at : at + APPEND])[:, None])
-        (hidden,) = session.call("decode", x)
-        parts.append(session.call("unembed", hidden)[0].numpy())
-    return np.concatenate(parts)
+    runner, found = ProgramRunner(program, checkpoint), []
+    for moved in range(4):
+        session, parts, noise = runner.session(), [], torch.Generator().manual_seed(moved)
+        for at in range(0, len(ids), APPEND):
+            (x,) = session.call("embed_text", torch.tensor(ids[at : at + APPEND])[:, None])
+            if moved:
+                x = x * (1 + 2.0**-8 * torch.randn(x.shape, generator=noise))
+            (hidden,) = session.call("decode", x)
+            parts.append(session.call("unembed", hidden)[0].numpy())
+        found.append(np.concatenate(parts))
+    return found
 
 
 def hold(lab, machine, model, folder, precision="fp32", seed=0, positions=POSITIONS):
@@ -125,7 +132,9 @@ def hold(lab, machine, model, folder, precision="fp32", seed=0, positions=POSITI
         theirs = transformers_logits(copy.deepcopy(model).bfloat16(), ids[:CONTEXT])
         assert usual_error(first, expected) <= 1.5 * usual_error(theirs, expected)
     else:
-        assert usual_error(logits, dequantised(lab, folder, precision, ids)) <= 2e-2
+        wanted, *moved = dequantised(lab, folder, precision, ids)
+        allowed = 1.5 * max(usual_error(one, wanted) for one in moved)
+        assert usual_error(logits, wanted) <= max(2e-2, allowed)
 
 
 @pytest.fixture
@@ -154,7 +163,7 @@ def test_engines_of_odd_sizes_equal_transformers(lab, machine, odd, family):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("family", "precision"), [(f, CODES[(i + 1) % 4]) for i, f in enumerate(families())])
+@pytest.mark.parametrize(("family", "precision"), zip(families(), PRECISIONS, strict=True))
 def test_what_the_compiler_makes_of_odd_sizes(lab, odd, family, precision):
     """Other precisions, and by PTX."""
     with PtxMachine(90) as machine:
