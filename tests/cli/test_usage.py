@@ -1,5 +1,6 @@
 """Help, exit codes and the two lines of an error, for every verb."""
 
+import os
 import subprocess
 import sys
 
@@ -35,6 +36,12 @@ def test_every_verb_explains_itself_with_an_example(tmlc_cli, verb):
 def test_every_verb_has_json_and_debug(tmlc_cli, verb):
     out = tmlc_cli(verb, "--help").stdout
     assert "--json" in out and "--debug" in out
+
+
+@pytest.mark.parametrize("group", [[], ["zoo"]])
+def test_without_a_verb_the_help_is_shown_as_it_is(tmlc_cli, group):
+    result = tmlc_cli(*group, code=2)
+    assert result.stderr == tmlc_cli(*group, "--help").stdout and not result.stdout
 
 
 def test_version(tmlc_cli):
@@ -77,6 +84,28 @@ def test_wrong_usage_is_exit_2_and_two_lines(tmlc_cli, tmp_path, monkeypatch, ar
     monkeypatch.chdir(tmp_path)
     assert two_lines(tmlc_cli(*args, code=2).stderr)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_stands_at_the_output_is_not_lost(tmlc_cli, tmp_path, checkpoint):
+    """A link that leads nowhere is something; what is no file is not replaced by a file, nor a file by a folder."""
+    (tmp_path / "file").write_text("precious")
+    (tmp_path / "link.tmlc").symlink_to("later")
+    (tmp_path / "mine").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    compile = ("compile", checkpoint, "-o")
+    for args, words in (
+        ((*compile, tmp_path / "link.tmlc"), "already exists"),
+        ((*compile, tmp_path / "pipe", "--force"), "neither a file nor a folder"),
+        ((*compile, tmp_path / "mine", "--force"), "is a folder"),
+        ((*compile, tmp_path / "file", "--force", "--folder"), "is a file"),
+        ((*compile, tmp_path / "file" / "a" / "b"), "is not a folder"),
+        ((*compile, tmp_path / "new", "--dump", tmp_path / "file"), "is not a folder"),
+        (("zoo", "create", "nano", "-o", tmp_path / "file", "--force"), "is a file"),
+    ):
+        text = tmlc_cli(*args, code=2).stderr
+        assert two_lines(text) and words in text, text  # and no line of progress: nothing was begun
+    assert (tmp_path / "file").read_text() == "precious" and (tmp_path / "pipe").is_fifo()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link.tmlc", "mine", "pipe"]
 
 
 def test_with_json_an_error_is_an_object_too(tmlc_cli):

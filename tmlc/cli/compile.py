@@ -84,6 +84,8 @@ def command(
     ~/.cache/tmlc; TMLC_CACHE=off keeps nothing): the same compilation again costs a link.
     """
     require_compiler("compiling")
+    from tmlc.package.writer import replaceable
+
     if preset is not None and pipeline is not None:
         raise UsageError("--preset and --pipeline exclude each other", where="tmlc compile", fix="give one of them")
     chosen = [name.strip() for name in passes.split(",") if name.strip()] if passes is not None else None
@@ -102,7 +104,15 @@ def command(
     if out is None and not unwritten:
         raise UsageError("no output was given", where="tmlc compile", fix="add -o model.tmlc")
     if out is not None and not unwritten:
-        check_output(out, force)
+        check_output(out, force, folder=options["folder"])
+        if options["folder"] and out.is_dir() and not replaceable(out):
+            raise UsageError(
+                "the folder is no package, so --force does not replace it",
+                where=str(out),
+                fix="name another folder, or remove this one yourself",
+            )
+    if dump is not None and dump.exists() and not dump.is_dir():
+        raise UsageError("the place of the dump is not a folder", where=str(dump), fix="give another one with --dump")
     chosen_passes: dict[str, Any] = {"preset": preset, "pipeline": pipeline, "passes": chosen, "disable": disable}
     keeper = None if no_cache or out is None or unwritten or dump is not None else _Keeper.of(
         checkpoint, out, {**chosen_passes, **options}

@@ -21,6 +21,7 @@ from typing import Any
 import click
 
 from tmlc import __version__
+from tmlc.cli.common import help_without_verb
 from tmlc.errors import TmlcError
 
 VERBS = {
@@ -79,8 +80,15 @@ class Verbs(click.Group):
             if "--debug" in words:
                 raise
             found, code = _explain(error)
+            found["fix"] = found["fix"] or f"see `{_named(words)} --help`"
             _say(found, as_json)
         sys.exit(code if isinstance(code, int) else 0)
+
+
+def _named(words: list[str]) -> str:
+    """`tmlc VERB`, as far as the words name a verb."""
+    verb = next((word for word in words if not word.startswith("-")), "")
+    return f"tmlc {verb}" if verb in VERBS else "tmlc"
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:
@@ -111,14 +119,16 @@ def _say(found: dict[str, str], as_json: bool) -> None:
     """Two lines on stderr, and with --json the same as an object on stdout."""
     found = {key: " ".join(value.split()) for key, value in found.items()}
     where = f" ({found['where']})" if found["where"] else ""
-    click.echo(f"error: {found['what']}{where}\n  {found['fix'] or 'see `tmlc --help`'}", err=True)
+    click.echo(f"error: {found['what']}{where}\n  {found['fix']}", err=True)
     if as_json:
         click.echo(json.dumps({"error": found}))
 
 
-@click.command("tmlc", cls=Verbs, context_settings={"help_option_names": ["-h", "--help"]})
+@click.command("tmlc", cls=Verbs, invoke_without_command=True, subcommand_metavar="VERB [ARGS]...",
+               context_settings={"help_option_names": ["-h", "--help"]})  # fmt: skip
 @click.version_option(__version__, prog_name="tmlc")
-def cli() -> None:
+@click.pass_context
+def cli(context: click.Context) -> None:
     """Compile interaction models and run them within 400 ms.
 
     \b
@@ -128,6 +138,7 @@ def cli() -> None:
       tmlc run nano.tmlc --audio speech.wav -o out/
       tmlc profile nano.tmlc
     """
+    help_without_verb(context)
 
 
 def main() -> None:
