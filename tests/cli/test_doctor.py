@@ -36,7 +36,8 @@ def test_the_extras_are_those_of_the_project():
 
     def brought(requirement):
         if requirement.name == "tmlc":
-            return {name for extra in requirement.extras for line in extras[extra] for name in brought(Requirement(line))}
+            lines = [line for extra in requirement.extras for line in extras[extra]]
+            return {name for line in lines for name in brought(Requirement(line))}
         inner = map(Requirement, metadata.requires(requirement.name) if requirement.extras else ())
         more = {one.name for one in inner for extra in requirement.extras if _marked(one, extra)}
         return {requirement.name} | more

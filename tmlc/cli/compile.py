@@ -53,7 +53,12 @@ tmlc compile nano/ -o nano.tmlc --pipeline mine.yaml
 @click.option("--kv", metavar="NAME", help="Keys and values in fp32, bf16, fp16 or int8.  [default: as --precision]")
 @click.option("--tuning", type=_PATH, metavar="YAML", help="Block sizes that `tmlc tune` measured, for triton.")
 @click.option("--context", type=click.IntRange(1), metavar="N", help="Positions that a session keeps.")
-@click.option("--context-policy", metavar="NAME", help="At the bound: ring_with_sinks or end.")
+@click.option(
+    "--context-policy",
+    type=click.Choice(["ring_with_sinks", "end"]),
+    metavar="NAME",
+    help="At the bound: ring_with_sinks or end.",
+)
 @click.option("--sinks", type=click.IntRange(0), metavar="N", help="First positions that a ring never forgets.")
 @click.option("--max-append", type=click.IntRange(1), metavar="N", help="Positions that one call may bring.")
 @click.option("--folder", is_flag=True, help="Write the package as a folder instead of one file.")

@@ -146,7 +146,8 @@ class Pipeline:
         """
         place = next((number for number, step in enumerate(self.steps) if step.name == name), None)
         if place is None:
-            raise PipelineError(f"there is no step {name}", where=self.name)
+            fix = f"it has: {', '.join(step.name for step in self.steps)}"
+            raise PipelineError(f"there is no step {name}", where=self.name, fix=fix)
         step = Step(added)
         step.build(self.name)
         return replace(self, steps=(*self.steps[:place], step, *self.steps[place:]))
@@ -243,7 +244,8 @@ def load_pipeline(source: str | Path, target: str = "cpu") -> Pipeline:
     try:
         text = Path(source).read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise PipelineError(
-            f"no pipeline {str(source)!r}: {error}", fix=f"name a YAML file or a preset: {', '.join(preset_names())}"
-        ) from None
+        why = getattr(error, "strerror", None) or "not text"
+        known = ", ".join(preset_names())
+        what = f"{str(source)!r} is neither a preset nor a pipeline file: {why}"
+        raise PipelineError(what, where="pipeline", fix=f"name a YAML file or a preset: {known}") from None
     return Pipeline.parse(text, str(source))
