@@ -23,7 +23,7 @@ from urllib.parse import SplitResult, urlsplit
 
 from aiohttp import web
 
-from tmlc.errors import UsageError
+from tmlc.errors import UsageError, reason
 from tmlc.runtimes.gateway.caps import ANYBODY, PASS, Pass
 from tmlc.runtimes.gateway.fields import WireError
 from tmlc.runtimes.gateway.observer import Observer
@@ -56,9 +56,8 @@ class Keys:
             mode = os.stat(path).st_mode
             lines = path.read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or "not UTF-8"
             fix = "give a file with a key a line; make keys with: openssl rand -hex 32"
-            raise UsageError(f"the keys cannot be read: {reason}", where=str(path), fix=fix) from None
+            raise UsageError(f"the keys cannot be read: {reason(error)}", where=str(path), fix=fix) from None
         if os.name == "posix" and mode & (stat.S_IRWXG | stat.S_IRWXO):
             raise UsageError("others can read the keys", where=str(path), fix=f"chmod 600 {path}")
         self._digests: dict[str, bytes] = {}

@@ -108,6 +108,10 @@ def test_what_stands_at_the_output_is_not_lost(tmlc_cli, tmp_path, checkpoint):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link.tmlc", "mine", "pipe"]
 
 
+def test_the_help_that_an_error_names_is_the_verbs(tmlc_cli):
+    assert "see `tmlc profile --help`" in tmlc_cli("profile", "--compare", "one.json", code=2).stderr
+
+
 def test_with_json_an_error_is_an_object_too(tmlc_cli):
     result = tmlc_cli("inspect", "missing.tmlc", "--json", code=2)
     assert set(result.json["error"]) == {"what", "where", "fix"}

@@ -79,7 +79,7 @@ class Verbs(click.Group):
         except Exception as error:
             if "--debug" in words:
                 raise
-            found, code = _explain(error)
+            found, code = _explain(error, words)
             found["fix"] = found["fix"] or f"see `{_named(words)} --help`"
             _say(found, as_json)
         sys.exit(code if isinstance(code, int) else 0)
@@ -95,12 +95,12 @@ def _terminate(number: int, frame: FrameType | None) -> None:
     raise Terminated
 
 
-def _explain(error: Exception) -> tuple[dict[str, str], int]:
+def _explain(error: Exception, words: list[str]) -> tuple[dict[str, str], int]:
     """What went wrong, where, and what to do; and the exit code it stands for."""
     if isinstance(error, TmlcError):
         return {"what": error.what, "where": error.where, "fix": error.fix}, error.exit_code
     if isinstance(error, click.UsageError):
-        path = error.ctx.command_path if error.ctx else "tmlc"
+        path = error.ctx.command_path if error.ctx else _named(words)
         return {"what": error.format_message(), "where": "", "fix": f"see `{path} --help`"}, 2
     fix = "check the path and its permissions"
     if isinstance(error, click.ClickException):

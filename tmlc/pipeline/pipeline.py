@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from tmlc.errors import PipelineError
+from tmlc.errors import PipelineError, reason
 from tmlc.pipeline.pass_base import Pass, PassResult
 from tmlc.pipeline.registry import get_pass
 
@@ -244,8 +244,7 @@ def load_pipeline(source: str | Path, target: str = "cpu") -> Pipeline:
     try:
         text = Path(source).read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        why = getattr(error, "strerror", None) or "not text"
         known = ", ".join(preset_names())
-        what = f"{str(source)!r} is neither a preset nor a pipeline file: {why}"
+        what = f"{str(source)!r} is neither a preset nor a pipeline file: {reason(error)}"
         raise PipelineError(what, where="pipeline", fix=f"name a YAML file or a preset: {known}") from None
     return Pipeline.parse(text, str(source))
