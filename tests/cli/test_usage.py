@@ -78,6 +78,7 @@ def test_a_verb_that_does_not_exist_is_refused_by_its_name(tmlc_cli):
         ["eval", "missing.tmlc"],
         ["eval", "missing.tmlc", "--tasks", "dance"],
         ["eval", "missing.tmlc", "--data", "missing"],
+        ["eval", "missing.tmlc", "other.tmlc"],
     ],
 )
 def test_wrong_usage_is_exit_2_and_two_lines(tmlc_cli, tmp_path, monkeypatch, args):
@@ -106,6 +107,18 @@ def test_what_stands_at_the_output_is_not_lost(tmlc_cli, tmp_path, checkpoint):
         assert two_lines(text) and words in text, text  # and no line of progress: nothing was begun
     assert (tmp_path / "file").read_text() == "precious" and (tmp_path / "pipe").is_fifo()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link.tmlc", "mine", "pipe"]
+
+
+@pytest.mark.parametrize(("args", "code"), [("doctor --json", 2), ("doctor", 2), ("inspect nothing --json", 2)])
+def test_an_output_that_takes_nothing_is_no_traceback(args, code):
+    command = f"{sys.executable} -m tmlc.cli.main {args} > /dev/full"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert done.returncode == code and "Traceback" not in done.stderr and "error: " in done.stderr
+
+
+def test_a_closed_output_is_no_error():
+    command = f"{sys.executable} -m tmlc.cli.main zoo >&- 2>&-; {sys.executable} -m tmlc.cli.main --version >&-"
+    assert subprocess.run(["bash", "-c", command], capture_output=True, check=False).returncode == 0
 
 
 def test_the_help_that_an_error_names_is_the_verbs(tmlc_cli):

@@ -14,6 +14,7 @@ import signal
 import sys
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib import import_module
 from types import FrameType
 from typing import Any
@@ -65,6 +66,9 @@ class Verbs(click.Group):
         words = list(sys.argv[1:] if args is None else args)
         extra.pop("standalone_mode", None)
         as_json = "--json" in words
+        for stream in ("stdout", "stderr"):  # closed by whoever started us (`>&-`): nobody reads, and nothing fails
+            if getattr(sys, stream) is None:
+                setattr(sys, stream, open(os.devnull, "w"))  # noqa: SIM115 - open until the process ends
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, _terminate)
         try:
@@ -121,7 +125,8 @@ def _say(found: dict[str, str], as_json: bool) -> None:
     where = f" ({found['where']})" if found["where"] else ""
     click.echo(f"error: {found['what']}{where}\n  {found['fix']}", err=True)
     if as_json:
-        click.echo(json.dumps({"error": found}))
+        with suppress(OSError):  # what could not be written may be standard output itself
+            click.echo(json.dumps({"error": found}))
 
 
 @click.command("tmlc", cls=Verbs, invoke_without_command=True, subcommand_metavar="VERB [ARGS]...",
