@@ -7,6 +7,7 @@ import sys
 import pytest
 from click.testing import CliRunner
 
+import tmlc.cli.common as common
 from tmlc import __version__
 from tmlc.cli.main import VERBS, cli
 from tmlc.errors import CheckError
@@ -119,6 +120,23 @@ def test_an_output_that_takes_nothing_is_no_traceback(args, code):
 def test_a_closed_output_is_no_error():
     command = f"{sys.executable} -m tmlc.cli.main zoo >&- 2>&-; {sys.executable} -m tmlc.cli.main --version >&-"
     assert subprocess.run(["bash", "-c", command], capture_output=True, check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("module", "args", "extra"),
+    [
+        ("torch", ["zoo", "list"], "compile"),
+        ("torch", ["profile", "x.tmlc", "--ablate", "--checkpoint", "x"], "compile"),
+        ("triton", ["tune", "x", "--target", "triton:sm90", "--dry-run"], "triton"),
+        ("openai", ["bench", "x.tmlc"], "bench"),
+        ("websockets", ["bench", "x.tmlc"], "bench"),
+    ],
+)
+def test_what_a_verb_needs_and_lacks_comes_with_its_command(tmlc_cli, monkeypatch, module, args, extra):
+    found = common.find_spec
+    monkeypatch.setattr(common, "find_spec", lambda name: None if name == module else found(name))
+    text = tmlc_cli(*args, code=2).stderr
+    assert two_lines(text) and f"pip install 'tmlc[{extra}]'" in text
 
 
 def test_the_help_that_an_error_names_is_the_verbs(tmlc_cli):

@@ -157,10 +157,18 @@ def check_output(path: Path, force: bool, *, folder: bool = False) -> None:
         raise UsageError("nothing can be written there", where=str(around), fix="choose another path")
 
 
+def require(purpose: str, extra: str, **modules: str) -> None:
+    """UsageError with the command that installs it when one of `modules` (name to import → its name for people), which
+    the extra brings, is missing.
+    """
+    for module, name in modules.items():
+        if find_spec(module) is None:
+            raise UsageError(
+                f"{purpose} needs {name}, which is not installed",
+                fix=f"install it with: pip install 'tmlc[{extra}]'",
+            )
+
+
 def require_compiler(purpose: str) -> None:
-    """UsageError with the command that installs it when PyTorch, which the compiler needs, is missing."""
-    if find_spec("torch") is None:
-        raise UsageError(
-            f"{purpose} needs PyTorch, which is not installed",
-            fix="install it with: pip install 'tmlc[compile]'",
-        )
+    """The same for PyTorch, which the compiler needs."""
+    require(purpose, "compile", torch="PyTorch")

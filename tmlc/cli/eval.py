@@ -43,7 +43,13 @@ tmlc eval nano.tmlc --data full-duplex-bench/
 @click.option("--all-targets", is_flag=True, help="PACKAGE is a checkpoint: compile it and compare.")
 @click.option("--data", type=_PATH, metavar="DIR", help="Play data of Full-Duplex-Bench or RepCount instead.")
 @click.option("--min-score", metavar="PART", help="Exit code 1 when a score is below it, as 90%.")
-@click.option("-o", "--out", type=_PATH, metavar="DIR", help="Write audio and transcripts of failures here, over those of the same name.")
+@click.option(
+    "-o",
+    "--out",
+    type=_PATH,
+    metavar="DIR",
+    help="Write audio and transcripts of failures here, over those of the same name.",
+)
 @THREADS
 def command(
     models: tuple[Path, ...], tasks: str | None, episodes: int | None, seed: int, sessions: int, all_targets: bool,

@@ -39,6 +39,7 @@ def command(context: click.Context) -> None:
 @DEBUG
 def list_presets(as_json: bool) -> None:
     """List the models with their sizes."""
+    require_compiler("counting parameters")
     from tmlc.report.tables import table
     from tmlc.report.zoo_view import models
 
