@@ -16,11 +16,11 @@ from typing import Any
 import triton.language as tl
 
 from tmlc.kernels.triton.kv_write import cache_row, new_rows, norms, write_column, write_launch
-from tmlc.kernels.triton.launch import Aligned, Launch, Lowered, Operand, Pointer
+from tmlc.kernels.triton.launch import Aligned, Launch, Lowered, Operand, Pointer, Scratch
 from tmlc.kernels.triton.mode import device
 from tmlc.kernels.triton.norms import normed, power
 from tmlc.kernels.triton.overlap import previous
-from tmlc.kernels.triton.parts import LEAST, Parts, join, whole_power
+from tmlc.kernels.triton.parts import LEAST, WRITTEN, Parts, join, whole_power
 from tmlc.kernels.triton.registry import Call, launch, lowering
 from tmlc.kernels.triton.steps import tanh
 
@@ -292,7 +292,7 @@ def split_count(capacity: int, window: int, n: int) -> int:
 _CACHES = {"f32": 4, "bf16": 2, "u8": 1}
 
 
-def attention_launches(call: Call) -> tuple[Lowered, Parts | None]:
+def attention_launches(call: Call, scratch: Scratch) -> tuple[list[Launch], Parts | None]:
     """The launches of attention, but for the one that adds up the parts of the splits, where they are programs of their
     own; and where these parts lie."""
     q, v = call.operand("q"), call.operand("v")
@@ -328,20 +328,17 @@ def attention_launches(call: Call) -> tuple[Lowered, Parts | None]:
     rows = call.bucket.batch * n
     parts = rows * heads * splits
     floor, cap = float(call.attrs["log_floor"]), float(call.attrs["softcap"])
-    m_bytes = -(-parts * 4 // 256) * 256
-    scratch: dict[str, Any] = {
-        "part_m": Pointer("scratch", "", 0, "f32", parts * 4),
-        "part_l": Pointer("scratch", "", m_bytes, "f32", parts * 4),
-        "part_acc": Pointer("scratch", "", 2 * m_bytes, "f32", parts * dv * 4),
-    }
-    used = 2 * m_bytes + parts * dv * 4 if parallel else 0
     launches: list[Launch] = []
+    left: Parts | None = None
+    if parallel:
+        m, l, acc = (scratch.piece("f32", parts * each) for each in (1, 1, dv))  # noqa: E741
+        left = Parts(m, l, acc, splits, heads, dv)
     queries, q_stride, new = call.pointer(q), q.stride, new_rows(call) | norms(call)
     if n > 1:
         normed_queries = None
         if call.op == "norm_attention_state":
-            queries = normed_queries = Pointer("scratch", "", -(-used // 256) * 256, "f32", rows * q.cols * 4)
-            used, q_stride = queries.offset + queries.nbytes, q.cols
+            queries = normed_queries = scratch.piece("f32", rows * q.cols)
+            q_stride = q.cols
         before = shared | new | {"capacity": Aligned(capacity)}
         launches.append(write_launch(call, before, cached | {"RING": window > 0}, normed_queries))
         new = dict.fromkeys(new)
@@ -367,14 +364,12 @@ def attention_launches(call: Call) -> tuple[Lowered, Parts | None]:
         "PARALLEL": parallel, "BLOCK_R": power(ranks or 1, 16), "SPLIT": split_size(capacity, window),
         "BLOCK_J": blocks.block_k, "BLOCK_D": block_d, "BLOCK_V": block_v, "OVERLAP": False,
     }  # fmt: skip
-    nothing = dict.fromkeys(last if parallel else scratch)
-    values = inside | nothing | (scratch if parallel else last)
+    values = inside | last | dict.fromkeys(WRITTEN)
+    if left is not None:
+        values |= dict.fromkeys(last) | left.written
     programs_by = (call.bucket.batch * tiles, groups, splits if parallel else 1)
     launches.append(launch("attention_kernel", programs_by, values, fixed, blocks.warps, blocks.stages))
-    left = None
-    if parallel:
-        left = Parts(scratch["part_m"], scratch["part_l"], scratch["part_acc"], splits, heads, dv)
-    return Lowered(tuple(launches), used), left
+    return launches, left
 
 
 def combine_launch(call: Call, parts: Parts) -> Launch:
@@ -403,8 +398,9 @@ def _results(call: Call) -> dict[str, Any]:
 
 @lowering("attention_state", "norm_attention_state")
 def lower_attention(call: Call) -> Lowered:
-    lowered, parts = attention_launches(call)
-    return lowered if parts is None else lowered.then(combine_launch(call, parts))
+    scratch = Scratch()
+    launches, parts = attention_launches(call, scratch)
+    return scratch.lowered(*launches, *([] if parts is None else [combine_launch(call, parts)]))
 
 
 def _state(call: Call, operand: Operand, dtype: str) -> Pointer:

@@ -1,43 +1,44 @@
 """attention_linear_state: attention, and the output projection that alone reads it. In a call of one row the product
 adds up what the splits of the cache left; else the one op follows the other."""
 
-from collections.abc import Callable
 from dataclasses import replace
 
 from tmlc.kernels.triton.attention import attention_launches, combine_launch
-from tmlc.kernels.triton.conv import lower_linear_conv
-from tmlc.kernels.triton.launch import KEPT, Lowered, Operand
-from tmlc.kernels.triton.linear import lower_linear
-from tmlc.kernels.triton.parts import MOST_PARTS
+from tmlc.kernels.triton.conv import linear_conv_launches
+from tmlc.kernels.triton.launch import Launch, Lowered, Operand, Scratch
+from tmlc.kernels.triton.linear import linear_launches
+from tmlc.kernels.triton.parts import MOST_PARTS, Parts
 from tmlc.kernels.triton.registry import Call, lowering
 from tmlc.kernels.triton.row_conv import MOST_TAPS
 
 
 @lowering("attention_linear_state")
 def lower_attention_linear(call: Call) -> Lowered:
+    scratch = Scratch()
     cols = call.operand("v").cols // int(call.attrs["num_kv_heads"]) * int(call.attrs["num_heads"])
-    heads = Operand("scratch", "f32", (1, 0), cols, cols, name=KEPT)
+    rows = call.bucket.rows((1, 0))
+    heads = scratch.operand("f32", (1, 0), cols, rows)
     normed = call.optional("q_norm") is not None
     attention = replace(call, op="norm_attention_state" if normed else "attention_state", outputs=(heads,))
-    product, taps = _product(call, heads), call.optional("taps")
-    lower_product: Callable[..., Lowered] = lower_linear if taps is None else lower_linear_conv
-    first, parts = attention_launches(attention)
+    first, parts = attention_launches(attention, scratch)
+    taps = call.optional("taps")
     few = parts is not None and parts.splits <= MOST_PARTS and call.optional("sink_logits") is None
-    if few and call.rows(heads) == 1 and (taps is None or taps.shape[-1] <= MOST_TAPS):
-        return first.then(*lower_product(product, parts).launches)
+    if few and rows == 1 and (taps is None or taps.shape[-1] <= MOST_TAPS):
+        return scratch.lowered(*first, *_product(call, heads, scratch, parts))
     if parts is not None:
-        first = first.then(combine_launch(attention, parts))
-    kept = -(-call.rows(heads) * cols * 4 // 256) * 256
-    first, second = first.behind(kept), lower_product(product).behind(kept)
-    return Lowered((*first.launches, *second.launches), max(first.scratch_bytes, second.scratch_bytes))
+        first.append(combine_launch(attention, parts))
+    return scratch.lowered(*first, *_product(call, heads, scratch))
 
 
-def _product(call: Call, heads: Operand) -> Call:
-    """The call of the product alone."""
+def _product(call: Call, heads: Operand, scratch: Scratch, parts: Parts | None = None) -> tuple[Launch, ...]:
+    """The product alone, of `heads` or, with `parts`, of what these add up to."""
     args = {name: call.optional(name) for name in ("weight", "bias", "taps", "tail", "addend")}
-    return replace(
+    apart = replace(
         call,
         op="linear_add" if args["taps"] is None else "linear_conv_state",
         args=args | {"x": heads, "scale": call.optional("factor")},
         attrs={name: call.attrs[name] for name in ("start", "residual", "level")},
     )
+    if args["taps"] is None:
+        return linear_launches(apart, parts)
+    return linear_conv_launches(apart, scratch, parts)

@@ -8,7 +8,7 @@ from typing import Any
 
 import triton.language as tl
 
-from tmlc.kernels.triton.launch import Launch, Lowered, Operand, Pointer
+from tmlc.kernels.triton.launch import Launch, Lowered, Operand, Pointer, Scratch
 from tmlc.kernels.triton.linear import linear_launch
 from tmlc.kernels.triton.mode import device
 from tmlc.kernels.triton.norms import power
@@ -159,7 +159,12 @@ def lower_linear_and_conv(call: Call) -> Lowered:
 
 
 @lowering("linear_conv_state")
-def lower_linear_conv(call: Call, parts: Parts | None = None) -> Lowered:
+def lower_linear_conv(call: Call) -> Lowered:
+    scratch = Scratch()
+    return scratch.lowered(*linear_conv_launches(call, scratch))
+
+
+def linear_conv_launches(call: Call, scratch: Scratch, parts: Parts | None = None) -> tuple[Launch, ...]:
     """With `parts` these are x, and the convolution is one that a product can do."""
     out, weight = call.outputs[0], call.operand("weight")
     conv = RowConv(
@@ -169,12 +174,12 @@ def lower_linear_conv(call: Call, parts: Parts | None = None) -> Lowered:
     x = parts or call.operand("x")
     bias, factor, addend = (call.optional(name) for name in ("bias", "scale", "addend"))
     if conv.fits(call, out, FEW_ROWS):
-        return Lowered((linear_launch(call, out, x, weight, bias, factor, addend, conv=conv),))
+        return (linear_launch(call, out, x, weight, bias, factor, addend, conv=conv),)
     m = weight.shape[0]
-    product = Pointer("scratch", "", 0, "f32", call.rows(out) * m * 4)
+    product = scratch.piece("f32", call.rows(out) * m)
     first = linear_launch(call, product, x, weight, bias, factor, out_stride=m)
     second = conv_launch(
         call, out, (product, m), conv.taps, conv.tail, conv.residual, level=conv.level, addend=addend,
         start=conv.start,
     )  # fmt: skip
-    return Lowered((first, second), product.nbytes)
+    return first, second

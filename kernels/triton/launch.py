@@ -15,8 +15,8 @@ TRITON_NAMES = {
 #: method of a chain to the next.
 SPACES = ("weight", "arena", "state", "input", "output", "scratch", "slots", "counts", "between")
 ALIGNMENT = 16
-#: Name of what lies in scratch between the calls that one op is lowered as.
-KEPT = "kept"
+#: Pieces of scratch begin at multiples of so many bytes.
+PIECE = 256
 
 
 @dataclass(frozen=True)
@@ -126,20 +126,24 @@ class Lowered:
     launches: tuple[Launch, ...]
     scratch_bytes: int = 0
 
-    def then(self, *launches: Launch) -> "Lowered":
-        return replace(self, launches=(*self.launches, *launches))
 
-    def behind(self, nbytes: int) -> "Lowered":
-        """The same launches with their scratch behind `nbytes` that others have: those of pointers to scratch with the
-        name KEPT, which stay where they are."""
+class Scratch:
+    """What the launches of one call hand to each other, piece behind piece."""
 
-        def moved(arg: Argument) -> Argument:
-            if not isinstance(arg, Pointer) or arg.space != "scratch":
-                return arg
-            return replace(arg, name="") if arg.name == KEPT else replace(arg, offset=arg.offset + nbytes)
+    def __init__(self) -> None:
+        self.used = 0
 
-        launches = tuple(replace(one, args=tuple(moved(arg) for arg in one.args)) for one in self.launches)
-        return Lowered(launches, nbytes + self.scratch_bytes)
+    def piece(self, dtype: str, count: int) -> Pointer:
+        pointer = Pointer("scratch", "", self.used, dtype, ITEM_BYTES[dtype] * count)
+        self.used += -(-pointer.nbytes // PIECE) * PIECE
+        return pointer
+
+    def operand(self, dtype: str, rows: tuple[int, int], cols: int, count: int) -> Operand:
+        """Dense rows, `count` in all sessions."""
+        return Operand("scratch", dtype, rows, cols, cols, self.piece(dtype, count * cols).offset)
+
+    def lowered(self, *launches: Launch) -> Lowered:
+        return Lowered(launches, self.used)
 
 
 class Aligned(int):

@@ -208,13 +208,17 @@ def linear_launch(
 
 
 @lowering("linear", "linear_add")
-def lower_linear(call: Call, parts: Parts | None = None) -> Lowered:
+def lower_linear(call: Call) -> Lowered:
+    return Lowered(linear_launches(call))
+
+
+def linear_launches(call: Call, parts: Parts | None = None) -> tuple[Launch]:
     """With `parts` these are x."""
     product = linear_launch(
         call, call.outputs[0], parts or call.operand("x"), call.operand("weight"), bias=call.optional("bias"),
         factor=call.optional("scale"), addend=call.optional("addend"),
     )  # fmt: skip
-    return Lowered((product,))
+    return (product,)
 
 
 @lowering("linear_swiglu")

@@ -5,7 +5,7 @@ from typing import Any
 
 import triton.language as tl
 
-from tmlc.kernels.triton.launch import Aligned, Lowered, Pointer
+from tmlc.kernels.triton.launch import Aligned, Lowered, Scratch
 from tmlc.kernels.triton.mode import device
 from tmlc.kernels.triton.norms import power
 from tmlc.kernels.triton.position import turned_cos_sin
@@ -257,7 +257,8 @@ def lower_dmel(call: Call) -> Lowered:
     bins, rows, n = width // 2 + 1, call.rows(pcm), call.bucket.session_rows(pcm.rows)
     call.need(width < 1 << 15, f"a window of {width} samples")
     call.need(pcm.rows[0] > 0 == pcm.rows[1], f"rows {pcm.rows[0]}n+{pcm.rows[1]} belong to no positions")
-    magnitude, held = Pointer("scratch", "", 0, "f64", rows * bins * 8), width - hop
+    scratch, held = Scratch(), width - hop
+    magnitude = scratch.piece("f64", rows * bins)
     shared: dict[str, Any] = {
         "magnitude": magnitude, "pcm": call.pointer(pcm), "tail": call.pointer(tail), "slots": call.slots, "n": n,
         "pcm_stride": pcm.stride,
@@ -282,7 +283,7 @@ def lower_dmel(call: Call) -> Lowered:
         "BACK": back, "BLOCK": min(MOST_SAMPLES, power(bins)), "BLOCK_R": min(MOST_SAMPLES, power(held)),
     }  # fmt: skip
     launches.append(launch("mel_level_kernel", (rows, bands + (held > 0)), values, fixed, 4))
-    return Lowered(tuple(launches), magnitude.nbytes)
+    return scratch.lowered(*launches)
 
 
 @lowering("patchify")

@@ -4,7 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 from tmlc.kernels.triton.conv import conv_launch
-from tmlc.kernels.triton.launch import ITEM_BYTES, Aligned, Launch, Lowered, Operand, Pointer
+from tmlc.kernels.triton.launch import Aligned, Launch, Lowered, Operand, Pointer, Scratch
 from tmlc.kernels.triton.norms import power
 from tmlc.kernels.triton.products import FEW_ROWS, ROWS, lines, product_values, tile_rows
 from tmlc.kernels.triton.registry import Call, launch, lowering
@@ -26,19 +26,6 @@ GIVEN: Choice = (
 )
 
 
-class _Scratch:
-    """Pieces of scratch, each at a multiple of 256 bytes."""
-
-    def __init__(self) -> None:
-        self.used = 0
-
-    def piece(self, dtype: str, count: int) -> Pointer:
-        nbytes = ITEM_BYTES[dtype] * count
-        pointer = Pointer("scratch", "", self.used, dtype, nbytes)
-        self.used += -(-nbytes // 256) * 256
-        return pointer
-
-
 def grouped(call: Call) -> bool:
     """Whether a call's pairs are sorted by expert. Counted by positions of a session, and so the same for a session
     alone and in company; bits agree anyhow."""
@@ -46,7 +33,7 @@ def grouped(call: Call) -> bool:
     return routes.cols > ROWS or rows >= (int(call.attrs["grouped_from"]) or GROUPED_FROM)
 
 
-def gate_up_launches(call: Call, scratch: _Scratch, choice: Choice) -> tuple[list[Launch], Pointer, dict[str, Any]]:
+def gate_up_launches(call: Call, scratch: Scratch, choice: Choice) -> tuple[list[Launch], Pointer, dict[str, Any]]:
     """The hidden columns of every pair, where they are, and the lists of sorted pairs, if the call groups them."""
     x, routes, experts, weight = (call.operand(name) for name in ("x", "weights", "experts", "gate_up"))
     count_e, wide, _ = weight.shape
@@ -88,7 +75,7 @@ def gate_up_launches(call: Call, scratch: _Scratch, choice: Choice) -> tuple[lis
     return launches, hidden, lists
 
 
-def down_launch(call: Call, scratch: _Scratch, hidden: Pointer, lists: dict[str, Any]) -> tuple[Launch, Pointer]:
+def down_launch(call: Call, scratch: Scratch, hidden: Pointer, lists: dict[str, Any]) -> tuple[Launch, Pointer]:
     """The second product of sorted pairs, and where its results are, one behind the other: [rows·top_k, d]."""
     down, bias = call.operand("down"), call.optional("down_bias")
     d, pairs = down.shape[1], call.rows(call.operand("x")) * call.operand("weights").cols
@@ -157,7 +144,7 @@ def down_sum_launch(
 
 
 def summed(
-    call: Call, scratch: _Scratch, out: Operand | None, addend: Operand | None = None, conv: RowConv | None = None,
+    call: Call, scratch: Scratch, out: Operand | None, addend: Operand | None = None, conv: RowConv | None = None,
     choice: Choice = GIVEN,
 ) -> tuple[list[Launch], Pointer | None]:  # fmt: skip
     """The experts of every row, added up: into `out`, or, where that is None, dense into scratch, and where there."""
@@ -175,18 +162,18 @@ def summed(
 
 @lowering("moe", "moe_add")
 def lower_moe(call: Call) -> Lowered:
-    scratch = _Scratch()
+    scratch = Scratch()
     launches, _ = summed(call, scratch, call.outputs[0], call.optional("addend"))
-    return Lowered(tuple(launches), scratch.used)
+    return scratch.lowered(*launches)
 
 
 @lowering("moe_conv_state")
 def lower_moe_conv(call: Call) -> Lowered:
-    scratch = _Scratch()
-    return Lowered(tuple(convolved_launches(call, scratch, GIVEN)), scratch.used)
+    scratch = Scratch()
+    return scratch.lowered(*convolved_launches(call, scratch, GIVEN))
 
 
-def convolved_launches(call: Call, scratch: _Scratch, choice: Choice) -> list[Launch]:
+def convolved_launches(call: Call, scratch: Scratch, choice: Choice) -> list[Launch]:
     """With one row a session whoever adds the experts up convolves; more rows are a kernel of their own."""
     out, addend = call.outputs[0], call.optional("addend")
     conv = RowConv(
@@ -206,13 +193,9 @@ def lower_norm_moe_conv(call: Call) -> Lowered:
     x, total, count = call.operand("x"), call.operand("weight").shape[0], call.attrs["top_k"] + call.attrs["n_shared"]
     held = call.operand("gate_up").shape[0]
     call.need(held >= total, f"a router chooses among {total} experts, and there are {held}")
-    scratch = _Scratch()
-
-    def row_of(dtype: str, cols: int) -> Operand:
-        at = scratch.piece(dtype, call.rows(x) * cols).offset
-        return Operand("scratch", dtype, x.rows, cols, cols, at)
-
-    routes, normed = (row_of("f32", count), row_of("i32", count)), row_of("f32", x.cols)
+    scratch = Scratch()
+    made = (("f32", count), ("i32", count), ("f32", x.cols))
+    *routes, normed = (scratch.operand(dtype, x.rows, cols, call.rows(x)) for dtype, cols in made)
     router = replace(call, op="norm_router", outputs=(*routes, normed))
     args = {"x": normed, "weights": routes[0], "experts": routes[1]}
     experts = replace(call, op="moe_conv_state", args={**call.args, **args})
@@ -225,4 +208,4 @@ def lower_norm_moe_conv(call: Call) -> Lowered:
         given = {name: values["bias" if name == "learned" else name] for name in GIVEN[0]}
         fixed["PARTS"] = -(-fixed.pop("BLOCK_E") // 32)
         choice = given, fixed
-    return Lowered((*launches, *convolved_launches(experts, scratch, choice)), scratch.used)
+    return scratch.lowered(*launches, *convolved_launches(experts, scratch, choice))

@@ -13,8 +13,10 @@ from tmlc.kernels.triton.mode import device
 LEAST = tl.constexpr(-3.4028234663852886e38)
 #: Parts that every program of a product adds up by itself: more of them would take longer than a launch.
 MOST_PARTS = 16
+#: Parameters of a kernel that writes parts.
+WRITTEN = ("part_m", "part_l", "part_acc")
 #: Arguments and constexprs of a product of rows that are there.
-NO_PARTS: dict[str, Any] = dict.fromkeys(("part_m", "part_l", "part_acc", "splits"))
+NO_PARTS: dict[str, Any] = dict.fromkeys((*WRITTEN, "splits"))
 NO_COLUMNS = {"DV": 0, "PARTS": 0}
 
 
@@ -75,6 +77,11 @@ class Parts:
     columns: int
 
     @property
+    def written(self) -> dict[str, Any]:
+        """Arguments of a kernel that writes them."""
+        return dict(zip(WRITTEN, (self.m, self.l, self.acc), strict=True))
+
+    @property
     def cols(self) -> int:
         """Columns of the row that they make."""
         return self.heads * self.columns
@@ -82,7 +89,7 @@ class Parts:
     @property
     def values(self) -> dict[str, Any]:
         """Arguments of a kernel that adds them up."""
-        return {"part_m": self.m, "part_l": self.l, "part_acc": self.acc, "splits": self.splits}
+        return self.written | {"splits": self.splits}
 
     @property
     def fixed(self) -> dict[str, int]:

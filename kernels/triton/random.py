@@ -5,7 +5,7 @@ from typing import Any
 
 import triton.language as tl
 
-from tmlc.kernels.triton.launch import Aligned, Launch, Lowered, Operand, Pointer
+from tmlc.kernels.triton.launch import Aligned, Launch, Lowered, Operand, Pointer, Scratch
 from tmlc.kernels.triton.linear import linear_launch
 from tmlc.kernels.triton.mode import device
 from tmlc.kernels.triton.norms import power
@@ -125,18 +125,15 @@ def _key(call: Call, key: Operand) -> Pointer:
 
 
 def sample_launches(
-    call: Call, logits: Operand | tuple[Pointer, int], entries: int, used: int
-) -> tuple[list[Launch], int]:
-    """Sampling from logits (an operand, or scratch with its stride); scratch begins at `used`."""
+    call: Call, logits: Operand | tuple[Pointer, int], entries: int, scratch: Scratch
+) -> tuple[Launch, Launch]:
+    """Sampling from logits (an operand, or scratch with its stride)."""
     out, rows = call.outputs[0], call.rows(call.outputs[0])
     source, stride = (call.pointer(logits), logits.stride) if isinstance(logits, Operand) else logits
     block = min(ENTRIES, power(entries, 32))
     parts = -(-entries // block)
     call.need(parts <= 16384, f"a vocabulary of {entries} entries")
-    used = -(-used // 256) * 256
-    score = Pointer("scratch", "", used, "f64", rows * parts * 8)
-    used = -(-(used + score.nbytes) // 256) * 256
-    index = Pointer("scratch", "", used, "i32", rows * parts * 4)
+    score, index = scratch.piece("f64", rows * parts), scratch.piece("i32", rows * parts)
     temperature = call.operand("temperature")
     call.need(temperature.stride == 1, "temperatures are not dense")
     values: dict[str, Any] = {
@@ -149,14 +146,13 @@ def sample_launches(
         "ids_stride": out.stride,
     }  # fmt: skip
     last = launch("sample_kernel", (rows,), values, {"BLOCK": power(parts, 16)}, 1 if parts <= 256 else 4)
-    return [first, last], used + index.nbytes
+    return first, last
 
 
 @lowering("sample")
 def lower_sample(call: Call) -> Lowered:
-    logits = call.operand("logits")
-    launches, used = sample_launches(call, logits, logits.cols, 0)
-    return Lowered(tuple(launches), used)
+    logits, scratch = call.operand("logits"), Scratch()
+    return scratch.lowered(*sample_launches(call, logits, logits.cols, scratch))
 
 
 def head_launch(call: Call, out: Operand | Pointer) -> Launch:
@@ -177,7 +173,8 @@ def lower_head_logits(call: Call) -> Lowered:
 @lowering("head_sample")
 def lower_head_sample(call: Call) -> Lowered:
     """The logits go through scratch: 4 bytes an entry beside the head's own rows of weights."""
-    entries, rows = int(call.attrs["entries"]), call.rows(call.outputs[0])
-    logits = Pointer("scratch", "", 0, "f32", rows * entries * 4)
-    launches, used = sample_launches(call, (logits, entries), entries, logits.nbytes)
-    return Lowered((head_launch(call, logits), *launches), used)
+    entries, rows, scratch = int(call.attrs["entries"]), call.rows(call.outputs[0]), Scratch()
+    logits = scratch.piece("f32", rows * entries)
+    return scratch.lowered(
+        head_launch(call, logits), *sample_launches(call, (logits, entries), entries, scratch)
+    )  # fmt: skip

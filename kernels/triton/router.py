@@ -9,7 +9,7 @@ from typing import Any
 import triton.language as tl
 
 from tmlc.kernels.triton.elementwise import sigmoid
-from tmlc.kernels.triton.launch import Aligned, Launch, Lowered, Pointer
+from tmlc.kernels.triton.launch import Aligned, Launch, Lowered, Pointer, Scratch
 from tmlc.kernels.triton.mode import device
 from tmlc.kernels.triton.norms import power
 from tmlc.kernels.triton.overlap import prefetch_rows, previous
@@ -359,12 +359,10 @@ def lower_sink_router(call: Call) -> Lowered:
         given = call.operand("logits")
         return Lowered((sink_launch(call, call.pointer(given), given.stride, None),))
     total, rows = call.operand("weight").shape[0], call.rows(call.operand("x"))
-    logits = Pointer("scratch", "", 0, "f32", rows * total * 4)
-    used, inverses = logits.nbytes, None
-    if call.op == "norm_router":
-        at = -(-used // 16) * 16
-        inverses, used = Pointer("scratch", "", at, "f32", rows * 4), at + rows * 4
-    return Lowered((logits_launch(call, logits, inverses), sink_launch(call, logits, total, inverses)), used)
+    scratch = Scratch()
+    logits = scratch.piece("f32", rows * total)
+    inverses = scratch.piece("f32", rows) if call.op == "norm_router" else None
+    return scratch.lowered(logits_launch(call, logits, inverses), sink_launch(call, logits, total, inverses))
 
 
 @lowering("topk_router")

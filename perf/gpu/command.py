@@ -58,7 +58,8 @@ class Run:
     def __init__(self, chosen: argparse.Namespace, tell: Callable[[str], None] = print) -> None:
         self.chosen, self.tell = chosen, tell
         self.until = time.time() + chosen.seconds
-        self.sm, self.why = (90, "") if chosen.rehearse else device()
+        here: tuple[int, str] = (chosen.sm, "") if chosen.rehearse else device()
+        self.sm, self.why = here
         self.results = Results(chosen.out)
         self.tried: set[tuple[str, str]] = set()
         self.suspects: list[str] = []
@@ -206,7 +207,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--ticks", type=int, default=10_000, help="whole ticks of one session")
     made.add_argument("--most-seconds", type=float, default=120.0, help="of each run of ticks")
     made.add_argument("--work", type=Path, default=bare.ROOT / "build/gpu", help="where checkpoints and packages lie")
-    made.add_argument("--sm", type=int, default=90, help="what to build for on a machine without a GPU")
+    made.add_argument("--sm", type=int, default=90, help="what to build or rehearse for on a machine without a GPU")
     made.add_argument(
         "--rehearse", nargs="?", const="interpreter", default="", choices=["interpreter", "ptx"],
         help="no GPU: a device in host memory, by default with the smallest model; kernels run in Triton's interpreter,"

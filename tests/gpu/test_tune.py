@@ -57,7 +57,12 @@ class Stopwatch(HostDevice):
 
     def __init__(self, machine, seconds, sm=90, nbytes=1 << 32):
         super().__init__(machine, KERNELS, DeviceInfo("a stopwatch", sm, 99000), nbytes)
-        self.seconds, self.forgotten, self.loaded = seconds, 0, None
+        self.seconds, self.forgotten, self.loaded, self.positions = seconds, 0, None, set()
+
+    def to_device(self, address, host):
+        if host.dtype == np.int64 and host.shape == (1,):
+            self.positions.add(int(host[0]))
+        super().to_device(address, host)
 
     def load(self, cubin, entry, shared):
         self.loaded = super().load(cubin, entry, shared)
@@ -214,6 +219,9 @@ def test_grouped_experts_and_attention_run_on_operands_as_in_a_call(samples, mac
         tune.measure(tuned, compiled, device, lambda *_: None)
         assert all(one.chosen == table().blocks(one.shape) for one in tuned)
         assert {s.before is None for one in tuned for s in one.samples} == {True, False}
+    counts = {s.bucket[1] for one in tuned if one.shape.op == "attention" for s in one.samples}
+    assert len(counts) == 2, "one position, and the most of a tick"
+    assert device.positions == {rows - n for rows in (16, 64) for n in counts}, "full: rings of 16 rows, 64 of the rest"
 
 
 def test_a_tie_keeps_what_there_is():

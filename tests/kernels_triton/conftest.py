@@ -1,5 +1,5 @@
 """Kernels run in Triton's interpreter, in a child process that the tests of this folder share; in the slow suite they
-also run as the PTX that they compile to, for two architectures."""
+also run as the PTX that they compile to, for four architectures."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # triton_harness.py
 
 @pytest.fixture(
     scope="session",
-    params=["interpreter", *(pytest.param(f"ptx{sm}", marks=pytest.mark.slow) for sm in (80, 90))],
+    params=["interpreter", *(pytest.param(f"ptx{sm}", marks=pytest.mark.slow) for sm in (80, 90, 100, 120))],
 )
 def machine(request: pytest.FixtureRequest) -> Iterator[Interpreter | PtxMachine]:
     name = request.param

@@ -14,10 +14,11 @@ TOLERANCE = {"f32": 1e-5, "bf16": 2e-4, "u8": 8e-3}
 
 
 def session(
-    seed: int, n: int, position: int, dtype: str, capacity: int, sinks_by_row: bool = False, groups: int = G
-) -> Session:
+    seed: int, n: int, position: int, dtype: str, capacity: int, sinks_by_row: bool = False, groups: int = G,
+    d: int = D, dv: int = DV,
+) -> Session:  # fmt: skip
     heads = H // G * groups
-    widths = tuple(groups * (int8_columns(width) if dtype == "u8" else width) for width in (D, DV))
+    widths = tuple(groups * (int8_columns(width) if dtype == "u8" else width) for width in (d, dv))
     caches = []
     for i, width in enumerate(widths):
         values = draw(seed + 70 + i, capacity, width)
@@ -30,7 +31,7 @@ def session(
             caches.append(codes.reshape(capacity, width))
         else:
             caches.append(values)
-    inputs = {"q": draw(seed, n, heads * D), "k": draw(seed + 1, n, groups * D), "v": draw(seed + 2, n, groups * DV)}
+    inputs = {"q": draw(seed, n, heads * d), "k": draw(seed + 1, n, groups * d), "v": draw(seed + 2, n, groups * dv)}
     inputs["rel"] = draw(seed + 3, n, heads * RANKS)
     if sinks_by_row:
         inputs["sink_logits"] = draw(seed + 4, n, heads)
@@ -59,6 +60,20 @@ def test_attention(machine, dtype, window, sinks, capacity):
         machine, "attention_state", sessions, attrs, [Shape("f32", H * DV)], TOLERANCE[dtype], WEIGHTS, cuts=(1, 6, 8),
         compared=["k_cache", "v_cache"], batch=4,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("dtype", "d", "dv"),
+    [("bf16", 64, 80),
+     *(pytest.param(*sizes, marks=pytest.mark.slow) for sizes in
+       (("bf16", 128, 128), ("bf16", 192, 128), ("bf16", 256, 200), ("u8", 64, 64), ("u8", 128, 256)))],
+)  # fmt: skip
+def test_wide_heads(machine, dtype, d, dv):
+    """What fills the tiles of tensor cores, and on sm_100 tensor memory, in products of queries and of values."""
+    sessions = [session(1, 5, 60, dtype, 160, d=d, dv=dv), session(20, 1, 140, dtype, 160, d=d, dv=dv)]
+    attrs, out = attributes(scale=d**-0.5), [Shape("f32", H * dv)]
+    agree(machine, "attention_state", sessions, attrs, out, TOLERANCE[dtype], WEIGHTS, cuts=(2,),
+          compared=["k_cache", "v_cache"])  # fmt: skip
 
 
 @pytest.mark.parametrize("by_row", [False, True])

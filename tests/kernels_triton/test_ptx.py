@@ -97,10 +97,16 @@ def real(word: int) -> float:
         ("mov.b32 d, %r1; shfl.sync.idx.b32 d, d, 9, 31, -1;", (), 9),
         ("mov.b32 d, %r1; shfl.sync.bfly.b32 d, d, 5, 31, -1;", (), 5),
         ("redux.sync.add.s32 d, %r1, -1;", (), 31 * 16),
+        ("elect.sync d|p, -1; selp.b32 d, %r1, 100, p; redux.sync.add.s32 d, d, -1;", (), 31 * 100),
+        ("{\n.reg .b16 low, high;\nmov.b32 {low, high}, a;\nbra.uni over;\nmov.b32 {high, low}, a;\nover:\n}\n"
+         "{\n.reg .b32 low;\nmov.b32 low, a;\nadd.s32 d, low, 1;\n}\n", (6,), 7),
     ],
 )  # fmt: skip
 def test_an_instruction_does_what_the_manual_says(operation, operands, wanted):
     assert computed(operation, *operands) == wanted
+
+
+ONE_NUMBER = "mov.b32 d, 0f7FC00000; setp.eq.s32 p, %r1, 7; selp.b32 d, a, d, p;"  # of a warp; the others are NaN
 
 
 @pytest.mark.parametrize(
@@ -113,6 +119,12 @@ def test_an_instruction_does_what_the_manual_says(operation, operands, wanted):
         ("mul.rn.ftz.f32 d, a, b;", (2.0**-100, 2.0**-40), 0.0),
         ("cvt.rpi.ftz.f32.f32 d, a;", (1.25,), 2.0),
         ("neg.f32 d, a;", (2.0,), -2.0),
+        ("max.f32 d, a, b, c;", (float("nan"), -3.0, -2.0), -2.0),
+        ("cvt.rn.bf16.f32 s, a; sub.rn.f32.bf16 d, s, b;", (2.0, 0.5), 1.5),
+        ("mov.b64 da, {a, b}; mul.rn.f32x2 da, da, da; mov.b64 {d, %r13}, da; sub.rn.f32 d, d, %r13;", (3.0, 2.0), 5.0),
+        ("mov.b64 da, {a, b}; fma.rn.f32x2 da, da, da, da; mov.b64 {%r13, d}, da;", (3.0, 2.0), 6.0),
+        (f"{ONE_NUMBER} redux.sync.max.f32 d, d, -1;", (-3.0,), -3.0),
+        (f"{ONE_NUMBER} redux.sync.max.abs.f32 d, d, -1;", (-3.0,), 3.0),
     ],
 )
 def test_an_instruction_gives_the_number(operation, operands, wanted):
@@ -201,7 +213,7 @@ def test_a_copy_is_there_when_it_was_waited_for_and_zero_where_it_reads_nothing(
 
 @pytest.mark.parametrize("wait", ["", "cp.async.wait_group 1;\n"])
 def test_a_copy_that_nobody_waited_for_is_found(wait):
-    with pytest.raises(Fault, match="a copy is on its way"):
+    with pytest.raises(Fault, match="something is on its way"):
         execute(f"mov.b32 %r20, 4;\n{COPY}{wait}{TAKE}", np.zeros(32, np.uint32))
 
 
@@ -226,11 +238,64 @@ def test_a_launch_that_overlaps_waits_before_it_reads_what_the_one_before_wrote(
         execute(body, words, overlap=True, before=[64])
 
 
-def test_an_instruction_that_is_not_known_is_refused():
-    with pytest.raises(EmitError, match=r"not run here: sin\.approx\.f32"):
-        execute("sin.approx.f32 %r4, %r1;", np.zeros(32, np.uint32))
+@pytest.mark.parametrize(
+    "line",
+    ["sin.approx.f32 %r4, %r1;", "add.sat.f32 %r4, %r1, %r1;", "max.xorsign.abs.f32 %r4, %r1, %r1;",
+     "redux.sync.xor.b32 %r4, %r1, -1;", "tcgen05.shift.cta_group::1.down [%r4];",
+     "tcgen05.alloc.cta_group::2.sync.aligned.shared::cta.b32 [%r4], 32;"],
+)  # fmt: skip
+def test_an_instruction_that_is_not_known_is_refused(line):
+    with pytest.raises(EmitError, match="not run here: " + re.escape(line.split()[0])):
+        execute(line, np.zeros(32, np.uint32))
+
+
+def test_a_text_without_a_kernel_is_refused():
     with pytest.raises(EmitError, match="without a kernel"):
         parse(".version 8.7\n")
+
+
+TENSOR = """
+	mov.b32 %r8, global_smem;
+	setp.lt.s32 %p1, %r1, 32;
+	@%p1 tcgen05.alloc.cta_group::1.sync.aligned.shared::cta.b32 [%r8], 32;
+	bar.sync 0;
+	ld.shared.b32 %r9, [%r8];
+	shr.u32 %r2, %r1, 5;
+	shl.b32 %r2, %r2, 21;
+	add.s32 %r9, %r9, %r2;
+	tcgen05.st.sync.aligned.{}.x2.b32 [%r9 + 1], {{%r1, %r2}};
+	tcgen05.wait::st.sync.aligned;
+	tcgen05.ld.sync.aligned.{}.x1.b32 {{%r4}}, [%r9 + 1]{};
+	tcgen05.wait::ld.sync.aligned;
+	bar.sync 0;
+	@%p1 tcgen05.dealloc.cta_group::1.sync.aligned.b32 %r9, 32;
+	st.global.b32 [%rd3], {{%r4}};"""
+WHOLE = TENSOR.format("32x32b", "32x32b", "")
+
+
+@pytest.mark.parametrize("shape", ["32x32b", "16x32bx2"])
+def test_words_of_tensor_memory_lie_where_the_manual_says(shape):
+    """Two columns of 32 lanes are stored by each warp. Of the split shape the upper threads of a warp read the lanes of
+    the lower ones, here one column further, where the number of the warp's first lane is."""
+    found = execute(TENSOR.format("32x32b", shape, "" if shape == "32x32b" else ", 1"), np.zeros(64, np.uint32), 64)
+    upper = (np.arange(64) % 32 >= 16) & (shape != "32x32b")
+    assert np.array_equal(found, np.where(upper, np.arange(64) // 32 << 21, np.arange(64)))
+
+
+@pytest.mark.parametrize(
+    ("body", "fault"),
+    [
+        (WHOLE.replace("tcgen05.wait::st.sync.aligned;", ""), "reads tensor memory that something is on its way to"),
+        (re.sub(r"@%p1 tcgen05.dealloc[^;]*;", "", WHOLE), "a program ends and keeps tensor memory"),
+        (WHOLE.replace("[%r9 + 1], {", "[%r9 + 31], {"), "columns of tensor memory that the program does not have"),
+        (WHOLE.replace("shl.b32 %r2, %r2, 21;", "shl.b32 %r2, %r2, 22;"), "lanes of tensor memory that are of another"),
+        (WHOLE.replace("tcgen05.wait::ld.sync.aligned;", "tcgen05.st.sync.aligned.32x32b.x1.b32 [%r9 + 1], {%r1};"),
+         "writes tensor memory that is still being read"),
+    ],
+)  # fmt: skip
+def test_a_hazard_of_tensor_memory_is_found(body, fault):
+    with pytest.raises(Fault, match=fault):
+        execute(body, np.zeros(64, np.uint32), threads=64)
 
 
 @pytest.fixture(scope="module")
@@ -266,27 +331,50 @@ def overlapping(lowered):
     return replace(lowered, launches=tuple(launch.overlapping() for launch in lowered.launches))
 
 
-def mutated(monkeypatch, pattern: str, which: int):
-    """A machine whose kernels lack one instruction."""
+def mutated(monkeypatch, pattern: str, kernel: str, sm: int = 90):
+    """A machine whose `kernel` lacks the first instruction of a pattern."""
     made = host.ptx_of
 
     def without(variant):
         assembly = made(variant)
-        found = list(re.finditer(pattern, assembly.ptx))
-        assert len(found) > which
-        text = assembly.ptx[: found[which].start()] + assembly.ptx[found[which].end() :]
+        if variant.kernel != kernel:
+            return assembly
+        text, found = re.subn(pattern, "", assembly.ptx, count=1)
+        assert found
         return type(assembly)(text, assembly.num_warps, assembly.shared)
 
     monkeypatch.setattr(host, "ptx_of", without)
-    return PtxMachine(90)
+    return PtxMachine(sm)
 
 
 @pytest.mark.parametrize(
     ("pattern", "fault"),
-    [(r"bar\.sync\s+0;", "no barrier between"), (r"cp\.async\.wait_group[^;]*;", "a copy is on its way")],
+    [(r"bar\.sync\s+0;", "no barrier between"), (r"cp\.async\.wait_group[^;]*;", "something is on its way")],
 )
 def test_a_product_without_its_first_barrier_or_wait_is_found(monkeypatch, pattern, fault):
     sessions = [Session({"x": draw(0, 2, 300)}, count=2)]
     weights = {"weight": weight(draw(9, 16, 300), "bf16")}
-    with mutated(monkeypatch, pattern, 0) as machine, pytest.raises(KernelError, match=fault):
+    with mutated(monkeypatch, pattern, "linear_kernel") as machine, pytest.raises(KernelError, match=fault):
         run(machine, "linear", sessions, {}, [Shape("f32", 16)], weights)
+
+
+TRY_WAIT = r"\{\s*\.reg \.pred complete;.*?\}\s"
+
+
+@pytest.mark.parametrize(
+    ("pattern", "fault"),
+    [
+        (r"(?s)" + TRY_WAIT, "reads tensor memory that something is on its way to"),
+        (r"(?m)^.*tcgen05\.commit[^;]*;", "waits for the end of a product that nobody has begun"),
+        (r"(?m)^.*tcgen05\.dealloc[^;]*;", "keeps tensor memory"),
+        (r"fence\.proxy\.async[^;]*;", "written without a fence"),
+    ],
+)
+def test_attention_in_tensor_memory_without_what_orders_it_is_found(monkeypatch, pattern, fault):
+    """Products of Blackwell: of a whole kernel, each of what orders them."""
+    d, k_cache, position = 16, np.zeros((64, 16), np.uint16), np.array([[3]], np.int64)
+    states = {"position": position, "k_cache": k_cache, "v_cache": k_cache.copy()}
+    one = Session({name: draw(1, 2, 4 * d if name == "q" else d) for name in ("q", "k", "v")}, states, 2)
+    attrs = dict(num_heads=4, num_kv_heads=1, scale=0.3, window=0, sinks=0, log_floor=0.0, log_alpha=0.0, softcap=0.0)
+    with mutated(monkeypatch, pattern, "attention_kernel", 100) as machine, pytest.raises(KernelError, match=fault):
+        run(machine, "attention_state", [one], attrs, [Shape("f32", 4 * d)], {})

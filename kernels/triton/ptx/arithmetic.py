@@ -11,12 +11,12 @@ import numpy as np
 import numpy.typing as npt
 
 Array = npt.NDArray[Any]
-#: NumPy's type of a PTX type; bf16 and f16x2 are kept as bits.
+#: NumPy's type of a PTX type; bf16 and numbers that share a register are kept as bits.
 KINDS: dict[str, Any] = {
     "f32": np.float32, "f64": np.float64, "s16": np.int16, "u16": np.uint16, "b16": np.uint16, "s32": np.int32,
     "u32": np.uint32, "b32": np.uint32, "s64": np.int64, "u64": np.uint64, "b64": np.uint64, "pred": np.bool_,
     "s8": np.int8, "u8": np.uint8, "b8": np.uint8, "bf16": np.uint16, "bf16x2": np.uint32, "f16": np.float16,
-    "s16x2": np.uint32,
+    "s16x2": np.uint32, "f32x2": np.uint64,
 }  # fmt: skip
 WIDER = {"s16": "s32", "u16": "u32", "s32": "s64", "u32": "u64"}
 _ROUNDED: dict[str, Callable[[Array], Array]] = {
@@ -51,14 +51,29 @@ def _flushing(compute: Compute) -> Compute:
     return lambda *values: _flush(compute(*(_flush(value) for value in values)))
 
 
-def rule(op: tuple[str, ...]) -> Rule | None:
-    """How an instruction computes; None for those that this file does not have."""
+#: What may stand between an instruction's name and its type; another word would say something that is not done.
+_MODIFIERS = {"rn", "rz", "approx", "full", "ftz", "lo", "hi", "wide", "NaN", "nan", "num", *_ROUNDED}
+
+
+def rule(op: tuple[str, ...], count: int) -> Rule | None:
+    """How an instruction with `count` operands computes; None for those that this file does not have."""
     name, kind = op[0], op[-1]
+    known = _MODIFIERS | set(KINDS) | {how + also for how in _COMPARED for also in ("", "u")}
+    if set(op[1:]) - known:
+        return None
+    if name in ("add", "sub") and op[-2:] == ("f32", "bf16") and "ftz" not in op:
+        real = np.add if name == "add" else np.subtract
+        return ("b16", "f32"), "f32", lambda a, b: real(bf16_values(a), b)
     if name in _BINARY and kind in KINDS and op[1] not in ("wide", "hi"):
         compute = _BINARY[name](kind, op)
-        if compute is None:
+        if compute is None or (kind in _HALVES and "ftz" in op):
             return None
-        return (kind, kind), kind, _flushing(compute) if "ftz" in op else compute
+        if kind in _HALVES:
+            compute = _halves(compute, kind)
+        if name in ("min", "max") and count == 3:
+            two = compute
+            compute = lambda a, b, c: two(two(a, b), c)  # noqa: E731
+        return (kind,) * count, kind, _flushing(compute) if "ftz" in op else compute
     if name in _UNARY and kind in KINDS:
         compute = _UNARY[name](kind)
         return (kind,), kind, _flushing(compute) if "ftz" in op else compute
@@ -100,15 +115,23 @@ def _extreme(real: Compute, strict: Compute) -> Callable[[str, tuple[str, ...]],
     return lambda kind, op: strict if kind[0] != "f" or "NaN" in op else real
 
 
-def _halves(compute: Compute) -> Compute:
-    """On both 16-bit halves of 32 bits."""
-    return lambda a, b: compute(
-        np.ascontiguousarray(a).view(np.uint16), np.ascontiguousarray(b).view(np.uint16)
-    ).view(np.uint32)  # fmt: skip
+#: The numbers of which a register of such a type holds two.
+_HALVES: dict[str, Any] = {"s16x2": np.uint16, "f32x2": np.float32}
+
+
+def _halves(compute: Compute, kind: str) -> Compute:
+    """On both numbers of a register that holds two."""
+
+    def both(*values: Array) -> Array:
+        held = np.broadcast_arrays(*values)
+        parts = (np.ascontiguousarray(value).view(_HALVES[kind]) for value in held)
+        return np.ascontiguousarray(compute(*parts)).view(KINDS[kind]).reshape(held[0].shape)
+
+    return both
 
 
 def _sum(compute: Compute) -> Callable[[str, tuple[str, ...]], Compute | None]:
-    return lambda kind, op: _halves(compute) if kind == "s16x2" else None if kind.startswith("bf16") else compute
+    return lambda kind, op: None if kind.startswith("bf16") else compute
 
 
 _BINARY: dict[str, Callable[[str, tuple[str, ...]], Compute | None]] = {
@@ -160,14 +183,15 @@ def _product_sum(op: tuple[str, ...]) -> Rule | None:
         return (kind, kind, result), result, lambda a, b, c: a.astype(wide) * b.astype(wide) + c
     if op[0] == "mad" and op[1] == "lo":
         return (kind, kind, kind), kind, lambda a, b, c: a * b + c
-    if op[0] == "fma" and kind in ("f32", "f64"):
-        wider: Any = np.float64 if kind == "f32" else np.longdouble
-        own = KINDS[kind]
+    if op[0] == "fma" and (kind in ("f32", "f64") or (kind == "f32x2" and "ftz" not in op)):
+        wider: Any = np.longdouble if kind == "f64" else np.float64
+        own = _HALVES.get(kind, KINDS[kind])
 
         def fused(a: Array, b: Array, c: Array) -> Array:
             return (a.astype(wider) * b.astype(wider) + c.astype(wider)).astype(own)
 
-        return (kind, kind, kind), kind, _flushing(fused) if "ftz" in op else fused
+        compute: Compute = _halves(fused, kind) if kind in _HALVES else fused
+        return (kind, kind, kind), kind, _flushing(fused) if "ftz" in op else compute
     return None
 
 

@@ -2,7 +2,9 @@
 
 Two accesses of different warps to one place in shared memory, of which one writes, need a barrier of the program
 between them, whatever the order in which they happen to run here. What an asynchronous copy writes may not be read
-before a thread has waited for it, and by other warps not before a barrier behind that.
+before a thread has waited for it, and by other warps not before a barrier behind that. Tensor cores that read by
+themselves (the async proxy) see what a thread wrote only after that thread's fence. Tensor memory (tensor_memory.py) is
+watched likewise.
 """
 
 from collections.abc import Sequence
@@ -98,15 +100,20 @@ class Shared:
         programs, size, lanes: how many programs, bytes of each, threads of all.
         program, warp: of each thread.
         grain: bytes that are watched together: 1 where a kernel has accesses of less than 4.
+        name: of the memory, for messages.
     """
 
-    def __init__(self, programs: int, size: int, program: Array, warp: Array, grain: int) -> None:
+    def __init__(
+        self, programs: int, size: int, program: Array, warp: Array, grain: int, name: str = "shared memory"
+    ) -> None:
+        self.name = name
         self.size = -(-max(size, 16) // 16) * 16
         self.memory = np.full(programs * self.size, 0xFF, np.uint8)
         self.program, self.warp, self.grain = program, warp, grain
         self.epoch = np.zeros(programs, np.int32)
         self.writer = np.full(programs * self.size // grain, -1, np.int32)
         self.reader = np.full(programs * self.size // grain, -1, np.int32)
+        self.unfenced = np.full(programs * self.size // 4, -1, np.int32)  # who wrote a word last, until its fence
         self.copies: list[_Copy] = []
         self.begun = np.zeros(len(program), np.int64)  # groups that a thread has closed
 
@@ -114,9 +121,9 @@ class Shared:
         at = addresses.astype(np.int64)
         if (at % (size * count)).any():
             bad = int(at[at % (size * count) != 0][0])
-            raise Fault(f"shared memory at {bad}: {count} times {size} bytes, unaligned")
+            raise Fault(f"{self.name} at {bad}: {count} times {size} bytes, unaligned")
         if (at + size * count > self.size).any():
-            raise Fault(f"shared memory at {int(at.max())} of {self.size}")
+            raise Fault(f"{self.name} at {int(at.max())} of {self.size}")
         return at + self.program[lanes] * self.size
 
     def _stamp(self, lanes: Array) -> Array:
@@ -128,12 +135,13 @@ class Shared:
             where = (flat + byte) // self.grain
             found = self.writer[where]
             if (found == _ON_ITS_WAY).any():
-                raise Fault("reads shared memory that a copy is on its way to")
+                raise Fault(f"reads {self.name} that something is on its way to")
             if ((found // _WARPS == stamp // _WARPS) & (found != stamp) & (found >= 0)).any():
-                raise Fault("reads shared memory that another warp wrote, with no barrier between")
+                raise Fault(f"reads {self.name} that another warp wrote, with no barrier between")
             before = self.reader[where]
-            shared = (before // _WARPS == stamp // _WARPS) & (before != stamp)
-            self.reader[where] = np.where(shared, stamp // _WARPS * _WARPS + _MANY, stamp)
+            several = (before // _WARPS == stamp // _WARPS) & (before != stamp)
+            now = np.where(several, stamp // _WARPS * _WARPS + _MANY, stamp)
+            self.reader[where] = np.where(before == _ON_ITS_WAY, before, now)
 
     def _watch_write(self, lanes: Array, flat: Array, nbytes: int, pending: bool = False) -> None:
         stamp = self._stamp(lanes)
@@ -141,9 +149,11 @@ class Shared:
             where = (flat + byte) // self.grain
             for found, what in ((self.writer[where], "wrote"), (self.reader[where], "read")):
                 if ((found // _WARPS == stamp // _WARPS) & (found != stamp) & (found >= 0)).any():
-                    raise Fault(f"writes shared memory that another warp {what}, with no barrier between")
+                    raise Fault(f"writes {self.name} that another warp {what}, with no barrier between")
             if (self.writer[where] == _ON_ITS_WAY).any():
-                raise Fault("writes shared memory that a copy is on its way to")
+                raise Fault(f"writes {self.name} that something is on its way to")
+            if (self.reader[where] == _ON_ITS_WAY).any():
+                raise Fault(f"writes {self.name} that is still being read")
             self.writer[where] = _ON_ITS_WAY if pending else stamp
 
     def load(self, lanes: Array, addresses: Array, size: int, count: int) -> list[Array]:
@@ -158,8 +168,10 @@ class Shared:
         view = self.memory.view(_WHOLE[size])
         for number, value in enumerate(values):
             view[flat // size + number] = value
+            self.unfenced[(flat + number * size) // 4] = lanes
+            self.unfenced[(flat + number * size + size - 1) // 4] = lanes
         if any((view[flat // size + number] != value).any() for number, value in enumerate(values)):
-            raise Fault("two threads write different numbers to one place in shared memory")
+            raise Fault(f"two threads write different numbers to one place in {self.name}")
 
     def rows(self, lanes: Array, addresses: Array) -> Array:
         """16 bytes at each address, as uint16 [threads, 8]: rows of matrices."""
@@ -185,6 +197,8 @@ class Shared:
             if over.any():
                 nbytes = one.data.shape[1]
                 self.memory[one.at[over, None] + np.arange(nbytes)] = one.data[over]
+                for word in range(0, nbytes, 4):
+                    self.unfenced[(one.at[over] + word) // 4] = one.lanes[over]
                 stamp = self._stamp(one.lanes[over])
                 for byte in range(0, nbytes, self.grain):
                     self.writer[(one.at[over] + byte) // self.grain] = stamp
@@ -192,6 +206,38 @@ class Shared:
                 rest = ~over
                 kept.append(_Copy(one.lanes[rest], one.at[rest], one.data[rest], one.group[rest]))
         self.copies = kept
+
+    def fence(self, lanes: Array) -> None:
+        """What these threads have written is seen by tensor cores that read by themselves."""
+        fencing = np.zeros(len(self.program) + 1, bool)  # the last stands for nobody
+        fencing[lanes] = True
+        self.unfenced[fencing[self.unfenced]] = -1
+
+    def fenced(self, words: Array) -> None:
+        """Tensor cores read these words of 4 bytes by themselves."""
+        if (self.unfenced[words] >= 0).any():
+            raise Fault(f"a product reads {self.name} that was written without a fence behind it")
+
+    def check(self, lanes: Array, words: Array, writing: bool = True) -> None:
+        """Whether these threads may read these words of 4 bytes, and write them."""
+        self._watch_read(lanes, words * 4, 4)
+        if writing:
+            self._watch_write(lanes, words * 4, 4)
+
+    def hold(self, reading: Array | None = None, writing: Array | None = None) -> None:
+        """These words of 4 bytes are read or written by something that goes on by itself."""
+        for watched, words in ((self.reader, reading), (self.writer, writing)):
+            if words is not None:
+                for byte in range(0, 4, self.grain):
+                    watched[(words * 4 + byte) // self.grain] = _ON_ITS_WAY
+
+    def release(self, lanes: Array | None, reading: Array | None = None, writing: Array | None = None) -> None:
+        """That is over: as if these threads had done it just now; None: for everybody."""
+        stamp = -1 if lanes is None else self._stamp(lanes)
+        for watched, words in ((self.reader, reading), (self.writer, writing)):
+            if words is not None:
+                for byte in range(0, 4, self.grain):
+                    watched[(words * 4 + byte) // self.grain] = stamp
 
     def barrier(self, programs: Array) -> None:
         """All threads of these programs have come to a barrier."""

@@ -72,19 +72,25 @@ def multiply(a: list[Array], b: list[Array], c: list[Array]) -> list[Array]:
     return found
 
 
-def _described(shared: Shared, lanes: Array, descriptor: Array, rows: int, transposed: bool) -> Array:
-    """float64 [warp groups, rows, 16]: the operand of a warp group's product that a descriptor names.
+def described(
+    shared: Shared, readers: Array, words: Array, rows: int, transposed: bool, version: int
+) -> tuple[Array, Array]:
+    """float64 [products, rows, 16], the operand of each product that a descriptor names, and which words of 4 bytes of
+    shared memory it lies in.
 
     Not transposed: 8 rows of one swizzle atom follow each other, the next 8 a stride further. Transposed: 16 rows of an
     atom's width along `rows`, the next atom's width the leading offset further, the next 8 of K a stride further.
+
+    Args:
+        readers: [products, threads] that read it.
+        words: the descriptor of each product.
+        version: of descriptors, 0 for Hopper, 1 for Blackwell.
     """
-    first = lanes.reshape(-1, 128)[:, 0]
-    word = descriptor.reshape(-1, 128)[:, 0].astype(np.int64)
-    if (descriptor.reshape(-1, 128) != descriptor.reshape(-1, 128)[:, :1]).any():
-        raise Fault("threads of a warp group name different matrices")
+    word = words.astype(np.int64)
     start, leading, stride = ((word >> at & 0x3FFF) << 4 for at in (0, 16, 32))
     modes = np.unique(word >> 62 & 3)
-    if len(modes) > 1 or (word >> 49 & 7).any():
+    # A base offset, leading offsets counted otherwise and a finer swizzle of 128 bytes are not read here.
+    if len(modes) > 1 or (word >> 49 & 15 | word >> 61 & 1).any() or ((word >> 46 & 7) != version).any():
         raise Fault("a descriptor of a matrix that is not read here")
     bits = _SWIZZLES[int(modes[0])]
     width = 16 << bits  # bytes of an atom's row
@@ -99,10 +105,22 @@ def _described(shared: Shared, lanes: Array, descriptor: Array, rows: int, trans
         at = (k // 8 * one, r // 8 * one, r % 8 * 16 + k % 8 * 2)
     flat = start[:, None, None] + at[0] * leading[:, None, None] + at[1] * stride[:, None, None] + at[2]
     flat ^= (flat >> 7 & (1 << bits) - 1) << 4
-    for warp in range(4):  # all four read it
-        readers = np.broadcast_to(first[:, None, None] + 32 * warp, flat.shape).reshape(-1)
-        (found,) = shared.load(readers, flat.reshape(-1), 2, 1)
-    return bf16_values(found).astype(np.float64).reshape(flat.shape)
+    found = np.zeros(0, np.uint16)
+    for column in readers.T:
+        by = np.broadcast_to(column[:, None, None], flat.shape).reshape(-1)
+        (found,) = shared.load(by, flat.reshape(-1), 2, 1)
+    place = (flat + (shared.program[readers[:, 0]] * shared.size)[:, None, None]) // 4
+    shared.fenced(place)
+    return bf16_values(found).astype(np.float64).reshape(flat.shape), place
+
+
+def _by_group(shared: Shared, lanes: Array, descriptor: Array, rows: int, transposed: bool) -> Array:
+    """The operand of each warp group's product; all four warps read it."""
+    each = descriptor.reshape(-1, 128)
+    if (each != each[:, :1]).any():
+        raise Fault("threads of a warp group name different matrices")
+    readers = lanes.reshape(-1, 128)[:, ::32]
+    return described(shared, readers, each[:, 0], rows, transposed, 0)[0]
 
 
 def multiply_group(
@@ -110,7 +128,7 @@ def multiply_group(
 ) -> list[Array]:
     """wgmma m64nNk16 of bf16 by 4 warps: A from registers (four) or by a descriptor (one), B by a descriptor."""
     if len(a) == 1:
-        left = _described(shared, lanes, a[0], 64, transposed[0])
+        left = _by_group(shared, lanes, a[0], 64, transposed[0])
     else:
         row, col = _LANE // 4, (_LANE % 4 * 2)[:, None] + np.arange(2)
         held = _pairs(a).reshape(-1, 4, 32, 4, 2)
@@ -120,7 +138,7 @@ def multiply_group(
                 place = 16 * warp + row + 8 * (number % 2)
                 left[:, place[:, None], col + 8 * (number // 2)] = held[:, warp, :, number]
     n = len(c) * 2
-    right = _described(shared, lanes, b, n, transposed[1])
+    right = _by_group(shared, lanes, b, n, transposed[1])
     sums = np.einsum("gik,gnk->gin", left, right, optimize=False)
     found = []
     quarter = np.arange(4)[:, None]
@@ -148,8 +166,15 @@ def shuffle(mode: str, values: Array, other: Array, clamp: int) -> Array:
     return np.take_along_axis(warp, np.clip(source, 0, 31), 1).reshape(-1)
 
 
-def reduce_warp(how: str, values: Array) -> Array:
-    """redux.sync of whole warps."""
+#: What redux.sync does; of floats that are no NaN, unless it is asked for.
+REDUCED: dict[str, np.ufunc] = {
+    "add": np.add, "min": np.minimum, "max": np.maximum, "or": np.bitwise_or, "and": np.bitwise_and,
+}  # fmt: skip
+_OF_NUMBERS = {"min": np.fmin, "max": np.fmax}
+
+
+def reduce_warp(how: str, values: Array, nan: bool) -> Array:
+    """redux.sync of whole warps; `nan`: whether a NaN among floats is the result."""
     warp = values.reshape(-1, 32)
-    result = {"add": np.add, "min": np.minimum, "max": np.maximum, "or": np.bitwise_or, "and": np.bitwise_and}[how]
-    return np.repeat(result.reduce(warp, 1, dtype=values.dtype), 32)
+    function = REDUCED[how] if nan or values.dtype.kind != "f" else _OF_NUMBERS[how]
+    return np.repeat(function.reduce(warp, 1, dtype=values.dtype), 32)

@@ -10,7 +10,11 @@ from tmlc.errors import EmitError
 _WIDTHS = {"pred": 1, "b16": 2, "b32": 4, "b64": 8, "u16": 2, "u32": 4, "u64": 8, "f32": 4, "f64": 8}
 _PARAM = re.compile(r"\.param \.(\w+)[^,)\n]*?(\w+_param_(\d+))")
 _REGISTERS = re.compile(r"\.reg \.(\w+)\s+%(\w+?)<(\d+)>;")
-_SCOPED = re.compile(r"\{ (?:\.reg \.\w+ (\w+); )(.*?;) \}")
+#: A block: braces around instructions, some of which may have braces around operands.
+_BLOCK = re.compile(r"\{([^{}]*;(?:[^{}]|\{[^{};]*\})*)\}")
+_DECLARED = re.compile(r"\.reg \.(\w+) (\w[\w, ]*);")
+#: The bank of a register that a block declares for itself, by its bytes.
+_OWN = {1: "p", 2: "rs", 4: "r", 8: "rd"}
 _INSTRUCTION = re.compile(r"(?:@(!?)(%\w+)\s+)?([a-z][\w.:]*)\s*(.*)", re.DOTALL)
 
 
@@ -99,7 +103,7 @@ def parse(text: str) -> Program:
     body = re.sub(r"//[^\n]*", "", body[: body.rindex("}")])
     banks = {name: (_WIDTHS[kind], int(count)) for kind, name, count in _REGISTERS.findall(body)}
     body = _REGISTERS.sub("", body)
-    body = _SCOPED.sub(lambda found: re.sub(rf"\b{found[1]}\b", "_", found[2]), body)
+    body = _BLOCK.sub(lambda found: _outside(found, banks), body)
     body = re.sub(r"\.pragma [^;]*;", "", body)
     code: list[Instruction] = []
     labels: dict[str, int] = {}
@@ -111,6 +115,21 @@ def parse(text: str) -> Program:
         if statement:
             code.append(_instruction(statement, banks))
     return Program(entry[1], tuple(code), labels, banks, params)
+
+
+def _outside(block: re.Match[str], banks: dict[str, tuple[int, int]]) -> str:
+    """The instructions of a block, its own registers and labels under names that nothing else has."""
+    inside, number = _DECLARED.sub("", block[1]), block.start()
+    for kind, names in _DECLARED.findall(block[1]):
+        width = _WIDTHS[kind]
+        bank = _OWN[width]
+        for name in names.replace(" ", "").split(","):
+            held = banks.get(bank, (width, 0))[1]
+            banks[bank] = width, held + 1
+            inside = re.sub(rf"(?<![%$.\w]){name}\b", f"%{bank}{held}", inside)
+    for label in re.findall(r"(?m)^\s*(\w+):(?!:)", inside):
+        inside = re.sub(rf"\b{label}\b", f"$own_{number}_{label}", inside)
+    return inside
 
 
 def _instruction(statement: str, banks: dict[str, tuple[int, int]]) -> Instruction:

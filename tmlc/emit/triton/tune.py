@@ -270,6 +270,7 @@ def measure(tuned: Sequence[Tuned], compiled: dict[Variant, Compiled], driver: D
             what = f"{driver.info.name} is sm{driver.info.architecture}, and sm{one.shape.sm} is to be tuned"
             raise TargetError(what, where="--target", fix=f"name triton:sm{driver.info.architecture}")
     timer = Timer(driver, [sample for one in tuned for sample in one.samples])
+    timed: dict[tuple[int, Launch], float] = {}  # a choice of stages says nothing of some launches
     total = sum(len(one.candidates) for one in tuned)
     done = 0
     for one in tuned:
@@ -281,7 +282,9 @@ def measure(tuned: Sequence[Tuned], compiled: dict[Variant, Compiled], driver: D
             try:
                 for sample in one.samples:
                     launch = with_blocks(sample.launch, one.shape, candidate.blocks)
-                    candidate.seconds.append(timer.seconds(sample, launch, compiled, one.shape.sm))
+                    if (key := (id(sample), launch)) not in timed:
+                        timed[key] = timer.seconds(sample, launch, compiled, one.shape.sm)
+                    candidate.seconds.append(timed[key])
             except (KernelError, CapacityError) as error:
                 candidate.refused, candidate.seconds = f"the device refuses it: {error.what}", []
         one.chosen = _fastest(one.candidates)

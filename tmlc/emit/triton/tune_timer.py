@@ -156,8 +156,8 @@ class Timer:
                 elif name == "experts" and "count_e" in values:
                     kind = np.int32 if arg.dtype == "i32" else np.int64
                     host = (np.arange(arg.nbytes // np.dtype(kind).itemsize) % _integer(values, "count_e")).astype(kind)
-                elif name == "position" and "capacity" in values:  # a full cache
-                    host = np.array([max(0, _integer(values, "capacity") - sample.bucket[1])], np.int64)
+                elif name == "position" and "k_cache" in values:  # a full cache
+                    host = np.array([max(0, _cache_rows(values) - sample.bucket[1])], np.int64)
                 if host is not None:
                     kept.append(host)
                     driver.to_device(self._base + places.at(arg, 0), host)
@@ -178,6 +178,13 @@ class Timer:
             function, variant_key(launch.variant(sm)), launch.grid, 32 * figures.num_warps, figures.shared,
             launch.signature(), args, figures.hidden_params, launch.overlap,
         )  # fmt: skip
+
+
+def _cache_rows(values: Mapping[str, Argument]) -> int:
+    """Rows of the cache of a launch of attention; the last one may be shorter than the stride."""
+    cache = values["k_cache"]
+    assert isinstance(cache, Pointer)
+    return -(-cache.nbytes // ITEM_BYTES[cache.dtype] // _integer(values, "k_stride"))
 
 
 def _integer(values: Mapping[str, Argument], name: str) -> int:
