@@ -20,7 +20,7 @@ from tmlc.emit.golden import record_golden, tolerances
 from tmlc.emit.graph import tick_layout
 from tmlc.emit.packing import check_finite
 from tmlc.emit.targets import Coverage, Emitted, Progress, StoredWeight, check_choice, find_target, weight_entries
-from tmlc.errors import CheckpointError, TmlcError, UsageError
+from tmlc.errors import CheckpointError, PackageError, TmlcError, UsageError
 from tmlc.frontend import load_program
 from tmlc.frontend.checkpoint import Checkpoint, open_checkpoint
 from tmlc.ir.program import PassRecord, Program
@@ -349,8 +349,23 @@ def _add_tokenizer(writer: PackageWriter, ready: Program, source: Checkpoint) ->
             where=str(path),
             fix="Export it again.",
         ) from error
+    _check_tokenizer(data, path)
     writer.add_bytes(TOKENIZER, data)
     return TOKENIZER
+
+
+def _check_tokenizer(data: bytes, path: Path) -> None:
+    """CheckpointError for what no engine would load. Where the library that it needs is not installed, nobody knows."""
+    from tmlc.runtimes.core.text import MissingLibraryError, load_tokenizer
+
+    try:
+        load_tokenizer(data)
+    except MissingLibraryError:
+        return
+    except PackageError as error:
+        raise CheckpointError(
+            error.what.replace("the package's tokenizer", "the tokenizer"), where=str(path), fix="export it again"
+        ) from None
 
 
 def _weight_items(engine: Emitted, ready: Program, source: Checkpoint, tell: Progress) -> list[WeightItem]:

@@ -8,6 +8,14 @@ from collections.abc import Sequence
 from typing import Any
 
 
+def reason(error: BaseException) -> str:
+    """What an exception that is not ours says, on one line: for the `what` of an error that names the file itself."""
+    if isinstance(error, UnicodeDecodeError):
+        return "not UTF-8"
+    said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return " ".join(said.split())[:200] or type(error).__name__
+
+
 class TmlcError(Exception):
     """Base of all errors of tmlc.
 

@@ -1,9 +1,9 @@
 """Attention over a linear or a ring cache: new keys and values are written (kv_write.py), then each query works through
 the splits of its positions.
 
-In a call of one row a session one launch does all of that: whoever has the split of the new position writes its key and
-value first, and norms them and the queries where heads are normed. More rows have a launch before, for a query also
-sees keys that other programs write.
+In a call of up to MOST_OWN rows a session one launch does all of that: whoever has the split of a new position writes
+its key and value first, and norms them and the queries where heads are normed. More rows have a launch before, so that
+not every program writes them.
 
 A split is [S·s, S·s + S) in absolute positions, so a query's splits, and the order of its sums, depend on its own
 position only. Where a call has too few programs for a GPU each split is a program of its own, which leaves its part in
@@ -15,7 +15,7 @@ from typing import Any
 
 import triton.language as tl
 
-from tmlc.kernels.triton.kv_write import cache_row, new_rows, norms, write_column, write_launch
+from tmlc.kernels.triton.kv_write import cache_row, new_rows, norms, write_columns, write_launch
 from tmlc.kernels.triton.launch import Aligned, Launch, Lowered, Operand, Pointer, Scratch
 from tmlc.kernels.triton.mode import device
 from tmlc.kernels.triton.norms import normed, power
@@ -24,6 +24,8 @@ from tmlc.kernels.triton.parts import LEAST, WRITTEN, Parts, join, whole_power
 from tmlc.kernels.triton.registry import Call, launch, lowering
 from tmlc.kernels.triton.steps import tanh
 
+#: New rows of a session that the programs of attention write themselves.
+MOST_OWN = 4
 #: Programs below which the splits of a cache become programs of their own.
 ENOUGH_PROGRAMS = 256
 #: Positions of a split, and how many splits a cache has while they are of no more than the most positions.
@@ -60,7 +62,7 @@ def attention_kernel(
 ):  # fmt: skip
     """16 queries (rows × heads of one kv head) of a session over its cache; grid (sessions × tiles, kv heads, splits).
 
-    k, v: the new keys and values of a call of one row a session, which are written here; else they are in the cache.
+    k, v: the new keys and values of a call of few rows a session, which are written here; else they are in the cache.
     q_norm, k_norm: what queries and new keys are normed with.
     RING: rows of a ring, without those of the sinks; 0: a linear cache.
     EXACT: float32 caches, whose products are of float32 numbers; else of bf16 numbers.
@@ -86,10 +88,14 @@ def attention_kernel(
         r = tl.arange(0, BLOCK_R)
         share_at = rel + (row * rel_stride + head * RANKS)[None, :] + r[:, None]
         share = tl.load(share_at, mask=(i < n)[None, :] & (r < RANKS)[:, None], other=0.0)
-    if k is not None:  # the same key and value in 16 columns, so that they lie as queries do
-        same = session.to(tl.int64) + tl.zeros((1, 16), tl.int32)
-        key = tl.load(k + same * k_new_stride + g * d + inner[:, None], mask=(inner < d)[:, None], other=0.0)
-        value = tl.load(v + same * v_new_stride + g * dv + outer[:, None], mask=(outer < dv)[:, None], other=0.0)
+    if k is not None:  # in 16 columns, so that they lie as queries do
+        fresh = tl.arange(0, 16)
+        new_row = (session.to(tl.int64) * n + fresh)[None, :]
+        given = (fresh < n)[None, :]
+        key = tl.load(k + new_row * k_new_stride + g * d + inner[:, None], mask=given & (inner < d)[:, None], other=0.0)
+        value = tl.load(
+            v + new_row * v_new_stride + g * dv + outer[:, None], mask=given & (outer < dv)[:, None], other=0.0
+        )
     # No program ends early, so that all of this is under way at once; one without a query finds no keys.
     there = ((tl.program_id(0) % tiles) * 16 < count * group) & (slot >= 0)
     live = there & (i < count)
@@ -130,15 +136,15 @@ def attention_kernel(
         v_base += g * dv
 
     if k is not None:  # written and read back by each tile of the head, so they are what a later call reads
-        mine = there
+        new_p, mine = start + fresh, there & (fresh < count)
         if PARALLEL:
-            z, split = tl.program_id(2), start // SPLIT
+            split = new_p // SPLIT
             if RING:
-                split = tl.where(start < sinks, 0, split - tl.maximum(start - window + 1, sinks) // SPLIT + 1)
-            mine = there & (split == z)
-        new_at = cache_row(start, RING, sinks, RING > 0)
-        write_column(k_cache, key, k_base + new_at * k_stride, d, mine, INT8)
-        write_column(v_cache, value, v_base + new_at * v_stride, dv, mine, INT8)
+                split = tl.where(new_p < sinks, 0, split - tl.maximum(start - window + 1, sinks) // SPLIT + 1)
+            mine = mine & (split == tl.program_id(2))
+        new_at = cache_row(new_p, RING, sinks, RING > 0)
+        write_columns(k_cache, key, k_base + new_at * k_stride, d, mine, INT8)
+        write_columns(v_cache, value, v_base + new_at * v_stride, dv, mine, INT8)
         tl.debug_barrier()  # every thread reads what some have written
 
     total_m = tl.full((16,), LEAST, tl.float32)
@@ -334,7 +340,7 @@ def attention_launches(call: Call, scratch: Scratch) -> tuple[list[Launch], Part
         m, l, acc = (scratch.piece("f32", parts * each) for each in (1, 1, dv))  # noqa: E741
         left = Parts(m, l, acc, splits, heads, dv)
     queries, q_stride, new = call.pointer(q), q.stride, new_rows(call) | norms(call)
-    if n > 1:
+    if n > MOST_OWN:
         normed_queries = None
         if call.op == "norm_attention_state":
             queries = normed_queries = scratch.piece("f32", rows * q.cols)

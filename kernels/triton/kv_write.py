@@ -1,5 +1,5 @@
 """New keys and values are written into the caches of their sessions; where heads are normed, the keys on their way, and
-the queries by programs beside them. In calls of one row a session attention does that itself (attention.py), with the
+the queries by programs beside them. In calls of few rows a session attention does that itself (attention.py), with the
 functions of this file."""
 
 from typing import Any
@@ -73,18 +73,17 @@ def write_row(
 
 
 @device
-def write_column(cache, values, place, d, live, INT8: tl.constexpr):
-    """Column 0 of values[columns, 16], a head of one new row, to where it lies in a cache."""
-    inner, first = tl.arange(0, values.shape[0]), (tl.arange(0, 16) == 0) & live
-    there = cache + place + inner[:, None] + tl.zeros((1, 16), tl.int32)
+def write_columns(cache, values, place, d, live, INT8: tl.constexpr):
+    """values[columns, 16], a head of 16 new rows of which some are `live`, to where each lies in a cache."""
+    inner = tl.arange(0, values.shape[0])
+    there = cache + place[None, :] + inner[:, None]
     if INT8:
         wide = (d + 3) // 4 * 4
         codes, scale = int8_codes(values, 0)
-        tl.store(there, tl.where((inner < d)[:, None], codes, 0), mask=first[None, :] & (inner < wide)[:, None])
-        where = (cache + place + wide).to(tl.pointer_type(tl.float32)) + tl.zeros((16,), tl.int32)
-        tl.store(where, scale, mask=first)
+        tl.store(there, tl.where((inner < d)[:, None], codes, 0), mask=live[None, :] & (inner < wide)[:, None])
+        tl.store((cache + place + wide).to(tl.pointer_type(tl.float32)), scale, mask=live)
     else:
-        tl.store(there, values.to(cache.dtype.element_ty), mask=first[None, :] & (inner < d)[:, None])
+        tl.store(there, values.to(cache.dtype.element_ty), mask=live[None, :] & (inner < d)[:, None])
 
 
 @device

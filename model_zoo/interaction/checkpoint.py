@@ -109,6 +109,10 @@ def save_checkpoint(model: InteractionModel, out_dir: str | Path, dtype: Precisi
     return Path(out_dir)
 
 
+def _size(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
 def _write_folder(
     tensors: list[_TensorSpec], config: InteractionConfig, seed: int, out: Path, shard_bytes: int,
     on_progress: Progress | None,
@@ -121,7 +125,7 @@ def _write_folder(
         out.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(out.parent).free
         if total > free:
-            raise UsageError(f"the checkpoint needs {total / 1e9:.1f} GB and {free / 1e9:.1f} GB are free",
+            raise UsageError(f"the checkpoint needs {_size(total)} and {_size(free)} are free",
                              where=str(out), fix="choose a smaller preset, --dtype bfloat16, or another disk")
         partial = out.parent / f".{out.name}.{secrets.token_hex(4)}.partial"
         partial.mkdir()

@@ -39,6 +39,7 @@ from tmlc.runtimes.core.engine import load
 _LIMITS, _MARKS = Limits(), Marks()
 MAX_FILE = 1 << 20
 """Bytes of a settings file."""
+SEE = "see docs/background.md"
 
 
 def _plain_url(url: str) -> str:
@@ -130,7 +131,8 @@ class ToolSettings(_Keyed):
             return ToolServer(self.name, url=self.url, headers={"Authorization": f"Bearer {key}"} if key else {})
         missing = [name for name in self.env if name not in environ]
         if missing:
-            raise UsageError(f"the environment variable {missing[0]} is not set", where=f"tools, {self.name}")
+            what = f"the environment variable {missing[0]} is not set"
+            raise UsageError(what, where=f"tools, {self.name}", fix="set it, or leave it out of `env`")
         return ToolServer(self.name, tuple(self.command), env={name: environ[name] for name in self.env})
 
 
@@ -236,14 +238,15 @@ def read_settings(path: str | Path) -> BackgroundSettings:
     try:
         data = path.read_bytes()
         if len(data) > MAX_FILE:
-            raise UsageError("the settings are longer than any should be", where=str(path))
+            raise UsageError("the settings are longer than any should be", where=str(path), fix=SEE)
         given: Any = yaml.safe_load(data)
     except OSError as error:
-        raise UsageError(f"the settings cannot be read: {error.strerror}", where=str(path)) from None
+        what = f"the settings cannot be read: {error.strerror}"
+        raise UsageError(what, where=str(path), fix="check the path") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
-        raise UsageError("the settings are not YAML", where=f"{path}{line}") from None
+        raise UsageError("the settings are not YAML", where=f"{path}{line}", fix=SEE) from None
     return check_settings(given if given is not None else {}, str(path))
 
 
@@ -254,7 +257,8 @@ def check_settings(given: Any, where: str) -> BackgroundSettings:
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
         place = ".".join(str(part) for part in first["loc"]) or "the file"
-        raise UsageError(f"{place}: {first['msg']}", where=where, fix="see docs/background.md") from None
+        reason = first["msg"].removeprefix("Value error, ")
+        raise UsageError(f"{place}: {reason}", where=where, fix=SEE) from None
 
 
 def _here(host: str) -> bool:

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from tmlc.errors import InputError, PackageError, TmlcError
+from tmlc.package.fields import AGAIN
 
 MAX_ID = 1 << 22  # the library makes tables as long as the largest id
 MAX_GROWTH = 1 << 10  # how many characters one typed character may become
@@ -126,6 +127,10 @@ def _growth(part: Any) -> int:
     return own * math.prod(map(_growth, part.values()))
 
 
+class MissingLibraryError(PackageError):
+    """A tokenizer that needs the `tokenizers` package, which is not installed."""
+
+
 class LibraryTokenizer(Tokenizer):
     """Any other `tokenizer.json`, through the `tokenizers` package."""
 
@@ -133,7 +138,7 @@ class LibraryTokenizer(Tokenizer):
         try:
             import tokenizers
         except ImportError:
-            raise PackageError(
+            raise MissingLibraryError(
                 "this package's tokenizer is not byte-level and the `tokenizers` package is not installed",
                 fix="pip install 'tmlc[text]'",
             ) from None
@@ -209,9 +214,10 @@ def load_tokenizer(data: bytes) -> Tokenizer:
         sane = all(type(i) is int and 0 <= i < MAX_ID for i in [*ids, *named.values()]) and not model.get("dropout")
         sane = sane and all(_growth(spec.get(p)) <= MAX_GROWTH for p in ("normalizer", "pre_tokenizer", "decoder"))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise PackageError(f"the package's tokenizer cannot be read: {error!r}", where=where) from None
+        reason = f"not the JSON of a tokenizer ({' '.join(str(error).split())[:120]})"
+        raise PackageError(f"the package's tokenizer cannot be read: {reason}", where=where, fix=AGAIN) from None
     if not sane:
-        raise PackageError("the package's tokenizer has absurd ids, chance or replacements", where=where)
+        raise PackageError("the package's tokenizer has absurd ids, chance or replacements", where=where, fix=AGAIN)
     if kind != "BPE" or not ids or merges or split.get("type") != "ByteLevel" or not plain:
         return LibraryTokenizer(text)
     alphabet = _byte_alphabet()

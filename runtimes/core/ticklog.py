@@ -135,7 +135,8 @@ class Redone:
         got = {"tick": out.index, "out_tokens": out.tokens, "out_text": out.text, "out_audio": _digest(out.audio)}
         for key, value in got.items():
             if self.record.get(key) != value:
-                raise CheckError(f"tick {out.index} gave another {key} than the log holds")
+                fix = "replay on the kind of machine and version of tmlc that wrote the log, with its --portable-bits"
+                raise CheckError(f"tick {out.index} gave another {key} than the log holds", fix=fix)
 
 
 def redo(engine: Engine, records: Iterable[dict[str, Any]], snapshot: bytes | None = None) -> Iterator[Redone]:

@@ -142,7 +142,8 @@ class TickLogs:
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         except OSError as error:
-            raise UsageError(f"tick logs cannot be kept there: {error.strerror}", where=str(folder)) from None
+            fix = "give a folder where this user may write"
+            raise UsageError(f"tick logs cannot be kept there: {error.strerror}", where=str(folder), fix=fix) from None
         self._folder, self._most = folder, most
 
     def __call__(self) -> LogSink:

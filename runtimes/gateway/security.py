@@ -23,7 +23,7 @@ from urllib.parse import SplitResult, urlsplit
 
 from aiohttp import web
 
-from tmlc.errors import UsageError
+from tmlc.errors import UsageError, reason
 from tmlc.runtimes.gateway.caps import ANYBODY, PASS, Pass
 from tmlc.runtimes.gateway.fields import WireError
 from tmlc.runtimes.gateway.observer import Observer
@@ -56,7 +56,8 @@ class Keys:
             mode = os.stat(path).st_mode
             lines = path.read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"the keys cannot be read: {error}", where=str(path)) from None
+            fix = "give a file with a key a line; make keys with: openssl rand -hex 32"
+            raise UsageError(f"the keys cannot be read: {reason(error)}", where=str(path), fix=fix) from None
         if os.name == "posix" and mode & (stat.S_IRWXG | stat.S_IRWXO):
             raise UsageError("others can read the keys", where=str(path), fix=f"chmod 600 {path}")
         self._digests: dict[str, bytes] = {}
@@ -69,7 +70,8 @@ class Keys:
                 what = f"line {number} is not a key of at least {MIN_KEY} characters, or a name and a key"
                 raise UsageError(what, where=str(path), fix="make keys with: openssl rand -hex 32")
             if name in self._digests or len(self._digests) >= MAX_KEYS:
-                raise UsageError(f"line {number}: the name is there already, or there are too many", where=str(path))
+                what = f"line {number}: the name is there already, or there are more than {MAX_KEYS}"
+                raise UsageError(what, where=str(path), fix="give each key a name of its own")
             self._digests[name] = _digest(key)
         if not self._digests:
             raise UsageError("the file has no key", where=str(path), fix="make one with: openssl rand -hex 32")

@@ -215,7 +215,10 @@ def _tls(settings: ServeSettings) -> ssl.SSLContext | None:
     try:
         context.load_cert_chain(settings.certificate, settings.private_key)
     except (OSError, ssl.SSLError) as error:
-        raise UsageError(f"the certificate cannot be used: {error}", where=str(settings.certificate)) from None
+        fix = "give a certificate and the private key that belongs to it, both in PEM form"
+        where = f"{settings.certificate}, {settings.private_key}"
+        reason = "not PEM, or not of each other" if isinstance(error, ssl.SSLError) else error.strerror
+        raise UsageError(f"the certificate cannot be used: {reason}", where=where, fix=fix) from None
     return context
 
 

@@ -88,6 +88,8 @@ class ServeSettings(BaseModel):
         for origin in self.origins:
             if not origin.startswith(("http://", "https://")) or origin.rstrip("/").count("/") != 2:
                 raise ValueError("an origin is a scheme, a host and perhaps a port, like https://app.example")
+        if self.trace is not None and not self.trace.startswith(("http://", "https://")):
+            raise ValueError("spans go to a URL, like http://127.0.0.1:4318/v1/traces")
         return self
 
     @property
@@ -101,25 +103,28 @@ def read_settings(path: Path | None, options: dict[str, Any]) -> ServeSettings:
     Raises UsageError: unreadable, not YAML, unknown or wrong entries.
     """
     given: Any = {}
+    fix = "write a YAML mapping of settings; see docs/operations.md"
     if path is not None:
         try:
             data = path.read_bytes()
             if len(data) > MAX_FILE:
-                raise UsageError("the settings are longer than any should be", where=str(path))
+                raise UsageError("the settings are longer than any should be", where=str(path), fix=fix)
             given = yaml.safe_load(data) or {}
         except OSError as error:
-            raise UsageError(f"the settings cannot be read: {error.strerror}", where=str(path)) from None
+            what = f"the settings cannot be read: {error.strerror}"
+            raise UsageError(what, where=str(path), fix="check the path") from None
         except (yaml.YAMLError, ValueError, RecursionError):
-            raise UsageError("the settings are not YAML", where=str(path)) from None
+            raise UsageError("the settings are not YAML", where=str(path), fix=fix) from None
         if not isinstance(given, dict):
-            raise UsageError("the settings are no mapping", where=str(path), fix="see docs/operations.md")
+            raise UsageError("the settings are no mapping", where=str(path), fix=fix)
     try:
         return ServeSettings.model_validate({**given, **options})
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
         place = ".".join(str(part) for part in first["loc"]) or "the settings"
         where = "" if path is None else str(path)
-        raise UsageError(f"{place}: {first['msg']}", where=where, fix="see docs/operations.md") from None
+        reason = first["msg"].removeprefix("Value error, ")
+        raise UsageError(f"{place}: {reason}", where=where, fix="see docs/operations.md") from None
 
 
 def is_loopback(host: str) -> bool:

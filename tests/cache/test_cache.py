@@ -101,6 +101,21 @@ def test_a_package_as_a_folder_comes_back_as_a_folder(copies, tmp_path, monkeypa
     assert (tmp_path / "mine" / "note").read_text() == "precious"
 
 
+@pytest.mark.parametrize("folder", [[], ["--folder"]])
+def test_a_full_disk_is_told_by_the_place_that_was_asked_for(copies, tmp_path, monkeypatch, folder):
+    checkpoint, cache, _ = copies
+    tmlc("compile", checkpoint, "-o", tmp_path / "a.tmlc", *folder, cache=cache)
+
+    def full(source, target):
+        raise OSError(28, "No space left on device", str(source))
+
+    monkeypatch.setattr(os, "link", full)
+    monkeypatch.setattr(shutil, "copyfile", full)
+    said = tmlc("compile", checkpoint, "-o", tmp_path / "new" / "b.tmlc", *folder, cache=cache, code=2)["error"]
+    assert said["where"] == str(tmp_path / "new" / "b.tmlc") and "full" in said["what"]
+    assert not (tmp_path / "new").exists()
+
+
 def damage_byte(package):
     data = bytearray(package.read_bytes())
     data[len(data) // 2] ^= 1

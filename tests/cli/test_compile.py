@@ -164,6 +164,8 @@ def poison(tensors):
             "I32",
         ),
         (lambda f: edit_tensors(f, poison), "model.norm.weight"),
+        (lambda f: (f / "tokenizer.json").write_text("{"), "tokenizer.json"),
+        (lambda f: (f / "tokenizer.json").write_text("[]"), "tokenizer.json"),
     ],
 )
 def test_a_bad_checkpoint_is_named_and_leaves_nothing(tmlc_cli, broken, tmp_path, damage, words):

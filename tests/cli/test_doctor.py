@@ -1,5 +1,11 @@
 """`tmlc doctor`."""
 
+import tomllib
+from importlib import metadata
+from pathlib import Path
+
+from packaging.requirements import Requirement
+
 import tmlc.report.doctor as doctor
 
 
@@ -21,6 +27,28 @@ def test_what_is_missing_comes_with_the_command_that_installs_it(tmlc_cli, monke
     out = tmlc_cli("doctor").stdout
     for extra in doctor.EXTRAS:
         assert f"pip install 'tmlc[{extra}]'" in out
+
+
+def test_the_extras_are_those_of_the_project():
+    """Each with every distribution that it brings, by way of other extras too."""
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text("utf-8"))["project"]
+    extras = project["optional-dependencies"]
+
+    def brought(requirement):
+        if requirement.name == "tmlc":
+            lines = [line for extra in requirement.extras for line in extras[extra]]
+            return {name for line in lines for name in brought(Requirement(line))}
+        inner = map(Requirement, metadata.requires(requirement.name) if requirement.extras else ())
+        more = {one.name for one in inner for extra in requirement.extras if _marked(one, extra)}
+        return {requirement.name} | more
+
+    def _marked(requirement, extra):
+        return requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}) and (
+            requirement.marker.evaluate({"extra": extra})
+        )
+
+    wanted = {name: brought(Requirement(f"tmlc[{name}]")) for name in extras if name not in ("dev", "all")}
+    assert {name: set(extra.all_packages()) for name, extra in doctor.EXTRAS.items()} == wanted
 
 
 def test_a_kernel_variant_that_is_not_there_is_said_and_fails(tmlc_cli, monkeypatch):

@@ -29,6 +29,12 @@ def test_a_package_shows_methods_states_passes_memory_and_kernel_calls(tmlc_cli,
     assert all(word in out for word in words)
 
 
+def test_few_bytes_are_told_and_settings_that_say_nothing_are_not(tmlc_cli, package):
+    out = tmlc_cli("inspect", package).stdout
+    assert any(line.split()[:4] == ["position", "1", "8", "B"] for line in out.splitlines())
+    assert "{}" not in out
+
+
 def test_the_json_of_a_package_has_the_manifest_and_the_counts(tmlc_cli, package):
     view = tmlc_cli("inspect", package, "--json").json
     assert view["manifest"]["model"]["name"] == "tiny"

@@ -51,7 +51,8 @@ def test_a_log_that_was_altered_is_found_out(tmlc_cli, package, logs, tmp_path):
     lines[at] = json.dumps(record)
     (tmp_path / "altered.jsonl").write_text("\n".join(lines))
     found = tmlc_cli("replay", package, tmp_path / "altered.jsonl", "--verify", "-o", tmp_path / "out", code=1)
-    assert "tick 3 gave another out_tokens" in found.stderr and not (tmp_path / "out").exists()
+    assert "tick 3 gave another out_tokens" in found.stderr and f"altered.jsonl:{at + 1}" in found.stderr
+    assert "--portable-bits" in found.stderr and not (tmp_path / "out").exists()
 
 
 def test_files_hold_every_tick_the_missed_ones_as_silence(tmlc_cli, package, logs, tmp_path):
@@ -93,7 +94,8 @@ def test_a_log_that_was_cut_is_done_up_to_there(tmlc_cli, package, logs, tmp_pat
 )
 def test_what_is_not_a_log_is_refused(tmlc_cli, package, tmp_path, text, what):
     (tmp_path / "log.jsonl").write_text(text)
-    assert what in tmlc_cli("replay", package, tmp_path / "log.jsonl", "--verify", code=2).stderr
+    said = tmlc_cli("replay", package, tmp_path / "log.jsonl", "--verify", code=2).stderr
+    assert what in said and "log.jsonl:1" in said and "give a tick log" in said
 
 
 def test_a_replay_without_a_purpose_is_refused(tmlc_cli, package, logs):

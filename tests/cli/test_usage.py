@@ -1,11 +1,13 @@
 """Help, exit codes and the two lines of an error, for every verb."""
 
+import os
 import subprocess
 import sys
 
 import pytest
 from click.testing import CliRunner
 
+import tmlc.cli.common as common
 from tmlc import __version__
 from tmlc.cli.main import VERBS, cli
 from tmlc.errors import CheckError
@@ -35,6 +37,12 @@ def test_every_verb_explains_itself_with_an_example(tmlc_cli, verb):
 def test_every_verb_has_json_and_debug(tmlc_cli, verb):
     out = tmlc_cli(verb, "--help").stdout
     assert "--json" in out and "--debug" in out
+
+
+@pytest.mark.parametrize("group", [[], ["zoo"]])
+def test_without_a_verb_the_help_is_shown_as_it_is(tmlc_cli, group):
+    result = tmlc_cli(*group, code=2)
+    assert result.stderr == tmlc_cli(*group, "--help").stdout and not result.stdout
 
 
 def test_version(tmlc_cli):
@@ -71,12 +79,68 @@ def test_a_verb_that_does_not_exist_is_refused_by_its_name(tmlc_cli):
         ["eval", "missing.tmlc"],
         ["eval", "missing.tmlc", "--tasks", "dance"],
         ["eval", "missing.tmlc", "--data", "missing"],
+        ["eval", "missing.tmlc", "other.tmlc"],
     ],
 )
 def test_wrong_usage_is_exit_2_and_two_lines(tmlc_cli, tmp_path, monkeypatch, args):
     monkeypatch.chdir(tmp_path)
     assert two_lines(tmlc_cli(*args, code=2).stderr)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_stands_at_the_output_is_not_lost(tmlc_cli, tmp_path, checkpoint):
+    """A link that leads nowhere is something; what is no file is not replaced by a file, nor a file by a folder."""
+    (tmp_path / "file").write_text("precious")
+    (tmp_path / "link.tmlc").symlink_to("later")
+    (tmp_path / "mine").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    compile = ("compile", checkpoint, "-o")
+    for args, words in (
+        ((*compile, tmp_path / "link.tmlc"), "already exists"),
+        ((*compile, tmp_path / "pipe", "--force"), "neither a file nor a folder"),
+        ((*compile, tmp_path / "mine", "--force"), "is a folder"),
+        ((*compile, tmp_path / "file", "--force", "--folder"), "is a file"),
+        ((*compile, tmp_path / "file" / "a" / "b"), "is not a folder"),
+        ((*compile, tmp_path / "new", "--dump", tmp_path / "file"), "is not a folder"),
+        (("zoo", "create", "nano", "-o", tmp_path / "file", "--force"), "is a file"),
+    ):
+        text = tmlc_cli(*args, code=2).stderr
+        assert two_lines(text) and words in text, text  # and no line of progress: nothing was begun
+    assert (tmp_path / "file").read_text() == "precious" and (tmp_path / "pipe").is_fifo()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link.tmlc", "mine", "pipe"]
+
+
+@pytest.mark.parametrize(("args", "code"), [("doctor --json", 2), ("doctor", 2), ("inspect nothing --json", 2)])
+def test_an_output_that_takes_nothing_is_no_traceback(args, code):
+    command = f"{sys.executable} -m tmlc.cli.main {args} > /dev/full"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert done.returncode == code and "Traceback" not in done.stderr and "error: " in done.stderr
+
+
+def test_a_closed_output_is_no_error():
+    command = f"{sys.executable} -m tmlc.cli.main zoo >&- 2>&-; {sys.executable} -m tmlc.cli.main --version >&-"
+    assert subprocess.run(["bash", "-c", command], capture_output=True, check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("module", "args", "extra"),
+    [
+        ("torch", ["zoo", "list"], "compile"),
+        ("torch", ["profile", "x.tmlc", "--ablate", "--checkpoint", "x"], "compile"),
+        ("triton", ["tune", "x", "--target", "triton:sm90", "--dry-run"], "triton"),
+        ("openai", ["bench", "x.tmlc"], "bench"),
+        ("websockets", ["bench", "x.tmlc"], "bench"),
+    ],
+)
+def test_what_a_verb_needs_and_lacks_comes_with_its_command(tmlc_cli, monkeypatch, module, args, extra):
+    found = common.find_spec
+    monkeypatch.setattr(common, "find_spec", lambda name: None if name == module else found(name))
+    text = tmlc_cli(*args, code=2).stderr
+    assert two_lines(text) and f"pip install 'tmlc[{extra}]'" in text
+
+
+def test_the_help_that_an_error_names_is_the_verbs(tmlc_cli):
+    assert "see `tmlc profile --help`" in tmlc_cli("profile", "--compare", "one.json", code=2).stderr
 
 
 def test_with_json_an_error_is_an_object_too(tmlc_cli):

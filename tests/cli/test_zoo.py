@@ -63,6 +63,26 @@ def test_nothing_is_overwritten_without_force(tmlc_cli, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["nano"]
 
 
+def test_force_replaces_a_link_and_not_what_it_leads_to(tmlc_cli, tmp_path, nano):
+    shutil.copytree(nano, tmp_path / "real")
+    (tmp_path / "link").symlink_to("real")
+    tmlc_cli("zoo", "create", "nano", "--seed", "1", "-o", tmp_path / "link", "--force")
+    assert files_of(tmp_path / "real") == files_of(nano) != files_of(tmp_path / "link")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "real"]
+
+
+def test_an_unknown_model_is_told_all_that_there_are(tmlc_cli, tmp_path):
+    text = tmlc_cli("zoo", "create", "giant", "-o", tmp_path / "x", code=2).stderr
+    assert all(name in text for name in (*PRESETS, *shipped.SHIPPED))
+
+
+def test_too_little_room_is_told_in_figures(tmlc_cli, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=5_000_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    text = tmlc_cli("zoo", "create", "nano", "-o", tmp_path / "x", code=2).stderr
+    assert "needs 20.0 MB and 5.0 MB are free" in text
+
+
 def test_force_never_removes_a_folder_that_is_no_checkpoint(tmlc_cli, tmp_path):
     (tmp_path / "mine.txt").write_text("precious")
     assert "not a checkpoint" in tmlc_cli("zoo", "create", "nano", "-o", tmp_path, "--force", code=2).stderr

@@ -47,6 +47,7 @@ def test_an_empty_file_changes_nothing(tmp_path):
         ("certificate: a.pem", "both certificate and private_key"),
         ("origins: [app.example]", "an origin is"),
         ("origins: ['https://app.example/path']", "an origin is"),
+        ("trace: somewhere", "spans go to a URL"),
         ("- a\n- b", "no mapping"),
         ("a: [", "not YAML"),
         ("a: &a [*a, *a]\nb: !!python/object/apply:os.getcwd []", "not YAML"),
@@ -57,7 +58,7 @@ def test_an_empty_file_changes_nothing(tmp_path):
 def test_what_is_wrong_is_named(tmp_path, text, what):
     with pytest.raises(UsageError) as error:
         read(tmp_path, text)
-    assert what in str(error.value)
+    assert what in str(error.value) and "Value error" not in str(error.value) and error.value.fix
     assert "serve.yaml" in error.value.where
 
 

@@ -248,6 +248,22 @@ def test_a_kernel_that_does_not_compile_is_named_and_stops_the_rest():
         build.build_variants([bad, good], jobs=1)
 
 
+def test_a_child_that_is_killed_is_one_error_that_says_what_to_do(monkeypatch):
+    """As the system does where memory ends. Ctrl-C, which reaches a whole process group, does not reach the child."""
+    start, groups = build.subprocess.Popen, []
+
+    def killed(command, **named):
+        child = start([sys.executable, "-c", "import os; input(); os.kill(os.getpid(), 9)"], **named)
+        groups.append((os.getpgid(child.pid), child.pid))
+        return child
+
+    monkeypatch.setattr(build.subprocess, "Popen", killed)
+    monkeypatch.setattr(build, "_cached", lambda variant: None)
+    with pytest.raises(EmitError, match="ended by signal 9") as caught:  # pytest tells of exceptions in threads, too
+        build.build_variants(some_variants(), jobs=1)
+    assert "more memory" in caught.value.fix and groups and all(group == child for group, child in groups)
+
+
 def test_variants_that_spill_are_told_to_whoever_compiles():
     first, second = some_variants()
     fine = Compiled(b"", first.kernel, 4, 0, 40, 0, 2)

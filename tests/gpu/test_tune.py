@@ -355,6 +355,11 @@ def test_what_makes_no_sense_is_refused(tiny, args, match):
     assert match in cli_run("tune", tiny.gpu, *args, code=2).stderr
 
 
+def test_a_package_for_another_target_is_told_by_its_own(tiny):
+    said = cli_run("tune", tiny.cpu, "--dry-run", code=2).stderr
+    assert "was compiled for cpu" in said and "cpu.tmlc" in said and "not sm" not in said
+
+
 def test_a_dry_run_shows_registers_spills_and_shared_memory(tiny, monkeypatch):
     monkeypatch.setattr(tune, "build_variants", faked(spills=(4,)))
     view = json.loads(cli_run("tune", tiny.gpu, "--op", "moe_down", "--dry-run", "--json").stdout)

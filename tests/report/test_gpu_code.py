@@ -4,10 +4,13 @@ import pytest
 
 pytest.importorskip("triton", reason="the triton extra is not installed")
 
+import tmlc.report.gpu_code as gpu_code
+import tmlc.report.gpu_plan as gpu_plan
 from tmlc.errors import UsageError
 from tmlc.kernels.triton.bucket import Bucket
 from tmlc.kernels.triton.launch import Operand
 from tmlc.kernels.triton.registry import Call, lower
+from tmlc.pipeline.pipeline import load_pipeline
 from tmlc.report.gpu_code import code_of, launches_of, read_code
 
 TEXT = """
@@ -42,6 +45,44 @@ def test_a_product_asks_for_all_that_it_reads_before_its_first_wait(sm):
     assert code.counts["copies"] >= code.early >= code.counts["copies"] // 2 > 0  # the other half stands in the loop
     assert code.counts["dots"] > 0 and code.counts["stores"] > 0
     assert 0 < code.registers <= 255 and code.spill_bytes == code.counts["local"] == 0 < code.shared
+
+
+@pytest.mark.parametrize("module", [gpu_code, gpu_plan])
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--target", "cpu"], "target cpu has no kernels for GPUs"),
+        (["--target", "triton:sm42"], "unknown architecture 'sm42'"),
+        (["--precision", "fp4"], "unknown precision 'fp4'"),
+        (["--bogus"], "--bogus"),
+    ],
+)
+def test_wrong_usage_of_the_modules_is_exit_2_with_the_reason(monkeypatch, capsys, module, options, words):
+    preset = ["nano", "decode"] if module is gpu_code else ["nano"]
+    monkeypatch.setenv("TMLC_CACHE", "off")
+    monkeypatch.setattr("sys.argv", ["module", *preset, *options])
+    with pytest.raises(SystemExit) as stop:
+        module.main()
+    assert stop.value.code == 2 and words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"), [("giant", "unknown preset"), ("--disable=nothing", "no pass 'nothing'")]
+)
+def test_a_plan_of_nothing_that_there_is_is_exit_2_too(monkeypatch, capsys, argument, words):
+    monkeypatch.setenv("TMLC_CACHE", "off")
+    words_of = ["nano", argument] if argument.startswith("-") else [argument]
+    monkeypatch.setattr("sys.argv", ["module", *words_of, "--launches"])
+    with pytest.raises(SystemExit) as stop:
+        gpu_plan.main()
+    assert stop.value.code == 2 and words in capsys.readouterr().err
+
+
+def test_a_call_is_lowered_without_reading_weights():
+    """Codes are made of weights, and their report reads every one; a large model's would take hours."""
+    steps = gpu_plan.unreading(load_pipeline("triton"), "fp8")
+    assert [step.config["report"] for step in steps.steps if step.name == "quantize.fp8"] == [False]
+    assert gpu_plan.unreading(steps, "bf16") is steps
 
 
 @pytest.mark.parametrize(

@@ -135,6 +135,23 @@ def test_refuses_what_makes_no_sense(packages: dict[str, Path]) -> None:
         Predictor(load_planned(str(packages["bf16"]), None, None)[0], "fp8", table()["a100"], 1, 1024)
 
 
+def test_a_folder_that_is_no_checkpoint_does_not_hide_a_preset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "nano").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert load_planned("nano", None, None)[0].meta["name"] == "nano"
+
+
+def test_help_names_every_machine() -> None:
+    shown = CliRunner().invoke(cli, ["plan", "--help"]).output
+    assert all(name in shown for name in table())
+
+
+def test_every_number_of_devices_without_room_is_told(packages: dict[str, Path]) -> None:
+    run = CliRunner()
+    tight = run.invoke(cli, ["plan", str(packages["int8"]), "--on", "h200", "--devices", "1-3", "--budget", "240.5ms"])
+    assert "0 sessions, devices 1, 2, 3" in tight.output
+
+
 def test_the_verb_prints_a_plan_and_fails_when_nothing_fits(packages: dict[str, Path]) -> None:
     run = CliRunner()
     done = run.invoke(cli, ["plan", str(packages["int8"]), "--on", "h200", "--devices", "1,2", "--json"])

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from tmlc.errors import MediaError
+from tmlc.errors import MediaError, reason
 
 FIX = "write a list of entries like `- {start: 0.8, end: 2.35}`, in the order of time"
 SHORTEST, LONGEST = 1.0, 4.0
@@ -140,7 +140,7 @@ def _labels(path: Path, seconds: float) -> tuple[Utterance, ...]:
     try:
         entries = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        what = f"the labels cannot be read: {' '.join(str(error).split())[:120]}"
+        what = f"the labels cannot be read: {reason(error)}"
         raise MediaError(what, where=str(path), fix=FIX) from error
     if not isinstance(entries, list) or not entries:
         raise MediaError("the labels are not a list with an entry for each utterance", where=str(path), fix=FIX)

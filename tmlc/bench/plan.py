@@ -53,7 +53,8 @@ class Load:
         if self.arrivals == "poisson" and self.hold is None:
             raise UsageError("Poisson arrivals need sessions that end", where="--arrivals", fix="give --hold SECONDS")
         if not 0 <= self.ramp < self.seconds:
-            raise UsageError("the ramp is as long as the bench, or longer", where="--ramp", fix="give more --seconds")
+            fix = "give more --seconds, or a shorter --ramp"
+            raise UsageError("the ramp is as long as the bench, or longer", where="--ramp", fix=fix)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -63,14 +63,16 @@ class ServedPackage:
         until = time.monotonic() + START_SECONDS
         while time.monotonic() < until:
             if self.process.poll() is not None:
-                raise UsageError(f"the server ended at once: {self.tail()}", where=str(self.package))
+                fix = "try what it was started with: tmlc serve"
+                raise UsageError(f"the server ended at once: {self.tail()}", where=str(self.package), fix=fix)
             try:
                 with urllib.request.urlopen(f"{self.admin}/readyz", timeout=2) as answer:
                     if answer.status == 200:
                         return
             except (urllib.error.URLError, OSError):
                 time.sleep(0.1)
-        raise UsageError(f"the server was not ready after {START_SECONDS:g} s: {self.tail()}", where=str(self.package))
+        what = f"the server was not ready after {START_SECONDS:g} s: {self.tail()}"
+        raise UsageError(what, where=str(self.package), fix="start `tmlc serve` yourself and give its URL")
 
     def tail(self) -> str:
         """The end of what the server printed, on one line."""

@@ -105,23 +105,27 @@ class CompileCache:
         """Puts the package of an entry at `out`, whole: as a hard link where the disk is the same, else as a copy.
 
         Raises:
-            PackageError: `out` is a folder that is no package.
-            OSError: the place cannot be written.
+            PackageError: `out` is a folder that is no package, or the place cannot be written.
         """
-        from tmlc.package.writer import replaceable, swap_folder
+        from tmlc.package.writer import disk_errors, make_parents, remove_parents, replaceable, swap_folder
 
         source = self._entry(key) / _PACKAGE
         if out.is_dir() and not (source.is_dir() and replaceable(out)):
             raise PackageError(f"{out} is a folder", where="output", fix="Give another name, or remove the folder.")
-        out.parent.mkdir(parents=True, exist_ok=True)
         temporary = out.with_name(f".{out.name}.{os.getpid()}.part")
-        try:
-            _link(source, temporary)
-            if source.is_dir():
-                swap_folder(temporary, out)
-            else:
-                os.replace(temporary, out)
-        finally:
+        made: list[Path] = []
+        with disk_errors(out):
+            try:
+                made = make_parents(out)
+                _link(source, temporary)
+                if source.is_dir():
+                    swap_folder(temporary, out)
+                else:
+                    os.replace(temporary, out)
+            except BaseException:
+                _remove(temporary)
+                remove_parents(made)
+                raise
             _remove(temporary)  # a rename between two names of one file leaves both
 
     def store(self, key: CompileKey, package: Path, report: dict[str, Any]) -> str:
@@ -243,10 +247,16 @@ def _files(package: Path) -> dict[str, list[int]]:
 
 def _link(source: Path, target: Path) -> None:
     """Hard links (copies, between disks) of a file or of every file of a folder."""
-    if source.is_dir():
-        shutil.copytree(source, target, copy_function=_link_file)
-    else:
+    if not source.is_dir():
         _link_file(source, target)
+        return
+    target.mkdir()
+    for file in sorted(source.rglob("*")):  # parents before what is in them; copytree would hide which error it was
+        place = target / file.relative_to(source)
+        if file.is_dir():
+            place.mkdir()
+        else:
+            _link_file(file, place)
 
 
 def _link_file(source: str | Path, target: str | Path) -> None:
@@ -260,4 +270,5 @@ def _remove(path: Path) -> None:
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
     else:
-        path.unlink(missing_ok=True)
+        with suppress(OSError):  # a place where nothing can be written cannot be cleaned either
+            path.unlink(missing_ok=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import click
 
-from tmlc.cli.common import FORCE, note, print_json, progress, show, verb
+from tmlc.cli.common import FORCE, note, print_json, progress, require, show, verb
 from tmlc.cli.outputs import Outputs
 from tmlc.errors import UsageError
 
@@ -62,6 +62,7 @@ def command(
     The load is fixed beforehand: a server that is slow gets no less of it. Every attempt is counted. Exit code 1 when
     --max-p99 or --max-misses is not kept.
     """
+    require("the client", "bench", openai="the package openai", websockets="the package websockets")
     from tmlc.bench.plan import Load
     from tmlc.bench.run import Server, first_model, run
     from tmlc.bench.server import ServedPackage

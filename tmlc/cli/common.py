@@ -5,6 +5,7 @@ outputs.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -121,25 +122,53 @@ def progress(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
         yield report
 
 
-def check_output(path: Path, force: bool) -> None:
-    """Refuse to write over something that exists unless --force was given, or where no folder is to write
-    into.
+def help_without_verb(context: click.Context) -> None:
+    """The help of a group on stderr, and exit code 2, when no verb of it was named."""
+    if context.invoked_subcommand is None:
+        note(context.get_help())
+        context.exit(2)
+
+
+def check_output(path: Path, force: bool, *, folder: bool = False) -> None:
+    """Refuse, before any work, a place that the output cannot have.
+
+    Something stands there (a link that leads nowhere is something, too) and --force was not given; what stands there is
+    not what --force replaces, a file by a file and a folder by a folder; or nothing can be written into the folder
+    around it.
     """
-    if path.exists() and not force:
-        raise UsageError(
-            "the output already exists",
-            where=str(path),
-            fix="choose another path, or add --force to replace it",
-        )
-    parent = path.absolute().parent
-    if parent.exists() and not parent.is_dir():
-        raise UsageError("the output's parent is not a folder", where=str(parent), fix="choose another path")
+    if os.path.lexists(path):
+        if not force:
+            raise UsageError(
+                "the output already exists",
+                where=str(path),
+                fix="choose another path, or add --force to replace it",
+            )
+        if path.exists() and not (path.is_dir() if folder else path.is_file()):
+            stands = "a folder" if path.is_dir() else "a file" if path.is_file() else "neither a file nor a folder"
+            raise UsageError(
+                f"the output is {stands}, and --force replaces only a {'folder' if folder else 'file'} here",
+                where=str(path),
+                fix="choose another path, or remove it yourself",
+            )
+    around = next(parent for parent in path.absolute().parents if parent.exists())
+    if not around.is_dir():
+        raise UsageError("the output's parent is not a folder", where=str(around), fix="choose another path")
+    if not os.access(around, os.W_OK | os.X_OK):
+        raise UsageError("nothing can be written there", where=str(around), fix="choose another path")
+
+
+def require(purpose: str, extra: str, **modules: str) -> None:
+    """UsageError with the command that installs it when one of `modules` (name to import → its name for people), which
+    the extra brings, is missing.
+    """
+    for module, name in modules.items():
+        if find_spec(module) is None:
+            raise UsageError(
+                f"{purpose} needs {name}, which is not installed",
+                fix=f"install it with: pip install 'tmlc[{extra}]'",
+            )
 
 
 def require_compiler(purpose: str) -> None:
-    """UsageError with the command that installs it when PyTorch, which the compiler needs, is missing."""
-    if find_spec("torch") is None:
-        raise UsageError(
-            f"{purpose} needs PyTorch, which is not installed",
-            fix="install it with: pip install 'tmlc[compile]'",
-        )
+    """The same for PyTorch, which the compiler needs."""
+    require(purpose, "compile", torch="PyTorch")

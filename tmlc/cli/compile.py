@@ -53,7 +53,12 @@ tmlc compile nano/ -o nano.tmlc --pipeline mine.yaml
 @click.option("--kv", metavar="NAME", help="Keys and values in fp32, bf16, fp16 or int8.  [default: as --precision]")
 @click.option("--tuning", type=_PATH, metavar="YAML", help="Block sizes that `tmlc tune` measured, for triton.")
 @click.option("--context", type=click.IntRange(1), metavar="N", help="Positions that a session keeps.")
-@click.option("--context-policy", metavar="NAME", help="At the bound: ring_with_sinks or end.")
+@click.option(
+    "--context-policy",
+    type=click.Choice(["ring_with_sinks", "end"]),
+    metavar="NAME",
+    help="At the bound: ring_with_sinks or end.",
+)
 @click.option("--sinks", type=click.IntRange(0), metavar="N", help="First positions that a ring never forgets.")
 @click.option("--max-append", type=click.IntRange(1), metavar="N", help="Positions that one call may bring.")
 @click.option("--folder", is_flag=True, help="Write the package as a folder instead of one file.")
@@ -84,6 +89,8 @@ def command(
     ~/.cache/tmlc; TMLC_CACHE=off keeps nothing): the same compilation again costs a link.
     """
     require_compiler("compiling")
+    from tmlc.package.writer import replaceable
+
     if preset is not None and pipeline is not None:
         raise UsageError("--preset and --pipeline exclude each other", where="tmlc compile", fix="give one of them")
     chosen = [name.strip() for name in passes.split(",") if name.strip()] if passes is not None else None
@@ -102,7 +109,15 @@ def command(
     if out is None and not unwritten:
         raise UsageError("no output was given", where="tmlc compile", fix="add -o model.tmlc")
     if out is not None and not unwritten:
-        check_output(out, force)
+        check_output(out, force, folder=options["folder"])
+        if options["folder"] and out.is_dir() and not replaceable(out):
+            raise UsageError(
+                "the folder is no package, so --force does not replace it",
+                where=str(out),
+                fix="name another folder, or remove this one yourself",
+            )
+    if dump is not None and dump.exists() and not dump.is_dir():
+        raise UsageError("the place of the dump is not a folder", where=str(dump), fix="give another one with --dump")
     chosen_passes: dict[str, Any] = {"preset": preset, "pipeline": pipeline, "passes": chosen, "disable": disable}
     keeper = None if no_cache or out is None or unwritten or dump is not None else _Keeper.of(
         checkpoint, out, {**chosen_passes, **options}

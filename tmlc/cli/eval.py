@@ -43,7 +43,13 @@ tmlc eval nano.tmlc --data full-duplex-bench/
 @click.option("--all-targets", is_flag=True, help="PACKAGE is a checkpoint: compile it and compare.")
 @click.option("--data", type=_PATH, metavar="DIR", help="Play data of Full-Duplex-Bench or RepCount instead.")
 @click.option("--min-score", metavar="PART", help="Exit code 1 when a score is below it, as 90%.")
-@click.option("-o", "--out", type=_PATH, metavar="DIR", help="Write audio and transcripts of failures here.")
+@click.option(
+    "-o",
+    "--out",
+    type=_PATH,
+    metavar="DIR",
+    help="Write audio and transcripts of failures here, over those of the same name.",
+)
 @THREADS
 def command(
     models: tuple[Path, ...], tasks: str | None, episodes: int | None, seed: int, sessions: int, all_targets: bool,
@@ -65,6 +71,10 @@ def command(
             "recordings of others have rates and times and no score", where="--data",
             fix="leave --min-score and -o out; --json has every figure",
         )  # fmt: skip
+    if out is not None and out.exists() and not out.is_dir():
+        raise UsageError("the output is not a folder", where=str(out), fix="give a folder with -o")
+    if len(models) > 1:
+        _check(models)
     play = _tasks(tasks, episodes, seed) if data is None else _recordings(data, tasks, episodes, seed)
     least = None if min_score is None else parse_part(min_score, "--min-score")
     with progress(as_json) as report, tempfile.TemporaryDirectory(prefix="tmlc-eval-") as scratch:
@@ -86,6 +96,16 @@ def command(
         note(line)
     if broken:
         click.get_current_context().exit(1)
+
+
+def _check(models: tuple[Path, ...]) -> None:
+    """Opens every package once: a wrong path is said before the first of them is played for minutes."""
+    from tmlc.package.reader import open_package
+
+    for model in models:
+        if not (model / "config.json").is_file():
+            with open_package(model):
+                pass
 
 
 def _evaluate(
@@ -123,7 +143,7 @@ def _recordings(data: Path, sets: str | None, most: int | None, seed: int) -> Ca
 
 
 def _compiled(models: tuple[Path, ...], scratch: Path) -> list[Path]:
-    """Packages of one checkpoint, for each of `TARGETS`; MissingDependencyError where what a target needs is not
+    """Packages of one checkpoint, for each of `TARGETS`; TargetError where what a target needs is not
     installed."""
     if len(models) != 1 or not (models[0] / "config.json").is_file():
         raise UsageError(

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from tmlc.cli.common import print_json, require_compiler, show, verb
-from tmlc.errors import UsageError
+from tmlc.errors import IRError, UsageError
 
 
 @verb(
@@ -18,7 +18,7 @@ tmlc inspect nano.tmlc --ir decode
 tmlc inspect nano.tmlc --json | jq .manifest.memory
 tmlc inspect nano/ --tensors
 tmlc inspect nano/ --why-miss
-tmlc inspect --diff passes/02_canonicalize.dead_code.ir passes/03_route.fuse_router.ir
+tmlc inspect --diff passes/02_canonicalize.fold_constants.ir passes/03_route.fuse_router.ir
 tmlc inspect --diff old.tmlc new.tmlc
 """,
 )
@@ -75,7 +75,12 @@ def _diff(before: Path, after: Path, as_json: bool) -> None:
     from tmlc.ir.diff import diff_programs
     from tmlc.report.package_view import diff_lines, program_text
 
-    view = diff_programs(program_text(before), program_text(after))
+    texts = program_text(before), program_text(after)
+    try:
+        view = diff_programs(*texts)
+    except IRError as error:
+        error.where = f"{error.where}, {before} or {after}".removeprefix(", ")
+        raise
     if as_json:
         print_json(view)
     else:

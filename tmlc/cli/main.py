@@ -14,6 +14,7 @@ import signal
 import sys
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib import import_module
 from types import FrameType
 from typing import Any
@@ -21,6 +22,7 @@ from typing import Any
 import click
 
 from tmlc import __version__
+from tmlc.cli.common import help_without_verb
 from tmlc.errors import TmlcError
 
 VERBS = {
@@ -64,6 +66,9 @@ class Verbs(click.Group):
         words = list(sys.argv[1:] if args is None else args)
         extra.pop("standalone_mode", None)
         as_json = "--json" in words
+        for stream in ("stdout", "stderr"):  # closed by whoever started us (`>&-`): nobody reads, and nothing fails
+            if getattr(sys, stream) is None:
+                setattr(sys, stream, open(os.devnull, "w"))  # noqa: SIM115 - open until the process ends
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, _terminate)
         try:
@@ -78,21 +83,28 @@ class Verbs(click.Group):
         except Exception as error:
             if "--debug" in words:
                 raise
-            found, code = _explain(error)
+            found, code = _explain(error, words)
+            found["fix"] = found["fix"] or f"see `{_named(words)} --help`"
             _say(found, as_json)
         sys.exit(code if isinstance(code, int) else 0)
+
+
+def _named(words: list[str]) -> str:
+    """`tmlc VERB`, as far as the words name a verb."""
+    verb = next((word for word in words if not word.startswith("-")), "")
+    return f"tmlc {verb}" if verb in VERBS else "tmlc"
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:
     raise Terminated
 
 
-def _explain(error: Exception) -> tuple[dict[str, str], int]:
+def _explain(error: Exception, words: list[str]) -> tuple[dict[str, str], int]:
     """What went wrong, where, and what to do; and the exit code it stands for."""
     if isinstance(error, TmlcError):
         return {"what": error.what, "where": error.where, "fix": error.fix}, error.exit_code
     if isinstance(error, click.UsageError):
-        path = error.ctx.command_path if error.ctx else "tmlc"
+        path = error.ctx.command_path if error.ctx else _named(words)
         return {"what": error.format_message(), "where": "", "fix": f"see `{path} --help`"}, 2
     fix = "check the path and its permissions"
     if isinstance(error, click.ClickException):
@@ -111,14 +123,17 @@ def _say(found: dict[str, str], as_json: bool) -> None:
     """Two lines on stderr, and with --json the same as an object on stdout."""
     found = {key: " ".join(value.split()) for key, value in found.items()}
     where = f" ({found['where']})" if found["where"] else ""
-    click.echo(f"error: {found['what']}{where}\n  {found['fix'] or 'see `tmlc --help`'}", err=True)
+    click.echo(f"error: {found['what']}{where}\n  {found['fix']}", err=True)
     if as_json:
-        click.echo(json.dumps({"error": found}))
+        with suppress(OSError):  # what could not be written may be standard output itself
+            click.echo(json.dumps({"error": found}))
 
 
-@click.command("tmlc", cls=Verbs, context_settings={"help_option_names": ["-h", "--help"]})
+@click.command("tmlc", cls=Verbs, invoke_without_command=True, subcommand_metavar="VERB [ARGS]...",
+               context_settings={"help_option_names": ["-h", "--help"]})  # fmt: skip
 @click.version_option(__version__, prog_name="tmlc")
-def cli() -> None:
+@click.pass_context
+def cli(context: click.Context) -> None:
     """Compile interaction models and run them within 400 ms.
 
     \b
@@ -128,6 +143,7 @@ def cli() -> None:
       tmlc run nano.tmlc --audio speech.wav -o out/
       tmlc profile nano.tmlc
     """
+    help_without_verb(context)
 
 
 def main() -> None:

@@ -52,6 +52,8 @@ class Outputs:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         assert self._work is not None
+        if isinstance(error, OSError) and str(error.filename or self._work).startswith(str(self._work)):
+            error.filename = str(self.folder)  # nobody knows the temporary name
         try:
             if kind is None:
                 for name in self.names:

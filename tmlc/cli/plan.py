@@ -35,7 +35,11 @@ tmlc plan nano.tmlc --on rtx4090 --json
 )
 @click.argument("source")
 @click.option(
-    "--on", "hardware", required=True, metavar="NAME", help="Hardware of docs/cost-model.md, or here: measure."
+    "--on",
+    "hardware",
+    required=True,
+    metavar="NAME",
+    help="h200, h100, b200, a100, l40s, rtx4090, rtx5090, or here: this machine, measured.",
 )
 @click.option("--devices", default="1", show_default=True, metavar="N", help="How many: 4, 1,2,4 or 1-8.")
 @click.option(

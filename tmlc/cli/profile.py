@@ -18,6 +18,7 @@ from tmlc.cli.common import (
     note,
     print_json,
     progress,
+    require_compiler,
     show,
     verb,
 )
@@ -154,6 +155,7 @@ def command(
     if case_file is not None:
         refuse_beside(context, "--case", FIXED_BY_CASE, "the case says what is played")
     import tmlc
+    from tmlc.report.ablate import check_ablation
     from tmlc.report.advice import add_advice, advice_tables
     from tmlc.report.gate import check_gates, gate_records, parse_gates
     from tmlc.report.latency import Budget, parse_milliseconds
@@ -182,6 +184,8 @@ def command(
     if (ablate is None) != (checkpoint is None):
         raise UsageError("--ablate and --checkpoint belong together", where="--ablate",
                          fix="give the checkpoint that PACKAGE was compiled from")  # fmt: skip
+    if ablate is not None:
+        require_compiler("--ablate")
     gates = parse_gates(fail_over or "p99")
     evaluated = read_scores(quality) if quality is not None else None
     total = parse_milliseconds(budget)
@@ -197,6 +201,7 @@ def command(
                 where="--budget",
                 fix=f"a tick alone takes {shape.duration_ms} ms to fill: allow more",
             )
+        left_out = [] if ablate is None or checkpoint is None else check_ablation(engine.manifest, checkpoint, ablate)
         chosen = choose(engine, shape, case, audio, video, fps, text, seconds, clock)
         case = chosen.case
         inputs = {"what": chosen.what, "clock": case.clock, "seed": seed}
@@ -217,7 +222,7 @@ def command(
                 evaluated=evaluated,
             )
             if ablate is not None and checkpoint is not None:
-                add_ablation(view, engine, checkpoint, ablate, load, case, shape, report)
+                add_ablation(view, engine, checkpoint, left_out, load, case, shape, report)
             if find_sessions:
                 engine.close()
                 add_sessions_held(view, package, load, case, shape, allowed.step_ms, report)

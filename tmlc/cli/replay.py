@@ -13,7 +13,7 @@ import click
 
 from tmlc.cli.common import FORCE, PIN, PORTABLE_BITS, THREADS, print_json, progress, show, verb
 from tmlc.cli.outputs import Outputs
-from tmlc.errors import InputError, UsageError
+from tmlc.errors import InputError, TmlcError, UsageError
 
 NAMES = ["output.wav", "transcript.txt", "timeline.jsonl"]
 
@@ -83,6 +83,10 @@ def command(
                 files.write(redone)
                 ticks, missed = ticks + 1 + len(redone.missed), missed + len(redone.missed)
                 report("replaying", ticks, ticks)
+    except TmlcError as error:
+        error.where = error.where or f"{log}:{max(1, sum(events.values()))}"
+        error.fix = error.fix or "give a tick log: `tmlc serve --record DIR` and Engine.session(log=...) write them"
+        raise
     finally:
         engine.close()
     result: dict[str, Any] = {
@@ -118,8 +122,8 @@ def _records(path: Path, events: Counter[str]) -> Iterator[dict[str, Any]]:
                 record = json.loads(line)
             except (ValueError, RecursionError):
                 raise InputError("not a line of JSON", where=f"{path}:{number}", fix="give a tick log") from None
-            if isinstance(record, dict) and isinstance(record.get("event"), str):
-                events[record["event"][:40]] += 1
+            named = isinstance(record, dict) and isinstance(record.get("event"), str)
+            events[record["event"][:40] if named else "unnamed"] += 1
             yield record
 
 

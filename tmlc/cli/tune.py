@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tmlc.cli.common import note, print_json, progress, require_compiler, show, verb
+from tmlc.cli.common import note, print_json, progress, require, require_compiler, show, verb
 from tmlc.errors import TargetError, UsageError
 
 if TYPE_CHECKING:
@@ -50,6 +50,7 @@ def command(
     order of sums. The table that is written serves `tmlc compile --tuning`.
     """
     require_compiler("tuning")
+    require("tuning", "triton", triton="Triton")
     if out is None and not dry_run:
         raise UsageError("no output was given", where="tmlc tune", fix="add -o measured.yaml, or --dry-run")
     driver = None if dry_run else open_driver()

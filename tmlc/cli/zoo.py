@@ -8,13 +8,30 @@ from typing import Any, Literal
 import click
 from click.core import ParameterSource
 
-from tmlc.cli.common import DEBUG, FORCE, JSON, check_output, print_json, progress, require_compiler, show
+from tmlc.cli.common import (
+    DEBUG,
+    FORCE,
+    JSON,
+    check_output,
+    help_without_verb,
+    print_json,
+    progress,
+    require_compiler,
+    show,
+)
 from tmlc.errors import UsageError
 
 
-@click.group("zoo", epilog="\b\nExamples:\n  tmlc zoo list\n  tmlc zoo create nano --seed 0 -o nano/")
-def command() -> None:
+@click.group(
+    "zoo",
+    invoke_without_command=True,
+    subcommand_metavar="VERB [ARGS]...",
+    epilog="\b\nExamples:\n  tmlc zoo list\n  tmlc zoo create nano --seed 0 -o nano/",
+)
+@click.pass_context
+def command(context: click.Context) -> None:
     """Reference models: list them, or create a checkpoint of one, with random weights or with trained ones."""
+    help_without_verb(context)
 
 
 @command.command("list", epilog="\b\nExamples:\n  tmlc zoo list\n  tmlc zoo list --json")
@@ -22,6 +39,7 @@ def command() -> None:
 @DEBUG
 def list_presets(as_json: bool) -> None:
     """List the models with their sizes."""
+    require_compiler("counting parameters")
     from tmlc.report.tables import table
     from tmlc.report.zoo_view import models
 
@@ -47,6 +65,7 @@ def _sizes(row: dict[str, Any]) -> list[str]:
 
 @command.command(
     "create",
+    short_help="Write a checkpoint of a model.",
     epilog="\b\nExamples:\n  tmlc zoo create nano -o nano/\n  tmlc zoo create small --dtype bfloat16 -o small/"
     "\n  tmlc zoo create interaction-nano -o interaction-nano/",
 )
@@ -100,7 +119,7 @@ def create(
     from tmlc.model_zoo.interaction.shipped import SHIPPED
     from tmlc.report.zoo_view import create_preset, create_trained
 
-    check_output(out, force)
+    check_output(out, force, folder=True)
     if model in SHIPPED:
         given = [name for name in ("seed", "shard_mb", "dtype") if context.get_parameter_source(name) is not _DEFAULT]
         if given:

@@ -84,7 +84,8 @@ def _override(context: dict[str, Any], overrides: Mapping[str, Any] | None) -> N
             raise UsageError(f"unknown override {name!r}", fix=f"known: {', '.join(_OVERRIDES)}")
         least = 0 if name == "sinks" else 1
         if name == "policy" and value not in (None, *_POLICIES):
-            raise UsageError(f"policy is {value!r}", fix=f"choose one of {', '.join(_POLICIES)}")
+            fix = f"choose one of {', '.join(_POLICIES)}"
+            raise UsageError(f"unknown context policy {value!r}", where="context_policy", fix=fix)
         if name != "policy" and value is not None and (type(value) is not int or value < least):
             raise UsageError(f"{name} is {value!r}", fix=f"give a whole number of positions, at least {least}")
         if value is not None:

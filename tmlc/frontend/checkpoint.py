@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from tmlc.errors import CheckpointError
+from tmlc.errors import CheckpointError, reason
 
 if TYPE_CHECKING:
     from tmlc.frontend.quantized import StoredWeight
@@ -329,7 +329,7 @@ def _read_json(file: Path) -> dict[str, Any]:
         raise CheckpointError(f"no {file.name}", where=str(file.parent), fix=FIX_INCOMPLETE) from None
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(
-            f"{file.name} cannot be read: {error}", where=str(file.parent), fix=FIX_INCOMPLETE
+            f"{file.name} cannot be read: {reason(error)}", where=str(file.parent), fix=FIX_INCOMPLETE
         ) from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{file.name} is not a JSON object", where=str(file.parent), fix=FIX_INCOMPLETE)

@@ -56,8 +56,8 @@ class PackageWriter:
                 fix="Give another name, or remove the folder." if self.folder else "Give a file name.",
             )
         try:
-            with _disk_errors(self.path):
-                self._make_parents()
+            with disk_errors(self.path):
+                self._made = make_parents(self.path)
                 if self.folder:
                     self.temporary.mkdir()
                 else:
@@ -106,7 +106,7 @@ class PackageWriter:
         data = manifest.to_bytes()
         parse_manifest(data)  # never write what the reader would refuse
         self._add(MANIFEST, len(data), [data], listed=False)
-        with _disk_errors(self.path):
+        with disk_errors(self.path):
             if self.folder:
                 self._write_file(SEAL, [seal(data)])
                 self.size = sum(info.bytes for info in self.files.values()) + len(data) + len(seal(data))
@@ -129,7 +129,7 @@ class PackageWriter:
         check_member_name(name)
         if name in self.files or (listed and name in (MANIFEST, SEAL)):
             raise PackageError(f"{name} is in the package already", where="output")
-        with _disk_errors(self.path):
+        with disk_errors(self.path):
             if self._zip is not None:
                 digest = self._zip.add(name, size, pieces, align)
             else:
@@ -149,16 +149,6 @@ class PackageWriter:
             os.fsync(file.fileno())
         return digest.hexdigest()
 
-    def _make_parents(self) -> None:
-        missing = []
-        parent = self.path.parent
-        while not parent.exists():
-            missing.append(parent)
-            parent = parent.parent
-        for folder in reversed(missing):
-            folder.mkdir(exist_ok=True)
-            self._made.append(folder)
-
     def _clean(self) -> None:
         if self._file is not None:
             with suppress(OSError):  # closing flushes: on a full disk this fails too
@@ -168,9 +158,27 @@ class PackageWriter:
         else:
             with suppress(OSError):  # it may never have been made
                 self.temporary.unlink(missing_ok=True)
-        for folder in reversed(self._made):
-            with suppress(OSError):  # someone else has put something there meanwhile
-                folder.rmdir()
+        remove_parents(self._made)
+
+
+def make_parents(path: Path) -> list[Path]:
+    """Makes the folders around `path` that are missing; those that were made, outermost first."""
+    made: list[Path] = []
+    try:
+        for folder in reversed([parent for parent in path.parents if not parent.exists()]):
+            folder.mkdir(exist_ok=True)
+            made.append(folder)
+    except BaseException:
+        remove_parents(made)
+        raise
+    return made
+
+
+def remove_parents(made: list[Path]) -> None:
+    """Takes back what `make_parents` made, as far as nobody has put something there meanwhile."""
+    for folder in reversed(made):
+        with suppress(OSError):
+            folder.rmdir()
 
 
 def seal(manifest: bytes) -> bytes:
@@ -190,7 +198,10 @@ def swap_folder(temporary: Path, path: Path) -> None:
     except BaseException:
         os.rename(old, path)
         raise
-    shutil.rmtree(old)
+    if old.is_symlink():
+        old.unlink()  # the folder that it led to is another's
+    else:
+        shutil.rmtree(old)
 
 
 def replaceable(path: Path) -> bool:
@@ -210,7 +221,7 @@ def _full(path: Path) -> PackageError:
 
 
 @contextmanager
-def _disk_errors(path: Path) -> Iterator[None]:
+def disk_errors(path: Path) -> Iterator[None]:
     """Turns what the operating system says about files into a PackageError."""
     try:
         yield

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from tmlc.errors import PipelineError
+from tmlc.errors import PipelineError, reason
 from tmlc.pipeline.pass_base import Pass, PassResult
 from tmlc.pipeline.registry import get_pass
 
@@ -146,7 +146,8 @@ class Pipeline:
         """
         place = next((number for number, step in enumerate(self.steps) if step.name == name), None)
         if place is None:
-            raise PipelineError(f"there is no step {name}", where=self.name)
+            fix = f"it has: {', '.join(step.name for step in self.steps)}"
+            raise PipelineError(f"there is no step {name}", where=self.name, fix=fix)
         step = Step(added)
         step.build(self.name)
         return replace(self, steps=(*self.steps[:place], step, *self.steps[place:]))
@@ -243,7 +244,7 @@ def load_pipeline(source: str | Path, target: str = "cpu") -> Pipeline:
     try:
         text = Path(source).read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise PipelineError(
-            f"no pipeline {str(source)!r}: {error}", fix=f"name a YAML file or a preset: {', '.join(preset_names())}"
-        ) from None
+        known = ", ".join(preset_names())
+        what = f"{str(source)!r} is neither a preset nor a pipeline file: {reason(error)}"
+        raise PipelineError(what, where="pipeline", fix=f"name a YAML file or a preset: {known}") from None
     return Pipeline.parse(text, str(source))

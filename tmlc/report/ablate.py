@@ -37,6 +37,18 @@ def passes_to_leave_out(pipeline: Sequence[Mapping[str, Any]], asked: Sequence[s
     return [name for name in known if not asked or name in asked]
 
 
+def check_ablation(manifest: Manifest, checkpoint: Path, names: str) -> list[str]:
+    """The passes to leave out, of `names` with commas between them or none for all; before anything is played.
+
+    Raises:
+        UsageError: another checkpoint, or a pass that the package was compiled without.
+        CheckpointError: no checkpoint is there, or it is damaged.
+    """
+    chosen = passes_to_leave_out(manifest.pipeline, [name.strip() for name in names.split(",") if name.strip()])
+    check_source(manifest, checkpoint)
+    return chosen
+
+
 def check_source(manifest: Manifest, checkpoint: Path) -> None:
     """UsageError when the package was not made from this checkpoint."""
     from tmlc.frontend.checkpoint import open_checkpoint
@@ -54,7 +66,7 @@ def check_source(manifest: Manifest, checkpoint: Path) -> None:
 def ablation(
     engine: Engine,
     checkpoint: Path,
-    asked: Sequence[str],
+    names: Sequence[str],
     load: Callable[[Path], Engine],
     case: Case,
     shape: TickShape,
@@ -65,14 +77,9 @@ def ablation(
 
     Args:
         engine: of the package as it is, with room for the case's sessions.
-        asked: passes to leave out; none: all.
+        names: passes to leave out, as `check_ablation` gave them.
         load: an engine of another package, loaded the same way.
-
-    Raises:
-        UsageError: another checkpoint, or a pass that the package was compiled without.
     """
-    names = passes_to_leave_out(engine.manifest.pipeline, asked)
-    check_source(engine.manifest, checkpoint)
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="tmlc-ablate-") as folder:
         for name in names:

@@ -17,17 +17,35 @@ from tmlc.report.tables import grid, megabytes, table
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-# Extra → the distributions it brings, and what they are for.
+@dataclass(frozen=True)
+class Extra:
+    """An extra of pyproject.toml: the distributions that it names itself, the extras that it brings, what it is for."""
+
+    packages: tuple[str, ...]
+    purpose: str
+    brings: tuple[str, ...] = ()
+
+    def all_packages(self) -> list[str]:
+        """Its own distributions first, then those of the extras that it brings."""
+        found = [*self.packages, *(name for extra in self.brings for name in EXTRAS[extra].all_packages())]
+        return list(dict.fromkeys(found))
+
+
+# Those that a user installs (`dev` and `all` are for working on tmlc); a test holds them to pyproject.toml.
 EXTRAS = {
-    "compile": (("torch",), "compiling, tracing, the zoo"),
-    "media": (("soundfile", "soxr", "av", "pillow"), "reading audio and video in `run` and `profile`"),
-    "text": (("tokenizers",), "tokenizers other than byte-level ones"),
-    "triton": (("torch", "triton"), "compiling for the target triton"),
-    "cuda": (("cuda-bindings",), "running packages of the target triton"),
-    "tensorrt": (("torch", "tensorrt-rtx", "cuda-bindings"), "the target tensorrt"),
-    "onnx": (("torch", "onnx", "onnxruntime"), "the target onnx"),
-    "serve": (("websockets",), "serving"),
-    "train": (("torch", "soundfile", "matplotlib"), "training the reference model"),
+    "compile": Extra(("torch",), "compiling, tracing, the zoo"),
+    "media": Extra(("soundfile", "soxr", "av", "pillow"), "audio and video files: `run`, `profile`, `eval`"),
+    "text": Extra(("tokenizers",), "tokenizers other than byte-level ones"),
+    "hf": Extra(("transformers",), "tracing models of transformers", ("compile",)),
+    "triton": Extra(("triton",), "compiling for the target triton", ("compile",)),
+    "cuda": Extra(("cuda-bindings",), "running packages of the target triton"),
+    "tensorrt": Extra(("tensorrt-rtx", "cuda-bindings"), "the target tensorrt", ("compile",)),
+    "onnx": Extra(("onnx", "onnxruntime"), "the target onnx", ("compile",)),
+    "background": Extra(("openai", "mcp", "pillow"), "background models and their tools"),
+    "serve": Extra(("aiohttp", "prometheus-client"), "the live server", ("media", "background")),
+    "otel": Extra(("opentelemetry-sdk", "opentelemetry-exporter-otlp-proto-http"), "traces of the live server"),
+    "bench": Extra(("openai", "websockets"), "the client of `tmlc bench`", ("media",)),
+    "train": Extra(("matplotlib",), "training the reference model", ("compile", "media")),
 }
 
 
@@ -47,12 +65,13 @@ def examine() -> dict[str, Any]:
     kernels = _kernels()
     extras = {
         name: {
-            "for": purpose,
-            "packages": {d: installed(d) for d in packages},
-            "complete": all(installed(d) for d in packages),
+            "for": extra.purpose,
+            "brings": list(extra.brings),
+            "packages": {d: installed(d) for d in extra.all_packages()},
+            "complete": all(installed(d) for d in extra.all_packages()),
             "install": f"pip install 'tmlc[{name}]'",
         }
-        for name, (packages, purpose) in EXTRAS.items()
+        for name, extra in EXTRAS.items()
     }
     found = gpus()
     targets = [_cpu(kernels), _onnx(), _tensorrt(found), _triton(extras, found)]
@@ -154,8 +173,10 @@ def doctor_tables(view: dict[str, Any]) -> list[RenderableType]:
         targets.add_row(target["name"], _mark(target["compile"]), _mark(target["run"]), target["note"], target["fix"])
     extras = table("extras", "extra", "installed", "for", "command")
     for name, extra in view["extras"].items():
-        versions = ", ".join(f"{d} {version or 'missing'}" for d, version in extra["packages"].items())
-        extras.add_row(name, versions, extra["for"], "" if extra["complete"] else extra["install"])
+        own = EXTRAS[name].packages
+        shown = [f"{d} {v or 'missing'}" for d, v in extra["packages"].items() if d in own or v is None]
+        shown += [f"[{other}]" for other in extra["brings"]]
+        extras.add_row(name, ", ".join(shown), extra["for"], "" if extra["complete"] else extra["install"])
     return [head, targets, extras]
 
 

@@ -120,6 +120,10 @@ def main() -> None:
     try:
         _, lowered, sm = lowered_preset(chosen.preset, chosen.target, chosen.precision, steps)
         launches = launches_of(lowered.launches[sm], chosen.method, Bucket(chosen.sessions, chosen.positions))
+        known = list(dict.fromkeys(launch.kernel for launch in launches))
+        if chosen.kernel not in (None, *known):
+            what = f"the call has no launch of {chosen.kernel}"
+            raise UsageError(what, where="--kernel", fix=f"use one of {', '.join(known)}")
     except TmlcError as error:
         parser.error(str(error))
     times = Counter((launch.variant(sm), launch.grid) for launch in launches)

@@ -22,11 +22,12 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tmlc.errors import TmlcError, UsageError
 from tmlc.pipeline.pipeline import Pipeline, load_pipeline
 from tmlc.report.startup import peak_rss_bytes
 
 if TYPE_CHECKING:
-    from tmlc.emit.triton.target import Lowerings
+    from tmlc.emit.triton.target import Lowerings, TritonTarget
     from tmlc.ir.program import Program
 
 SHARD_BYTES = 4 << 30
@@ -71,20 +72,39 @@ def create_hollow_checkpoint(preset: str, folder: Path) -> int:
     return total
 
 
+def triton_target(name: str) -> TritonTarget:
+    """The Triton target of that name. Raises UsageError for another one."""
+    from tmlc.emit.targets import find_target
+    from tmlc.emit.triton.target import TritonTarget
+
+    found = find_target(name)
+    if not isinstance(found, TritonTarget):
+        raise UsageError(f"target {name} has no kernels for GPUs", where="--target", fix="name triton:sm90")
+    return found
+
+
+def unreading(steps: Pipeline, precision: str) -> Pipeline:
+    """The pipeline for that precision, without what would read every weight: the report of a quantizer."""
+    from tmlc.compiler import QUANTISERS, with_codes
+
+    coder = next((name for name, kind in QUANTISERS.items() if kind == precision), None)
+    return steps if coder is None else with_codes(steps, coder).configure(coder, report=False)
+
+
 def plan_on_meta(
     preset: str, target: str, precision: str, jobs: int | None = None, pipeline: Pipeline | None = None
 ) -> dict[str, Any]:
     """Everything of a compilation but the weights, with its figures. `pipeline`: default is the target's own.
 
     Raises:
+        UsageError: no such preset, target or precision.
         EmitError: an op has no kernel, or a kernel does not compile.
     """
-    from tmlc.compiler import QUANTISERS, compile, with_codes
-    from tmlc.emit.targets import find_target
+    from tmlc.compiler import compile
     from tmlc.emit.triton.build import build_variants, default_jobs
     from tmlc.emit.triton.plan import launches_json, variants_json
-    from tmlc.emit.triton.target import TritonTarget
 
+    chosen = triton_target(target)
     seconds: dict[str, float] = {}
     started = time.perf_counter()
 
@@ -98,16 +118,12 @@ def plan_on_meta(
         folder = Path(scratch) / preset
         weight_bytes = create_hollow_checkpoint(preset, folder)
         lap("checkpoint of holes")
-        steps = pipeline or load_pipeline("triton")
-        coder = next((name for name, kind in QUANTISERS.items() if kind == precision), None)
-        if coder is not None:  # its report reads every weight
-            steps = with_codes(steps, coder).configure(coder, report=False)
+        steps = unreading(pipeline or load_pipeline("triton"), precision)
         report = compile(
             folder, scratch, target=target, precision=precision, pipeline=steps, stop_after="memory.buckets"
         )
         lap("trace and passes")
-        chosen = find_target(target)
-        assert isinstance(chosen, TritonTarget) and report.program is not None
+        assert report.program is not None
         lowered = chosen.lower(report.program)
         lap("lower to launches")
         variants = lowered.variants()
@@ -139,23 +155,24 @@ def plan_on_meta(
 def lowered_preset(
     preset: str, target: str, precision: str, pipeline: Pipeline
 ) -> tuple[Program, Lowerings, int]:
-    """The program of a zoo preset, its launches, and the first architecture of the target. No kernel is compiled.
+    """The program of a zoo preset, its launches, and the first architecture of the target. No kernel is compiled and no
+    weight read.
 
     Raises:
+        UsageError: no such preset, target or precision.
         EmitError: an op has no kernel.
     """
     from tmlc.compiler import compile
-    from tmlc.emit.targets import find_target
-    from tmlc.emit.triton.target import TritonTarget
 
+    chosen = triton_target(target)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / preset
         create_hollow_checkpoint(preset, folder)
+        steps = unreading(pipeline, precision)
         report = compile(
-            folder, scratch, target=target, precision=precision, pipeline=pipeline, stop_after="memory.buckets"
+            folder, scratch, target=target, precision=precision, pipeline=steps, stop_after="memory.buckets"
         )
-    chosen = find_target(target)
-    assert isinstance(chosen, TritonTarget) and report.program is not None
+    assert report.program is not None
     return report.program, chosen.lower(report.program), chosen.architectures[0]
 
 
@@ -182,11 +199,19 @@ def main() -> None:
     parser.add_argument("--target", default="triton:sm90")
     parser.add_argument("--precision", default="bf16")
     parser.add_argument("--overlap", action="store_true", help="with the pass memory.overlap")
-    parser.add_argument("--jobs", type=int, help="processes that compile kernels; default: a core each")
+    jobs = parser.add_argument("--jobs", type=int, choices=range(1, 257), metavar="N")
+    jobs.help = "processes that compile kernels, 1 to 256; default: a core each"
     parser.add_argument("--launches", action="store_true", help="launches of calls and of a tick's graphs; no kernels")
     parser.add_argument("--disable", default="", help="passes to leave out, with commas between")
     chosen = parser.parse_args()
     os.environ["TMLC_CACHE"] = "off"
+    try:
+        _print(chosen)
+    except TmlcError as error:
+        parser.error(str(error))
+
+
+def _print(chosen: argparse.Namespace) -> None:
     steps = load_pipeline("triton").disable(name for name in chosen.disable.split(",") if name)
     if chosen.overlap:
         steps = steps.before("memory.buckets", "memory.overlap")

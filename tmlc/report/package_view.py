@@ -138,7 +138,8 @@ def package_tables(view: dict[str, Any], where: Path) -> list[RenderableType]:
         )
     passes = table("passes", "pass", "matches", "near misses", "ops", "settings")
     for record in manifest["pipeline"]:
-        settings = ", ".join(_setting(k, value) for k, value in record.get("config", {}).items() if value is not None)
+        given = record.get("config", {}).items()
+        settings = ", ".join(_setting(key, value) for key, value in given if value not in (None, {}, []))
         passes.add_row(
             str(record.get("pass")),
             str(record.get("matches")),

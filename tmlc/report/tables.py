@@ -46,6 +46,8 @@ def megabytes(count: float) -> str:
     """Bytes for a person: 1 MB = 10^6 bytes."""
     if count >= 1e9:
         return f"{count / 1e9:.2f} GB"
+    if count < 1e3:
+        return f"{count:.0f} B"
     return f"{count / 1e6:.2f} MB" if count >= 1e5 else f"{count / 1e3:.1f} kB"
 
 

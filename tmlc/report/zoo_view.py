@@ -4,6 +4,7 @@ that come with tmlc. Imports torch (sizes are counted on real shapes).
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from functools import partial
@@ -15,6 +16,7 @@ from tmlc.model_zoo.interaction.checkpoint import create_checkpoint
 from tmlc.model_zoo.interaction.config import PRESETS, InteractionConfig, read_preset
 from tmlc.model_zoo.interaction.modeling import count_parameters
 from tmlc.model_zoo.interaction.shipped import SHIPPED, copy_shipped, shipped
+from tmlc.package.writer import swap_folder
 
 
 def models() -> list[dict[str, Any]]:
@@ -65,9 +67,11 @@ def create_preset(
     complete.
 
     Raises:
-        UsageError: unknown preset, or `out` holds something that is no checkpoint (it is never removed).
+        UsageError: unknown model, or `out` holds something that is no checkpoint (it is never removed).
     """
-    read_preset(name)
+    if name not in PRESETS:
+        known = ", ".join([*PRESETS, *SHIPPED])
+        raise UsageError(f"unknown model {name!r}", where="MODEL", fix=f"choose one of: {known}")
     tell = partial(report, "writing")
     _replacing(out, force, lambda fresh: create_checkpoint(name, seed, fresh, shard_bytes, dtype, on_progress=tell))
     return {"path": str(out), "preset": name, "weights": "random", "seed": seed} | _written(out)
@@ -88,12 +92,11 @@ def _replacing(out: Path, force: bool, write: Callable[[Path], object]) -> None:
     if force and out.is_dir() and any(out.iterdir()) and not (out / "config.json").is_file():
         raise UsageError("the folder is not a checkpoint, so --force does not replace it", where=str(out),
                          fix="name another folder, or remove this one yourself")  # fmt: skip
-    fresh = out.with_name(f".{out.name}.new") if force and out.exists() else out
+    fresh = out.with_name(f".{out.name}.{os.getpid()}.new") if force and out.exists() else out
     try:
         write(fresh)
         if fresh != out:
-            shutil.rmtree(out) if out.is_dir() else out.unlink()
-            fresh.rename(out)
+            swap_folder(fresh, out)
     finally:
         if fresh != out:
             shutil.rmtree(fresh, ignore_errors=True)

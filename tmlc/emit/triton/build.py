@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import queue
+import signal
 import subprocess
 import sys
 import threading
@@ -107,11 +108,16 @@ def build_variants(
 
 
 def _drive(todo: queue.SimpleQueue[Variant], done: queue.SimpleQueue[tuple[Variant, Compiled | EmitError]]) -> None:
-    """One thread: a child process, which gets variants until there are none."""
+    """One thread: a child process, which gets variants until there are none.
+
+    The child has a process group of its own: what stops the command (Ctrl-C in a terminal reaches a whole group) ends
+    the child by the end of its input, and the command alone says that it was stopped.
+    """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     child = subprocess.Popen(
-        [sys.executable, "-m", __name__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-    )
+        [sys.executable, "-m", __name__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
+        process_group=0,
+    )  # fmt: skip
     assert child.stdin is not None and child.stdout is not None
     while True:
         try:
@@ -125,14 +131,33 @@ def _drive(todo: queue.SimpleQueue[Variant], done: queue.SimpleQueue[tuple[Varia
         except (BrokenPipeError, ValueError):
             answer = None
         if answer is None:
-            done.put((variant, EmitError("the process that compiles kernels ended", where=variant_key(variant))))
+            done.put((variant, _ended(variant, _code(child))))
         elif "error" in answer:
             done.put((variant, EmitError(answer["error"], where=answer["where"], fix=answer["fix"])))
         else:
             done.put((variant, _compiled(answer)))
-    child.stdin.close()
+    with suppress(BrokenPipeError):  # it may have ended
+        child.stdin.close()
     child.wait()
     child.stdout.close()
+
+
+def _code(child: subprocess.Popen[str]) -> int:
+    """How a child ended; one that does not, and gave no answer that can be read, is ended."""
+    try:
+        return child.wait(timeout=10)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        return child.wait()
+
+
+def _ended(variant: Variant, code: int) -> EmitError:
+    """The error of a variant whose child is gone."""
+    how = f"by signal {-code}" if code < 0 else f"with exit code {code}"
+    fix = "run the command again, with fewer --jobs or more memory free"
+    if code != -signal.SIGKILL:
+        fix = "run the command again; if it ends in the same way, report the kernel"
+    return EmitError(f"the process that compiles kernels ended {how}", where=variant_key(variant), fix=fix)
 
 
 def _request(variant: Variant) -> dict[str, Any]:
@@ -201,8 +226,12 @@ def serve() -> None:
             answer = _answer(compile_variant(variant))
         except EmitError as error:
             answer = {"error": error.what, "where": error.where, "fix": error.fix}
-        sys.stdout.write(json.dumps(answer) + "\n")
-        sys.stdout.flush()
+        try:
+            sys.stdout.write(json.dumps(answer) + "\n")
+            sys.stdout.flush()
+        except BrokenPipeError:  # whoever asked is gone
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return
 
 
 if __name__ == "__main__":

@@ -92,9 +92,13 @@ def package_samples(package: Package, sm: int) -> list[tuple[Shape, Sample]]:
         TargetError: the package has no machine code for the architecture.
         PackageError: its launches are not of the kernels that are installed here.
     """
-    plan_file = package.json(PLAN) if PLAN in package.names() else {"architectures": []}
-    if sm not in (held := architectures(plan_file) if PLAN in package.names() else []):
-        there = ", ".join(f"sm{other}" for other in held) or "no engine of Triton"
+    if PLAN not in package.names():
+        made = ", ".join(package.manifest.targets)
+        what = f"the package was compiled for {made}: it has no kernels to tune"
+        raise TargetError(what, where=str(package.path), fix="give a checkpoint, or a package compiled for triton")
+    plan_file = package.json(PLAN)
+    if sm not in (held := architectures(plan_file)):
+        there = ", ".join(f"sm{other}" for other in held)
         raise TargetError(f"the package has {there}, not sm{sm}", where="--target", fix="name what it was compiled for")
     plan = read_plan(plan_file, package.json(code_name(sm)), sm, package.tensors)
     found = []

@@ -15,7 +15,8 @@ def load_planned(source: str, precision: str | None, context: int | None) -> tup
     """The program after the passes of the CPU target, and its precision.
 
     Args:
-        source: the name of a preset, a checkpoint's folder, or a package.
+        source: the name of a preset, a checkpoint's folder, or a package. What has the name of a preset and is no
+            checkpoint (`tmlc plan small` beside an empty folder `small`) is the preset.
         precision: of the plan; None takes the package's own, else bf16.
         context: positions that a session keeps; None takes the model's.
 
@@ -32,7 +33,7 @@ def load_planned(source: str, precision: str | None, context: int | None) -> tup
         return _packaged(path, precision, context)
     chosen = precision or "bf16"
     options = {"target": "cpu", "precision": COMPILE_AS.get(chosen, "bf16"), "stop_after": "memory.plan"}
-    if path.is_dir():
+    if path.is_dir() and (source not in PRESETS or (path / "config.json").is_file()):
         report = compile(path, path, context=context, **options)  # type: ignore[arg-type]
     elif source in PRESETS:
         with tempfile.TemporaryDirectory() as scratch:

@@ -136,8 +136,11 @@ def plan_tables(plan: dict[str, Any]) -> list[RenderableType]:
             *(milliseconds(parts[name]) for name in PARTS),
             str(row["sessions"]),
         )
-    refused = {row["why_none"]: row["devices"] for row in plan["devices"] if not row["sessions"]}
-    whys = [(f"0 sessions, {count} device(s)", why) for why, count in refused.items()]
+    refused: dict[str, list[str]] = {}
+    for row in plan["devices"]:
+        if not row["sessions"]:
+            refused.setdefault(row["why_none"], []).append(str(row["devices"]))
+    whys = [(f"0 sessions, devices {', '.join(counts)}", why) for why, counts in refused.items()]
     best = next(row for row in plan["devices"] if row["devices"] == shown)
     stages = table("one tick by method", "method", "time", "part")
     for name, value in sorted(best["methods_ms"].items(), key=lambda item: -item[1]):

@@ -162,7 +162,7 @@ def _attention_needs(given: dict[str, Any]) -> dict[str, Any]:
 
 def tick_calls(program: Program, video: bool) -> list[MethodCall]:
     """The calls of one tick in which the model hears, speaks and writes all it can, with a clip or without
-    (tmlc/runtimes/core/tick.py)."""
+    (runtimes/core/tick.py)."""
     tick, methods = program.meta["tick"], program.methods
     if program.meta["kind"] != "interaction":
         step = [MethodCall(method, 1) for method in ("next_token", "embed_text", "decode")]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,21 +23,20 @@ def add_ablation(
     view: dict[str, Any],
     engine: Engine,
     checkpoint: Path,
-    names: str,
+    names: Sequence[str],
     load: Load,
     case: Case,
     shape: TickShape,
     report: Report,
 ) -> None:
-    """Fills `ablation`; `names`: passes with commas between them, or none for all."""
-    asked = [name.strip() for name in names.split(",") if name.strip()]
+    """Fills `ablation`; `names`: passes, as `check_ablation` gave them."""
     seed = int(view["inputs"]["seed"])
     closed = case.model_copy(update={"loop": "closed"})
 
     def other(path: Path) -> Engine:
         return load(path, case.sessions)
 
-    Parts.add(view, "ablation", ablation(engine, checkpoint, asked, other, closed, shape, seed, report))
+    Parts.add(view, "ablation", ablation(engine, checkpoint, names, other, closed, shape, seed, report))
 
 
 def add_sessions_held(

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from tmlc.errors import UsageError
+from tmlc.errors import UsageError, reason
 from tmlc.report.profile.parts import SCHEMA
 from tmlc.report.profile.sittings import STEP
 
@@ -61,7 +61,7 @@ def read_profile(path: Path) -> dict[str, Any]:
             raise UsageError(f"the file is larger than {MAX_BYTES >> 20} MiB", where=str(path), fix=fix)
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise UsageError(f"the profile cannot be read: {error}", where=str(path), fix=fix) from error
+        raise UsageError(f"the profile cannot be read: {reason(error)}", where=str(path), fix=fix) from error
     version = value.get("schema") if isinstance(value, dict) else None
     if version != SCHEMA:
         raise UsageError(f"this is no profile of version {SCHEMA}", where=str(path), fix=fix)

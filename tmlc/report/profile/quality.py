@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from tmlc.errors import UsageError
+from tmlc.errors import UsageError, reason
 from tmlc.report.layers import read_layer
 
 MAX_BYTES = 64 << 20
@@ -47,7 +47,7 @@ def read_scores(path: Path) -> dict[str, Any]:
         place = ".".join(str(part) for part in first["loc"])
         raise UsageError(f"these are no scores: {place}: {first['msg']}", where=str(path), fix=fix) from error
     except (OSError, ValueError, RecursionError) as error:
-        raise UsageError(f"the scores cannot be read: {error}", where=str(path), fix=fix) from error
+        raise UsageError(f"the scores cannot be read: {reason(error)}", where=str(path), fix=fix) from error
     scores = {
         name: {"score": task.score, "interval": None if task.interval is None else list(task.interval)}
         for name, task in found.tasks.items()

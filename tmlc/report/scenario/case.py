@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from tmlc.errors import UsageError
+from tmlc.errors import UsageError, reason
 
 MAX_SESSIONS = 1024
 MAX_BYTES = 1 << 20
@@ -157,7 +157,7 @@ def read_case(path: Path) -> Case:
             raise UsageError("a case file of more than 1 MiB", where=str(path), fix=fix)
         value = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-        what = f"the case cannot be read: {' '.join(str(error).split())[:160]}"
+        what = f"the case cannot be read: {reason(error)}"
         raise UsageError(what, where=str(path), fix=fix) from error
     if not isinstance(value, dict):
         raise UsageError("a case is a mapping of settings", where=str(path), fix=fix)
