@@ -18,6 +18,7 @@ from tmlc.kernels.triton.launch import Variant
 from tmlc.kernels.triton.mode import FUNCTIONS, INTERPRET, PARAMETERS
 from tmlc.kernels.triton.overlap import with_wait
 from tmlc.kernels.triton.registry import load_kernels
+from tmlc.kernels.triton.tuning import SHARED_BYTES
 
 #: What a thread can have at most; the launches here have up to 256 threads, so the register file holds them.
 MOST_REGISTERS = 255
@@ -78,12 +79,15 @@ def compile_variant(variant: Variant) -> Compiled:
     best = _compiled(source, target, variant, variant.num_stages, first)
     # The assembler gives up a few registers for occupancy. These kernels wait for memory: the registers are worth more
     # (though told that it may have all, it does worse now and then). Where all do not suffice, fewer blocks on their
-    # way do; neither changes the order of a sum.
-    for stages in (variant.num_stages, *(n for n in FEWER_STAGES if n < variant.num_stages)):
+    # way do, or one more: a short loop with two stages is unrolled as a whole, and its turns hold registers side by
+    # side. Neither changes the order of a sum.
+    fewer = (n for n in FEWER_STAGES if n < variant.num_stages)
+    for stages in (variant.num_stages, *fewer, variant.num_stages + 1):
         for registers in (None, MOST_REGISTERS):
             if best.spill_bytes and (stages, registers) != (variant.num_stages, first):
                 made = _compiled(source, target, variant, stages, registers)
-                best = min(best, made, key=lambda one: one.spill_bytes)
+                if made.shared <= SHARED_BYTES[variant.sm]:
+                    best = min(best, made, key=lambda one: one.spill_bytes)
     return best
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from shapes import LARGE, MODELS, NANO, Model, calls
+from shapes import LARGE, MODELS, NANO, Model, calls, w, x
 
 import tmlc.kernels.triton.variants as variants_module
 from tmlc.errors import EmitError
 from tmlc.kernels.triton.bucket import Bucket
 from tmlc.kernels.triton.launch import Variant
-from tmlc.kernels.triton.registry import ARCHITECTURES, launch, lower, supported
+from tmlc.kernels.triton.registry import ARCHITECTURES, Call, launch, lower, supported
 from tmlc.kernels.triton.tuning import SHARED_BYTES
 from tmlc.kernels.triton.variants import Compiled, compile_variant, variant_key
 
@@ -85,14 +85,15 @@ def test_a_launch_with_other_arguments_is_refused():
         launch("advance_kernel", (0,), {"position": 1, "slots": 1, "counts": 1}, {})
 
 
-def test_what_spills_is_tried_with_all_registers_and_then_with_fewer_stages(monkeypatch):
-    """The first that does not spill is taken; where all do, the one that spills the least."""
+def test_what_spills_is_tried_with_all_registers_with_fewer_stages_and_with_one_more(monkeypatch):
+    """The first that does not spill is taken; where all do, the one that spills the least. One that wants more shared
+    memory than there is is none."""
     asked = []
 
-    def compiled(spills):
+    def compiled(spills, shared=lambda stages: 0):
         def made(source, target, variant, stages, registers):
             asked.append((stages, registers))
-            return Compiled(b"", "k", 4, 0, 40, spills(stages, registers), 2)
+            return Compiled(b"", "k", 4, shared(stages), 40, spills(stages, registers), 2)
 
         monkeypatch.setattr(variants_module, "_compiled", made)
         asked.clear()
@@ -102,7 +103,22 @@ def test_what_spills_is_tried_with_all_registers_and_then_with_fewer_stages(monk
     assert compiled(lambda stages, registers: 8 * (stages > 3)) == 0
     assert asked == [(5, None), (5, 255), (4, None), (4, 255), (3, None)]
     assert compiled(lambda stages, registers: 16 - 8 * (stages == 4)) == 8
-    assert asked == [(stages, registers) for stages in (5, 4, 3, 2) for registers in (None, 255)]
+    assert asked == [(stages, registers) for stages in (5, 4, 3, 2, 6) for registers in (None, 255)]
+    assert compiled(lambda stages, registers: 8 * (stages != 6), shared=lambda stages: 300_000 * (stages == 6)) == 8
+
+
+@pytest.mark.slow
+def test_experts_of_the_sizes_of_qwen3_30b_build_without_spills():
+    """Eight choices of four rows, in two stages: a loop that is unrolled as a whole where it has no more of them."""
+    d, f, experts, top_k = 2048, 768, 128, 8
+    routes = {"weights": x(top_k), "experts": x(top_k, "i32"), "gate_up_bias": None, "down_bias": None, "addend": x(d)}
+    weights = {"gate_up": w(experts, 2 * f, d, dtype="bf16"), "down": w(experts, d, f, dtype="bf16")}
+    attrs = dict(grouped_from=0, alpha=0.0, limit=0.0, gate_cap=0.0, up_cap=0.0)
+    for sm in ARCHITECTURES:
+        call = Call("moe_add", {"x": x(d), **routes, **weights}, attrs, (x(d),), Bucket(1, 4), sm)
+        variant = lower(call).launches[-1].variant(sm)
+        assert variant.kernel == "moe_down_sum_kernel"
+        held(compile_variant(variant), variant)
 
 
 @pytest.mark.slow
