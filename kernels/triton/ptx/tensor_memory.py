@@ -18,7 +18,7 @@ from tmlc.kernels.triton.ptx.memory import Fault, Shared
 from tmlc.kernels.triton.ptx.tensor import described
 
 Array = npt.NDArray[Any]
-LANES, COLUMNS, LEAST_COLUMNS = 128, 512, 32
+LANES, SIZES = 128, (32, 64, 128, 256, 512)
 #: Column at which what a program is given begins: not 0, so that a kernel has to use the address that it gets.
 FIRST_COLUMN = 64
 #: Bits of an instruction descriptor: float32 sums of products of bf16, dense, nothing negated; then what may differ.
@@ -69,7 +69,7 @@ class TensorMemory:
 
     def allocate(self, lanes: Array, columns: int) -> Array:
         """Columns for the program of each warp; the address that each thread gets."""
-        if columns not in (32, 64, 128, 256, 512) or (self.columns and columns != self.columns):
+        if columns not in SIZES or (self.columns and columns != self.columns):
             raise EmitError(f"{columns} columns of tensor memory, after {self.columns}")
         owners = self.shared.program[lanes[::32]]
         if len(np.unique(owners)) != len(owners) or self.held[owners].any():
@@ -92,8 +92,10 @@ class TensorMemory:
         owners = self.shared.program[lanes]
         if (addresses != FIRST_COLUMN).any() or columns != self.columns or not self.held[owners].all():
             raise Fault(f"gives back {columns} columns of tensor memory that it does not have")
-        if np.isin([self.shared.program[one.lane] for one in self._products], owners).any():
-            raise Fault("gives tensor memory back to which a product is on its way")
+        begun = [np.array([one.lane for one in self._products], np.int64)]
+        begun += [threads for threads, _ in (*self._loads, *self._stores)]
+        if np.isin(self.shared.program[np.concatenate(begun)], owners).any():
+            raise Fault("gives tensor memory back that something is still under way to or from")
         self.held[owners] = False
 
     def end(self) -> None:
