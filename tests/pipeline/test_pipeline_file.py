@@ -97,7 +97,7 @@ def test_a_list_of_names_is_a_pipeline():
 
 
 def test_a_pipeline_that_is_neither_preset_nor_file_is_refused(tmp_path):
-    with pytest.raises(PipelineError, match="no pipeline"):
+    with pytest.raises(PipelineError, match="neither a preset nor a pipeline file"):
         load_pipeline(tmp_path / "absent.yaml")
     (tmp_path / "p.yaml").write_text(f"- {DEAD}")
     assert len(load_pipeline(tmp_path / "p.yaml").steps) == 1
