@@ -113,6 +113,16 @@ def seeded(shape, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
+def decode(engine, parts):
+    """Hidden rows of each session, for as many positions of noise (which depends on their number only)."""
+    width = engine.model.width
+    rows = [np.random.default_rng(n).standard_normal((n, width)).astype(np.float32) for _, n in parts]
+    slots = [(n, engine.slots.handle(session.index)) for session, n in parts]
+    with engine.device():
+        out = engine.backend.call("decode", slots, [np.concatenate(rows)])[0].copy()
+    return np.split(out, np.cumsum([n for _, n in parts])[:-1])
+
+
 @pytest.fixture(autouse=True)
 def one_thread():
     before = torch.get_num_threads()
@@ -123,8 +133,9 @@ def one_thread():
 
 @pytest.fixture(scope="session")
 def lab() -> SimpleNamespace:
-    """What tests here are made with: compile(checkpoint, out, precision, ...), load(package, machine, ...), buckets."""
+    """What tests here are made with: compile(checkpoint, out, precision, ...), load(package, machine, ...),
+    decode(engine, [(session, positions), ...]), buckets."""
     return SimpleNamespace(
         compile=compile_for_gpu, load=load_on_host, buckets=BUCKETS, target=TARGET, nothing_compiled=nothing_compiled,
-        config=TINY,
+        config=TINY, decode=decode,
     )  # fmt: skip

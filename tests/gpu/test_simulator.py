@@ -123,7 +123,7 @@ def test_fp8_logits_are_those_of_the_dequantised_model(tmp_path, machine, lab):
     machine.release(mark)
 
 
-def test_sessions_in_company_get_the_bits_that_each_gets_alone(pair):
+def test_sessions_in_company_get_the_bits_that_each_gets_alone(pair, lab):
     """Three sessions with 2, 4 and 1 new positions in one call, after pasts that were cut otherwise."""
     _, gpu, _ = pair
     draw, counts = np.random.default_rng(2), (2, 4, 1)
@@ -132,27 +132,17 @@ def test_sessions_in_company_get_the_bits_that_each_gets_alone(pair):
     for tokens, count in zip(ids, counts, strict=True):
         with gpu.session() as session:
             session.append(tokens=tokens, logits="none")
-            alone.append((decode(gpu, [(session, count)])[0], gpu.slots.memory.read(session.index)))
+            alone.append((lab.decode(gpu, [(session, count)])[0], gpu.slots.memory.read(session.index)))
     sessions = [gpu.session() for _ in ids]
     for session, tokens in zip(sessions, ids, strict=True):
         for at in range(0, len(tokens), 5):
             session.append(tokens=tokens[at : at + 5], logits="none")
     order = (2, 0, 1)
-    together = decode(gpu, [(sessions[k], counts[k]) for k in order])
+    together = lab.decode(gpu, [(sessions[k], counts[k]) for k in order])
     for k, hidden in zip(order, together, strict=True):
         assert hidden.tobytes() == alone[k][0].tobytes(), f"session {k}"
         assert gpu.slots.memory.read(sessions[k].index) == alone[k][1], f"the states of session {k}"
         sessions[k].close()
-
-
-def decode(engine, parts):
-    """Hidden rows of each session, for as many positions of noise (which depends on their number only)."""
-    width = engine.model.width
-    rows = [np.random.default_rng(n).standard_normal((n, width)).astype(np.float32) for _, n in parts]
-    slots = [(n, engine.slots.handle(session.index)) for session, n in parts]
-    with engine.device():
-        out = engine.backend.call("decode", slots, [np.concatenate(rows)])[0].copy()
-    return np.split(out, np.cumsum([n for _, n in parts])[:-1])
 
 
 def test_the_bits_do_not_depend_on_the_buckets(pair, lab):
