@@ -5,7 +5,10 @@
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 
 def reason(error: BaseException) -> str:
@@ -14,6 +17,13 @@ def reason(error: BaseException) -> str:
         return "not UTF-8"
     said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return " ".join(said.split())[:200] or type(error).__name__
+
+
+def first_problem(error: "ValidationError", whole: str) -> str:
+    """`PLACE: what is wrong` of the first wrong entry that pydantic found; `whole` names a place that has no name."""
+    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+    place = ".".join(str(part) for part in first["loc"]) or whole
+    return f"{place}: {first['msg'].removeprefix('Value error, ')}"
 
 
 class TmlcError(Exception):

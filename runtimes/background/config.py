@@ -24,7 +24,7 @@ from urllib.parse import urlsplit
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from tmlc.errors import UsageError
+from tmlc.errors import UsageError, first_problem
 from tmlc.runtimes.background.delegations import Limits
 from tmlc.runtimes.background.detectors import Detector
 from tmlc.runtimes.background.endpoint import Api, EndpointModel
@@ -255,10 +255,7 @@ def check_settings(given: Any, where: str) -> BackgroundSettings:
     try:
         return BackgroundSettings.model_validate(given)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-        place = ".".join(str(part) for part in first["loc"]) or "the file"
-        reason = first["msg"].removeprefix("Value error, ")
-        raise UsageError(f"{place}: {reason}", where=where, fix=SEE) from None
+        raise UsageError(first_problem(error, "the file"), where=where, fix=SEE) from None
 
 
 def _here(host: str) -> bool:

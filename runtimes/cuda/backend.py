@@ -29,12 +29,21 @@ from tmlc.runtimes.core.slots import Slot, SlotMemory
 from tmlc.runtimes.cuda.chains import Chain, Link
 from tmlc.runtimes.cuda.driver import Address, Driver, KernelLaunch
 from tmlc.runtimes.cuda.kernel_times import CudaTimer, Key
-from tmlc.runtimes.cuda.plan import BucketInfo, LaunchInfo, MethodPlan, Plan, PointerArg, architectures, read_plan, up
+from tmlc.runtimes.cuda.plan import (
+    BucketInfo,
+    LaunchInfo,
+    MethodPlan,
+    Plan,
+    PointerArg,
+    architectures,
+    code_name,
+    read_plan,
+    up,
+)
 from tmlc.runtimes.cuda.schedule import Piece, schedule
 from tmlc.runtimes.cuda.slots import DeviceSlots
 from tmlc.runtimes.cuda.ticks import FEATURE, CudaChains, read_chains
 
-FOLDER = "engines/triton"
 OVERLAP = "triton.overlap.v1"  # kernels wait for each other by themselves, from sm90 on
 UPLOAD = 64 << 20  # bytes of weights that one copy carries
 
@@ -88,7 +97,7 @@ class CudaBackend(Backend):
         driver.activate()
         plan_file = package.json(package.manifest.targets[target].plan)
         sm = choose_architecture(architectures(plan_file), info.architecture, info.name)
-        code_file = package.json(f"{FOLDER}/sm{sm}/code.json")
+        code_file = package.json(code_name(sm))
         self.plan: Plan = read_plan(plan_file, code_file, sm, package.tensors)
         if info.driver < self.plan.driver:
             there, needed = _version(info.driver), _version(self.plan.driver)

@@ -17,6 +17,7 @@ from tmlc.package.safetensors_io import TensorEntry
 from tmlc.runtimes.core.backend import DTYPES, MethodSpec, TensorSpec
 
 VERSION = 1
+FOLDER = "engines/triton"
 SPACES = ("weight", "arena", "state", "input", "output", "scratch", "slots", "counts", "between")
 ALIGN = 256  # of every buffer, and of every argument inside the staging buffers
 MAX_BYTES = 2**46
@@ -25,6 +26,11 @@ FIX = "get the package again from its source, or compile it again with this vers
 
 _POINTERS = ("*fp64", "*fp32", "*fp16", "*bf16", "*i64", "*i32", "*u8")
 _INTEGERS = {"i32": 31, "i64": 63}
+
+
+def code_name(sm: int) -> str:
+    """The file of a package with an architecture's launches."""
+    return f"{FOLDER}/sm{sm}/code.json"
 
 
 @dataclass(frozen=True, slots=True)

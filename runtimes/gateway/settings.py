@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from tmlc.errors import UsageError
+from tmlc.errors import UsageError, first_problem
 
 MAX_FILE = 1 << 20
 
@@ -120,11 +120,8 @@ def read_settings(path: Path | None, options: dict[str, Any]) -> ServeSettings:
     try:
         return ServeSettings.model_validate({**given, **options})
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-        place = ".".join(str(part) for part in first["loc"]) or "the settings"
         where = "" if path is None else str(path)
-        reason = first["msg"].removeprefix("Value error, ")
-        raise UsageError(f"{place}: {reason}", where=where, fix="see docs/operations.md") from None
+        raise UsageError(first_problem(error, "the settings"), where=where, fix="see docs/operations.md") from None
 
 
 def is_loopback(host: str) -> bool:

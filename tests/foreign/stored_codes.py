@@ -1,4 +1,5 @@
-"""Writes tensors of a checkpoint as gpt-oss (MXFP4 experts) and DeepSeek-V3 (FP8 blocks) store them."""
+"""Writes tensors of a checkpoint as gpt-oss (MXFP4 experts) and DeepSeek-V3 (FP8 blocks) store them. The tests of the
+frontend and of the GPU room take it too."""
 
 import json
 import shutil
@@ -14,10 +15,10 @@ THERE = hasattr(finegrained_fp8, "_dequantize_fp8_weight")
 
 
 def mxfp4(tensors):
-    """Every stack of experts as blocks and exponents, input axis first."""
+    """Every stack of routed experts as blocks and exponents, input axis first."""
     stored, plain = dict(tensors), dict(tensors)
     for name, tensor in tensors.items():
-        if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+        if name.endswith((".mlp.experts.gate_up_proj", ".mlp.experts.down_proj")):
             experts, rows, cols = tensor.shape
             blocks = torch.randint(0, 256, (experts, cols, rows // 32, 16), dtype=torch.uint8)
             scales = torch.randint(122, 126, blocks.shape[:3], dtype=torch.uint8)

@@ -1,6 +1,8 @@
 """Small checkpoints for the tests of the frontend."""
 
 import json
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +11,8 @@ from safetensors.torch import save_file
 from tmlc.model_zoo.interaction.checkpoint import create_checkpoint
 from tmlc.model_zoo.interaction.config import TextConfig
 from tmlc.model_zoo.interaction.modeling import token_model
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "foreign"))  # stored_codes.py
 
 INKLING = {
     "model_type": "inkling_text", "vocab_size": 40, "unpadded_vocab_size": 37, "hidden_size": 16,

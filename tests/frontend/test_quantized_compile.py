@@ -6,8 +6,8 @@ import torch
 from compressed_tensors.compressors.base import BaseCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from safetensors.torch import load_file, save_file
+from stored_codes import mxfp4
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize, _dequantize_fp8_weight
-from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 import tmlc
 from tmlc.errors import CheckpointError
@@ -65,20 +65,6 @@ def mxfp8(tensors):
             stored |= {name: codes, f"{name}_scale_inv": scales}
             plain[name] = Fp8Dequantize(None)._dequantize_one(codes, scales, torch.float32)
     return {"quant_method": "fp8", "weight_block_size": [1, 32], "scale_fmt": "ue8m0"}, stored, plain
-
-
-def mxfp4(tensors):
-    """The routed experts, in the form of gpt-oss: stored with the input axis first."""
-    stored, plain = dict(tensors), dict(tensors)
-    for name, tensor in tensors.items():
-        if "mlp.experts." in name:
-            experts, rows, cols = tensor.shape
-            blocks = torch.randint(0, 256, (experts, cols, rows // 32, 16), dtype=torch.uint8)
-            scales = torch.randint(122, 126, blocks.shape[:3], dtype=torch.uint8)
-            del stored[name]
-            stored |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
-            plain[name] = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32)
-    return {"quant_method": "mxfp4"}, stored, plain
 
 
 def compressed(tensors):

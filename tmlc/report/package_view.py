@@ -67,13 +67,12 @@ def _count_ops(plan: Any, where: str) -> dict[str, dict[str, int]]:
 def _count_launches(package: Package, plan: Any) -> dict[str, dict[str, int]]:
     """How often each method of a Triton engine launches each kernel, in its smallest bucket and for the package's first
     architecture. PlanError for a plan that the runtime would not take."""
-    from tmlc.runtimes.cuda.backend import FOLDER
-    from tmlc.runtimes.cuda.plan import architectures, plan_error, read_plan
+    from tmlc.runtimes.cuda.plan import architectures, code_name, plan_error, read_plan
 
     sm = next(iter(architectures(plan)), None)
     if sm is None:
         raise plan_error("it lists no architectures", "plan.json")
-    engine = read_plan(plan, package.json(f"{FOLDER}/sm{sm}/code.json"), sm, package.tensors)
+    engine = read_plan(plan, package.json(code_name(sm)), sm, package.tensors)
     counts = {}
     for name, method in engine.methods.items():
         smallest = min(method.buckets, key=lambda bucket: (bucket.batch, bucket.n))

@@ -177,8 +177,8 @@ class Shared:
         view = self.memory.view(_WHOLE[size])
         for number, value in enumerate(values):
             view[flat // size + number] = value
-            self.unfenced[(flat + number * size) // 4] = lanes
-            self.unfenced[(flat + number * size + size - 1) // 4] = lanes
+            for byte in range(0, size, 4):
+                self.unfenced[(flat + number * size + byte) // 4] = lanes
         if any(_differ(view[flat // size + number], value) for number, value in enumerate(values)):
             raise Fault(f"two threads write different numbers to one place in {self.name}")
 

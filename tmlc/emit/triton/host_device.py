@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tmlc.emit.triton.build import frozen
-from tmlc.emit.triton.plan import code_name
 from tmlc.errors import DeviceError, KernelError, PackageError
 from tmlc.kernels.triton.launch import TRITON_NAMES, Argument, Launch, Pointer
 from tmlc.kernels.triton.mode import PARAMETERS
@@ -29,6 +28,7 @@ from tmlc.kernels.triton.registry import load_kernels
 from tmlc.kernels.triton.worker import Interpreter
 from tmlc.package.reader import Package
 from tmlc.runtimes.cuda.driver import Address, DeviceInfo, Driver, KernelLaunch
+from tmlc.runtimes.cuda.plan import code_name
 
 if TYPE_CHECKING:
     from tmlc.kernels.triton.ptx.host import PtxMachine

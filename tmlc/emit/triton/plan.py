@@ -11,14 +11,10 @@ from tmlc.emit.triton.lower import MethodLowering, Value
 from tmlc.kernels.triton.bucket import Bucket
 from tmlc.kernels.triton.launch import SPACES, Argument, Launch, Pointer, Variant
 from tmlc.kernels.triton.variants import Compiled, variant_key
+from tmlc.runtimes.cuda.plan import FOLDER
 
 PLAN_VERSION = 1
-FOLDER = "engines/triton"
 PLAN = f"{FOLDER}/plan.json"
-
-
-def code_name(sm: int) -> str:
-    return f"{FOLDER}/sm{sm}/code.json"
 
 
 def cubin_name(variant: Variant) -> str:

@@ -28,7 +28,7 @@ except ImportError as error:
 from tmlc.emit.triton.build import build_variants
 from tmlc.emit.triton.chains import chains_of, glue
 from tmlc.emit.triton.lower import MethodLowering
-from tmlc.emit.triton.plan import PLAN, code_name, cubin_name, launches_json, least_driver, plan_json, variants_json
+from tmlc.emit.triton.plan import PLAN, cubin_name, launches_json, least_driver, plan_json, variants_json
 from tmlc.emit.triton.weights import TritonWeight, stored_weights
 from tmlc.kernels.triton.bucket import Bucket
 from tmlc.kernels.triton.launch import Launch, Pointer, Variant
@@ -36,6 +36,7 @@ from tmlc.kernels.triton.overlap import OVERLAP_FROM
 from tmlc.kernels.triton.registry import ARCHITECTURES, REFUSED, VIEWS, supported
 from tmlc.kernels.triton.tuning import Tiles, table
 from tmlc.kernels.triton.variants import Compiled
+from tmlc.runtimes.cuda.plan import code_name
 
 FEATURES = ("triton.plan.v1", "weights.rows")
 CHAINS, OVERLAP = "triton.chains.v1", "triton.overlap.v1"

@@ -12,7 +12,7 @@ from typing import Any
 
 from tmlc.emit.targets import Progress
 from tmlc.emit.triton.build import build_variants, frozen
-from tmlc.emit.triton.plan import PLAN, code_name
+from tmlc.emit.triton.plan import PLAN
 from tmlc.emit.triton.target import OVERLAP, Lowerings
 from tmlc.emit.triton.tune_timer import Sample, Timer
 from tmlc.errors import CapacityError, EmitError, KernelError, PackageError, TargetError
@@ -24,7 +24,7 @@ from tmlc.kernels.triton.tuning import SHARED_BYTES, Blocks, Shape, Tiles, rule,
 from tmlc.kernels.triton.variants import Compiled
 from tmlc.package.reader import Package
 from tmlc.runtimes.cuda.driver import Driver
-from tmlc.runtimes.cuda.plan import BucketInfo, Plan, architectures, read_plan
+from tmlc.runtimes.cuda.plan import BucketInfo, Plan, architectures, code_name, read_plan
 
 #: Kernels whose blocks a table chooses, and the arguments that are the m and k of a weight there.
 KERNELS = {
