@@ -57,7 +57,7 @@ def micro_turn(peer: Peer, tokens: list[int]) -> tuple[float, float]:
     logits = peer.append(new)
     appended = time.perf_counter()
     for token in tokens[CACHED + APPENDED :]:
-        int(logits.argmax())
+        int(np.argmax(logits))
         logits = peer.append([token])
     return appended - started, time.perf_counter() - appended
 

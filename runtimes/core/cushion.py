@@ -64,7 +64,7 @@ class Cushion:
         newest, passed = (self._known - 1) % edges, (edges - 1) * self._tick
         if abs(self._came[newest] - self._came[(newest + 1) % edges] - passed) > PACE * passed:
             return 0
-        least = int(self._left.min()) - self._reserve
+        least = int(np.min(self._left)) - self._reserve
         return max(0, least // self._piece * self._piece)
 
     def let_go(self, waiting: np.ndarray, spare: int) -> np.ndarray:

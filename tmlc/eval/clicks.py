@@ -71,9 +71,9 @@ def jumps(audio: np.ndarray, tick: int = 3200) -> Jumps:
     inner = sharp[heard & ~edge]
     usual = float(np.quantile(inner, 0.999)) if inner.size else 0.0
     live = at[heard[at] | heard[at - 1]]
-    here = np.maximum.reduce([sharp[live + offset] for offset in (-1, 0, 1)]) if live.size else np.zeros(0)
+    here = np.max([sharp[live + offset] for offset in (-1, 0, 1)], axis=0) if live.size else np.zeros(0)
     ranks, ranked = surprise_ranks(x, heard, tick)
-    return Jumps(len(live), usual, float(here.max(initial=0.0)), int((here > 2 * usual).sum()), ranks, ranked)
+    return Jumps(len(live), usual, float(np.max(here, initial=0.0)), int((here > 2 * usual).sum()), ranks, ranked)
 
 
 def surprise_ranks(x: np.ndarray, heard: np.ndarray, tick: int) -> tuple[np.ndarray, np.ndarray]:

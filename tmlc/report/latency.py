@@ -68,7 +68,7 @@ def spread(durations_ms: Sequence[float]) -> Spread:
     values = np.asarray(durations_ms, np.float64)
     p50, p95, p99 = (float(v) for v in np.percentile(values, (50, 95, 99), method="higher"))
     jitter = float(np.abs(np.diff(values)).mean()) if values.size > 1 else 0.0
-    return Spread(values.size, p50, p95, p99, float(values.max()), float(values.mean()), jitter)
+    return Spread(values.size, p50, p95, p99, float(np.max(values)), float(values.mean()), jitter)
 
 
 def turn_latency(steps: Spread, budget: Budget) -> dict[str, Any]:

@@ -143,7 +143,7 @@ def _release(threads: Threads, held: dict[int, Array], ended: Array) -> None:
         where[lanes] = at
     waiting = ~ended
     owners = threads.owner[waiting]
-    first = np.full(owners.max() + 1, -1)
+    first = np.full(int(np.max(owners)) + 1, -1)
     first[owners] = where[waiting]
     if (first[owners] != where[waiting]).any():
         raise Fault("threads of one program wait at different barriers")

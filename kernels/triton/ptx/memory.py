@@ -132,7 +132,7 @@ class Shared:
             bad = int(at[at % (size * count) != 0][0])
             raise Fault(f"{self.name} at {bad}: {count} times {size} bytes, unaligned")
         if (at + size * count > self.size).any():
-            raise Fault(f"{self.name} at {int(at.max())} of {self.size}")
+            raise Fault(f"{self.name} at {int(np.max(at))} of {self.size}")
         return at + self.program[lanes] * self.size
 
     def _stamp(self, lanes: Array) -> Array:

@@ -128,7 +128,7 @@ class TensorMemory:
             raise Fault("a warp moves lanes of tensor memory that are of another one")
         if not self.held[self.shared.program[lanes]].all() or (column < 0).any():
             raise Fault("moves columns of tensor memory that the program does not have")
-        return (rows * self.columns + column) * 4, int(column.max())
+        return (rows * self.columns + column) * 4, int(np.max(column))
 
     def _words(self, lanes: Array, at: Array, count: int) -> Array:
         flat = at + self.shared.program[lanes] * self.cells.size

@@ -29,7 +29,7 @@ def histogram(view: Mapping[str, Any], size: Size) -> str:
         f"p99 {figure(steps['p99'])} ms; budget {figure(budget)} ms",
     )
     low, high = _range(step, steps)
-    whole = Scale(0.0, max(budget, float(step.max())) * 1.04, left, right)
+    whole = Scale(0.0, max(budget, float(np.max(step))) * 1.04, left, right)
     made.rect(left, strip, right - left, tall, "frame")
     for value in sorted({round(whole(float(ms)), 0) for ms in step}):
         made.line(value, strip + 4, value, strip + tall - 4, "rug mark")
@@ -47,9 +47,9 @@ def histogram(view: Mapping[str, Any], size: Size) -> str:
     made.frame(left, top, right, bottom)
     bins = np.linspace(low, high, (60 if wide else 30) + 1)
     counts, _ = np.histogram(step[(step >= low) & (step <= high)], bins)
-    up = Scale(0.0, max(1, int(counts.max())) * 1.02, bottom, top + room)
+    up = Scale(0.0, max(1, int(np.max(counts))) * 1.02, bottom, top + room)
     made.ticks_left(up, left, right, 4)
-    for count, begin, end in zip(counts, bins, bins[1:], strict=False):
+    for count, begin, end in zip(counts.tolist(), bins, bins[1:], strict=False):
         if count:
             title = f"{figure(begin)} to {figure(end)} ms: {count} ticks"
             made.rect(near(begin) + 0.5, up(count), near(end) - near(begin) - 1, bottom - up(count), "bar mark", title)
@@ -68,7 +68,7 @@ def histogram(view: Mapping[str, Any], size: Size) -> str:
 def _range(step: np.ndarray, steps: Mapping[str, Any]) -> tuple[float, float]:
     """Where the steps lie but for the slowest hundredth of them, with some room."""
     low, p99 = float(step.min()), float(steps["p99"])
-    high = min(float(step.max()), p99 + 0.5 * max(p99 - low, 0.02 * p99))
+    high = min(float(np.max(step)), p99 + 0.5 * max(p99 - low, 0.02 * p99))
     pad = 0.04 * max(high - low, 0.02 * max(high, 1e-6))
     return max(0.0, low - pad), high + pad
 

@@ -33,9 +33,9 @@ def timeline(view: Mapping[str, Any], parts: list[Part], size: Size) -> str:
         size,
         bottom + 2 * font + 14,
         f"Tick timeline: {step.size} steps, median {figure(float(np.median(step)))} ms, slowest "
-        f"{figure(float(step.max()))} ms; {over.size} over {figure(budget)} ms",
+        f"{figure(float(np.max(step)))} ms; {over.size} over {figure(budget)} ms",
     )
-    slowest, p99 = float(step.max()), float(view["step_ms"]["p99"])
+    slowest, p99 = float(np.max(step)), float(view["step_ms"]["p99"])
     high = min(slowest * 1.05, CLIP * p99)
     shows_budget = budget <= 1.6 * high
     if shows_budget:
@@ -56,7 +56,7 @@ def timeline(view: Mapping[str, Any], parts: list[Part], size: Size) -> str:
     for look, name, heights in reversed(layers):  # the tallest first: each next one covers all that lies under it
         made.path(_steps(edges, [up(min(v, high)) for v in heights], bottom), f"mark {look}", name)
     if len(groups) < step.size:
-        peaks = [up(min(float(step[group].max()), high)) for group in groups]
+        peaks = [up(min(float(np.max(step[group])), high)) for group in groups]
         made.path(_steps(edges, peaks, None), "mark peak", "slowest step of these ticks")
     if shows_budget:
         y = up(budget)

@@ -72,7 +72,7 @@ def profiling_cost(steps: Sequence[float], timed: Sequence[bool], seed: int = 0)
     """
     values, on = np.asarray(steps, np.float64), np.asarray(timed, bool)
     ratios = []
-    for k in np.flatnonzero(on):
+    for k in np.flatnonzero(on).tolist():
         beside = [j for j in (k - 2, k - 1, k + 1, k + 2) if 0 < j < values.size and not on[j]]
         if beside:
             ratios.append(values[k] / np.median(values[beside]))
