@@ -262,7 +262,7 @@ def attention_combine_kernel(
     if row % n >= tl.load(counts + row // n):
         return
     outer = tl.arange(0, BLOCK_V)
-    total_m, total_l = LEAST, 0.0
+    total_m, total_l = tl.full((), LEAST, tl.float32), tl.full((), 0.0, tl.float32)
     total = tl.zeros((BLOCK_V,), tl.float32)
     if sink_logits is not None:
         sink = tl.load(sink_logits + row * sink_stride + head) * 1.4426950408889634

@@ -338,15 +338,15 @@ def overlapping(lowered):
     return replace(lowered, launches=tuple(launch.overlapping() for launch in lowered.launches))
 
 
-def mutated(monkeypatch, pattern: str, kernel: str, sm: int = 90):
-    """A machine whose `kernel` lacks the first instruction of a pattern."""
+def mutated(monkeypatch, pattern: str, kernel: str, sm: int = 90, count: int = 1):
+    """A machine whose `kernel` lacks the first `count` instructions of a pattern (0: all of them)."""
     made = host.ptx_of
 
     def without(variant):
         assembly = made(variant)
         if variant.kernel != kernel:
             return assembly
-        text, found = re.subn(pattern, "", assembly.ptx, count=1)
+        text, found = re.subn(pattern, "", assembly.ptx, count=count)
         assert found
         return type(assembly)(text, assembly.num_warps, assembly.shared)
 
@@ -378,10 +378,10 @@ TRY_WAIT = r"\{\s*\.reg \.pred complete;.*?\}\s"
     ],
 )
 def test_attention_in_tensor_memory_without_what_orders_it_is_found(monkeypatch, pattern, fault):
-    """Products of Blackwell: of a whole kernel, each of what orders them."""
+    """Products of Blackwell: of a whole kernel, all of what orders them (some versions of Triton fence twice)."""
     d, k_cache, position = 16, np.zeros((64, 16), np.uint16), np.array([[3]], np.int64)
     states = {"position": position, "k_cache": k_cache, "v_cache": k_cache.copy()}
     one = Session({name: draw(1, 2, 4 * d if name == "q" else d) for name in ("q", "k", "v")}, states, 2)
     attrs = dict(num_heads=4, num_kv_heads=1, scale=0.3, window=0, sinks=0, log_floor=0.0, log_alpha=0.0, softcap=0.0)
-    with mutated(monkeypatch, pattern, "attention_kernel", 100) as machine, pytest.raises(KernelError, match=fault):
+    with mutated(monkeypatch, pattern, "attention_kernel", 100, 0) as machine, pytest.raises(KernelError, match=fault):
         run(machine, "attention_state", [one], attrs, [Shape("f32", 4 * d)], {})
