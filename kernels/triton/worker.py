@@ -21,6 +21,7 @@ import numpy as np
 from tmlc.errors import KernelError
 from tmlc.kernels.triton.host_memory import DEFAULT_BYTES, Buffers, HostMemory
 from tmlc.kernels.triton.launch import Launch
+from tmlc.processes import python_module
 
 
 class Interpreter(HostMemory):
@@ -30,7 +31,7 @@ class Interpreter(HostMemory):
         super().__init__(nbytes)
         environment = {**os.environ, "TRITON_INTERPRET": "1"}
         self._child = subprocess.Popen(
-            [sys.executable, "-m", __name__, str(self._file.fileno()), str(nbytes)],
+            python_module(__name__, self._file.fileno(), nbytes),
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, pass_fds=[self._file.fileno()],
         )  # fmt: skip
 

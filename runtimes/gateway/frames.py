@@ -13,13 +13,14 @@ import io
 import multiprocessing
 import os
 import threading
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 
 import numpy as np
 
 from tmlc.errors import InputError
+from tmlc.processes import safe_path
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 MAX_WAITING = 8
@@ -107,6 +108,11 @@ def _begin() -> None:
     Image.preinit()
 
 
+def _submit_first(pool: ProcessPoolExecutor) -> Future[None]:
+    with safe_path():
+        return pool.submit(_begin)
+
+
 class FrameDecoder:
     """One worker for all sessions of a server.
 
@@ -162,9 +168,10 @@ class FrameDecoder:
         if self._pool is None:
             context = multiprocessing.get_context("spawn")
             limits = (self.limits.memory, self.limits.seconds)
-            pool = self._pool = ProcessPoolExecutor(1, mp_context=context, initializer=_limit, initargs=limits)
+            with safe_path():  # a pool starts Python's own tracker of resources
+                pool = self._pool = ProcessPoolExecutor(1, mp_context=context, initializer=_limit, initargs=limits)
             try:
-                begun = await asyncio.to_thread(pool.submit, _begin)  # starts the process, which takes a while
+                begun = await asyncio.to_thread(_submit_first, pool)  # starts the process, which takes a while
                 await asyncio.wait_for(asyncio.wrap_future(begun), START_TIMEOUT)
             except asyncio.CancelledError:
                 self._replace()

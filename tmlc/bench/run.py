@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -19,6 +18,7 @@ from tmlc.bench.plan import Load, Visit, visits
 from tmlc.bench.server import Memory, moved, read_metrics
 from tmlc.bench.worker import load_dialogues
 from tmlc.errors import CheckError, UsageError
+from tmlc.processes import python_module
 
 PER_PROCESS = 32
 """Sessions that one process of the load generator holds at most."""
@@ -79,7 +79,7 @@ def _work(
     """Runs one process for each plan."""
     running = [
         subprocess.Popen(
-            [sys.executable, "-m", "tmlc.bench.worker"],
+            python_module("tmlc.bench.worker"),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

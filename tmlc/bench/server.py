@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 import urllib.error
@@ -14,6 +13,7 @@ from pathlib import Path
 from types import TracebackType
 
 from tmlc.errors import UsageError
+from tmlc.processes import python_module
 
 START_SECONDS, STOP_SECONDS = 120.0, 20.0
 MEMORY_SECONDS = 5.0
@@ -45,7 +45,7 @@ class ServedPackage:
         port, admin = free_ports(2)
         self.package = package
         self.url, self.admin = f"http://127.0.0.1:{port}/v1", f"http://127.0.0.1:{admin}"
-        command = [sys.executable, "-m", "tmlc.cli.main", "serve", str(package), "--port", str(port)]
+        command = python_module("tmlc.cli.main", "serve", package, "--port", port)
         self._said = tempfile.TemporaryFile()  # noqa: SIM115 - `close` closes it
         self.process = subprocess.Popen(
             [*command, "--admin-port", str(admin), *options],

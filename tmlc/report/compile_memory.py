@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tmlc.errors import CheckError
+from tmlc.processes import python_module
 from tmlc.report.startup import peak_rss_bytes
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ def measure_compile(checkpoint: Path, out: Path, precision: str) -> dict[str, An
         CheckError: the compilation failed; its last line is in the message.
     """
     started = time.perf_counter()
-    command = [sys.executable, "-m", "tmlc.report.compile_memory", str(checkpoint), str(out), precision]
+    command = python_module("tmlc.report.compile_memory", checkpoint, out, precision)
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1]

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from tmlc.errors import KernelError
+from tmlc.processes import python_module
 
 
 def peak_rss_bytes() -> int:
@@ -45,7 +46,7 @@ def measure_startup(package: Path, threads: int | None, runs: int) -> dict[str, 
     for _ in range(runs):
         started = time.perf_counter()
         done = subprocess.run(
-            [sys.executable, "-m", "tmlc.report.startup", str(package), str(threads or 0)],
+            python_module("tmlc.report.startup", package, threads or 0),
             capture_output=True,
             text=True,
             check=False,

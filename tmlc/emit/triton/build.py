@@ -26,6 +26,7 @@ from tmlc.cache.store import cache_folder
 from tmlc.errors import EmitError
 from tmlc.kernels.triton.launch import Variant
 from tmlc.kernels.triton.variants import Compiled, variant_key
+from tmlc.processes import python_module
 
 FIGURES = ("entry", "num_warps", "shared", "registers", "spill_bytes", "hidden_params")
 
@@ -115,7 +116,7 @@ def _drive(todo: queue.SimpleQueue[Variant], done: queue.SimpleQueue[tuple[Varia
     """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     child = subprocess.Popen(
-        [sys.executable, "-m", __name__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
+        python_module(__name__), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
         process_group=0,
     )  # fmt: skip
     assert child.stdin is not None and child.stdout is not None

@@ -14,6 +14,7 @@ import time
 from typing import Any
 
 from tmlc.errors import KernelError
+from tmlc.processes import python_module
 
 KINDS = ("fp32", "bf16", "int8")
 
@@ -33,7 +34,7 @@ class Ceilings:
     def measure(self) -> None:
         """One measurement, in a fresh process. Raises KernelError when that failed."""
         started = time.perf_counter()
-        command = [sys.executable, "-m", "tmlc.report.profile.ceilings", str(self._working_set), str(self._threads)]
+        command = python_module("tmlc.report.profile.ceilings", self._working_set, self._threads)
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]

@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from tmlc.errors import KernelError
+from tmlc.processes import python_module
 from tmlc.report.bootstrap import TAIL, tail_mean
 from tmlc.report.profile.kernels import KernelTicks, layers_of
 from tmlc.report.profile.samples import Samples, ran
@@ -47,7 +48,7 @@ of `nano` a seventh longer."""
 SPARE = 2
 """So many times the number of sittings may be played again; what is still disturbed then counts."""
 STAT = Path("/proc/stat")
-SELF = (sys.executable, "-m", "tmlc.report.profile.sittings")
+SELF = tuple(python_module("tmlc.report.profile.sittings"))
 
 
 class Sittings:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from tmlc.errors import KernelError
+from tmlc.processes import python_module
 from tmlc.report.scenario.case import Load
 
 BYTES = 256 << 20
@@ -34,8 +35,8 @@ def background_load(loads: Sequence[Load], package: Path) -> Iterator[None]:
     try:
         pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
         for load in loads:
-            arguments = [load.kind, str(load.nice), str(load.path or package), str(load.threads)]
-            command = [sys.executable, "-m", "tmlc.report.scenario.load", *arguments]
+            arguments = (load.kind, load.nice, load.path or package, load.threads)
+            command = python_module("tmlc.report.scenario.load", *arguments)
             running += [subprocess.Popen(command, text=True, **pipes) for _ in range(load.count)]
         for process in running:
             assert process.stdout is not None
