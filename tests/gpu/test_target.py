@@ -264,6 +264,23 @@ def test_a_child_that_is_killed_is_one_error_that_says_what_to_do(monkeypatch):
     assert "more memory" in caught.value.fix and groups and all(group == child for group, child in groups)
 
 
+@pytest.mark.parametrize("said", [None, "print(7)", "print('{}')"], ids=["does not start", "a number", "no kernel"])
+def test_a_child_that_does_not_start_or_answers_anything_else_is_an_error(monkeypatch, said):
+    """And whoever waits for the kernels hears of it."""
+    start = build.subprocess.Popen
+
+    def other(command, **named):
+        if said is None:
+            raise OSError(12, "Cannot allocate memory")
+        return start([sys.executable, "-c", f"input(); {said}"], **named)
+
+    monkeypatch.setattr(build.subprocess, "Popen", other)
+    monkeypatch.setattr(build, "_cached", lambda variant: None)
+    with pytest.raises(EmitError, match="Cannot allocate memory" if said is None else "compiles kernels") as caught:
+        build.build_variants(some_variants(), jobs=2)
+    assert caught.value.fix and "_kernel" in caught.value.where
+
+
 def test_variants_that_spill_are_told_to_whoever_compiles():
     first, second = some_variants()
     fine = Compiled(b"", first.kernel, 4, 0, 40, 0, 2)

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from tmlc.cache.store import cache_folder
-from tmlc.errors import EmitError
+from tmlc.errors import EmitError, reason
 from tmlc.kernels.triton.launch import Variant
 from tmlc.kernels.triton.variants import Compiled, variant_key
 from tmlc.processes import python_module
@@ -109,38 +109,52 @@ def build_variants(
 
 
 def _drive(todo: queue.SimpleQueue[Variant], done: queue.SimpleQueue[tuple[Variant, Compiled | EmitError]]) -> None:
-    """One thread: a child process, which gets variants until there are none.
-
-    The child has a process group of its own: what stops the command (Ctrl-C in a terminal reaches a whole group) ends
-    the child by the end of its input, and the command alone says that it was stopped.
-    """
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    child = subprocess.Popen(
-        python_module(__name__), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
-        process_group=0,
-    )  # fmt: skip
-    assert child.stdin is not None and child.stdout is not None
+    """One thread: a child process, which gets variants until there are none. Every variant that is taken has a result,
+    whatever goes wrong: somebody waits for it."""
+    child: subprocess.Popen[str] | None = None
     while True:
         try:
             variant = todo.get_nowait()
         except queue.Empty:
             break
         try:
-            child.stdin.write(json.dumps(_request(variant)) + "\n")
-            child.stdin.flush()
-            answer = json.loads(child.stdout.readline() or "null")
-        except (BrokenPipeError, ValueError):
-            answer = None
-        if answer is None:
-            done.put((variant, _ended(variant, _code(child))))
-        elif "error" in answer:
-            done.put((variant, EmitError(answer["error"], where=answer["where"], fix=answer["fix"])))
-        else:
-            done.put((variant, _compiled(answer)))
-    with suppress(BrokenPipeError):  # it may have ended
-        child.stdin.close()
-    child.wait()
-    child.stdout.close()
+            child = child or _start()
+            done.put((variant, _ask(child, variant)))
+        except Exception as error:
+            what = f"no process could be started, or talked to, that compiles kernels: {reason(error)}"
+            fix = "run the command again, with fewer --jobs"
+            done.put((variant, EmitError(what, where=variant_key(variant), fix=fix)))
+    if child is not None:
+        assert child.stdin is not None and child.stdout is not None
+        with suppress(BrokenPipeError):  # it may have ended
+            child.stdin.close()
+        child.wait()
+        child.stdout.close()
+
+
+def _start() -> subprocess.Popen[str]:
+    """A child. It has a process group of its own: what stops the command (Ctrl-C in a terminal reaches a whole group)
+    ends the child by the end of its input, and the command alone says that it was stopped."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return subprocess.Popen(
+        python_module(__name__), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
+        process_group=0,
+    )  # fmt: skip
+
+
+def _ask(child: subprocess.Popen[str], variant: Variant) -> Compiled | EmitError:
+    assert child.stdin is not None and child.stdout is not None
+    try:
+        child.stdin.write(json.dumps(_request(variant)) + "\n")
+        child.stdin.flush()
+        answer = json.loads(child.stdout.readline() or "null")
+    except (BrokenPipeError, ValueError):
+        answer = None
+    if not isinstance(answer, dict):
+        return _ended(variant, _code(child))
+    if "error" in answer:
+        return EmitError(answer["error"], where=answer["where"], fix=answer["fix"])
+    return _compiled(answer)
 
 
 def _code(child: subprocess.Popen[str]) -> int:
