@@ -3,6 +3,7 @@
 #   make test      lint, types and the tests that take seconds (what CI runs)
 #   make test-all  the tests that take minutes too
 #   make test-transformers VERSION=5.18.0   what depends on transformers, under another version of it
+#   make test-triton VERSION=3.7.1   the same for Triton
 #   make peers     tmlc beside llama.cpp, transformers, ONNX Runtime and OpenVINO; builds and installs them (docs/performance.md)
 #   make onnx-node what examples/onnx_node needs, by npm; `make test` does it where npm is
 #   make browser   Chromium for the test of the page, by apt; `make test` does it where that works
@@ -23,7 +24,7 @@ RECORDING = --audio examples/demo/$(1).wav $(addprefix --text ,$(wildcard exampl
 export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: clients onnx-node browser demo test test-all test-transformers perf peers lint types clean
+.PHONY: clients onnx-node browser demo test test-all test-transformers test-triton perf peers lint types clean
 .DEFAULT_GOAL := test
 .DELETE_ON_ERROR:
 
@@ -104,14 +105,26 @@ test-all: lint types onnx-node browser clients
 	$(PYTEST) -n 2 --dist loadfile $(addprefix --ignore=,$(CLOCKED))
 
 # The version and what it needs are installed beside .venv and come first on the path.
+define beside
+$(BIN)/python -m pip install --quiet --target $@.new $(subst -,==,$(@F))
+@mv $@.new $@
+endef
+
 build/transformers-%: | $(VENV)/dev.stamp
-	$(BIN)/python -m pip install --quiet --target $@.new transformers==$*
-	@mv $@.new $@
+	$(beside)
+
+build/triton-%: | $(VENV)/dev.stamp
+	$(beside)
 
 test-transformers: $(if $(VERSION),build/transformers-$(VERSION))
 	@test -n "$(VERSION)" || { echo "give a version: make test-transformers VERSION=5.18.0"; exit 2; }
 	PYTHONPATH=$(abspath $<) $(BIN)/python -c "import transformers as t; assert t.__version__ == '$(VERSION)', t.__version__"
 	PYTHONPATH=$(abspath $<) $(BIN)/python -m pytest -q -m "not slow" tests/foreign tests/conformance/test_inkling*.py
+
+test-triton: $(if $(VERSION),build/triton-$(VERSION))
+	@test -n "$(VERSION)" || { echo "give a version: make test-triton VERSION=3.7.1"; exit 2; }
+	PYTHONPATH=$(abspath $<) $(BIN)/python -c "import triton as t; assert t.__version__ == '$(VERSION)', t.__version__"
+	PYTHONPATH=$(abspath $<) $(BIN)/python -m pytest -q -m "not slow" -n 2 --dist loadfile tests/kernels_triton tests/gpu
 
 perf: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest -q perf --record

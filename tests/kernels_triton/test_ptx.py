@@ -305,6 +305,34 @@ def test_a_hazard_of_tensor_memory_is_found(body, fault):
         execute(body, np.zeros(64, np.uint32), threads=64)
 
 
+ARRIVES_BEHIND = """
+	mov.b32 %r8, global_smem;
+	setp.lt.s32 %p1, %r1, 32;
+	setp.eq.s32 %p2, %r1, 0;
+	@%p2 mbarrier.init.shared::cta.b64 [%r8], 1;
+	bar.sync 0;
+	@%p1 bra $L__BB0_2;
+$L__BB0_1:
+	mbarrier.try_wait.parity.shared::cta.b64 %p3, [%r8], 0;
+	@!%p3 bra.uni $L__BB0_1;
+	st.global.b32 [%rd3], {%r1};
+	bra.uni $L__BB0_3;
+$L__BB0_2:
+	@%p2 tcgen05.commit.cta_group::1.mbarrier::arrive::one.shared::cluster.b64 [%r8];
+	bra.uni $L__BB0_1;
+$L__BB0_3:
+	bar.sync 0;"""
+
+
+def test_who_waits_for_a_product_is_overtaken_by_who_begins_it():
+    """What begins it may stand behind the wait, and be of another warp."""
+    assert np.array_equal(execute(ARRIVES_BEHIND, np.zeros(64, np.uint32), threads=64), np.arange(64))
+    with pytest.raises(Fault, match="waits for the end of a product that nobody has begun .*try_wait"):
+        execute(re.sub(r"@%p2 tcgen05[^;]*;", "", ARRIVES_BEHIND), np.zeros(64, np.uint32), threads=64)
+    with pytest.raises(Fault, match="no barrier between"):  # whoever waits must know that it is a barrier already
+        execute(ARRIVES_BEHIND.replace("bar.sync 0;", "", 1), np.zeros(64, np.uint32), threads=64)
+
+
 @pytest.fixture(scope="module")
 def ptx():
     with PtxMachine(90) as opened:

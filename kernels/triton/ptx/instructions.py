@@ -14,8 +14,8 @@ from tmlc.kernels.triton.ptx.text import Address, Group, Instruction, Number, Op
 from tmlc.kernels.triton.ptx.threads import Threads
 
 Array = npt.NDArray[Any]
-#: Of the threads whose numbers these are; None: of all.
-Step = Callable[[Threads, Array | None], None]
+#: Of the threads whose numbers these are; None: of all. Gives those that have to do it again, if any.
+Step = Callable[[Threads, Array | None], Array | None]
 #: Barriers of all threads of a program.
 BARRIERS = {("bar", "sync"), ("barrier", "sync")}
 #: What orders or announces accesses that are in order here anyhow.
@@ -371,10 +371,11 @@ def _arrivals(op: tuple[str, ...], args: Args) -> Step:
     if op[1:3] != ("try_wait", "parity"):
         raise EmitError(f"PTX instruction that is not run here: {'.'.join(op)}")
 
-    def step(threads: Threads, at: Array | None) -> None:
-        parity = threads.full(threads.read(args[2], "u32", at), at)
-        passed = threads.tensor.passed(threads.those(at), threads.address(args[1], at), parity)
+    def step(threads: Threads, at: Array | None) -> Array:
+        lanes, parity = threads.those(at), threads.full(threads.read(args[2], "u32", at), at)
+        passed = threads.tensor.passed(lanes, threads.address(args[1], at), parity)
         threads.write(args[0], passed, "pred", at)
+        return lanes[~passed]
 
     return step
 

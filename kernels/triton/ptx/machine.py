@@ -1,7 +1,8 @@
 """Runs the programs of a launch, all their threads side by side on NumPy arrays.
 
 Threads that are at the same instruction do it together; where they part, those that are furthest behind go on until
-they meet the others again. A barrier holds a program's threads until all that have not ended are there.
+they meet the others again. A barrier holds a program's threads until all that have not ended are there. Who waits for a
+product (mbarrier.try_wait) is set aside until everybody else has gone as far as they can.
 """
 
 from collections.abc import Sequence
@@ -83,13 +84,23 @@ def _run(kernel: Kernel, threads: Threads) -> None:
     stops = {*program.labels.values(), len(program.code)}
     running: dict[int, Array] = {0: threads.all}  # by the instruction that comes next
     held: dict[int, Array] = {}
+    aside: dict[int, Array] = {}
+    moved = True  # whether anybody went on since those aside were last asked
     ended = np.zeros(threads.lanes, bool)
 
     def meet(at: int, lanes: Array, where: dict[int, Array] = running) -> None:
         where[at] = np.sort(np.concatenate([where[at], lanes])) if at in where else lanes
 
-    while running or held:
-        if not running:
+    while running or held or aside:
+        if not running and aside:
+            if not moved:
+                at = min(aside)
+                what = "waits for the end of a product that nobody has begun"
+                raise Fault(f"{what} (instruction {at}: {program.code[at].line})")
+            running.update(aside)
+            aside.clear()
+            moved = False
+        elif not running:
             _release(threads, held, ended)
             running.update(held)
             held.clear()
@@ -127,9 +138,15 @@ def _run(kernel: Kernel, threads: Threads) -> None:
             step = steps[at]
             if len(some) and step is not None:
                 try:
-                    step(threads, whole if len(some) == len(lanes) else some)
+                    stay = step(threads, whole if len(some) == len(lanes) else some)
                 except Fault as fault:
                     raise Fault(f"{fault} (instruction {at}: {instruction.line})") from None
+                if stay is not None and len(stay):
+                    meet(at, stay, aside)
+                    lanes = whole = np.setdiff1d(lanes, stay, assume_unique=True)
+                    if not len(lanes):
+                        break
+            moved = True
             at += 1
             if at in stops:
                 meet(at, lanes)
