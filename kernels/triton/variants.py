@@ -24,6 +24,9 @@ from tmlc.kernels.triton.tuning import SHARED_BYTES
 MOST_REGISTERS = 255
 #: What is tried when a variant with more stages spills; with one nothing would be on its way while a turn is computed.
 FEWER_STAGES = (6, 4, 3, 2)
+#: The first version of Triton whose code for an architecture is to be trusted. 3.6's products on sm_100 lack a barrier
+#: between the warp that begins one and the others (its issue 9871: wrong sums, measured on a B200), and a fence.
+OLDEST_TRITON = {100: (3, 7)}
 _USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 
 
@@ -59,6 +62,17 @@ class Compiled:
         return {name: getattr(self, name) for name in names} | {"sha256": self.digest}
 
 
+def check_triton(sm: int) -> None:
+    """Raises TargetError where the Triton that is installed makes wrong code for an architecture."""
+    oldest = OLDEST_TRITON.get(sm, (0, 0))
+    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < oldest:
+        least = ".".join(map(str, oldest))
+        raise TargetError(
+            f"Triton {triton.__version__} makes wrong code for sm{sm}", where="--target",
+            fix=f"Compile with another one: pip install 'triton>={least}'. Where a package runs no Triton is needed.",
+        )  # fmt: skip
+
+
 def variant_key(variant: Variant) -> str:
     """A short name that is the same for equal variants: kernel, architecture, digest of the rest."""
     body = [variant.constexprs, variant.signature, variant.num_warps, variant.num_stages]
@@ -71,7 +85,7 @@ def compile_variant(variant: Variant) -> Compiled:
     """Machine code for one variant; the same variant and tool chain give the same bytes.
 
     Raises:
-        TargetError: this process interprets kernels.
+        TargetError: this process interprets kernels, or its Triton is too old for the architecture.
         EmitError: Triton or its assembler refuses the kernel; names it.
     """
     source, target = _source(variant)
@@ -119,6 +133,7 @@ def _source(variant: Variant) -> tuple[Any, Any]:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    check_triton(variant.sm)
     load_kernels()
     fn, names = FUNCTIONS[variant.kernel], PARAMETERS[variant.kernel]
     constexprs = dict(variant.constexprs)

@@ -21,6 +21,7 @@ from tmlc.emit.triton.target import spills
 from tmlc.emit.triton.weights import stored_weights
 from tmlc.errors import EmitError, PipelineError, TargetError, UsageError
 from tmlc.ir.program import Fact, Method, Program
+from tmlc.kernels.triton import variants
 from tmlc.kernels.triton.launch import Variant
 from tmlc.kernels.triton.layouts import unpack
 from tmlc.kernels.triton.variants import Compiled, variant_key
@@ -279,6 +280,15 @@ def test_a_child_that_does_not_start_or_answers_anything_else_is_an_error(monkey
     with pytest.raises(EmitError, match="Cannot allocate memory" if said is None else "compiles kernels") as caught:
         build.build_variants(some_variants(), jobs=2)
     assert caught.value.fix and "_kernel" in caught.value.where
+
+
+def test_a_triton_that_makes_wrong_code_for_an_architecture_is_refused_before_any_work(monkeypatch):
+    monkeypatch.setattr(variants.triton, "__version__", "3.6.0")
+    with pytest.raises(TargetError, match=r"Triton 3\.6\.0 makes wrong code for sm100") as caught:
+        find_target("triton:sm90+sm100")
+    assert "triton>=3.7" in caught.value.fix and find_target("triton:sm90+sm120").architectures == (90, 120)
+    with pytest.raises(TargetError, match="wrong code for sm100"):
+        variants.compile_variant(replace(some_variants(1)[0], sm=100))
 
 
 def test_variants_that_spill_are_told_to_whoever_compiles():

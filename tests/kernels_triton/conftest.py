@@ -23,5 +23,9 @@ sys.path.insert(0, str(Path(__file__).parent))  # triton_harness.py
 )
 def machine(request: pytest.FixtureRequest) -> Iterator[Interpreter | PtxMachine]:
     name = request.param
+    if name != "interpreter":
+        from triton_harness import with_compiler_for
+
+        with_compiler_for(int(name[3:]))
     with open_interpreter() if name == "interpreter" else PtxMachine(int(name[3:])) as opened:
         yield opened

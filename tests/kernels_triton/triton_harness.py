@@ -8,8 +8,10 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
+from tmlc.errors import TargetError
 from tmlc.ir.ops import OPS
 from tmlc.ir.quantize import SCHEMES, quantise
 from tmlc.kernels.triton import layouts
@@ -17,6 +19,7 @@ from tmlc.kernels.triton.bucket import Bucket
 from tmlc.kernels.triton.launch import Operand
 from tmlc.kernels.triton.ptx.host import PtxMachine
 from tmlc.kernels.triton.registry import Call, lower
+from tmlc.kernels.triton.variants import check_triton
 from tmlc.kernels.triton.worker import Interpreter
 
 NUMPY = {"f32": np.float32, "bf16": np.uint16, "i64": np.int64, "i32": np.int32, "u8": np.uint8}
@@ -24,6 +27,14 @@ POISON = 0xA5
 #: What the kernels take dense only: the harness puts no columns behind these.
 DENSE_INPUTS = {"weights", "experts", "key", "temperature"}
 DENSE_RESULTS = {"router", "norm_router", "sink_router", "topk_router"}
+
+
+def with_compiler_for(sm: int) -> None:
+    """Skips a test where the Triton that is installed is refused for an architecture."""
+    try:
+        check_triton(sm)
+    except TargetError as error:
+        pytest.skip(error.what)
 
 
 def bf16(values: np.ndarray) -> np.ndarray:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from tmlc.cache.store import cache_folder
-from tmlc.errors import EmitError, reason
+from tmlc.errors import EmitError, TmlcError, reason
 from tmlc.kernels.triton.launch import Variant
 from tmlc.kernels.triton.variants import Compiled, variant_key
 from tmlc.processes import python_module
@@ -239,7 +239,7 @@ def serve() -> None:
         variant = Variant(**{**request, "constexprs": constexprs, "signature": tuple(request["signature"])})
         try:
             answer = _answer(compile_variant(variant))
-        except EmitError as error:
+        except TmlcError as error:
             answer = {"error": error.what, "where": error.where, "fix": error.fix}
         try:
             sys.stdout.write(json.dumps(answer) + "\n")

@@ -35,7 +35,7 @@ from tmlc.kernels.triton.launch import Launch, Pointer, Variant
 from tmlc.kernels.triton.overlap import OVERLAP_FROM
 from tmlc.kernels.triton.registry import ARCHITECTURES, REFUSED, VIEWS, supported
 from tmlc.kernels.triton.tuning import Tiles, table
-from tmlc.kernels.triton.variants import Compiled
+from tmlc.kernels.triton.variants import Compiled, check_triton
 from tmlc.runtimes.cuda.plan import code_name
 
 FEATURES = ("triton.plan.v1", "weights.rows")
@@ -92,6 +92,8 @@ class TritonTarget(Target):
             fix = f"Write triton:sm90, or several: triton:sm80+sm90. There are {', '.join(known)}."
             raise TargetError(what, where="--target", fix=fix)
         self.architectures = tuple(sorted({known[part] for part in names}))
+        for sm in self.architectures:
+            check_triton(sm)
         self.tiles = table()
 
     def tune(self, file: Path) -> None:
