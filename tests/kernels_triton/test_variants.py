@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 from shapes import LARGE, MODELS, NANO, Model, calls, w, x
+from triton_harness import with_compiler_for
 
 import tmlc.kernels.triton.variants as variants_module
 from tmlc.errors import EmitError
@@ -41,6 +42,7 @@ def held(compiled: Compiled, variant: Variant) -> None:
 
 @pytest.mark.parametrize("sm", [80, 90, 100])
 def test_a_product_and_attention_build(sm):
+    with_compiler_for(sm)
     chosen = {"linear_kernel": 1, "attention_kernel": 1}
     for variant in variants(LARGE, sm, ("linear", "attention_state")):
         if chosen.get(variant.kernel, 0) > 0:
@@ -125,5 +127,6 @@ def test_experts_of_the_sizes_of_qwen3_30b_build_without_spills():
 @pytest.mark.parametrize("sm", ARCHITECTURES)
 @pytest.mark.parametrize("name", MODELS)
 def test_every_variant_builds_without_spills(name, sm):
+    with_compiler_for(sm)
     for variant in variants(MODELS[name], sm):
         held(compile_variant(variant), variant)
