@@ -5,7 +5,7 @@ import json
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,9 @@ FEWER_STAGES = (6, 4, 3, 2)
 #: The first version of Triton whose code for an architecture is to be trusted. 3.6's products on sm_100 lack a barrier
 #: between the warp that begins one and the others (its issue 9871: wrong sums, measured on a B200), and a fence.
 OLDEST_TRITON = {100: (3, 7)}
+#: The first that is not in doubt: with 3.7, whose assembler is CUDA 13.1's, a kernel of others had other bits from run
+#: to run on a B200 (PyTorch's issue 181248). No kernel of ours was seen to.
+UNDOUBTED_TRITON = {100: (3, 8)}
 _USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 
 
@@ -65,12 +68,26 @@ class Compiled:
 def check_triton(sm: int) -> None:
     """Raises TargetError where the Triton that is installed makes wrong code for an architecture."""
     oldest = OLDEST_TRITON.get(sm, (0, 0))
-    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < oldest:
+    if _version() < oldest:
         least = ".".join(map(str, oldest))
         raise TargetError(
             f"Triton {triton.__version__} makes wrong code for sm{sm}", where="--target",
             fix=f"Compile with another one: pip install 'triton>={least}'. Where a package runs no Triton is needed.",
         )  # fmt: skip
+
+
+def doubts(architectures: Iterable[int]) -> tuple[str, ...]:
+    """What to say of the Triton that is installed; nothing where there is nothing."""
+    return tuple(
+        f"Triton {triton.__version__} for sm{sm}: a kernel of another program had other bits from run to run on a B200 "
+        f"(PyTorch's issue 181248); compile with Triton {'.'.join(map(str, UNDOUBTED_TRITON[sm]))} or newer"
+        for sm in architectures
+        if _version() < UNDOUBTED_TRITON.get(sm, (0, 0))
+    )
+
+
+def _version() -> tuple[int, ...]:
+    return tuple(int(part) for part in triton.__version__.split(".")[:2])
 
 
 def variant_key(variant: Variant) -> str:

@@ -292,6 +292,14 @@ def test_a_triton_that_makes_wrong_code_for_an_architecture_is_refused_before_an
         variants.compile_variant(replace(some_variants(1)[0], sm=100))
 
 
+def test_a_triton_in_doubt_is_named_to_whoever_compiles(monkeypatch):
+    monkeypatch.setattr(variants.triton, "__version__", "3.7.1")
+    (note,) = variants.doubts((80, 90, 100, 120))
+    assert "Triton 3.7.1 for sm100" in note and "compile with Triton 3.8 or newer" in note
+    monkeypatch.setattr(variants.triton, "__version__", "3.10.0")
+    assert variants.doubts((80, 90, 100, 120)) == ()
+
+
 def test_variants_that_spill_are_told_to_whoever_compiles():
     first, second = some_variants()
     fine = Compiled(b"", first.kernel, 4, 0, 40, 0, 2)

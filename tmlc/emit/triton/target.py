@@ -35,7 +35,7 @@ from tmlc.kernels.triton.launch import Launch, Pointer, Variant
 from tmlc.kernels.triton.overlap import OVERLAP_FROM
 from tmlc.kernels.triton.registry import ARCHITECTURES, REFUSED, VIEWS, supported
 from tmlc.kernels.triton.tuning import Tiles, table
-from tmlc.kernels.triton.variants import Compiled, check_triton
+from tmlc.kernels.triton.variants import Compiled, check_triton, doubts
 from tmlc.runtimes.cuda.plan import code_name
 
 FEATURES = ("triton.plan.v1", "weights.rows")
@@ -220,7 +220,7 @@ class TritonTarget(Target):
             scratch_bytes=lowered.scratch_bytes,
             features=(*FEATURES, *_coded(weights), *caches, *_needed(program, lowered)),
             producer={"triton": metadata.version("triton")},
-            notes=spills(compiled),
+            notes=(*doubts(self.architectures), *spills(compiled)),
         )
 
 
