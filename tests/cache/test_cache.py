@@ -1,5 +1,6 @@
 """The compile cache: what is unchanged is handed out, what has changed is named, what is damaged is made again."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -217,6 +218,32 @@ def test_versions_and_sources_are_parts_of_the_key(compiled, monkeypatch, tmp_pa
     monkeypatch.setattr("tmlc.cache.key.__version__", "9.9.9")
     other = compile_key(checkpoint, **settings).parts
     assert {name for name in parts if parts[name] != other[name]} == {"tmlc"}
+
+
+def test_what_the_environment_tells_triton_is_part_of_its_keys(compiled, monkeypatch, tmp_path):
+    """Another assembler makes other machine code; engines of the CPU know none."""
+    assembler = tmp_path / "ptxas"
+
+    def parts(target: str) -> dict[str, str]:
+        return compile_key(
+            compiled[0], target=target, precision=None, preset=None, pipeline=None, passes=None, disable=(), options={},
+            memo=DigestMemo(None),
+        ).parts  # fmt: skip
+
+    before = {target: parts(target) for target in ("cpu", "triton:sm90")}
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "0")
+    monkeypatch.setenv("TRITON_PTXAS_PATH", str(assembler))
+    assert parts("cpu") == before["cpu"]
+    found = []
+    for release in (b"one", b"another"):
+        assembler.write_bytes(release)
+        found.append({name: value for name, value in parts("triton:sm90").items() if name not in before["triton:sm90"]})
+    assert found[0] == {
+        "environment variable TRITON_DEFAULT_FP_FUSION": "0",
+        "environment variable TRITON_PTXAS_PATH": hashlib.sha256(b"one").hexdigest(),
+    }
+    assert found[0] != found[1]
 
 
 def test_the_memo_reads_a_file_once_and_again_when_it_has_changed(tmp_path):

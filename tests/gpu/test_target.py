@@ -292,6 +292,21 @@ def test_a_triton_that_makes_wrong_code_for_an_architecture_is_refused_before_an
         variants.compile_variant(replace(some_variants(1)[0], sm=100))
 
 
+def test_kept_machine_code_is_of_the_assembler_that_the_environment_names(monkeypatch, tmp_path):
+    monkeypatch.setenv("TMLC_CACHE", str(tmp_path / "cache"))
+    folders = []
+    try:
+        for release in (None, b"one", b"another"):
+            if release is not None:
+                (tmp_path / "ptxas").write_bytes(release)
+                monkeypatch.setenv("TRITON_PTXAS_PATH", str(tmp_path / "ptxas"))
+            build.toolchain.cache_clear()
+            folders.append(build.kept_folder())
+    finally:
+        build.toolchain.cache_clear()
+    assert len(set(folders)) == 3
+
+
 def test_a_triton_in_doubt_is_named_to_whoever_compiles(monkeypatch):
     monkeypatch.setattr(variants.triton, "__version__", "3.7.1")
     (note,) = variants.doubts((80, 90, 100, 120))

@@ -12,7 +12,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata, resources, util
 from pathlib import Path
@@ -29,6 +29,8 @@ PLUGINS = "tmlc.passes"  # entry point group of third-party passes (tmlc.pipelin
 _ROOMS = ("tmlc", "tmlc.passes", "tmlc.kernels", "tmlc.runtimes", "tmlc.model_zoo")
 _SOURCES = (".py", ".yaml", ".cpp", ".h", ".so")
 _LIBRARIES = ("torch", "transformers", "numpy", "safetensors", "triton", "onnx", "tensorrt-rtx", "tensorrt")
+#: Variables of the environment that change what Triton and the assembler make, and some of these names that do not.
+_TOLD, _NOT_TOLD = ("TRITON_", "PTXAS_", "DISABLE_", "LLVM_"), ("TRITON_CACHE_DIR", "TRITON_HOME", "TRITON_INTERPRET")
 _NOT_READ = (".md", ".gitattributes", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 _YOUNG_NS = 100_000_000  # a file this fresh may change again without its times showing it
 
@@ -124,6 +126,8 @@ def compile_key(
     parts = {"format": FORMAT, "tmlc": __version__, "python": platform.python_version(), "machine": platform.machine()}
     for library in _LIBRARIES:
         parts[f"version of {library}"] = _version(library)
+    if target.partition(":")[0] == "triton":
+        parts |= {f"environment variable {name}": value for name, value in tool_settings(memo.digest).items()}
     parts |= _checkpoint_parts(checkpoint, memo)
     parts |= {"target": target, "precision": str(precision)}
     parts |= {name: _option(value, memo) for name, value in sorted(options.items())}
@@ -131,6 +135,17 @@ def compile_key(
     parts |= _plugin_parts(memo)
     parts |= _source_parts(memo)
     return CompileKey(parts)
+
+
+def tool_settings(digest: Callable[[Path], str]) -> dict[str, str]:
+    """What the environment tells Triton and the assembler: variables by name; of a program that one names
+    (TRITON_PTXAS_PATH) the digest of it."""
+    found = {}
+    for name, value in sorted(os.environ.items()):
+        if name.startswith(_TOLD) and name not in _NOT_TOLD:
+            path = Path(value)
+            found[name] = digest(path) if path.is_absolute() and path.is_file() else value
+    return found
 
 
 def _option(value: Any, memo: DigestMemo) -> str:

@@ -22,6 +22,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from tmlc.cache.key import tool_settings
 from tmlc.cache.store import cache_folder
 from tmlc.errors import EmitError, TmlcError, reason
 from tmlc.kernels.triton.launch import Variant
@@ -45,8 +46,10 @@ def sources() -> str:
 
 @cache
 def toolchain() -> str:
-    """Digest of everything that decides a variant's machine code but the variant: kernels, Triton, Python."""
-    what = f"{sources()} {metadata.version('triton')} {sys.version_info[:3]}"
+    """Digest of everything that decides a variant's machine code but the variant: kernels, Triton, Python, and what the
+    environment tells the tools."""
+    told = tool_settings(lambda path: hashlib.sha256(path.read_bytes()).hexdigest())
+    what = f"{sources()} {metadata.version('triton')} {sys.version_info[:3]} {told}"
     return hashlib.sha256(what.encode()).hexdigest()
 
 
