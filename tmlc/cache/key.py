@@ -12,7 +12,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata, resources, util
 from pathlib import Path
@@ -127,7 +127,7 @@ def compile_key(
     for library in _LIBRARIES:
         parts[f"version of {library}"] = _version(library)
     if target.partition(":")[0] == "triton":
-        parts |= {f"environment variable {name}": value for name, value in tool_settings(memo.digest).items()}
+        parts |= {f"environment variable {name}": value for name, value in tool_settings(memo).items()}
     parts |= _checkpoint_parts(checkpoint, memo)
     parts |= {"target": target, "precision": str(precision)}
     parts |= {name: _option(value, memo) for name, value in sorted(options.items())}
@@ -137,14 +137,14 @@ def compile_key(
     return CompileKey(parts)
 
 
-def tool_settings(digest: Callable[[Path], str]) -> dict[str, str]:
+def tool_settings(memo: DigestMemo) -> dict[str, str]:
     """What the environment tells Triton and the assembler: variables by name; of a program that one names
     (TRITON_PTXAS_PATH) the digest of it."""
     found = {}
     for name, value in sorted(os.environ.items()):
         if name.startswith(_TOLD) and name not in _NOT_TOLD:
             path = Path(value)
-            found[name] = digest(path) if path.is_absolute() and path.is_file() else value
+            found[name] = memo.digest(path) if path.is_absolute() and path.is_file() else value
     return found
 
 

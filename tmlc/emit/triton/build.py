@@ -22,7 +22,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from tmlc.cache.key import tool_settings
+from tmlc.cache.key import DigestMemo, tool_settings
 from tmlc.cache.store import cache_folder
 from tmlc.errors import EmitError, TmlcError, reason
 from tmlc.kernels.triton.launch import Variant
@@ -48,7 +48,7 @@ def sources() -> str:
 def toolchain() -> str:
     """Digest of everything that decides a variant's machine code but the variant: kernels, Triton, Python, and what the
     environment tells the tools."""
-    told = tool_settings(lambda path: hashlib.sha256(path.read_bytes()).hexdigest())
+    told = tool_settings(DigestMemo(None))
     what = f"{sources()} {metadata.version('triton')} {sys.version_info[:3]} {told}"
     return hashlib.sha256(what.encode()).hexdigest()
 
@@ -126,7 +126,9 @@ def _drive(todo: queue.SimpleQueue[Variant], done: queue.SimpleQueue[tuple[Varia
         except Exception as error:
             what = f"no process could be started, or talked to, that compiles kernels: {reason(error)}"
             fix = "run the command again, with fewer --jobs"
-            done.put((variant, EmitError(what, where=variant_key(variant), fix=fix)))
+            failed = EmitError(what, where=variant_key(variant), fix=fix)
+            failed.__cause__ = error  # for --debug: it is raised where somebody waits, not here
+            done.put((variant, failed))
     if child is not None:
         assert child.stdin is not None and child.stdout is not None
         with suppress(BrokenPipeError):  # it may have ended
