@@ -5,7 +5,7 @@ import json
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,17 +19,12 @@ from tmlc.kernels.triton.mode import FUNCTIONS, INTERPRET, PARAMETERS
 from tmlc.kernels.triton.overlap import with_wait
 from tmlc.kernels.triton.registry import load_kernels
 from tmlc.kernels.triton.tuning import SHARED_BYTES
+from tmlc.kernels.triton.versions import check_triton
 
 #: What a thread can have at most; the launches here have up to 256 threads, so the register file holds them.
 MOST_REGISTERS = 255
 #: What is tried when a variant with more stages spills; with one nothing would be on its way while a turn is computed.
 FEWER_STAGES = (6, 4, 3, 2)
-#: The first version of Triton whose code for an architecture is to be trusted. 3.6's products on sm_100 lack a barrier
-#: between the warp that begins one and the others (its issue 9871: wrong sums, measured on a B200), and a fence.
-OLDEST_TRITON = {100: (3, 7)}
-#: The first that is not in doubt: with 3.7, whose assembler is CUDA 13.1's, a kernel of others had other bits from run
-#: to run on a B200 (PyTorch's issue 181248). No kernel of ours was seen to.
-UNDOUBTED_TRITON = {100: (3, 8)}
 _USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 
 
@@ -63,31 +58,6 @@ class Compiled:
         """The figures, without the code."""
         names = ("entry", "num_warps", "shared", "registers", "spill_bytes", "hidden_params")
         return {name: getattr(self, name) for name in names} | {"sha256": self.digest}
-
-
-def check_triton(sm: int) -> None:
-    """Raises TargetError where the Triton that is installed makes wrong code for an architecture."""
-    oldest = OLDEST_TRITON.get(sm, (0, 0))
-    if _version() < oldest:
-        least = ".".join(map(str, oldest))
-        raise TargetError(
-            f"Triton {triton.__version__} makes wrong code for sm{sm}", where="--target",
-            fix=f"Compile with another one: pip install 'triton>={least}'. Where a package runs no Triton is needed.",
-        )  # fmt: skip
-
-
-def doubts(architectures: Iterable[int]) -> tuple[str, ...]:
-    """What to say of the Triton that is installed; nothing where there is nothing."""
-    return tuple(
-        f"Triton {triton.__version__} for sm{sm}: a kernel of another program had other bits from run to run on a B200 "
-        f"(PyTorch's issue 181248); compile with Triton {'.'.join(map(str, UNDOUBTED_TRITON[sm]))} or newer"
-        for sm in architectures
-        if _version() < UNDOUBTED_TRITON.get(sm, (0, 0))
-    )
-
-
-def _version() -> tuple[int, ...]:
-    return tuple(int(part) for part in triton.__version__.split(".")[:2])
 
 
 def variant_key(variant: Variant) -> str:
@@ -150,7 +120,7 @@ def _source(variant: Variant) -> tuple[Any, Any]:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    check_triton(variant.sm)
+    check_triton(variant.sm, triton.__version__)
     load_kernels()
     fn, names = FUNCTIONS[variant.kernel], PARAMETERS[variant.kernel]
     constexprs = dict(variant.constexprs)

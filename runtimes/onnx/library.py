@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import ModuleType
 
 from tmlc.errors import TargetError
+from tmlc.versions import release
 
 
 def load_onnxruntime(oldest: str) -> ModuleType:
@@ -23,15 +24,7 @@ def load_onnxruntime(oldest: str) -> ModuleType:
     except ImportError as error:
         what = f"onnxruntime cannot be loaded: {str(error)[:200]}"
         raise TargetError(what, where="target onnx", fix=command) from error
-    if version_of(onnxruntime.__version__) < version_of(oldest):
+    if release(onnxruntime.__version__) < release(oldest):
         what = f"onnxruntime {onnxruntime.__version__} is older than the {oldest} that the package needs"
         raise TargetError(what, where="target onnx", fix=command)
     return onnxruntime
-
-
-def version_of(text: str) -> tuple[int, int]:
-    """(major, minor) of "1.24.0"; (0, 0) where it does not start like a version."""
-    parts = text.split(".")[:2]
-    if len(parts) != 2 or not all(part.isdecimal() for part in parts):
-        return 0, 0
-    return int(parts[0]), int(parts[1])

@@ -63,3 +63,12 @@ def test_without_torch_the_cpu_still_runs_packages(tmlc_cli, monkeypatch):
     monkeypatch.setattr(doctor, "find_spec", lambda name: None)
     cpu = tmlc_cli("doctor", "--json", code=1).json["targets"][0]
     assert cpu["run"] and not cpu["compile"] and cpu["fix"] == "pip install 'tmlc[compile]'"
+
+
+def test_a_triton_that_is_refused_for_an_architecture_is_said(tmlc_cli, monkeypatch):
+    there = doctor.installed
+    for version, said in (("3.6.0", "Triton 3.6.0 makes wrong code for sm100"), ("3.9.0", "")):
+        monkeypatch.setattr(doctor, "installed", lambda name, v=version: v if name == "triton" else there(name))
+        (triton,) = (one for one in tmlc_cli("doctor", "--json").json["targets"] if one["name"] == "triton")
+        assert triton["compile"] and (said in triton["note"] if said else "wrong" not in triton["note"])
+        assert ("pip install 'triton>=3.7'" in triton["fix"]) == bool(said)

@@ -21,7 +21,7 @@ from tmlc.emit.triton.target import spills
 from tmlc.emit.triton.weights import stored_weights
 from tmlc.errors import EmitError, PipelineError, TargetError, UsageError
 from tmlc.ir.program import Fact, Method, Program
-from tmlc.kernels.triton import variants
+from tmlc.kernels.triton import variants, versions
 from tmlc.kernels.triton.launch import Variant
 from tmlc.kernels.triton.layouts import unpack
 from tmlc.kernels.triton.variants import Compiled, variant_key
@@ -68,7 +68,7 @@ def test_an_fp8_package_says_what_a_reader_must_know(tiny, lab, tmp_path):
 
 def test_every_architecture_takes_fp8(tiny, tmp_path, monkeypatch):
     """The kernels take codes apart with integers, so that sm80, which has no e4m3 instructions, has them too."""
-    monkeypatch.setattr(variants, "OLDEST_TRITON", {})  # nothing is compiled
+    monkeypatch.setattr(versions, "OLDEST", {})  # nothing is compiled
     name = "triton:sm80+sm89+sm90+sm100+sm120"
     done = tmlc.compile(tiny.checkpoint, tmp_path / "x", target=name, precision="fp8", dry_run=True)
     assert done.precision == "fp8" and all(row.kernel for row in done.coverage) and not (tmp_path / "x").exists()
@@ -307,12 +307,10 @@ def test_kept_machine_code_is_of_the_assembler_that_the_environment_names(monkey
     assert len(set(folders)) == 3
 
 
-def test_a_triton_in_doubt_is_named_to_whoever_compiles(monkeypatch):
-    monkeypatch.setattr(variants.triton, "__version__", "3.7.1")
-    (note,) = variants.doubts((80, 90, 100, 120))
+def test_a_triton_in_doubt_is_named_to_whoever_compiles():
+    (note,) = versions.doubts((80, 90, 100, 120), "3.7.1")
     assert "Triton 3.7.1 for sm100" in note and "compile with Triton 3.8 or newer" in note
-    monkeypatch.setattr(variants.triton, "__version__", "3.10.0")
-    assert variants.doubts((80, 90, 100, 120)) == ()
+    assert versions.doubts((80, 90, 100, 120), "3.10.0") == ()
 
 
 def test_variants_that_spill_are_told_to_whoever_compiles():

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import triton
 
 from tmlc.errors import TargetError
 from tmlc.ir.ops import OPS
@@ -19,7 +20,7 @@ from tmlc.kernels.triton.bucket import Bucket
 from tmlc.kernels.triton.launch import Operand
 from tmlc.kernels.triton.ptx.host import PtxMachine
 from tmlc.kernels.triton.registry import Call, lower
-from tmlc.kernels.triton.variants import check_triton
+from tmlc.kernels.triton.versions import check_triton
 from tmlc.kernels.triton.worker import Interpreter
 
 NUMPY = {"f32": np.float32, "bf16": np.uint16, "i64": np.int64, "i32": np.int32, "u8": np.uint8}
@@ -32,7 +33,7 @@ DENSE_RESULTS = {"router", "norm_router", "sink_router", "topk_router"}
 def with_compiler_for(sm: int) -> None:
     """Skips a test where the Triton that is installed is refused for an architecture."""
     try:
-        check_triton(sm)
+        check_triton(sm, triton.__version__)
     except TargetError as error:
         pytest.skip(error.what)
 

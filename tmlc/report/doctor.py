@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from tmlc import __version__
 from tmlc.errors import TmlcError
+from tmlc.kernels.triton import versions
 from tmlc.report.machine import gpus, installed, machine, tool
 from tmlc.report.tables import grid, megabytes, table
 
@@ -141,11 +142,15 @@ def _tensorrt(gpus: list[str]) -> TargetState:
 
 
 def _triton(extras: dict[str, Any], found: list[str]) -> TargetState:
-    """Compiling needs no GPU, running no compiler."""
+    """Compiling needs no GPU, running no compiler; some versions of Triton are refused for some architectures."""
     compiles, runs = extras["triton"]["complete"], extras["cuda"]["complete"] and bool(found)
     missing = [extras[name]["install"] for name in ("triton", "cuda") if not extras[name]["complete"]]
-    note = "" if found else "no NVIDIA device here: compiles, does not run" if compiles else "no NVIDIA device here"
-    return TargetState("triton", compiles, runs, note, "; ".join(missing))
+    notes = [] if found else ["no NVIDIA device here: compiles, does not run" if compiles else "no NVIDIA device here"]
+    version = installed("triton")
+    without = versions.refused(version) if version is not None else []
+    notes += [f"Triton {version} makes wrong code for sm{sm} and is refused for it" for sm in without]
+    missing += [versions.install(sm) for sm in without]
+    return TargetState("triton", compiles, runs, "; ".join(notes), "; ".join(missing))
 
 
 def doctor_tables(view: dict[str, Any]) -> list[RenderableType]:

@@ -18,9 +18,10 @@ import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import cache
-from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+import triton
 
 from tmlc.cache.key import DigestMemo, tool_settings
 from tmlc.cache.store import cache_folder
@@ -49,7 +50,7 @@ def toolchain() -> str:
     """Digest of everything that decides a variant's machine code but the variant: kernels, Triton, Python, and what the
     environment tells the tools."""
     told = tool_settings(DigestMemo(None))
-    what = f"{sources()} {metadata.version('triton')} {sys.version_info[:3]} {told}"
+    what = f"{sources()} {triton.__version__} {sys.version_info[:3]} {told}"
     return hashlib.sha256(what.encode()).hexdigest()
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from tmlc.ir.quantize import SCHEMES
 from tmlc.ir.weights import TensorSource
 
 try:
-    import triton  # noqa: F401
+    import triton
 except ImportError as error:
     raise TargetError(
         "target triton needs Triton, which is not installed", where="--target",
@@ -35,7 +34,8 @@ from tmlc.kernels.triton.launch import Launch, Pointer, Variant
 from tmlc.kernels.triton.overlap import OVERLAP_FROM
 from tmlc.kernels.triton.registry import ARCHITECTURES, REFUSED, VIEWS, supported
 from tmlc.kernels.triton.tuning import Tiles, table
-from tmlc.kernels.triton.variants import Compiled, check_triton, doubts
+from tmlc.kernels.triton.variants import Compiled
+from tmlc.kernels.triton.versions import check_triton, doubts
 from tmlc.runtimes.cuda.plan import code_name
 
 FEATURES = ("triton.plan.v1", "weights.rows")
@@ -93,7 +93,7 @@ class TritonTarget(Target):
             raise TargetError(what, where="--target", fix=fix)
         self.architectures = tuple(sorted({known[part] for part in names}))
         for sm in self.architectures:
-            check_triton(sm)
+            check_triton(sm, triton.__version__)
         self.tiles = table()
 
     def tune(self, file: Path) -> None:
@@ -219,8 +219,8 @@ class TritonTarget(Target):
             arena_bytes=lowered.arena_bytes,
             scratch_bytes=lowered.scratch_bytes,
             features=(*FEATURES, *_coded(weights), *caches, *_needed(program, lowered)),
-            producer={"triton": metadata.version("triton")},
-            notes=(*doubts(self.architectures), *spills(compiled)),
+            producer={"triton": triton.__version__},
+            notes=(*doubts(self.architectures, triton.__version__), *spills(compiled)),
         )
 
 
@@ -249,7 +249,7 @@ def spills(compiled: Mapping[Variant, Compiled]) -> tuple[str, ...]:
     if not found:
         return ()
     made = f"{len(found)} of {len(compiled)} kernel variants spill registers and are slower for it"
-    return (f"{made}: {', '.join(found)}. Made by Triton {metadata.version('triton')}; another version may do better.",)
+    return (f"{made}: {', '.join(found)}. Made by Triton {triton.__version__}; another version may do better.",)
 
 
 def _coded(weights: Sequence[TritonWeight]) -> list[str]:
