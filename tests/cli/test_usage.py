@@ -110,6 +110,22 @@ def test_what_stands_at_the_output_is_not_lost(tmlc_cli, tmp_path, checkpoint):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link.tmlc", "mine", "pipe"]
 
 
+@pytest.mark.parametrize("option", ["-o", "--junit", "--summary"])
+def test_a_folder_that_takes_nothing_is_refused_before_any_work(tmlc_cli, tmp_path, monkeypatch, package, option):
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
+    for verb in ("profile", "run") if option == "-o" else ("profile",):
+        text = tmlc_cli(verb, package, option, tmp_path / "made", code=2).stderr
+        assert two_lines(text) and "nothing can be written there" in text, text
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_force_replaces_no_folder_by_a_file_of_a_report(tmlc_cli, tmp_path, package):
+    (tmp_path / "report.json").mkdir()
+    text = tmlc_cli("profile", package, "-o", tmp_path / "report", "--force", code=2).stderr
+    assert two_lines(text) and "report.json" in text and "is a folder" in text
+    assert (tmp_path / "report.json").is_dir()
+
+
 @pytest.mark.parametrize(("args", "code"), [("doctor --json", 2), ("doctor", 2), ("inspect nothing --json", 2)])
 def test_an_output_that_takes_nothing_is_no_traceback(args, code):
     command = f"{sys.executable} -m tmlc.cli.main {args} > /dev/full"

@@ -150,6 +150,11 @@ def check_output(path: Path, force: bool, *, folder: bool = False) -> None:
                 where=str(path),
                 fix="choose another path, or remove it yourself",
             )
+    check_around(path)
+
+
+def check_around(path: Path) -> None:
+    """Refuse, before any work, a place around which there is no folder to write into, nor one to make it in."""
     around = next(parent for parent in path.absolute().parents if parent.exists())
     if not around.is_dir():
         raise UsageError("the output's parent is not a folder", where=str(around), fix="choose another path")

@@ -10,6 +10,7 @@ import tempfile
 from pathlib import Path
 from types import TracebackType
 
+from tmlc.cli.common import check_output
 from tmlc.errors import UsageError
 
 
@@ -20,7 +21,8 @@ class Outputs:
         folder: where they go; made when it is missing, and removed again if it was made here and the work
             fails.
         names: the files that will be written.
-        force: replace files that are already there; without it that is a UsageError before any work.
+        force: replace files that are already there; without it that is a UsageError before any work. So is a folder
+            that nothing can be written into, and something that is no file in a file's place.
     """
 
     def __init__(self, folder: Path, names: list[str], force: bool) -> None:
@@ -34,6 +36,8 @@ class Outputs:
                 where=str(folder),
                 fix="choose another folder, or add --force to replace them",
             )
+        for name in names:
+            check_output(folder / name, force)
         self._made: list[Path] = []
         self._work: Path | None = None
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from tmlc.cli.common import check_around
 from tmlc.errors import UsageError
 
 SUFFIXES = (".json", ".txt", ".html", ".trace.json")
@@ -54,12 +55,15 @@ def texts(stem: Path, view: dict[str, Any], tables: list[Any]) -> Mapping[str, s
 def check_files(*paths: Path | None) -> None:
     """UsageError, before any work, for a file that could not be written."""
     for path in paths:
-        if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+        if path is None:
+            continue
+        if path.is_dir() or not path.absolute().parent.is_dir():
             raise UsageError(
                 "there is no folder to write the file into" if not path.is_dir() else "it is a folder, not a file",
                 where=str(path),
                 fix="give a file in a folder that exists",
             )
+        check_around(path)
 
 
 def write_for_ci(view: Mapping[str, Any], junit: Path | None, summary: Path | None, compared: bool = False) -> None:
