@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import venv
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,9 +16,12 @@ import numpy as np
 import pytest
 
 from tmlc.errors import UsageError
-from tmlc.kernels.triton.variants import Compiled
+from tmlc.kernels.triton.launch import Variant
+from tmlc.kernels.triton.variants import Compiled, compile_variant
 from tmlc.pipeline.pipeline import load_pipeline
 
+#: A variant that compiles in a second.
+CHEAP = ("advance_kernel", (), ("*i64:16", "*i64:16", "*i32:16"), 4, 1, 90)
 GPU = Path(__file__).parents[2] / "perf/gpu"
 NAMES = ("bare", "brought", "checks", "claims", "command", "jobs", "peers", "results", "steps", "suspects", "timing")
 
@@ -418,9 +422,8 @@ def test_claims_are_told_from_the_results_alone(perf, tmp_path):
 def test_machine_code_of_another_tool_chain_is_brought_along(perf, tmp_path, monkeypatch):
     """Made in one cache, found in another whose Triton is another; not where the kernels have changed."""
     from tmlc.emit.triton import build
-    from tmlc.kernels.triton.launch import Variant
 
-    variant = Variant("advance_kernel", (), ("*i64:16", "*i64:16", "*i32:16"), 4, 1, 90)
+    variant = Variant(*CHEAP)
     made = Compiled(b"machine code", "advance_kernel", 4, 0, 20, 0, 2)
 
     def plan(preset, target, precision, pipeline):
@@ -453,19 +456,28 @@ def test_pytorch_beside_it_runs_the_sizes_of_the_model(perf, monkeypatch):
     assert all(made[way]["eager"] > 0 for way in ("eager", "batched_mm", "grouped_mm", "grouped_mm, compiled"))
 
 
-def test_tmlc_is_found_where_it_is_not_installed(tmp_path):
-    """An interpreter that knows numpy's folder and nothing of this checkout."""
-    code = f"""
+def test_kernels_compile_where_tmlc_is_not_installed(tmp_path):
+    """An environment that has the libraries and not tmlc, as a lent machine's is, started in the checkout's folder: the
+    processes that compile a kernel find tmlc, too, and make the same machine code."""
+    venv.create(tmp_path / "environment", symlinks=True)
+    python = tmp_path / "environment/bin/python"
+    (tmp_path / "script.py").write_text(f"""
 import pathlib, sys
 sys.path.insert(0, {str(GPU)!r})
 import bare
-bare.prepare(pathlib.Path({str(tmp_path)!r}))
-import tmlc.kernels.triton.tuning as tuning, tmlc.runtimes.cuda.chains, tmlc.package.reader
+assert "numpy" not in bare.missing() and not bare._there("tmlc")
+bare.prepare(pathlib.Path({str(tmp_path / "rooms")!r}))
+import tmlc.package.reader, tmlc.runtimes.cuda.chains, tmlc.kernels.triton.tuning as tuning
+from tmlc.emit.triton.build import build_variants
+from tmlc.kernels.triton.launch import Variant
 tuning.table()
-print(tuning.__file__)
-"""
-    environment = {**os.environ, "PYTHONPATH": str(Path(np.__file__).parents[1]), "PYTHONDONTWRITEBYTECODE": "1"}
-    done = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True, env=environment,
-                          cwd=tmp_path, check=False)  # fmt: skip
+(made,) = build_variants([Variant(*{(*CHEAP,)!r})], jobs=1).values()
+print(tuning.__file__, made.digest)
+""")
+    environment = {**os.environ, "PYTHONPATH": str(Path(np.__file__).parents[1]), "PYTHONDONTWRITEBYTECODE": "1",
+                   "TMLC_CACHE": str(tmp_path / "cache")}  # fmt: skip
+    command = [python, tmp_path / "script.py"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=GPU.parents[1], check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(str(tmp_path / "tmlc"))
+    file, digest = done.stdout.split()
+    assert file.startswith(str(tmp_path / "rooms")) and digest == compile_variant(Variant(*CHEAP)).digest
