@@ -52,6 +52,16 @@ def test_counts_the_bytes_that_a_package_has(packages: dict[str, Path], precisio
     assert session_bytes(planned) == pytest.approx(capacity.session_bytes, rel=0.01)
 
 
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_routers_are_counted_in_float32_in_every_precision(program: Any, precision: str) -> None:
+    config = InteractionConfig.from_preset("nano").text_config
+    routers = [op for op in method_work(program, precision)["decode"] if op.op == "router"]
+    assert len(routers) == config.mlp_layer_types.count("sparse")
+    # A row an expert, and a correction of each one's choice; the shared one has a row, too, where it competes.
+    rows = {op.weight_bytes / 4 // config.hidden_size for op in routers}
+    assert rows <= {config.n_routed_experts, config.n_routed_experts + 1}, rows
+
+
 def test_counts_each_multiply_add_of_a_position_once(program: Any) -> None:
     config = InteractionConfig.from_preset("nano")
     work = method_work(program, "bf16")

@@ -18,6 +18,9 @@ from tmlc.ir.program import Method, Program, role, type_of
 from tmlc.ir.types import TensorType
 from tmlc.report.plan.precision import BITS
 
+#: Routers that take logits.
+_ROUTERS = {"sink_router", "topk_router"}
+
 
 @dataclass(frozen=True)
 class OpWork:
@@ -97,7 +100,7 @@ def _ops(method: Method, precision: str) -> Iterator[OpWork]:
             "computes": not spec.view,
             "reduces": isinstance(given.get("addend"), fx.Node) and _has_product(given),
         }
-        needs = _needs(given, precision)
+        needs = _needs(given, _bits(node, precision))
         if (weight := given.get("weight")) in seen:
             needs["again_bytes"], needs["weight_bytes"] = needs["weight_bytes"], 0.0
         elif isinstance(weight, fx.Node):
@@ -109,29 +112,37 @@ def _has_product(given: dict[str, Any]) -> bool:
     return isinstance(given.get("weight"), fx.Node) or isinstance(given.get("gate_up"), fx.Node)
 
 
-def _needs(given: dict[str, Any], precision: str) -> dict[str, Any]:
-    """Bytes and multiply-adds of one op, from its arguments by name."""
+def _bits(call: fx.Node, precision: str) -> float:
+    """Of a weight of a product as stored. Routers' are float32 in every precision; a router's product stands in it or
+    is a linear before it."""
+    op, *readers = (spec.name for one in (call, *call.users) if (spec := spec_of(one.target)) is not None)
+    routes = "router" in op or (op == "linear" and not _ROUTERS.isdisjoint(readers))
+    return BITS["fp32" if routes else precision]
+
+
+def _needs(given: dict[str, Any], bits: float) -> dict[str, Any]:
+    """Bytes and multiply-adds of one op, from its arguments by name; `bits` of a weight of it, if it is a product."""
     if isinstance(given.get("gate_up"), fx.Node):
-        return _expert_needs(given, precision)
+        return _expert_needs(given, bits)
     if isinstance(given.get("k_cache"), fx.Node):
         return _attention_needs(given)
     needs: dict[str, Any] = {}
     if isinstance(given.get("weight"), fx.Node) and len(type_of(given["weight"]).shape) == 2:
         count = type_of(given["weight"]).numel()
         needs["macs"] = float(count)
-        needs["weight_bytes"] = count * BITS[precision] / 8
+        needs["weight_bytes"] = count * bits / 8
     others = (node for name, node in given.items() if name not in ("weight", "table") and isinstance(node, fx.Node))
     small = sum(type_of(node).nbytes() for node in others if node.op == "placeholder" and role(node)[0] == "weight")
     needs["weight_bytes"] = needs.get("weight_bytes", 0.0) + small
     return needs
 
 
-def _expert_needs(given: dict[str, Any], precision: str) -> dict[str, Any]:
+def _expert_needs(given: dict[str, Any], bits: float) -> dict[str, Any]:
     gate_up, down, routes = (type_of(given[name]) for name in ("gate_up", "down", "weights"))
     stacked, taken = int(gate_up.shape[0]), int(routes.shape[-1])
     shared = _shared(given["experts"])
     one = (gate_up.numel() + down.numel()) // stacked
-    bytes_of_one = one * BITS[precision] / 8
+    bytes_of_one = one * bits / 8
     return {
         "experts": stacked - shared,
         "chosen": taken - shared,
@@ -187,7 +198,7 @@ def tick_calls(program: Program, video: bool) -> list[MethodCall]:
 
 def weight_bytes(work: dict[str, list[OpWork]], program: Program, precision: str) -> float:
     """Bytes of all weights of the program, each once: products as `precision` stores them, the rest as they are."""
-    products: set[str] = set()
+    products: dict[str, float] = {}
     for method in program.methods.values():
         for node in method.calls():
             spec = spec_of(node.target)
@@ -195,12 +206,14 @@ def weight_bytes(work: dict[str, list[OpWork]], program: Program, precision: str
             given = dict(zip(spec.args, node.args, strict=True))
             for name in ("weight", "gate_up", "down"):
                 argument = given.get(name)
-                if isinstance(argument, fx.Node) and argument.op == "placeholder" and _has_product(given):
-                    products.update([role(argument)[1]] if len(type_of(argument).shape) >= 2 else [])
+                if not isinstance(argument, fx.Node) or argument.op != "placeholder" or not _has_product(given):
+                    continue
+                if len(type_of(argument).shape) >= 2:
+                    products[role(argument)[1]] = _bits(node, precision)
     total = 0.0
     for name in program.used_weights():
         kind = program.weights[name].type
-        total += kind.numel() * BITS[precision] / 8 if name in products else kind.nbytes()
+        total += kind.numel() * products[name] / 8 if name in products else kind.nbytes()
     return total
 
 
