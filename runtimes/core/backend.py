@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tmlc.errors import InputError, PackageError, UsageError
+from tmlc.errors import CapacityError, InputError, PackageError, UsageError
 from tmlc.runtimes.core.chains import Chains
 from tmlc.runtimes.core.kernels import KernelTimer
 from tmlc.runtimes.core.slots import HostSlots, Slot, SlotMemory
@@ -134,6 +134,14 @@ class Backend(ABC):
     @abstractmethod
     def close(self) -> None:
         """Frees the target; no call may follow."""
+
+
+def no_outputs(of: str) -> CapacityError:
+    """The error of output buffers that cannot be reserved."""
+    return CapacityError(
+        f"cannot reserve the output buffers of the {of}",
+        fix="free memory of this machine, or compile with a smaller --max-append",
+    )
 
 
 def check_inputs(method: MethodSpec, n: int, inputs: Sequence[np.ndarray]) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from tmlc.errors import CapacityError, UsageError
+from tmlc.errors import CapacityError, InputError, UsageError
 
 ALIGNMENT = 64
 MAX_SLOTS = 65536
@@ -118,6 +118,13 @@ def no_room(count: int, slot_bytes: int) -> CapacityError:
     return CapacityError(
         f"cannot reserve {count} sessions of {slot_bytes} bytes",
         fix="load with fewer sessions, or compile with a shorter context",
+    )
+
+
+def odd_slot(slot_bytes: int, given: int) -> InputError:
+    """The error of a call with host memory that is no slot."""
+    return InputError(
+        f"a slot of this package has {slot_bytes} bytes, not {given}", fix="give what the engine's slots.handle() gives"
     )
 
 
