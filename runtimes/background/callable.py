@@ -40,7 +40,10 @@ class CallableModel(BackgroundModel):
 
     async def _in_thread(self, delegation: Delegation, context: Context) -> Any:
         if not self._threads.acquire(blocking=False):
-            raise CapacityError("all threads of the background model are in calls that have not come back")
+            raise CapacityError(
+                "all threads of the background model are in calls that have not come back",
+                fix="give the function a timeout of its own, or CallableModel a larger max_threads",
+            )
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Any] = loop.create_future()
 

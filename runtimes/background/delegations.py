@@ -83,7 +83,7 @@ class DelegationEvent:
 
     Attributes:
         seconds: since it began.
-        text: of the progress or result (cut), or why it failed; the name of the tool.
+        text: of the progress or result (cut), or why it failed and what to do; the name of the tool.
         injection: id of the injection that the result or progress became ("" for none).
     """
 
@@ -158,9 +158,9 @@ class Delegations:
             SessionError: the session has closed.
         """
         if self._closed:
-            raise SessionError("the session takes no more delegations: it is closed")
+            raise SessionError("the session takes no more delegations: it is closed", fix="open a new session")
         if not isinstance(task, str) or not task.strip():
-            raise UsageError("a delegation needs a task with something in it")
+            raise UsageError("a delegation needs a task with something in it", fix="say in it what is to be done")
         if key is not None:
             for one in [one for one in self._live.values() if one.delegation.key == key]:
                 self._end(one, Stage.CANCELLED, "superseded")
@@ -329,12 +329,12 @@ async def _pump(
 
 
 def _reason(error: BaseException) -> str:
-    """Why a model failed, short; never raises, whatever the error's own methods do."""
+    """Why a model failed, short, and what to do if it says so; never raises, whatever the error's own methods do."""
     try:
-        text = error.what if isinstance(error, TmlcError) else str(error)
+        text = f"{error.what}. {error.fix}" if isinstance(error, TmlcError) else str(error)
     except Exception:
         text = ""
-    return f"{type(error).__name__}: {' '.join(text[:500].split())[:200]}"
+    return f"{type(error).__name__}: {' '.join(text[:500].split())[:300]}"
 
 
 def checked(event: object) -> Event:
@@ -343,17 +343,23 @@ def checked(event: object) -> Event:
         # One character more than is kept: the queue sees that it is too long, marks the cut and counts it.
         text = _cut(event.text, MAX_CHARACTERS + 1) or "(empty)"
         if event.spoken is not None and not isinstance(event.spoken, bool):
-            raise UsageError("the model gave a result of which nobody can say whether it is spoken")
+            raise UsageError(
+                "the model gave a result of which nobody can say whether it is spoken",
+                fix="give Result.spoken as True, False or None",
+            )
         return Result(text, event.spoken, None if event.policy is None else Policy(event.policy))
     if isinstance(event, Progress):
         return Progress(_cut(event.text, MAX_PROGRESS))
     if isinstance(event, ToolCall):
         return ToolCall(_cut(event.name, 200), _cut(event.arguments, MAX_PROGRESS))
-    raise UsageError(f"the model gave {type(event).__name__} and neither Progress, ToolCall nor Result")
+    raise UsageError(
+        f"the model gave {type(event).__name__} and neither Progress, ToolCall nor Result",
+        fix="give a text as Result(text)",
+    )
 
 
 def _cut(text: object, most: int) -> str:
     """The first characters of `text`, as a plain str. Raises UsageError when it is none."""
     if not isinstance(text, str):
-        raise UsageError(f"the model gave {type(text).__name__} where a text belongs")
+        raise UsageError(f"the model gave {type(text).__name__} where a text belongs", fix="make a str of it")
     return str.__getitem__(text, slice(0, most))

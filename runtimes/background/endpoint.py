@@ -24,6 +24,15 @@ RETRIES = 2
 """How often a request that did not get through is tried again."""
 REQUEST_SECONDS = 60.0
 """Without a byte for so long, a request is given up. The delegation has its own timeout beside it."""
+_KEY = "give a key that it accepts (`key_env` of the settings)"
+_STATUS = {
+    401: _KEY,
+    403: _KEY,
+    404: "check `url` and `name` of the model",
+    429: "wait until it takes more, or lower `live` of the limits",
+}
+"""What to do about a status."""
+_LOOK = "see the endpoint's own log"
 
 
 class Api(StrEnum):
@@ -109,18 +118,25 @@ class EndpointModel(BackgroundModel):
                 if not heard.calls:
                     break
                 if number == MAX_ROUNDS or self._tools is None:
-                    raise BackgroundError("the endpoint goes on calling tools, or calls some that it was not offered")
+                    raise BackgroundError(
+                        "the endpoint goes on calling tools, or calls some that it was not offered",
+                        fix=f"say in `instructions` to answer after at most {MAX_ROUNDS} rounds, or name another model",
+                    )
                 for call in heard.calls.values():
                     yield ToolCall(call.name, call.arguments)
                 yield Progress(f"Asking {', '.join(call.name for call in heard.calls.values())}.")
                 await self._run_tools(history, heard)
         except openai.APIStatusError as error:
             # Its message may quote the request: only the number is told.
-            raise BackgroundError(f"the endpoint answered {error.status_code}") from None
+            raise BackgroundError(
+                f"the endpoint answered {error.status_code}", fix=_STATUS.get(error.status_code, _LOOK)
+            ) from None
         except openai.OpenAIError as error:
-            raise BackgroundError(f"the endpoint failed: {type(error).__name__}") from None
+            raise BackgroundError(
+                f"the endpoint failed: {type(error).__name__}", fix="see that it runs and that `url` leads there"
+            ) from None
         if not heard.text.strip():
-            raise BackgroundError("the endpoint gave an empty answer")
+            raise BackgroundError("the endpoint gave an empty answer", fix="raise `max_tokens`, or name another model")
         yield Result(heard.text.strip())
 
     async def close(self) -> None:
@@ -221,7 +237,7 @@ class EndpointModel(BackgroundModel):
                         call.id, call.name = event.item.call_id, event.item.name
                         call.extend(event.item.arguments)
                 elif event.type in ("response.failed", "error"):
-                    raise BackgroundError("the endpoint failed in the middle of its answer")
+                    raise BackgroundError("the endpoint failed in the middle of its answer", fix=_LOOK)
                 if len(heard.text) > MAX_CHARACTERS:
                     return
 
@@ -230,7 +246,9 @@ class EndpointModel(BackgroundModel):
         assert self._tools is not None
         calls = list(heard.calls.values())
         if any(not call.name or not call.id for call in calls):
-            raise BackgroundError("the endpoint called a tool without its name or id")
+            raise BackgroundError(
+                "the endpoint called a tool without its name or id", fix="name another model, or leave `tools` out"
+            )
         given = await asyncio.gather(*(self._tools.call(call.name, call.arguments) for call in calls[:MAX_CALLS]))
         given += ["error: too many calls at once"] * (len(calls) - len(given))
         if self._api is Api.CHAT:

@@ -67,7 +67,9 @@ class EngineModel(BackgroundModel):
         self, load: Callable[[], Engine], *, first_target: str, max_tokens: int = 256, niceness: int = NICENESS
     ) -> None:
         if not 0 <= niceness <= 19:
-            raise UsageError(f"niceness must be 0 to 19, not {niceness}")
+            raise UsageError(
+                f"niceness must be 0 to 19, not {niceness}", where="niceness", fix=f"leave it out for {NICENESS}"
+            )
         self._load, self._first, self._max_tokens, self._niceness = load, first_target, max_tokens, niceness
         self._jobs: queue.Queue[_Job | None] = queue.Queue(MAX_WAITING)
         self._loaded = threading.Event()
@@ -79,7 +81,7 @@ class EngineModel(BackgroundModel):
     def ready(self, timeout: float | None = None) -> None:
         """Returns when the engine is loaded; raises what loading raised."""
         if not self._loaded.wait(timeout):
-            raise BackgroundError("the second engine is still loading")
+            raise BackgroundError("the second engine is still loading", fix="call ready() without a timeout")
         if self._fault is not None:
             raise self._fault
 
@@ -88,7 +90,10 @@ class EngineModel(BackgroundModel):
         try:
             self._jobs.put_nowait(job)
         except queue.Full:
-            raise BackgroundError(f"{MAX_WAITING} delegations wait for the second engine already") from None
+            raise BackgroundError(
+                f"{MAX_WAITING} delegations wait for the second engine already",
+                fix="wait until some are answered, or lower `live` of the limits",
+            ) from None
         try:
             while True:
                 event = await job.events.get()
@@ -150,19 +155,21 @@ class EngineModel(BackgroundModel):
 
     def _answer(self, engine: Engine | None, job: _Job) -> None:
         try:
-            if self._fault is not None or engine is None:
-                raise self._fault or BackgroundError("the second engine is not there")
+            if self._fault is not None:
+                raise self._fault
+            assert engine is not None
             with engine.session() as session:
                 text = self._think(engine, session, job)
             if text.strip():
                 job.give(Result(text.strip()))
             elif not job.cancelled:
-                job.give(BackgroundError("the second engine had nothing to say"))
+                job.give(BackgroundError("the second engine had nothing to say", fix="put the task in other words"))
         except TmlcError as error:
             job.give(error)
         except Exception as error:  # a fault of the engine ends this delegation, not the thread
             log.exception("the second engine failed")
-            job.give(BackgroundError(f"the second engine failed: {type(error).__name__}"))
+            what = f"the second engine failed: {type(error).__name__}"
+            job.give(BackgroundError(what, fix="see the traceback in the log"))
 
     def _think(self, engine: Engine, session: Any, job: _Job) -> str:
         """Reads the prompt and writes the answer, with a look at the ladder between any two pieces of work."""

@@ -155,7 +155,7 @@ class InjectionQueue:
             CapacityError: the queue is full; SessionError: it is closed; InputError: see `vocab`.
         """
         if not isinstance(text, str) or not text:
-            raise UsageError("an injection must be a text with something in it")
+            raise UsageError("an injection must be a text with something in it", fix="give a str that is not empty")
         return self.put_tokens(
             self._encode(text), spoken=spoken, policy=policy, coalesce=coalesce, supersede=supersede, ttl=ttl
         )
@@ -182,13 +182,18 @@ class InjectionQueue:
         self, spoken: bool, policy: Policy, coalesce: str | None, supersede: str | None, ttl: float | None
     ) -> None:
         if coalesce is not None and supersede is not None:
-            raise UsageError("an injection cannot both join and replace those before it")
+            raise UsageError(
+                "an injection cannot both join and replace those before it", fix="give either coalesce or supersede"
+            )
         if spoken and policy is Policy.SILENT:
             raise UsageError("a spoken injection cannot be silent", fix="take when_idle, next_gap or interrupt")
         if spoken and not self._say_room:
             raise UsageError("this model cannot be made to speak", fix="inject silently")
         if ttl is not None and not 0 < ttl < 1e9:
-            raise UsageError(f"a ttl must be a positive number of seconds, not {ttl}")
+            raise UsageError(
+                f"a ttl must be a positive number of seconds, not {ttl}",
+                fix="leave it out for an injection that waits as long as it must",
+            )
 
     def _encode(self, text: str) -> tuple[int, ...]:
         cut = len(text) > MAX_CHARACTERS
@@ -207,7 +212,10 @@ class InjectionQueue:
     def _known(self, tokens: list[int]) -> None:
         """Raises InputError when the engine does not know one of these tokens."""
         if self._vocab is not None and max(tokens, default=0) >= self._vocab:
-            raise InputError(f"the tokenizer gives token {max(tokens)}, the engine knows those below {self._vocab}")
+            raise InputError(
+                f"the tokenizer gives token {max(tokens)}, the engine knows those below {self._vocab}",
+                fix="compile the checkpoint with the tokenizer.json that it was trained with",
+            )
 
     def _put(
         self,
@@ -219,7 +227,7 @@ class InjectionQueue:
         ttl: float | None,
     ) -> str:
         if self._closed:
-            raise SessionError("the session takes no more injections: it is closed")
+            raise SessionError("the session takes no more injections: it is closed", fix="open a new session")
         if supersede is not None:
             self._replace(supersede)
         if coalesce is not None and (joined := self._joined(tokens, spoken, policy, coalesce, ttl)) is not None:

@@ -274,7 +274,7 @@ class BackgroundSession:
         Raises UsageError: both or neither are given.
         """
         if (tick is None) == (ms is None):
-            raise UsageError("playback is reported by tick or by milliseconds")
+            raise UsageError("playback is reported by tick or by milliseconds", fix="give one of the two")
         self.queue.played(tick if tick is not None else int((ms or 0.0) // self._period_ms) - 1)
 
     def unplayed(self, first: int, last: int) -> None:

@@ -65,9 +65,13 @@ class Worker:
             self._loop.call_soon_threadsafe(self._loop.stop)  # ends it, should it ever come back
             self._loop = self._thread = None
             self.abandoned += 1
-        if self._closed or self.abandoned > MAX_ABANDONED or self.running >= MAX_RUNNING:
-            why = "is closed" if self._closed else f"does not come back ({self.running} calls)"
-            raise CapacityError(f"the background model {why}", fix="a model must await what takes long")
+        if self._closed:
+            raise CapacityError("the background model is closed", fix="make a new Background")
+        if self.abandoned > MAX_ABANDONED or self.running >= MAX_RUNNING:
+            raise CapacityError(
+                f"the background model does not come back ({self.running} calls)",
+                fix="a model must await what takes long",
+            )
         if self._loop is None:
             self._loop, self._beat = asyncio.new_event_loop(), time.monotonic()
             self._thread = threading.Thread(

@@ -42,7 +42,10 @@ class StepTable:
 
     def __init__(self, measured: Mapping[int, float]) -> None:
         if not measured or min(measured) < 1 or not all(0 < s < math.inf for s in measured.values()):
-            raise UsageError(f"a step table needs positive seconds by size of batch, not {dict(measured)!r}")
+            raise UsageError(
+                f"a step table needs positive seconds by size of batch, not {dict(measured)!r}",
+                fix="let tmlc.runtimes.core.admission.measure(engine) make it, or give seconds such as {1: 0.02}",
+            )
         self._sizes = sorted(measured)
         # More sessions never take less time: what says otherwise is noise.
         self._seconds = np.maximum.accumulate([measured[size] for size in self._sizes]).tolist()

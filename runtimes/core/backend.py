@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tmlc.errors import InputError, PackageError, UsageError
+from tmlc.errors import CapacityError, InputError, PackageError, UsageError
 from tmlc.runtimes.core.chains import Chains
 from tmlc.runtimes.core.kernels import KernelTimer
 from tmlc.runtimes.core.slots import HostSlots, Slot, SlotMemory
@@ -121,7 +121,11 @@ class Backend(ABC):
 
         Raises UsageError, with the reason, where the target cannot.
         """
-        raise UsageError("this target has no times of single kernel calls", where=f"target {self.target}")
+        raise UsageError(
+            "this target has no times of single kernel calls",
+            where=f"target {self.target}",
+            fix="take the times of whole methods (TickOutput.timings), or load the target cpu",
+        )
 
     @abstractmethod
     def memory(self) -> dict[str, int]:
@@ -132,16 +136,30 @@ class Backend(ABC):
         """Frees the target; no call may follow."""
 
 
+def no_outputs(of: str) -> CapacityError:
+    """The error of output buffers that cannot be reserved."""
+    return CapacityError(
+        f"cannot reserve the output buffers of the {of}",
+        fix="free memory of this machine, or compile with a smaller --max-append",
+    )
+
+
 def check_inputs(method: MethodSpec, n: int, inputs: Sequence[np.ndarray]) -> None:
     """Raises InputError unless `inputs` are what `method` takes in a call with n positions."""
     if not 1 <= n <= method.max_n:
-        raise InputError(f"{method.name} takes 1 to {method.max_n} positions a call, not {n}")
+        raise _refused(method, f"{method.name} takes 1 to {method.max_n} positions a call, not {n}")
     if len(inputs) != len(method.inputs):
-        raise InputError(f"{method.name} takes {len(method.inputs)} arguments, not {len(inputs)}")
+        raise _refused(method, f"{method.name} takes {len(method.inputs)} arguments, not {len(inputs)}")
     for index, (array, spec) in enumerate(zip(inputs, method.inputs, strict=True)):
         shape = (spec.a * n + spec.b, spec.cols)
         if array.shape != shape or array.dtype != DTYPES[spec.dtype] or not array.flags.c_contiguous:
-            raise InputError(
+            raise _refused(
+                method,
                 f"argument {index} of {method.name} must be dense {spec.dtype}{list(shape)}, "
-                f"not {array.dtype}{list(array.shape)}"
+                f"not {array.dtype}{list(array.shape)}",
             )
+
+
+def _refused(method: MethodSpec, what: str) -> InputError:
+    """The error of a call that is not of the form of `method`."""
+    return InputError(what, where=f"method {method.name}", fix=f"call {method}, with n from 1 to {method.max_n}")

@@ -23,7 +23,10 @@ class Clock(ABC):
 
     def __init__(self, period: float = 0.2) -> None:
         if not period > 0:
-            raise UsageError(f"a clock's period must be positive, not {period}")
+            raise UsageError(
+                f"a clock's period must be positive, not {period}",
+                fix="give the seconds of a tick: engine.layout.duration_ms / 1000",
+            )
         self.period = period
         self.t0 = 0.0
 
@@ -90,15 +93,20 @@ class VirtualClock(Clock):
 
     def advance(self, seconds: float) -> None:
         """Something took so long."""
-        if seconds < 0:
-            raise UsageError(f"a clock cannot go back by {-seconds} s")
-        self._now += seconds
+        self._now += _forward(seconds)
 
     def wait(self, tick: int) -> float:
         due = self.due(tick)
         late = self._now - due
         self._now = max(self._now, due)
         return max(0.0, late)
+
+
+def _forward(seconds: float) -> float:
+    """`seconds`, if a clock can move by them. Raises UsageError."""
+    if seconds < 0:
+        raise UsageError(f"a clock cannot go back by {-seconds} s", fix="start a new clock for an earlier time")
+    return seconds
 
 
 class ManualClock(Clock):
@@ -114,10 +122,8 @@ class ManualClock(Clock):
 
     def advance(self, seconds: float) -> None:
         """Moves the clock forward and wakes whoever waits for the new time."""
-        if seconds < 0:
-            raise UsageError(f"a clock cannot go back by {-seconds} s")
         with self._moved:
-            self._now += seconds
+            self._now += _forward(seconds)
             self._moved.notify_all()
 
     def wait(self, tick: int) -> float:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from tmlc.errors import CapacityError, InputError, PackageError, SessionError, TargetError, UsageError
+from tmlc.errors import CapacityError, PackageError, SessionError, TargetError, UsageError
 from tmlc.package.manifest import Manifest
 from tmlc.package.reader import Package, open_package
 from tmlc.runtimes.core.backend import Backend
@@ -24,10 +24,10 @@ from tmlc.runtimes.core.chained import ChainedDriver
 from tmlc.runtimes.core.model import Model
 from tmlc.runtimes.core.placement import Placement
 from tmlc.runtimes.core.session import LogSink, Session
-from tmlc.runtimes.core.slots import SlotPool
+from tmlc.runtimes.core.slots import SlotPool, check_count
 from tmlc.runtimes.core.snapshot import read_snapshot
 from tmlc.runtimes.core.text import Tokenizer, load_tokenizer
-from tmlc.runtimes.core.tick import DRIVERS, Conversation, Driver, TickInput, TickOutput, finite_temperature
+from tmlc.runtimes.core.tick import DRIVERS, Conversation, Driver, TickInput, TickOutput, finite_temperature, whole_seed
 
 BACKENDS = {
     "cpu": "tmlc.runtimes.cpu.backend",
@@ -157,11 +157,11 @@ class Engine:
 
         Raises:
             CapacityError: all slots are taken.
+            InputError: a seed or temperature out of range.
         """
-        if not isinstance(seed, int | np.integer) or isinstance(seed, bool) or not 0 <= seed < 2**63:
-            raise InputError(f"seed must be a whole number from 0 to 2^63 - 1, not {seed!r}")
+        chosen = whole_seed(seed)
         self._check_open()
-        talk = self._conversation(int(seed), finite_temperature(temperature))
+        talk = self._conversation(chosen, finite_temperature(temperature))
         return self._admit(talk, log)
 
     def tick_batch(
@@ -287,9 +287,12 @@ def load(
     """
     count = default_threads() if threads is None else threads
     if not isinstance(count, int) or not 1 <= count <= MAX_THREADS:
-        raise UsageError(f"threads must be 1 to {MAX_THREADS}, not {threads}")
-    if not isinstance(sessions, int):
-        raise UsageError(f"sessions must be a whole number, not {sessions!r}")
+        raise UsageError(
+            f"threads must be 1 to {MAX_THREADS}, not {threads}",
+            where="threads",
+            fix="leave it out for every core that this process may use",
+        )
+    check_count(sessions)
     placement = Placement(pin, lock_memory, huge_pages)
     package = open_package(path)
     try:

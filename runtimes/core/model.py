@@ -17,6 +17,7 @@ from time import perf_counter_ns
 import numpy as np
 
 from tmlc.errors import CapacityError, ContextFullError, KernelError, PackageError
+from tmlc.package.fields import AGAIN
 from tmlc.package.manifest import Manifest
 from tmlc.runtimes.core.backend import DTYPES, Backend, MethodSpec, TensorSpec
 from tmlc.runtimes.core.chains import Key
@@ -28,6 +29,11 @@ MAX_COLS = 1 << 22  # of a hidden state and of the logits
 Sink = Callable[[np.ndarray], None]
 Rows = tuple[int, np.ndarray]
 """A session's number in the batch, and rows of it: dense, a whole number of positions."""
+
+
+def _odd(what: str) -> PackageError:
+    """The error of a tick that no model has."""
+    return PackageError(what, where="manifest.json: tick", fix=AGAIN)
 
 
 def _rows(dtype: str, a: int, cols: int) -> TensorSpec:
@@ -64,7 +70,7 @@ class Model:
         if manifest.model.kind == "interaction":
             self._check_interaction()
         elif self.layout.audio_out or (self.layout.audio_in and self.layout.hop < 1):
-            raise PackageError("a token model may hear and see, but it does not speak", where="manifest.json: tick")
+            raise _odd("a token model may hear and see, but it does not speak")
         self._check_media()
         self.chunk = min(self._spec("decode").max_n, manifest.context.max_append)
         self.times = dict.fromkeys(backend.methods, 0)
@@ -105,23 +111,19 @@ class Model:
     def _check_text(self) -> None:
         hidden, ids, key = _rows("f32", 1, self.width), _rows("i32", 1, 1), _rows("i64", 1, 3)
         if max(self.width, self.vocab) > MAX_COLS:
-            raise PackageError(f"a model {self.width} wide with a vocabulary of {self.vocab} is absurd")
+            raise PackageError(f"a model {self.width} wide with a vocabulary of {self.vocab} is absurd", fix=AGAIN)
         self._spec("decode").require([hidden], [hidden])
         self._spec("embed_text").require([ids], [hidden])
         self._spec("unembed").require([hidden], [_rows("f32", 1, self.vocab)])
         self._spec("next_token").require([hidden, key, _rows("f32", 1, 1)], [ids])
         for name in ("silence_token_id", "end_of_tick_token_id"):
             if getattr(self.layout, name) >= self.vocab:
-                what = f"{name} is outside the vocabulary of {self.vocab}"
-                raise PackageError(what, where="manifest.json: tick")
+                raise _odd(f"{name} is outside the vocabulary of {self.vocab}")
 
     def _check_interaction(self) -> None:
         layout = self.layout
         if layout.audio_in < 1 or layout.hop < 1 or layout.end_of_tick_token_id < 0:
-            raise PackageError(
-                "an interaction model needs audio positions and an end-of-tick token",
-                where="manifest.json: tick",
-            )
+            raise _odd("an interaction model needs audio positions and an end-of-tick token")
         self.speaks = layout.audio_out > 0
 
     def _check_media(self) -> None:
@@ -135,9 +137,9 @@ class Model:
         }
         for what, size in sizes.items():
             if size > MAX_TICK_BYTES:
-                raise PackageError(f"{size} bytes of {what} a tick are absurd", where="manifest.json: tick")
+                raise _odd(f"{size} bytes of {what} a tick are absurd")
         if layout.video_positions and not sizes["video"]:
-            raise PackageError("video needs frames that are not empty", where="manifest.json: tick")
+            raise _odd("video needs frames that are not empty")
         if layout.audio_in:
             self.hears, self.hop = True, layout.hop
             self._spec("embed_audio").require([_rows("f32", 1, self.hop)], [hidden])

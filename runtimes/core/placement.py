@@ -120,7 +120,11 @@ def lock_pages(address: int, nbytes: int, what: str) -> None:
             fix="raise the limit (ulimit -l; LimitMEMLOCK= of a service; --ulimit memlock=-1 of a container), give "
             "the process CAP_IPC_LOCK, or load without lock_memory",
         )
-    raise CapacityError(f"cannot lock {nbytes} bytes of {what}: {os.strerror(number)}", where="lock_memory")
+    raise CapacityError(
+        f"cannot lock {nbytes} bytes of {what}: {os.strerror(number)}",
+        where="lock_memory",
+        fix="load without lock_memory",
+    )
 
 
 def _limit() -> str:

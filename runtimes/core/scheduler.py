@@ -25,14 +25,14 @@ from concurrent.futures import Future
 from math import ceil
 from statistics import median
 
-from tmlc.errors import CapacityError, ContextFullError, DeviceError, InputError, TmlcError, UsageError
+from tmlc.errors import CapacityError, ContextFullError, DeviceError, TmlcError, UsageError
 from tmlc.runtimes.core.admission import HEADROOM, Ladder, Level, StepTable
 from tmlc.runtimes.core.clock import Clock, WallClock
 from tmlc.runtimes.core.live import Ended, EndReason, Inbox, Published, Sink
 from tmlc.runtimes.core.seat import Gathered, Seat, SeatState
 from tmlc.runtimes.core.streams import MAX_LATE, Pace
 from tmlc.runtimes.core.surface import LiveEngine, LogSink, SchedulerStats
-from tmlc.runtimes.core.tick import TickOutput, finite_temperature
+from tmlc.runtimes.core.tick import TickOutput, finite_temperature, whole_seed
 
 COLLAPSES, COLLAPSE_SECONDS = 3, 10.0
 """So many collapses within so many seconds end a session."""
@@ -60,9 +60,16 @@ class Scheduler:
         period = engine.layout.duration_ms / 1000
         self.engine, self.clock, self.table = engine, clock or WallClock(period), table
         if abs(self.clock.period - period) > 1e-9:
-            raise UsageError(f"a tick of this model is {period} s, the clock's period is {self.clock.period} s")
+            raise UsageError(
+                f"a tick of this model is {period} s, the clock's period is {self.clock.period} s",
+                where="clock",
+                fix=f"make the clock with the period {period}, or leave it out for real time",
+            )
         if not resume_window >= 0 or not step_budget > 0:
-            raise UsageError("resume_window must not be negative, and step_budget must be positive")
+            raise UsageError(
+                f"resume_window must be 0 or more and step_budget positive, not {resume_window} and {step_budget}",
+                fix="give seconds, or leave them out for 30 and 0.16",
+            )
         self.resume_window, self.step_budget = resume_window, step_budget
         capacity = engine.capacity()
         self._slots, self._chunk = capacity.sessions, capacity.max_append
@@ -104,7 +111,7 @@ class Scheduler:
         if not isinstance(self.clock, WallClock):
             raise UsageError("a thread needs a clock of real time", fix="call step() at each edge of this clock")
         if self._thread is not None or self._closed:
-            raise UsageError("a scheduler is started once")
+            raise UsageError("a scheduler is started once", fix="make a new one when this one is closed")
         self._thread = threading.Thread(target=self._work, name="tmlc-device", daemon=True)
         self._thread.start()
 
@@ -126,9 +133,7 @@ class Scheduler:
             CapacityError: no slot is free, or one more session would make the others late; `retry_after` is set.
             InputError: a seed or temperature out of range.
         """
-        if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
-            raise InputError(f"seed must be a whole number from 0 to 2^63 - 1, not {seed!r}")
-        heat = finite_temperature(temperature)
+        chosen, heat = whole_seed(seed), finite_temperature(temperature)
         seat = Seat(self, self.engine, self.clock.period, sink, inbox, Pace(pace), log, self._totals)
         with self._woken:
             why, wait = self._refusal()
@@ -138,7 +143,7 @@ class Scheduler:
                 error.retry_after = wait
                 raise error
             self._seats[seat.id] = seat
-            self._opening[seat] = (seed, heat, snapshot)
+            self._opening[seat] = (chosen, heat, snapshot)
             self._woken.notify()
         return seat
 
@@ -216,7 +221,7 @@ class Scheduler:
         """Does, on the caller's thread, all that is due now: what seats asked for, and one tick of each session whose
         tick is due. Returns the events that the sinks got. Never waits."""
         if self._thread is not None:
-            raise UsageError("a scheduler with a device thread steps by itself")
+            raise UsageError("a scheduler with a device thread steps by itself", fix="call start() or step(), not both")
         events: list[Published | Ended] = []
         self._events = events
         self._serve()

@@ -25,7 +25,7 @@ from tmlc.runtimes.core.admission import Level
 from tmlc.runtimes.core.live import NOTHING, Delivery, Inbox, Moment, Sink
 from tmlc.runtimes.core.streams import FrameSlot, Pace, SampleStream, Taken, TokenStream
 from tmlc.runtimes.core.surface import LiveEngine, LiveSession, LogSink
-from tmlc.runtimes.core.tick import TickInput, TickOutput, check_audio, check_tokens, check_video
+from tmlc.runtimes.core.tick import TickInput, TickOutput, check_audio, check_reads, check_tokens, check_video
 from tmlc.runtimes.core.voice import VoiceDetector, hops_of
 
 MAX_SNAPSHOTS = 16
@@ -96,7 +96,7 @@ class Requests:
         """The session has ended: there is no snapshot of it."""
         for future in self.snapshots:
             if future.set_running_or_notify_cancel():
-                future.set_exception(SessionError("the session has ended"))
+                future.set_exception(_gone())
 
 
 @dataclass(slots=True)
@@ -179,7 +179,10 @@ class Seat:
         """
         if not isinstance(frame, np.ndarray) or frame.ndim != 3:
             size = (self.layout.frame_height, self.layout.frame_width, 3)
-            raise InputError(f"a frame must be uint8 {list(size)}, in one array")
+            raise InputError(
+                f"a frame must be uint8 {list(size)}, in one array",
+                fix=f"give one RGB picture of {size[1]} × {size[0]} pixels, without an axis of frames",
+            )
         self._frames.put(check_video(frame[None], self.layout).copy())
 
     def read(self, text: str) -> None:
@@ -187,10 +190,12 @@ class Seat:
 
         Raises InputError: a model or a package that takes no text, or 65,536 tokens wait already.
         """
-        if self._engine.kind == "interaction" and not self.layout.text_in:
-            raise InputError("this model does not read: it takes no text")
+        check_reads(self._engine.kind, self.layout)
         if self._engine.tokenizer is None:
-            raise InputError("this package has no tokenizer: it takes no text")
+            raise InputError(
+                "this package has no tokenizer: it takes no text",
+                fix="serve one that was compiled with its checkpoint's tokenizer.json",
+            )
         self._typed.put(check_tokens(self._engine.tokenizer.encode(text), self._engine.vocab))
 
     def forget_input(self) -> None:
@@ -231,12 +236,15 @@ class Seat:
     def _ask(self, move: Sink | str | None = None, snapshot: Future[bytes] | None = None) -> None:
         with self._host.request_lock:
             if self.state is SeatState.ENDED:
-                raise SessionError("the session has ended", fix="open a new one, or one from its snapshot")
+                raise _gone()
             if move is not None:
                 self._requests.move = move
             if snapshot is not None:
                 if len(self._requests.snapshots) >= MAX_SNAPSHOTS:
-                    raise CapacityError(f"{MAX_SNAPSHOTS} snapshots of this session are waited for")
+                    raise CapacityError(
+                        f"{MAX_SNAPSHOTS} snapshots of this session are waited for",
+                        fix="wait for the result of one of them first",
+                    )
                 self._requests.snapshots.append(snapshot)
         self._host.wake(self)
 
@@ -351,6 +359,10 @@ class Seat:
             dropped_frames=output.stats["dropped_clips"], injected=len(gathered.delivery.inject),
             said=len(gathered.delivery.say),
         )  # fmt: skip
+
+
+def _gone() -> SessionError:
+    return SessionError("the session has ended", fix="open a new one, or one from its snapshot")
 
 
 def _ended(tokens: Sequence[int], eos: Sequence[int]) -> bool:

@@ -30,6 +30,7 @@ from tmlc.runtimes.core.tick import (
     TickOutput,
     Tokens,
     check_audio,
+    check_reads,
     check_tokens,
     check_video,
 )
@@ -139,9 +140,14 @@ class Session:
         if clips is not None:
             count += clips.shape[0] // (layout.clip_frames * layout.frame_height) * layout.video_positions
         if not count:
-            raise InputError("append needs at least one position of tokens, audio or video")
+            raise InputError(
+                "append needs at least one position of tokens, audio or video",
+                fix="give one of them, or call tick() for a tick without input",
+            )
         if logits not in _LOGITS:
-            raise InputError(f"logits must be one of {', '.join(_LOGITS)}, not {logits!r}")
+            raise InputError(
+                f"logits must be one of {', '.join(_LOGITS)}, not {logits!r}", fix="leave it out for all positions"
+            )
         wanted = _LOGITS[logits](count)
         out = np.empty((wanted, model.vocab), np.float32)
         done = 0
@@ -170,13 +176,19 @@ class Session:
     def _whole_positions(self, audio: np.ndarray) -> np.ndarray:
         hop = self.engine.model.hop
         if audio.size % hop:
-            raise InputError(f"audio must be a whole number of positions of {hop} samples, not {audio.size}")
+            raise InputError(
+                f"audio must be a whole number of positions of {hop} samples, not {audio.size}",
+                fix=f"keep the last {audio.size % hop} for the next append, or add {-audio.size % hop} zeros",
+            )
         return np.require(audio, requirements=["C", "A"]).reshape(-1, hop)
 
     def _whole_clips(self, video: np.ndarray) -> np.ndarray:
         layout = self.engine.model.layout
         if video.shape[0] % layout.clip_frames:
-            raise InputError(f"video must be whole clips of {layout.clip_frames} frames, not {video.shape[0]}")
+            raise InputError(
+                f"video must be whole clips of {layout.clip_frames} frames, not {video.shape[0]}",
+                fix="keep the last frames for the next append, or repeat the last one until its clip is whole",
+            )
         return np.ascontiguousarray(video).reshape(-1, layout.frame_width * 3)
 
     def tick(self, tick: TickInput | None = None) -> TickOutput:
@@ -193,19 +205,30 @@ class Session:
         """Checks the inputs of missed ticks and, the last one, of the tick to run; returns their tokens."""
         layout, kind = self.engine.model.layout, self.engine.kind
         if len(ticks) - 1 > MAX_MISSED:
-            raise InputError(f"at most {MAX_MISSED} missed ticks are caught up at once, not {len(ticks) - 1}")
+            raise InputError(
+                f"at most {MAX_MISSED} missed ticks are caught up at once, not {len(ticks) - 1}",
+                fix="run the oldest of them first, in a tick_batch of their own",
+            )
         if len(ticks) > 1 and kind == "interaction" and layout.silence_token_id < 0:
-            raise InputError("this model has no <silence>: a tick of it cannot be missed")
+            raise InputError(
+                "this model has no <silence>: a tick of it cannot be missed",
+                fix="run its ticks one by one, with nothing in `missed`",
+            )
         out = [self._check_one(given, missed=n < len(ticks) - 1) for n, given in enumerate(ticks)]
         typed = sum(len(tokens.typed) for tokens in out)
         if kind == "interaction" and typed and len(self._talk.queue) + typed > MAX_QUEUED_TOKENS:
-            raise InputError(f"more than {MAX_QUEUED_TOKENS} typed tokens are waiting")
+            raise InputError(
+                f"more than {MAX_QUEUED_TOKENS} typed tokens are waiting", fix="tick until the model has read some"
+            )
         brings = any(
             tokens.typed or tokens.inject or tokens.say or given.video is not None or _samples(given)
             for given, tokens in zip(ticks, out, strict=True)
         )
         if not brings and kind == "tokens" and not self._talk.positions:
-            raise InputError("the first tick of a token model needs at least one token")
+            raise InputError(
+                "the first tick of a token model needs at least one token",
+                fix="give it text or tokens, or append() a prompt before it",
+            )
         return out
 
     def _check_one(self, given: TickInput, missed: bool) -> Tokens:
@@ -217,24 +240,33 @@ class Session:
             )
         frames = 1 if given.video is None else check_video(given.video, layout).shape[0]
         if frames not in (1, layout.clip_frames):
-            raise InputError(f"a tick takes 1 or {layout.clip_frames} frames, not {frames}")
+            raise InputError(
+                f"a tick takes 1 or {layout.clip_frames} frames, not {frames}",
+                fix="give the newest frame alone; it stands for the whole clip",
+            )
         tokens = check_tokens(given.tokens, engine.model.vocab)
         if given.text:
             if engine.tokenizer is None:
-                raise InputError("this package has no tokenizer: it takes tokens, not text")
+                raise InputError(
+                    "this package has no tokenizer: it takes tokens, not text",
+                    fix="give `tokens`, or compile the checkpoint with its tokenizer.json beside it",
+                )
             tokens = check_tokens(engine.tokenizer.encode(given.text), engine.model.vocab) + tokens
-        if tokens and engine.kind == "interaction" and not layout.text_in:
-            raise InputError("this model does not read: it takes no text")
+        if tokens:
+            check_reads(engine.kind, layout)
         inject = check_tokens(given.inject, engine.model.vocab)
         if len(inject) > MAX_INJECTED:
-            raise InputError(f"a tick takes at most {MAX_INJECTED} injected tokens, not {len(inject)}")
+            raise InputError(f"a tick takes at most {MAX_INJECTED} injected tokens, not {len(inject)}", fix=_LATER)
         say = check_tokens(given.say, engine.model.vocab)
         if len(say) > layout.text_out:
-            raise InputError(f"a tick says at most {layout.text_out} tokens, not {len(say)}")
+            raise InputError(f"a tick says at most {layout.text_out} tokens, not {len(say)}", fix=_LATER)
         if say and missed:
             raise InputError("a missed tick is silent: it says nothing", fix="let the newest tick say it")
         if engine.kind == "interaction" and {layout.silence_token_id, layout.end_of_tick_token_id} & set(say):
-            raise InputError("what a tick says holds neither <silence> nor <end_of_tick>")
+            raise InputError(
+                "what a tick says holds neither <silence> nor <end_of_tick>",
+                fix="leave them out: <end_of_tick> follows by itself",
+            )
         return Tokens(tokens, inject, say)
 
     def _fill(self, ticks: Sequence[TickInput], tokens: Sequence[Tokens]) -> list[Staged]:
@@ -281,7 +313,7 @@ class Session:
     def _begin(self, allowed: set[SessionState]) -> None:
         with self._lock:
             if self._state not in allowed:
-                raise SessionError(f"the session is {self._state}", fix=_ADVICE.get(self._state, ""))
+                raise SessionError(f"the session is {self._state}", fix=ADVICE[self._state])
             if self._busy:
                 raise SessionError("another call of this session is running", fix="wait for it to return")
             self._busy = True
@@ -346,9 +378,15 @@ def _samples(given: TickInput) -> int:
 _LOGITS: dict[str, Callable[[int], int]] = {"all": lambda count: count, "last": lambda _: 1, "none": lambda _: 0}
 """How many rows of logits an append of so many positions gives."""
 
-_ADVICE = {
+_LATER = "give the rest to the next ticks"
+
+_ATTACHED = "go on with tick() or append(): only a detached session is attached"
+ADVICE = {
+    SessionState.NEW: _ATTACHED,
+    SessionState.OPEN: _ATTACHED,
     SessionState.DETACHED: "attach() it first",
     SessionState.CLOSING: "open a new session",
     SessionState.CLOSED: "open a new session, or restore a snapshot",
     SessionState.POISONED: "close it, and open a new session or restore a snapshot",
 }
+"""What to do where a call is refused in a state."""

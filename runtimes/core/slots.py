@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from tmlc.errors import CapacityError, UsageError
+from tmlc.errors import CapacityError, InputError, UsageError
 
 ALIGNMENT = 64
 MAX_SLOTS = 65536
@@ -99,8 +99,12 @@ class HostSlots(SlotMemory):
 
 def check_count(count: int) -> int:
     """`count`, when an engine may have so many slots. Raises UsageError."""
-    if not 1 <= count <= MAX_SLOTS:
-        raise UsageError(f"sessions must be 1 to {MAX_SLOTS}, not {count}")
+    if not isinstance(count, int) or not 1 <= count <= MAX_SLOTS:
+        raise UsageError(
+            f"sessions must be 1 to {MAX_SLOTS}, not {count!r}",
+            where="sessions",
+            fix="give how many conversations may be open at once, such as 4",
+        )
     return count
 
 
@@ -114,6 +118,21 @@ def no_room(count: int, slot_bytes: int) -> CapacityError:
     return CapacityError(
         f"cannot reserve {count} sessions of {slot_bytes} bytes",
         fix="load with fewer sessions, or compile with a shorter context",
+    )
+
+
+def odd_slot(slot_bytes: int, given: int) -> InputError:
+    """The error of a call with host memory that is no slot."""
+    return InputError(
+        f"a slot of this package has {slot_bytes} bytes, not {given}", fix="give what the engine's slots.handle() gives"
+    )
+
+
+def all_taken(count: int) -> CapacityError:
+    """The error of an engine whose sessions are all open."""
+    return CapacityError(
+        f"all {count} sessions of this engine are in use",
+        fix="close a session, or load the engine with a larger `sessions`",
     )
 
 
@@ -145,10 +164,7 @@ class SlotPool:
         """The index of a zeroed slot, now owned by the caller. Raises CapacityError when none is free."""
         with self._lock:
             if not self._free:
-                raise CapacityError(
-                    f"all {self.count} sessions of this engine are in use",
-                    fix="close a session, or load the engine with a larger `sessions`",
-                )
+                raise all_taken(self.count)
             index = self._free.pop()
             self._taken[index] = True
             return index

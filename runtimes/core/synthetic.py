@@ -15,11 +15,13 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from tmlc.errors import CapacityError, SessionError, UsageError
+from tmlc.errors import SessionError, UsageError
 from tmlc.package.manifest import TickLayout
 from tmlc.runtimes.core import ticklog
 from tmlc.runtimes.core.clock import VirtualClock
 from tmlc.runtimes.core.engine import Capacity
+from tmlc.runtimes.core.session import ADVICE, SessionState
+from tmlc.runtimes.core.slots import all_taken
 from tmlc.runtimes.core.surface import LogSink
 from tmlc.runtimes.core.text import ByteTokenizer
 from tmlc.runtimes.core.tick import TickInput, TickOutput, check_audio, check_tokens
@@ -66,7 +68,10 @@ class SyntheticEngine:
         self, clock: VirtualClock, step: StepTime | None = None, sessions: int = 16, seed: int = 0, reply_ticks: int = 3
     ) -> None:
         if sessions < 1 or reply_ticks < 0:
-            raise UsageError("a synthetic engine needs a session, and replies of no less than 0 ticks")
+            raise UsageError(
+                f"a synthetic engine of {sessions} sessions with replies of {reply_ticks} ticks",
+                fix="give sessions of 1 or more, and reply_ticks of 0 or more",
+            )
         self.clock, self.step, self.reply_ticks = clock, step or StepTime(), reply_ticks
         self.layout, self.vocab = LAYOUT, VOCAB
         self.tokenizer = ByteTokenizer({byte: byte for byte in range(256)})
@@ -93,13 +98,15 @@ class SyntheticEngine:
         try:
             memory = Memory(**json.loads(blob))
         except (ValueError, TypeError) as error:
-            raise SessionError(f"not a snapshot of a synthetic session: {error}") from None
+            raise SessionError(
+                f"not a snapshot of a synthetic session: {error}", fix="take it again with session.snapshot()"
+            ) from None
         return SyntheticSession(self, memory, log)
 
     def take(self) -> None:
         """Takes a slot."""
         if not self._free:
-            raise CapacityError(f"all {self._sessions} sessions of this engine are in use")
+            raise all_taken(self._sessions)
         self._free -= 1
 
     def give_back(self) -> None:
@@ -185,7 +192,7 @@ class SyntheticSession:
     def run(self, given: TickInput, missed: Sequence[TickInput], batch: int, ms: float) -> TickOutput:
         """One tick and the missed ones before it."""
         if self.state != "open":
-            raise SessionError(f"the session is {self.state}")
+            raise SessionError(f"the session is {self.state}", fix=ADVICE[SessionState(self.state)])
         for late in missed:
             self._take_in(late)
         self._take_in(given)

@@ -21,6 +21,7 @@ from tmlc.package.fields import AGAIN
 
 MAX_ID = 1 << 22  # the library makes tables as long as the largest id
 MAX_GROWTH = 1 << 10  # how many characters one typed character may become
+_UNKNOWN = "leave out the characters that the model has no tokens for"
 
 
 class Tokenizer(ABC):
@@ -51,6 +52,16 @@ class TextDecoder(ABC):
         """What the decoder remembers, for snapshots: a few numbers that only its tokenizer understands."""
 
 
+def _utf8(text: str) -> bytes:
+    """`text` in UTF-8; InputError when it holds half of a surrogate pair, which is no character."""
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"text is not valid Unicode at character {error.start}", fix="leave out the lone surrogate there"
+        ) from None
+
+
 def _byte_alphabet() -> dict[str, int]:
     """The printable character that byte-level vocabularies write for each byte, as GPT-2 defined it."""
     kept = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
@@ -69,11 +80,7 @@ class ByteTokenizer(Tokenizer):
             self._token_of[byte] = token
 
     def encode(self, text: str) -> list[int]:
-        try:
-            data = text.encode()
-        except UnicodeEncodeError as error:
-            raise InputError(f"text is not valid Unicode at character {error.start}") from None
-        return [self._token_of[b] for b in data]
+        return [self._token_of[b] for b in _utf8(text)]
 
     def decoder(self, state: Sequence[int] = ()) -> TextDecoder:
         return _ByteDecoder(self._byte_of, self._token_of, state)
@@ -97,7 +104,7 @@ class _ByteDecoder(TextDecoder):
 
 
 @contextmanager
-def _library(fails: type[TmlcError], what: str) -> Iterator[None]:
+def _library(fails: type[TmlcError], what: str, fix: str) -> Iterator[None]:
     """Around a call of the library, which raises plain Exception for whatever is wrong in a tokenizer; a panic of its
     Rust code is not even that."""
     try:
@@ -106,7 +113,7 @@ def _library(fails: type[TmlcError], what: str) -> Iterator[None]:
         raise
     except BaseException as error:
         reason = " ".join(str(error).split())[:200]
-        raise fails(f"{what}: {reason}", where="tokenizer.json") from None
+        raise fails(f"{what}: {reason}", where="tokenizer.json", fix=fix) from None
 
 
 def _growth(part: Any) -> int:
@@ -142,7 +149,7 @@ class LibraryTokenizer(Tokenizer):
                 "this package's tokenizer is not byte-level and the `tokenizers` package is not installed",
                 fix="pip install 'tmlc[text]'",
             ) from None
-        with _library(PackageError, "the package's tokenizer cannot be read"):
+        with _library(PackageError, "the package's tokenizer cannot be read", AGAIN):
             self._tokenizer = tokenizers.Tokenizer.from_str(text)
             self._tokenizer.encode_special_tokens = True
             # Typed text is neither cut nor filled up nor put into a template, whatever the file was made for.
@@ -153,16 +160,13 @@ class LibraryTokenizer(Tokenizer):
             self._special = {token.content: number for number, token in added if token.special}
 
     def encode(self, text: str) -> list[int]:
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise InputError(f"text is not valid Unicode at character {error.start}") from None
-        with _library(InputError, "the package's tokenizer cannot take this text"):
+        _utf8(text)
+        with _library(InputError, "the package's tokenizer cannot take this text", _UNKNOWN):
             return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
     def decode(self, tokens: list[int]) -> str:
         """The text of `tokens` without special ones. Raises PackageError when the library fails on them."""
-        with _library(PackageError, "the package's tokenizer cannot write this text"):
+        with _library(PackageError, "the package's tokenizer cannot write this text", AGAIN):
             return str(self._tokenizer.decode(tokens, skip_special_tokens=True))
 
     def decoder(self, state: Sequence[int] = ()) -> TextDecoder:

@@ -49,6 +49,7 @@ MAX_INJECTED = 64
 """Positions that may be injected into one session at one edge; the rest waits for the next edge."""
 MAX_MISSED = 64
 """Ticks that can be caught up at once."""
+_WILD = "close it, and open a new session or restore a snapshot; if it comes again, compile with --precision fp32"
 
 
 @dataclass(slots=True)
@@ -180,7 +181,8 @@ class Driver(ABC):
             for s in model.present:
                 if not np.isfinite(jobs[s].audio).all():
                     where = f"tick {jobs[s].talk.tick}"
-                    model.leave(s, KernelError("the model spoke a sample that is not a number", where=where))
+                    what = "the model spoke a sample that is not a number"
+                    model.leave(s, KernelError(what, where=where, fix=_WILD))
         except Exception as error:  # of a call that all of them shared, or of the last session that was left
             return [model.failed.get(s, error) for s in range(len(jobs))]
         now = perf_counter_ns()
@@ -404,18 +406,30 @@ def check_tokens(tokens: Sequence[int], vocab: int) -> list[int]:
         for token in tokens:
             value = index(token)
             if not 0 <= value < vocab:
-                raise InputError(f"token {value} is not in the vocabulary (0 to {vocab - 1})")
+                raise InputError(
+                    f"token {value} is not in the vocabulary (0 to {vocab - 1})",
+                    fix="give ids of the tokenizer of this model's checkpoint",
+                )
             out.append(value)
     except TypeError:
         form = type(tokens).__name__
-        raise InputError(f"tokens must be a sequence of whole numbers, not this {form}") from None
+        raise InputError(
+            f"tokens must be a sequence of whole numbers, not this {form}",
+            fix="give a list of ids, such as engine.tokenizer.encode makes of a text",
+        ) from None
     return out
+
+
+def check_reads(kind: str, layout: TickLayout) -> None:
+    """Raises InputError for a model of `kind` that takes no typed text."""
+    if kind == "interaction" and not layout.text_in:
+        raise InputError("this model does not read: it takes no text", fix="give it audio instead")
 
 
 def check_audio(audio: np.ndarray, layout: TickLayout) -> np.ndarray:
     """`audio`, once it is known to be finite float32 samples in one dimension; InputError otherwise."""
     if not layout.audio_in:
-        raise InputError("this model does not hear: it takes no audio")
+        raise InputError("this model does not hear: it takes no audio", fix="give it text or tokens instead")
     if not isinstance(audio, np.ndarray) or audio.dtype != np.float32 or audio.ndim != 1:
         form = f"{audio.dtype}{list(audio.shape)}" if isinstance(audio, np.ndarray) else type(audio).__name__
         raise InputError(
@@ -423,14 +437,16 @@ def check_audio(audio: np.ndarray, layout: TickLayout) -> np.ndarray:
             fix=f"give mono samples at {layout.sample_rate} Hz between -1 and 1 as numpy.float32",
         )
     if not np.isfinite(audio).all():
-        raise InputError("audio holds samples that are not finite numbers")
+        raise InputError(
+            "audio holds samples that are not finite numbers", fix="put zeros in their place (numpy.nan_to_num)"
+        )
     return audio
 
 
 def check_video(video: np.ndarray, layout: TickLayout) -> np.ndarray:
     """`video`, once it is known to be whole frames of the model's size; InputError otherwise."""
     if not layout.video_positions:
-        raise InputError("this model does not see: it takes no video")
+        raise InputError("this model does not see: it takes no video", fix="leave the video out")
     size = (layout.frame_height, layout.frame_width, 3)
     if (
         not isinstance(video, np.ndarray)
@@ -440,12 +456,28 @@ def check_video(video: np.ndarray, layout: TickLayout) -> np.ndarray:
         or not video.shape[0]
     ):
         form = f"{video.dtype}{list(video.shape)}" if isinstance(video, np.ndarray) else type(video).__name__
-        raise InputError(f"video must be uint8 [frames, {size[0]}, {size[1]}, 3], not {form}")
+        raise InputError(
+            f"video must be uint8 [frames, {size[0]}, {size[1]}, 3], not {form}",
+            fix=f"scale RGB pictures to {size[1]} × {size[0]} pixels and numpy.stack them, one alone too",
+        )
     return video
 
 
 def finite_temperature(temperature: float) -> float:
     """A sampling temperature as float; InputError unless it is 0 (arg-max) or a positive finite number."""
     if not isinstance(temperature, int | float | np.floating) or not 0.0 <= temperature < 1e6:
-        raise InputError(f"temperature must be 0 or a positive number, not {temperature!r}")
+        raise InputError(
+            f"temperature must be 0 or a positive number, not {temperature!r}",
+            fix="give 0 for the most likely token each time, or 1 to draw as the model predicts",
+        )
     return float(temperature)
+
+
+def whole_seed(seed: int) -> int:
+    """A seed as int; InputError unless it is a whole number from 0 to 2⁶³-1."""
+    if not isinstance(seed, int | np.integer) or isinstance(seed, bool) or not 0 <= seed < 2**63:
+        raise InputError(
+            f"seed must be a whole number from 0 to 2^63 - 1, not {seed!r}",
+            fix="give such a number, or leave it out for 0",
+        )
+    return int(seed)

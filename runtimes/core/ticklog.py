@@ -27,6 +27,7 @@ _READABLE = (1, 2)  # 1 knew neither injected, said nor missed input, nor decisi
 DECISIONS = ("join", "late", "collapse", "missing", "dropped", "ladder", "detach", "attach", "end")
 CUT = "cut"
 """The event of the last record of a log that ended before its session did."""
+FIX = "give a tick log: `tmlc serve --record DIR` and Engine.session(log=...) write them"
 _DTYPES = ("float32", "uint8")
 
 
@@ -46,12 +47,12 @@ def _unpacked(value: Any) -> np.ndarray | None:
         data = base64.b64decode(value["data"], validate=True)
         return np.frombuffer(data, value["dtype"]).reshape(value["shape"])
     except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"an array of the tick log cannot be read: {error}") from None
+        raise InputError(f"an array of the tick log cannot be read: {error}", fix=FIX) from None
 
 
 def _field(record: Any, key: str, kind: Any) -> Any:
     if not isinstance(record, dict) or key not in record or not isinstance(record[key], kind):
-        raise InputError(f"a record of the tick log has no usable {key!r}")
+        raise InputError(f"a record of the tick log has no usable {key!r}", fix=FIX)
     return record[key]
 
 
@@ -149,7 +150,7 @@ def redo(engine: Engine, records: Iterable[dict[str, Any]], snapshot: bytes | No
     iterator = iter(records)
     first = next(iterator, {})
     if not isinstance(first, dict) or first.get("event") != "open" or first.get("version") not in _READABLE:
-        raise InputError("not a tick log: it does not begin with the opening of a session")
+        raise InputError("not a tick log: it does not begin with the opening of a session", fix=FIX)
     if first.get("package") != engine.digest:
         raise InputError("the tick log is of another package", fix="load the package that the log names")
     begins = (_field(first, "seed", int), _field(first, "tick", int), _field(first, "positions", int))
@@ -161,21 +162,26 @@ def redo(engine: Engine, records: Iterable[dict[str, Any]], snapshot: bytes | No
         session = engine.restore(snapshot)
     with session:
         if begins != (session.seed, session.ticks, session.positions):
-            raise InputError(f"the tick log does not go on from this snapshot, which is at tick {session.ticks}")
+            raise InputError(
+                f"the tick log does not go on from this snapshot, which is at tick {session.ticks}",
+                fix=f"give the snapshot with which its session was opened, at tick {begins[1]}",
+            )
         for record in iterator:
             event = _field(record, "event", str)
             if event in DECISIONS:
                 continue
             if event == CUT:
                 if next(iterator, None) is not None:
-                    raise InputError("the tick log goes on after the record that ends it")
+                    raise InputError(
+                        "the tick log goes on after the record that ends it", fix="give its records up to that one"
+                    )
                 return
             if event == "append":
                 given = _given(record)
                 session.append(given.tokens, given.audio, given.video, logits="none")
                 continue
             if event != "tick":
-                raise InputError(f"unknown event {event[:40]!r} in the tick log")
+                raise InputError(f"unknown event {event[:40]!r} in the tick log", fix=FIX)
             missed = [_given(late) for late in _field(record, "missed", list)] if "missed" in record else []
             given = _given(record)
             (output,) = engine.tick_batch([session], [given], [missed])
@@ -188,9 +194,7 @@ def _given(record: Any) -> TickInput:
     """What `_input` wrote, or the record of an append."""
     tokens = _field(record, "tokens", list)
     audio, video = _unpacked(record.get("audio")), _unpacked(record.get("video"))
-    text = record.get("text")
-    if text is not None and not isinstance(text, str):
-        raise InputError("a record of the tick log has no usable 'text'")
+    text = _field(record, "text", str | None) if "text" in record else None
     later = {key: _field(record, key, list) for key in ("inject", "say") if key in record}
     return TickInput(audio, video, text, tokens, **later)
 

@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from tmlc.errors import CapacityError, InputError
 from tmlc.kernels.cpu import Plan, Pool, load_library
 from tmlc.package.reader import Package
-from tmlc.runtimes.core.backend import Backend, MethodSpec, check_inputs
+from tmlc.runtimes.core.backend import Backend, MethodSpec, check_inputs, no_outputs
 from tmlc.runtimes.core.kernels import KernelCall, KernelTimer, Touched
 from tmlc.runtimes.core.placement import Placement
+from tmlc.runtimes.core.slots import odd_slot
 from tmlc.runtimes.cpu.plan import plan_words
 
 TARGET = "cpu"
@@ -53,7 +53,7 @@ class CpuBackend(Backend):
         try:
             self._outputs = {spec.name: [out.allocate(spec.max_n) for out in spec.outputs] for spec in words.methods}
         except (MemoryError, ValueError) as error:
-            raise CapacityError("cannot reserve the output buffers of the plan") from error
+            raise no_outputs("plan") from error
         self._views: dict[tuple[str, int], list[np.ndarray]] = {}
         self._plan = Plan(library, words.words, self._weights, threads, portable_bits)
         self._pool = Pool(library, threads, self.cores)
@@ -68,7 +68,7 @@ class CpuBackend(Backend):
         check_inputs(spec, n, inputs)
         for _, slot in parts:
             if slot.nbytes != self.slot_bytes:
-                raise InputError(f"a slot of this plan has {self.slot_bytes} bytes, not {slot.nbytes}")
+                raise odd_slot(self.slot_bytes, slot.nbytes)
         outputs = self._views.get((method, n))
         if outputs is None:
             buffers = zip(self._outputs[method], spec.outputs, strict=True)

@@ -30,6 +30,7 @@ from tmlc.runtimes.cuda.chains import Chain, Link
 from tmlc.runtimes.cuda.driver import Address, Driver, KernelLaunch
 from tmlc.runtimes.cuda.kernel_times import CudaTimer, Key
 from tmlc.runtimes.cuda.plan import (
+    FIX,
     BucketInfo,
     LaunchInfo,
     MethodPlan,
@@ -125,7 +126,7 @@ class CudaBackend(Backend):
             )
         cubin = package.read(variant.file)
         if hashlib.sha256(cubin).hexdigest() != variant.sha256:
-            raise PackageError("the machine code is not what the plan lists", where=variant.file)
+            raise PackageError("the machine code is not what the plan lists", where=variant.file, fix=FIX)
         return self.driver.load(cubin, variant.entry, variant.shared)
 
     def _reserve(self, package: Package) -> None:
@@ -369,7 +370,10 @@ class CudaBackend(Backend):
         memory = self._memory
         assert memory is not None
         if len(set(slots)) != len(slots) or any(n < 1 for need in needs for n in need.values()):
-            raise InputError("a call takes each session once, with at least one position")
+            raise InputError(
+                "a call takes each session once, with at least one position",
+                fix="give each session one part, with all of its positions",
+            )
         for number, (slot, need) in enumerate(zip(slots, needs, strict=True)):
             try:
                 for method, n in need.items():

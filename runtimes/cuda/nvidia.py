@@ -127,7 +127,11 @@ class NvidiaDriver(Driver):
                 where="cuda runtime",
                 fix="update the driver, or compile for this architecture",
             )
-        raise KernelError(f"the CUDA driver cannot {what}: {name}", where="cuda runtime")
+        raise KernelError(
+            f"the CUDA driver cannot {what}: {name}",
+            where="cuda runtime",
+            fix="load the package again; if it stays so, see dmesg",
+        )
 
     def activate(self) -> None:
         self._must(self._c.cuCtxSetCurrent(self._context), "use the context")

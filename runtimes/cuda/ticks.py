@@ -171,7 +171,7 @@ class CudaChains(Chains):
         sound, hop = self._layout.audio_in, self._layout.hop
         texts = [[*one.before, *one.typed] for one in asked]
         if any(one.pcm.shape != (sound, hop) for one in asked):
-            raise InputError(f"a tick hears float32[{sound}, {hop}]")
+            raise InputError(f"a tick hears float32[{sound}, {hop}]", fix="fill it up with zeros")
         needs = [
             {"embed_audio": sound, "decode": sound + len(text), **({"embed_text": len(text)} if text else {})}
             for text in texts

@@ -30,6 +30,8 @@ START_TIMEOUT = 30.0
 """Seconds for a worker to start, on a busy machine."""
 PICTURES = 200
 """A worker decodes so many: its limit on processor time counts from its start."""
+_URL = "send data:image/jpeg;base64, and the bytes of the file in base64"
+_SMALLER = "send a smaller one"
 _PREFIXES = tuple(f"data:image/{kind};base64," for kind in ("jpeg", "jpg", "png", "webp"))
 
 
@@ -47,16 +49,14 @@ class ImageLimits:
 def picture_of(url: object, limits: ImageLimits) -> bytes:
     """The bytes of a data URL. Raises InputError for any other URL: nothing is ever fetched."""
     if not isinstance(url, str) or not url.startswith(_PREFIXES):
-        raise InputError(
-            "a picture must be a data URL of a JPEG, PNG or WebP file in base64", fix="send data:image/jpeg;…"
-        )
+        raise InputError("a picture must be a data URL of a JPEG, PNG or WebP file in base64", fix=_URL)
     text = url[url.index(",") + 1 :]
     if len(text) > limits.bytes * 4 // 3 + 4:
-        raise InputError(f"the picture has more than {limits.bytes} bytes", fix="send a smaller one")
+        raise InputError(f"the picture has more than {limits.bytes} bytes", fix=_SMALLER)
     try:
         return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError):
-        raise InputError("the picture is not valid base64") from None
+        raise InputError("the picture is not valid base64", fix=_URL) from None
 
 
 def decode_frame(data: bytes, height: int, width: int, limits: ImageLimits | None = None) -> np.ndarray:
@@ -68,18 +68,19 @@ def decode_frame(data: bytes, height: int, width: int, limits: ImageLimits | Non
 
     allowed = limits or ImageLimits()
     if len(data) > allowed.bytes:
-        raise InputError(f"the picture has more than {allowed.bytes} bytes", fix="send a smaller one")
+        raise InputError(f"the picture has more than {allowed.bytes} bytes", fix=_SMALLER)
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
             if picture.width * picture.height > allowed.pixels:
                 size = f"{picture.width} × {picture.height}"
-                raise InputError(f"the picture has {size} pixels, more than {allowed.pixels}", fix="send a smaller one")
+                raise InputError(f"the picture has {size} pixels, more than {allowed.pixels}", fix=_SMALLER)
             picture.draft("RGB", (width, height))
             fitted = ImageOps.fit(picture.convert("RGB"), (width, height), method=Image.Resampling.BILINEAR)
     except InputError:
         raise
     except Exception as error:  # the library raises many kinds for damaged files
-        raise InputError(f"the picture cannot be decoded: {type(error).__name__}") from None
+        what = f"the picture cannot be decoded: {type(error).__name__}"
+        raise InputError(what, fix="send a whole JPEG, PNG or WebP file") from None
     return np.ascontiguousarray(np.asarray(fitted, np.uint8))
 
 
@@ -152,10 +153,11 @@ class FrameDecoder:
             return await asyncio.wait_for(work, TIMEOUT)
         except TimeoutError:
             self._replace()
-            raise InputError(f"the picture took more than {TIMEOUT:g} s to decode") from None
+            raise InputError(f"the picture took more than {TIMEOUT:g} s to decode", fix=_SMALLER) from None
         except (BrokenProcessPool, MemoryError):
             self._replace()
-            raise InputError("the picture took more memory or time to decode than a picture may") from None
+            what = "the picture took more memory or time to decode than a picture may"
+            raise InputError(what, fix=_SMALLER) from None
 
     async def start(self) -> None:
         """Starts the worker before the first picture comes. Raises InputError when it cannot be started."""
@@ -178,7 +180,8 @@ class FrameDecoder:
                 raise
             except (TimeoutError, BrokenProcessPool, OSError):
                 self._replace()
-                raise InputError("pictures cannot be decoded now: the worker did not start") from None
+                what = "pictures cannot be decoded now: the worker did not start"
+                raise InputError(what, fix="send it again in a minute") from None
         return self._pool
 
     def _replace(self) -> None:

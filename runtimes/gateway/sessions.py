@@ -339,8 +339,7 @@ class Sessions:
         """
         session = self._by_token.get(_hash(token))
         if session is not None:
-            if session.opening.dialect != dialect:
-                raise SessionError(f"this session was opened in the dialect {session.opening.dialect}")
+            _check_dialect(session.opening.dialect, dialect)
             # No await from here until the new connection has it: the old one may be lost meanwhile, and must not
             # detach it.
             session.seat.attach(session.sink)
@@ -376,8 +375,7 @@ class Sessions:
         if kept is None:
             raise SessionError("no session can be resumed with this token", fix="start a new session")
         try:
-            if kept.dialect != dialect:
-                raise SessionError(f"this session was opened in the dialect {kept.dialect}")
+            _check_dialect(kept.dialect, dialect)
             opening = Opening(dialect, kept.config, **_options(kept.config))
             session = self.open(opening, kept.blob, kept.last_event)
         except TmlcError:  # the token was used up for nothing
@@ -460,6 +458,14 @@ class Sessions:
         """Waits until everything is on disk."""
         while self._writing:
             await asyncio.wait(list(self._writing), timeout=10.0)
+
+
+def _check_dialect(own: str, asked: str) -> None:
+    """Raises SessionError when a client asks for a session that speaks another dialect than its own."""
+    if own != asked:
+        raise SessionError(
+            f"this session was opened in the dialect {own}", fix="resume it in that dialect, or start a new session"
+        )
 
 
 def _options(config: dict[str, Any]) -> dict[str, Any]:

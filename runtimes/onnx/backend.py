@@ -14,12 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from tmlc.errors import CapacityError, ContextFullError, InputError, KernelError, PackageError, TargetError, UsageError
+from tmlc.errors import ContextFullError, InputError, KernelError, PackageError, TargetError, UsageError
 from tmlc.package.reader import Package
 from tmlc.package.safetensors_io import parse_header
-from tmlc.runtimes.core.backend import DTYPES, Backend, MethodSpec, TensorSpec, check_inputs
+from tmlc.runtimes.core.backend import DTYPES, Backend, MethodSpec, TensorSpec, check_inputs, no_outputs
 from tmlc.runtimes.core.kernels import KernelTimer
 from tmlc.runtimes.core.placement import Placement
+from tmlc.runtimes.core.slots import odd_slot
 from tmlc.runtimes.onnx.kernel_times import OnnxTimer
 from tmlc.runtimes.onnx.library import load_onnxruntime
 from tmlc.runtimes.onnx.model_file import ModelFile
@@ -75,7 +76,7 @@ class OnnxBackend(Backend):
         try:
             self._own = self._loaded = self._load_all()
         except (MemoryError, ValueError) as error:
-            raise CapacityError("cannot reserve the output buffers of the graphs") from error
+            raise no_outputs("graphs") from error
 
     def _load_all(self, profile: Path | None = None) -> dict[str, Loaded]:
         """Every method, ready to run; `profile`: its session writes one to a file whose name begins like this."""
@@ -111,10 +112,14 @@ class OnnxBackend(Backend):
         loaded, n = self._loaded[method], sum(n for n, _ in parts)
         check_inputs(loaded.spec, n, inputs)
         if len(parts) > 1 and any(s.b for s in (*loaded.spec.inputs, *loaded.spec.outputs)):
-            raise InputError(f"{method} has rows that belong to no position: it takes one session at a time")
+            raise InputError(
+                f"{method} has rows that belong to no position: it takes one session at a time",
+                where=f"method {method}",
+                fix="make a call for each session",
+            )
         for _, slot in parts:
             if slot.nbytes != self.slot_bytes or slot.dtype != np.uint8 or not slot.flags.c_contiguous:
-                raise InputError(f"a slot of this package has {self.slot_bytes} bytes, not {slot.nbytes}")
+                raise odd_slot(self.slot_bytes, slot.nbytes)
         self._refuse(loaded, parts, inputs)
         at = 0
         for count, slot in parts:
@@ -130,13 +135,16 @@ class OnnxBackend(Backend):
                 ids = array[at * argument.spec.a : (at + count) * argument.spec.a] if argument.spec.a else array
                 if argument.below and ((ids < 0) | (ids >= argument.below)).any():
                     raise _of_part(KernelError(
-                        f"{argument.name} holds a number outside of 0 to {argument.below - 1}", where=graph.name
+                        f"{argument.name} holds a number outside of 0 to {argument.below - 1}",
+                        where=graph.name, fix="give ids of the vocabulary",
                     ), part)  # fmt: skip
             if graph.position is not None:
                 position = int(_bytes(slot, graph.position).view(np.int64)[0])
                 if not 0 <= position <= LAST_POSITION:
-                    what = f"the session is at position {position}, which is none"
-                    raise _of_part(KernelError(what, where=graph.name), part)
+                    raise _of_part(KernelError(
+                        f"the session is at position {position}, which is none",
+                        where=graph.name, fix="restore the session from a sound snapshot",
+                    ), part)  # fmt: skip
                 if graph.limit and position + count > graph.limit:
                     raise _of_part(ContextFullError(
                         f"context full: {count} new positions after {position} pass the context of {graph.limit}",
@@ -162,7 +170,11 @@ class OnnxBackend(Backend):
             loaded.session.run_with_iobinding(binding)
         except Exception as error:
             first = str(error).strip().partition("\n")[0][:300]
-            raise KernelError(f"ONNX Runtime stopped: {first}", where=f"method {graph.name}") from error
+            raise KernelError(
+                f"ONNX Runtime stopped: {first}",
+                where=f"method {graph.name}",
+                fix="open a new session or restore a snapshot; if it stops again, load the target cpu",
+            ) from error
         for state in graph.states:
             if state.name in loaded.after:
                 _bytes(slot, state)[:] = loaded.after[state.name].reshape(-1).view(np.uint8)

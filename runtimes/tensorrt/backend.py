@@ -28,6 +28,7 @@ from tmlc.runtimes.tensorrt.slots import DeviceSlot, DeviceSlots
 
 RTX = "tensorrt_rtx"  # the library that compiles kernels when its engines are loaded
 NO_POSITION = 2**31 - 2  # positions are int32 in an engine
+ONE_PART = "give each session one part, with all of its positions"
 HOST = {"f32": np.float32, "i32": np.int32, "i64": np.int64, "u8": np.uint8}
 
 
@@ -186,15 +187,16 @@ class TensorRTBackend(Backend):
     def _check(self, plan: MethodPlan, parts: Sequence[tuple[int, DeviceSlot]], inputs: Sequence[np.ndarray]) -> None:
         """Refuses what a run would not survive, before anything is changed."""
         if len({id(slot) for _, slot in parts}) != len(parts):
-            raise InputError("a slot is given twice")
+            raise InputError("a slot is given twice", fix=ONE_PART)
         starts = np.cumsum([0, *(n for n, _ in parts)])
         for index, (n, slot) in enumerate(parts):
             if n < 1:
-                raise InputError("a part has no positions")
+                raise InputError("a part has no positions", fix=ONE_PART)
             if plan.position >= 0:
                 position = slot.counts[plan.position]
                 if not 0 <= position <= NO_POSITION - n:
-                    raise _of_part(KernelError(f"the slot holds position {position}, which none can have"), index)
+                    what = f"the slot holds position {position}, which none can have"
+                    raise _of_part(KernelError(what, fix="restore the session from a sound snapshot"), index)
                 if plan.context and position + n > plan.context:
                     what = f"{n} new positions after {position} pass the context of {plan.context}"
                     fix = "close the session, or compile with a larger context or the policy ring_with_sinks"
@@ -203,7 +205,7 @@ class TensorRTBackend(Backend):
                 rows = array[spec.rows(int(starts[index])) if spec.a else 0 : spec.rows(int(starts[index + 1]))]
                 if limit and rows.size and not 0 <= int(rows.min()) <= int(rows.max()) < limit:
                     what = f"{plan.spec.name} got an index outside 0..{limit - 1}"
-                    raise _of_part(KernelError(what), index)
+                    raise _of_part(KernelError(what, fix="give ids of the vocabulary"), index)
 
     def _run(
         self, entry: _Method, slot: DeviceSlot, position: int, at: int, n: int,

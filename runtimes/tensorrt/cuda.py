@@ -19,6 +19,9 @@ from tmlc.runtimes.tensorrt.plan import Plan
 
 INSTALL = {"tensorrt_rtx": "pip install tensorrt-rtx=={}", "tensorrt": "pip install tensorrt=={}"}
 INSTALL_CUDA = "pip install cuda-bindings"
+AGAIN = "Compile the checkpoint again with this version of tmlc and TensorRT."
+RELOAD = "load the package again; if it stays so, see dmesg"
+REPORT = "This is a fault of tmlc: report it with the output of `tmlc doctor --json`."
 MAJOR, MINOR = 75, 76  # attributes of a device: its compute capability
 
 
@@ -98,7 +101,7 @@ class CudaDevice(Device):
         if int(code):
             text = self._driver.cuGetErrorString(code)[1]
             words = text.decode() if isinstance(text, bytes) else str(code)
-            raise KernelError(f"the GPU refused: {words}", fix="load the package again; if it stays so, see dmesg")
+            raise KernelError(f"the GPU refused: {words}", fix=RELOAD)
         return values[0] if len(values) == 1 else tuple(values)
 
     def _enter(self) -> None:
@@ -149,15 +152,14 @@ class CudaDevice(Device):
     def load(self, data: bytes, name: str) -> LoadedEngine:
         self._enter()
         where = f"engine of {name}"
-        fix = "Compile the checkpoint again with this version of tmlc and TensorRT."
         if hasattr(self._runtime, "get_engine_validity"):
             validity, why = self._runtime.get_engine_validity(data)
             if validity == self._trt.EngineValidity.INVALID:
-                raise PackageError(f"TensorRT refuses the engine: {_reasons(self._trt, why)}", where=where, fix=fix)
+                raise PackageError(f"TensorRT refuses the engine: {_reasons(self._trt, why)}", where=where, fix=AGAIN)
         engine = self._runtime.deserialize_cuda_engine(data)
         if engine is None:
             said = " ".join(self._logger.errors[-1:])[:300]
-            raise PackageError(f"TensorRT refuses the engine: {said}", where=where, fix=fix)
+            raise PackageError(f"TensorRT refuses the engine: {said}", where=where, fix=AGAIN)
         return CudaEngine(self, self._trt, engine, len(data), self._stream)
 
     def keep_kernels(self, known: bytes | None) -> None:
@@ -235,7 +237,7 @@ class CudaEngine(LoadedEngine):
             if self.scratch_bytes:
                 context.set_device_memory(scratch, self.scratch_bytes)
             if not context.set_optimization_profile_async(profile, int(self._stream)):
-                raise PackageError(f"the engine has no profile {profile}")
+                raise PackageError(f"the engine has no profile {profile}", fix=AGAIN)
             self._contexts.append(context)
 
     def run(self, profile: int, addresses: Mapping[str, int], shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -243,12 +245,13 @@ class CudaEngine(LoadedEngine):
         context = self._contexts[profile]
         for name, shape in shapes.items():
             if not context.set_input_shape(name, shape):
-                raise KernelError(f"TensorRT refuses shape {list(shape)} for {name} in profile {profile}")
+                what = f"TensorRT refuses shape {list(shape)} for {name} in profile {profile}"
+                raise KernelError(what, fix=REPORT)
         for name, address in addresses.items():
             if not context.set_tensor_address(name, address):
-                raise KernelError(f"TensorRT refuses the address of {name}")
+                raise KernelError(f"TensorRT refuses the address of {name}", fix=REPORT)
         if not context.execute_async_v3(int(self._stream)):
-            raise KernelError("TensorRT cannot start the engine")
+            raise KernelError("TensorRT cannot start the engine", fix=RELOAD)
 
     def report_layers(self, report: Callable[[str, float], None] | None) -> None:
         profiler = None if report is None else _profiler(self._trt, report)

@@ -187,7 +187,7 @@ def test_closing_the_session_cancels_all_and_nothing_enters_any_more(tokenizer):
         beside.session.close()
         assert beside.stages().count(Stage.CANCELLED) == 3
         await until(lambda: model.cancelled == 3)
-        with pytest.raises(SessionError):
+        with pytest.raises(SessionError, match="closed\n  open a new session"):
             beside.session.delegate("more")
         assert beside.edges.edge().inject == ()
 
@@ -238,9 +238,9 @@ def test_progress_of_its_own_is_what_is_told_after_silence(tokenizer):
         (Says(), "without a result"),
         (Says(42), "int"),
         (Says(None), "NoneType"),
-        (Says("text"), "str"),
-        (Says(Result(b"bytes")), "bytes"),
-        (Says(Result("x", spoken="yes")), "spoken"),
+        (Says("text"), "the model gave str and neither Progress, ToolCall nor Result. give a text as Result(text)"),
+        (Says(Result(b"bytes")), "the model gave bytes where a text belongs. make a str of it"),
+        (Says(Result("x", spoken="yes")), "it is spoken. give Result.spoken as True, False or None"),
         (Says(Result("x", policy="loudly")), "ValueError"),
         (Says(Progress(7)), "int"),
         (Says(ToolCall("x", {})), "dict"),
@@ -365,6 +365,7 @@ def test_threads_that_do_not_come_back_are_bounded(tokenizer):
         beside.session.delegate("b")
         await until(lambda: len(beside.events) >= 3)
         assert beside.stages()[-1] is Stage.FAILED and "not come back" in beside.events[-1].text
+        assert beside.events[-1].text.endswith("or CallableModel a larger max_threads")
         free.set()
         await beside.ended(2)
         assert Stage.DONE in beside.stages()
@@ -386,7 +387,7 @@ def test_models_that_swallow_their_cancellation_are_bounded():
     futures = [worker.submit(stubborn()) for _ in range(MAX_RUNNING)]
     for future in futures:
         future.cancel()
-    with pytest.raises(CapacityError, match="come back"):
+    with pytest.raises(CapacityError, match=r"come back .*\n  a model must await"):
         worker.submit(stubborn())
     free.set()
     for _ in range(2000):
@@ -395,7 +396,7 @@ def test_models_that_swallow_their_cancellation_are_bounded():
         time.sleep(0.01)
     assert worker.running == 0
     worker.close()
-    with pytest.raises(CapacityError, match="closed"):
+    with pytest.raises(CapacityError, match="closed\n  make a new Background"):
         worker.submit(stubborn())
 
 
@@ -420,7 +421,7 @@ def test_playback_is_reported_by_tick_or_by_milliseconds(tokenizer):
         session.played(ms=400.0)
         assert session.queue.waiting == 0
         for wrong in ({}, {"tick": 1, "ms": 2.0}):
-            with pytest.raises(UsageError):
+            with pytest.raises(UsageError, match="milliseconds\n  give one of the two"):
                 session.played(**wrong)
 
     run(scene, tokenizer, None, playback=True)
@@ -429,7 +430,7 @@ def test_playback_is_reported_by_tick_or_by_milliseconds(tokenizer):
 @pytest.mark.parametrize("task", ["", "  \n", 7])
 def test_a_delegation_needs_a_task(tokenizer, task):
     async def scene(beside):
-        with pytest.raises(UsageError):
+        with pytest.raises(UsageError, match=r"needs a task .*\n  say in it what is to be done"):
             beside.session.delegate(task)
 
     run(scene, tokenizer, Hangs())

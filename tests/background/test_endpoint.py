@@ -103,7 +103,7 @@ def test_tools_are_offered_called_and_their_results_fed_back(api):
 def test_rounds_are_bounded_and_the_last_one_offers_no_tools(api):
     tools = Adder()
     answers = [lambda body: CALLS[api](("m__add", "{}"))]
-    with pytest.raises(BackgroundError, match="goes on calling tools"):
+    with pytest.raises(BackgroundError, match=r"goes on calling tools.*\n  .*`instructions` .* at most 8 rounds"):
         ask(answers, api, tools=tools)
     assert len(tools.called) == MAX_ROUNDS
 
@@ -183,13 +183,31 @@ def test_a_bad_answer_fails_the_delegation_and_tells_no_secret(answer, tokenizer
 
 @pytest.mark.parametrize("event", [{"type": "response.failed", "response": {}}, {"type": "error", "message": "x"}])
 def test_an_answer_of_the_responses_interface_that_fails_midway_is_a_failure(event):
-    with pytest.raises(BackgroundError):
+    with pytest.raises(BackgroundError, match="middle of its answer\n  see the endpoint's own log"):
         ask([lambda body: [*list(responses_text("Rai"))[:1], event]], Api.RESPONSES)
+
+
+@pytest.mark.parametrize(
+    ("status", "fix"),
+    [(401, "key_env"), (403, "key_env"), (404, "`url` and `name`"), (429, "`live`"), (503, "own log")],
+)
+def test_a_status_says_what_to_do_about_it(status, fix, monkeypatch):
+    monkeypatch.setattr("tmlc.runtimes.background.endpoint.RETRIES", 0)
+    with pytest.raises(BackgroundError, match=f"answered {status}\n") as error:
+        ask([lambda body: web.Response(status=status, text="the key sk-secret is wrong")], Api.CHAT)
+    assert fix in error.value.fix and "sk-secret" not in str(error.value)
+
+
+def test_an_empty_answer_and_a_call_without_a_name_are_failures():
+    with pytest.raises(BackgroundError, match="empty answer\n  raise `max_tokens`"):
+        ask([lambda body: chat_text("  ")], Api.CHAT)
+    with pytest.raises(BackgroundError, match=r"without its name or id\n  .*`tools`"):
+        ask([lambda body: chat_calls(("", "{}"))], Api.CHAT, tools=Adder())
 
 
 def test_an_endpoint_that_is_not_there_is_a_failure(monkeypatch):
     monkeypatch.setattr("tmlc.runtimes.background.endpoint.RETRIES", 0)
-    with pytest.raises(BackgroundError, match="APIConnectionError"):
+    with pytest.raises(BackgroundError, match="APIConnectionError\n  see that it runs and that `url` leads there"):
         asyncio.run(collect(EndpointModel("http://127.0.0.1:9/v1", "thinker")))
 
 

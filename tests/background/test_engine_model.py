@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 
-from tmlc.errors import UsageError
+from tmlc.errors import BackgroundError, UsageError
 from tmlc.package.manifest import TickLayout
 from tmlc.runtimes.background.delegations import Limits, Stage
 from tmlc.runtimes.background.engine_model import EngineModel
@@ -161,6 +161,7 @@ def test_a_fault_of_the_engine_ends_one_delegation_and_not_the_model():
     async def scene(session, events):
         session.delegate("one")
         await until(lambda: events[-1].stage is Stage.FAILED)
+        assert "failed: RuntimeError. see the traceback in the log" in events[-1].text
         session.delegate("two")
         await until(lambda: events[-1].stage is Stage.DONE)
 
@@ -168,5 +169,22 @@ def test_a_fault_of_the_engine_ends_one_delegation_and_not_the_model():
 
 
 def test_niceness_has_bounds():
-    with pytest.raises(UsageError):
+    with pytest.raises(UsageError, match=r"not 20 \(niceness\)\n  leave it out for 10"):
         EngineModel(thinker, first_target="cpu", niceness=20)
+
+
+def test_a_second_engine_that_loads_for_long_says_how_to_wait():
+    free = threading.Event()
+
+    def slow():
+        free.wait(30)
+        return thinker()
+
+    model = EngineModel(slow, first_target="cpu")
+    try:
+        with pytest.raises(BackgroundError, match=r"still loading\n  call ready\(\) without a timeout"):
+            model.ready(0.0)
+    finally:
+        free.set()
+    model.ready()
+    asyncio.run(model.close())

@@ -108,7 +108,7 @@ def test_a_token_that_the_engine_does_not_know_is_refused(tokenizer):
     odd = ByteTokenizer({b: b for b in range(255)} | {400: 255}, {"<injection>": 300, "<end_of_injection>": 301})
     queue = InjectionQueue(odd, say_room=2, vocab=302)
     odd._token_of[ord("z")] = 400
-    with pytest.raises(InputError, match="token 400"):
+    with pytest.raises(InputError, match=r"token 400.*\n  compile the checkpoint with the tokenizer\.json"):
         queue.put("z")
     queue.put("a")
 
@@ -316,7 +316,7 @@ def test_a_closed_queue_says_what_was_not_delivered(queue):
     edges.edge()
     waits = queue.put("more")
     assert queue.close() == [said, waits] and edges.edge().say == () and queue.close() == []
-    with pytest.raises(SessionError):
+    with pytest.raises(SessionError, match="closed\n  open a new session"):
         queue.put("x")
 
 
@@ -332,8 +332,9 @@ def test_a_closed_queue_says_what_was_not_delivered(queue):
     ],
 )
 def test_an_injection_that_makes_no_sense_is_refused(queue, wrong):
-    with pytest.raises(UsageError):
+    with pytest.raises(UsageError) as error:
         queue().put(**wrong)
+    assert error.value.fix
 
 
 def test_a_model_that_cannot_speak_takes_silent_injections_only(queue):

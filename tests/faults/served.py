@@ -76,7 +76,7 @@ class Bounded(SyntheticEngine):
     def tick_batch(self, sessions: Any, inputs: Any, missed: Any = None) -> Any:
         out = super().tick_batch(sessions, inputs, missed)
         full = [session.seed == 77 and session.ticks > 10 for session in sessions]
-        error = ContextFullError("the context is used up")
+        error = ContextFullError("the context is used up", fix="open a new session")
         return [error if gone else one for gone, one in zip(full, out, strict=True)]
 
 

@@ -162,6 +162,37 @@ def test_what_is_refused_is_an_error_that_names_the_field_and_the_session_goes_o
     desk(test)
 
 
+SAID = [
+    ({"type": "tmlc.input_video_frame.append", "image_url": "https://x.com/a.png"},
+     "a picture must be a data URL of a JPEG, PNG or WebP file in base64. "
+     "send data:image/jpeg;base64, and the bytes of the file in base64"),
+    ({"type": "tmlc.input_video_frame.append", "image_url": "data:image/png;base64,?"},
+     "the picture is not valid base64. send data:image/jpeg;base64, and the bytes of the file in base64"),
+    ({"type": "tmlc.input_text.append", "text": "a\ud800"},
+     "text is not valid Unicode at character 1. leave out the lone surrogate there"),
+    ({"type": "tmlc.delegate", "task": " "},
+     "this server has no background model. name one in the background's settings"),
+]  # fmt: skip
+
+
+def test_a_refusal_says_what_is_wrong_and_what_to_do(desk):
+    async def test(desk):
+        for own, message in (
+            ({"seed": "x"}, "seed must be a whole number from 0 to 2^63 - 1, not 'x'. "
+             "give such a number, or leave it out for 0"),
+            ({"temperature": -1}, "temperature must be 0 or a positive number, not -1. "
+             "give 0 for the most likely token each time, or 1 to draw as the model predicts"),
+        ):  # fmt: skip
+            wire = await desk.connect("live")
+            assert (await wire.error("session.start", session={"model": "m", "tmlc": own}))["message"] == message
+        wire = await desk.live()
+        for event, message in SAID:
+            error = await wire.error(kind=event["type"], **{k: v for k, v in event.items() if k != "type"})
+            assert error["message"] == message
+
+    desk(test)
+
+
 def test_muted_the_model_hears_silence(desk, sine):
     async def test(desk):
         wire = await desk.live(tmlc=BUFFERED)
@@ -408,5 +439,7 @@ def test_pictures_come_three_ways(desk):
         await desk.until(lambda: wire.of("error"))
         error = wire.of("error")[0]["error"]
         assert (error["code"], error["param"], error["client_event_id"]) == ("invalid_value", "image_url", "bad")
+        assert error["message"].startswith("the picture cannot be decoded: ")
+        assert error["message"].endswith(". send a whole JPEG, PNG or WebP file")
 
     desk(test, sees=True)

@@ -37,6 +37,7 @@ async def refused(desk, dialect, token, code):
     await wire.close_code()
     desk.wires.remove(wire)
     assert [event["error"]["code"] for event in wire.events] == [code]
+    return wire.events[0]["error"]["message"]
 
 
 @FOLDERS
@@ -44,8 +45,10 @@ def test_a_token_that_could_not_be_used_can_be_used_later(desk, folder):
     async def test(desk):
         wire = await desk.live()
         token = token_of(wire)
+        other = "this session was opened in the dialect live. resume it in that dialect, or start a new session"
+        assert await refused(desk, "realtime", token, "session_not_found") == other
         await end(desk, wire)
-        await refused(desk, "realtime", token, "session_not_found")  # another dialect
+        assert await refused(desk, "realtime", token, "session_not_found") == other
         admit, desk.scheduler.admit = desk.scheduler.admit, lambda: None
         others = [desk.hub.sessions.open(Opening("live")) for _ in range(2)]  # the slots are gone between two looks
         await refused(desk, "live", token, "rate_limit_exceeded")

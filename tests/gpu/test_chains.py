@@ -181,11 +181,11 @@ def test_a_fault_in_a_graph_poisons_the_sessions_of_its_tick_and_a_lost_device_a
     mark = machine.mark()
     with lab.load(tiny.gpu, machine, 3) as gpu:
         device, (bad, other, last) = gpu.backend.driver, (gpu.session() for _ in range(3))
-        device.fault = KernelError("the launch was refused")
+        device.fault = KernelError("the launch was refused", fix="load the package again")
         with pytest.raises(KernelError, match="refused"):
             bad.tick(tmlc.TickInput(sound(1)))
         assert bad.state == "poisoned" and other.state == "new"
-        device.fault = DeviceError("an illegal address")
+        device.fault = DeviceError("an illegal address", fix="load the package again")
         with pytest.raises(DeviceError, match="illegal address"):
             other.tick(tmlc.TickInput(sound(1)))
         with pytest.raises(DeviceError, match="device is lost"):
@@ -207,7 +207,7 @@ def test_a_chain_is_refused_for_one_session_before_anything_runs(engine):
     assert error.value.part == 1
     with pytest.raises(KernelError, match="outside 0"):
         chains.write([Writing(good._slot, 100000, (0, 0, 0), 1.0)])
-    with pytest.raises(TmlcError, match="each session once"):
+    with pytest.raises(TmlcError, match=r"each session once.*\n  give each session one part"):
         chains.answer([Answering(good._slot, **tail)] * 2)
     assert replays(engine) == before
     good.close(), bad.close()

@@ -82,11 +82,11 @@ def test_a_device_error_poisons_the_sessions_and_a_lost_device_ends_cleanly(tiny
     with lab.load(tiny.gpu, machine, 3) as gpu:
         device = gpu.backend.driver
         bad, other = gpu.session(), gpu.session()
-        device.fault = KernelError("the launch was refused")
+        device.fault = KernelError("the launch was refused", fix="load the package again")
         with pytest.raises(KernelError, match="refused"):
             bad.append(tokens=[1], logits="none")
         assert bad.state == "poisoned" and other.append(tokens=[1], logits="none").size == 0
-        device.fault = DeviceError("an illegal address")
+        device.fault = DeviceError("an illegal address", fix="load the package again")
         with pytest.raises(DeviceError, match="illegal address"):
             other.append(tokens=[1], logits="none")
         assert other.state == "poisoned"

@@ -185,7 +185,7 @@ def test_what_each_failure_becomes(bindings, call, result, error, match):
     bindings.fail[call] = result
     with pytest.raises(error, match=match) as raised:
         driver.allocate(77), driver.load(b"", "kernel", 0), driver.replay("graph")
-    assert not isinstance(raised.value, DeviceError)
+    assert not isinstance(raised.value, DeviceError) and raised.value.fix
 
 
 def test_events_time_what_the_device_does(bindings):

@@ -238,8 +238,9 @@ def test_machine_code_that_is_not_the_plans_is_refused(tiny, machine, tmp_path):
         members[first] = members[second]
 
     package = rewritten(tiny.gpu, tmp_path, swap)
-    with open_package(package) as held, pytest.raises(PackageError, match="not what the plan lists"):
+    with open_package(package) as held, pytest.raises(PackageError, match="not what the plan lists") as raised:
         CudaBackend(held, "triton:sm90", HostDevice.of(held, machine))
+    assert "get the package again from its source" in raised.value.fix
 
 
 def test_a_package_of_other_kernels_than_those_here_does_not_run_in_host_memory(tiny, machine, tmp_path):

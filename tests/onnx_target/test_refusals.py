@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -12,7 +13,7 @@ import pytest
 
 import tmlc
 from tmlc.emit.targets import find_target
-from tmlc.errors import ContextFullError, KernelError, PackageError, TargetError, UsageError
+from tmlc.errors import ContextFullError, InputError, KernelError, PackageError, TargetError, UsageError
 from tmlc.package import PackageWriter, open_package
 from tmlc.package.manifest import parse_manifest
 from tmlc.package.safetensors_io import parse_header
@@ -271,11 +272,25 @@ def test_ids_outside_of_the_table_and_positions_that_are_none_name_the_session(t
             ids = np.array([[3], [wrong]], np.int32)
             with pytest.raises(KernelError, match="outside of 0 to 39") as caught:
                 engine.backend.call("embed_text", [(1, slots[0]), (1, slots[1])], [ids])
-            assert caught.value.part == 1
+            assert caught.value.part == 1 and caught.value.fix == "give ids of the vocabulary"
         slots[1].fill(255)
         with pytest.raises(KernelError, match="which is none") as caught:
             engine.backend.call("decode", [(1, slots[0]), (1, slots[1])], [np.ones((2, 16), np.float32)])
-        assert caught.value.part == 1 and not slots[0].any()
+        assert caught.value.part == 1 and not slots[0].any() and "sound snapshot" in caught.value.fix
+        with pytest.raises(InputError, match=r"not 8\n  .*slots\.handle\(\)"):
+            engine.backend.call("decode", [(1, np.zeros(8, np.uint8))], [np.ones((1, 16), np.float32)])
+
+
+def test_a_graph_that_stops_poisons_its_session_and_says_what_else_there_is(tiny):
+    def stop(binding):
+        raise RuntimeError("out of luck\nmore of it")
+
+    with tmlc.load(tiny, threads=1) as engine:
+        session, loaded = engine.session(), engine.backend._loaded["decode"]
+        loaded.session = SimpleNamespace(io_binding=loaded.session.io_binding, run_with_iobinding=stop)
+        with pytest.raises(KernelError, match=r"stopped: out of luck \(method decode\)\n  open a new .* target cpu"):
+            session.append(tokens=[1])
+        assert session.state == "poisoned"
 
 
 def test_loading_brings_in_no_compiler_and_no_library_that_is_not_needed(tiny):

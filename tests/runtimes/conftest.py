@@ -98,7 +98,7 @@ class FakeBackend(Backend):
         for part, (n, slot) in enumerate(parts):
             assert slot.ctypes.data % 64 == 0 and slot.nbytes == self.slot_bytes
             if method == "decode" and slot.view(np.float64)[0] + n > self.limit:
-                full = ContextFullError("the context is used up")
+                full = ContextFullError("the context is used up", fix="open a new session")
                 full.part = part
                 raise full
         self.calls.append((method, total))
@@ -119,7 +119,7 @@ class FakeBackend(Backend):
 
     def _embed_text(self, n, state, ids):
         if (ids == BAD_TOKEN).any():
-            raise KernelError("index out of range")
+            raise KernelError("index out of range", fix="give ids of the vocabulary")
         return self._tag(0, ids[:, 0])
 
     def _embed_audio(self, n, state, pcm):

@@ -170,7 +170,7 @@ def test_a_session_that_left_before_the_kernel_stopped_keeps_its_own_error(make_
 
     def stop(method):
         if method == "vocode":
-            raise KernelError("index out of range")
+            raise KernelError("index out of range", fix="give ids of the vocabulary")
 
     engine.backend.on_call = stop
     results = engine.tick_batch([full, other], [None, None])
@@ -186,7 +186,7 @@ def test_one_damaged_slot_poisons_its_session_only(backend, make_engine):
     def refuse(method, parts, inputs):
         for part, (_, slot) in enumerate(parts):
             if method == "decode" and slot.ctypes.data == damaged._slot.ctypes.data:
-                error = KernelError("the slot holds an impossible position")
+                error = KernelError("the slot holds an impossible position", fix="restore a snapshot")
                 error.part = part
                 raise error
         return call(method, parts, inputs)

@@ -256,8 +256,9 @@ def test_capacity_tells_bytes_and_slots(engine):
 
 def test_arguments_of_load_are_checked(package, tmp_path):
     for bad in ({"threads": 0}, {"threads": 1.5}, {"sessions": 0}, {"sessions": "2"}):
-        with pytest.raises(UsageError):
+        with pytest.raises(UsageError) as error:
             load(package, **bad)
+        assert error.value.where == next(iter(bad)) and error.value.fix
     with pytest.raises(TargetError, match="no engine for triton"):
         load(package, target="triton:sm90")
     with pytest.raises(TargetError, match="no such variant"):
@@ -272,7 +273,7 @@ def test_weights_lie_on_cache_lines_and_are_not_copied(engine):
 
 
 def test_text_needs_a_tokenizer(engine):
-    with pytest.raises(InputError, match="no tokenizer"):
+    with pytest.raises(InputError, match=r"no tokenizer.*\n  give `tokens`, or .*tokenizer\.json"):
         engine.session().tick(TickInput(text="hi"))
 
 

@@ -33,8 +33,10 @@ def test_the_device_thread_keeps_the_grid_and_serves_every_thread(make_engine):
     assert engine.restore(seat.snapshot().result(20)).ticks >= 1
     other = scheduler.open(sink)
     other.close()
-    with pytest.raises(UsageError, match="by itself"):
+    with pytest.raises(UsageError, match=r"by itself\n  call start\(\) or step\(\)"):
         scheduler.step()
+    with pytest.raises(UsageError, match="started once\n  make a new one"):
+        scheduler.start()
     scheduler.drain(0.0)
     assert scheduler.stats().ticking == 0
     scheduler.close()

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from tmlc.errors import CapacityError, InputError, PackageError, UsageError
-from tmlc.runtimes.core.backend import MethodSpec, TensorSpec
-from tmlc.runtimes.core.clock import InputClock, ManualClock, WallClock, make_clock
+from tmlc.package.fields import AGAIN
+from tmlc.runtimes.core.backend import MethodSpec, TensorSpec, check_inputs
+from tmlc.runtimes.core.clock import InputClock, ManualClock, VirtualClock, WallClock, make_clock
 from tmlc.runtimes.core.slots import HostSlots, SlotPool
 from tmlc.runtimes.core.text import ByteTokenizer, LibraryTokenizer, load_tokenizer
 
@@ -29,8 +30,9 @@ def test_slots_are_aligned_apart_and_zeroed_on_return(size):
 
 @pytest.mark.parametrize("count", [0, -1, 1 << 20])
 def test_an_absurd_number_of_slots_is_refused(count):
-    with pytest.raises(UsageError):
+    with pytest.raises(UsageError) as error:
         HostSlots(count, 64)
+    assert error.value.where == "sessions" and "how many conversations" in error.value.fix
 
 
 def test_slots_that_do_not_fit_in_memory_are_a_capacity_error():
@@ -58,8 +60,9 @@ def test_a_manual_clock_waits_until_it_is_moved():
     clock.advance(0.2)
     thread.join(5)
     assert done.is_set()
-    with pytest.raises(UsageError):
-        clock.advance(-1)
+    for moved in (clock, VirtualClock(0.2)):
+        with pytest.raises(UsageError, match="go back by 1 s\n  start a new clock"):
+            moved.advance(-1)
 
 
 def test_an_input_clock_never_waits():
@@ -79,7 +82,7 @@ def test_clocks_are_made_by_name():
     assert isinstance(make_clock("wall", 0.1), WallClock)
     with pytest.raises(UsageError, match="unknown clock"):
         make_clock("sun")
-    with pytest.raises(UsageError, match="period"):
+    with pytest.raises(UsageError, match=r"period must be positive, not 0\n  .*duration_ms"):
         make_clock("wall", 0)
 
 
@@ -180,8 +183,9 @@ def test_a_tokenizer_that_fails_on_a_text_refuses_that_text():
     pattern = {"Regex": "^(([a-z])+.)+[A-Z]([a-z])+$"}
     slow = {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}
     panics = load(byte_level(normalizer={"type": "NFC"}, pre_tokenizer=slow))
-    with pytest.raises(InputError, match="cannot take this text"):
+    with pytest.raises(InputError, match="cannot take this text") as error:
         panics.encode("a" * 60)
+    assert "leave out the characters" in error.value.fix
 
 
 def test_typed_text_is_neither_cut_nor_filled_up():
@@ -212,8 +216,9 @@ def test_typed_text_is_neither_cut_nor_filled_up():
     ],
 )
 def test_a_file_that_is_no_tokenizer_is_refused(data):
-    with pytest.raises(PackageError, match="tokenizer"):
+    with pytest.raises(PackageError, match="tokenizer") as error:
         load_tokenizer(data)
+    assert error.value.fix
 
 
 @pytest.mark.parametrize(
@@ -250,8 +255,9 @@ def test_a_package_whose_methods_do_not_fit_is_refused(backend, make_engine, met
     ],
 )
 def test_a_tick_layout_that_makes_no_sense_is_refused(make_engine, layout):
-    with pytest.raises(PackageError, match="tick"):
+    with pytest.raises(PackageError, match="tick") as error:
         make_engine(**layout)
+    assert (error.value.where, error.value.fix) == ("manifest.json: tick", AGAIN)
 
 
 @pytest.mark.parametrize("method", ["unembed", "decode"])
@@ -259,14 +265,33 @@ def test_an_absurdly_wide_model_is_refused(backend, make_engine, method):
     wide = TensorSpec("f32", 1, 0, 1 << 23)
     old = backend.methods[method]
     backend.methods[method] = MethodSpec(method, 8, (wide,) if method == "decode" else old.inputs, (wide,))
-    with pytest.raises(PackageError, match="absurd"):
+    with pytest.raises(PackageError, match="absurd") as error:
         make_engine(backend)
+    assert error.value.fix == AGAIN
 
 
 def test_another_slot_size_than_the_manifest_says_is_refused(backend, make_engine):
     backend.slot_bytes += 64
     with pytest.raises(PackageError, match="bytes a session"):
         make_engine(backend)
+
+
+def test_a_call_that_no_method_has_is_refused_with_the_form_of_the_method():
+    method = MethodSpec("m", 2, (TensorSpec("f32", 1, 0, 3),), (TensorSpec("i32", 1, 0, 1),))
+    check_inputs(method, 2, [np.zeros((2, 3), np.float32)])
+    one, two = np.zeros((1, 3), np.float32), np.zeros((2, 3), np.float32)
+    sparse = np.zeros((2, 4), np.float32)[:, :3]
+    for n, given in ((3, [two]), (0, [one]), (2, []), (1, [two]), (1, [one.astype(np.float64)]), (2, [sparse])):
+        with pytest.raises(InputError, match="m ") as error:
+            check_inputs(method, n, given)
+        assert error.value.fix == "call m(f32[n,3]) -> (i32[n,1]), with n from 1 to 2"
+        assert error.value.where == "method m"
+
+
+def test_a_target_without_times_of_kernels_says_what_else_there_is(backend):
+    with pytest.raises(UsageError, match=r"\(target fake\)\n  .*TickOutput\.timings") as error:
+        backend.kernel_timer()
+    assert "target cpu" in error.value.fix
 
 
 def test_a_method_prints_as_its_signature():

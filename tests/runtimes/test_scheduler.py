@@ -138,8 +138,20 @@ def test_typed_text_enters_and_is_bounded(world):
     guest.seat.read("abc")
     with pytest.raises(InputError, match="65536"):
         guest.seat.read("x" * 65536)
+    with pytest.raises(InputError, match=r"valid Unicode at character 1\n  leave out the lone surrogate there"):
+        guest.seat.read("a\ud800")
     here.edges(3)
     assert [value for kind, value in here.engine.backend.said if kind == "text" and value < 256] == [97, 98, 99]
+
+
+def test_text_is_refused_where_nobody_can_read_it(world):
+    deaf, here = world(text_in=0).guest(), world()
+    with pytest.raises(InputError, match=r"does not read.*\n  give it audio instead"):
+        deaf.seat.read("abc")
+    guest = here.guest()
+    here.engine.tokenizer = None
+    with pytest.raises(InputError, match=r"no tokenizer.*\n  .*tokenizer\.json"):
+        guest.seat.read("abc")
 
 
 def test_the_newest_frame_enters_when_the_model_looks(world):
@@ -152,7 +164,7 @@ def test_the_newest_frame_enters_when_the_model_looks(world):
     seen = [value / 36 for kind, value in here.engine.backend.said if kind == "video"][::3]
     assert seen == [11, 13], "joined at the second edge; the model looks at every second tick"
     assert guest.seat.counters().dropped_frames == 7
-    with pytest.raises(InputError, match="uint8"):
+    with pytest.raises(InputError, match=r"uint8 \[2, 3, 3\].*\n  .*3 × 2 pixels"):
         guest.seat.see(np.zeros((2, 3), np.uint8))
 
 
@@ -201,12 +213,15 @@ def test_a_long_prompt_of_a_token_model_enters_by_pieces(world, backend):
 
 def test_bad_options_are_refused(make_engine):
     engine = make_engine()
-    with pytest.raises(UsageError, match="period"):
+    with pytest.raises(UsageError, match=r"period is 0\.1 s \(clock\)\n  make the clock with the period 0\.2"):
         Scheduler(engine, clock=ManualClock(0.1))
+    for wrong in ({"resume_window": -1.0}, {"step_budget": 0.0}):
+        with pytest.raises(UsageError, match=r"resume_window must be 0 or more .*\n  .* 30 and 0\.16"):
+            Scheduler(engine, clock=ManualClock(), **wrong)
     scheduler = Scheduler(engine, clock=ManualClock())
     with pytest.raises(UsageError, match="step"):
         scheduler.start()
-    with pytest.raises(InputError, match="seed"):
+    with pytest.raises(InputError, match=r"seed .*\n  .*leave it out for 0"):
         scheduler.open(print, seed=-1)
-    with pytest.raises(InputError, match="temperature"):
+    with pytest.raises(InputError, match=r"temperature .*\n  give 0 for the most likely"):
         scheduler.open(print, temperature=-1.0)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from tmlc.errors import CapacityError, CheckError, ContextFullError, InputError, KernelError, SessionError
+from tmlc.runtimes.core.session import ADVICE, SessionState
 from tmlc.runtimes.core.tick import TickInput
 from tmlc.runtimes.core.ticklog import replay
 
@@ -32,7 +33,7 @@ def test_a_session_goes_from_new_to_open_to_closed_and_frees_its_slot(make_engin
 def test_a_full_engine_says_so(make_engine):
     engine = make_engine(sessions=2)
     kept = [engine.session(), engine.session()]
-    with pytest.raises(CapacityError, match="all 2 sessions"):
+    with pytest.raises(CapacityError, match="all 2 sessions of this engine are in use\n  close a session, or load"):
         engine.session()
     with pytest.raises(CapacityError):
         kept[0].fork()
@@ -67,8 +68,12 @@ def test_a_detached_session_keeps_its_state_and_takes_no_calls(make_engine):
     blob = session.snapshot()
     session.attach()
     assert session.tick().index == 1 and blob
-    with pytest.raises(SessionError):
+    with pytest.raises(SessionError, match=r"open\n  go on with tick\(\)"):
         session.attach()
+
+
+def test_every_state_that_refuses_a_call_says_what_to_do():
+    assert set(ADVICE) == set(SessionState) and all(ADVICE.values())
 
 
 def test_a_kernel_error_poisons_the_session_and_no_other(make_engine):
@@ -101,7 +106,7 @@ def test_an_interrupt_inside_a_tick_poisons_the_session(backend, make_engine):
 def test_speech_that_is_not_a_number_poisons_the_session(make_engine):
     engine = make_engine(silence_level=float("nan"))
     session = engine.session()
-    with pytest.raises(KernelError, match="not a number"):
+    with pytest.raises(KernelError, match=r"not a number \(tick 0\)\n  .*--precision fp32"):
         session.tick()
     assert session.state == "poisoned"
 
@@ -191,21 +196,22 @@ def test_append_computes_only_the_logits_that_are_asked_for(backend, make_engine
 
 
 @pytest.mark.parametrize(
-    ("arguments", "what"),
+    ("arguments", "what", "fix"),
     [
-        ({}, "at least one position"),
-        ({"tokens": [1], "logits": "some"}, "logits must be one of all, last, none"),
-        ({"tokens": [300]}, "vocabulary"),
-        ({"tokens": 3}, "sequence of whole numbers"),
-        ({"audio": np.zeros(12, np.float32)}, "whole number of positions of 8 samples"),
-        ({"video": np.zeros((3, 2, 3, 3), np.uint8)}, "whole clips of 2 frames"),
+        ({}, "at least one position", "tick()"),
+        ({"tokens": [1], "logits": "some"}, "logits must be one of all, last, none", "leave it out"),
+        ({"tokens": [300]}, "vocabulary", "ids of the tokenizer"),
+        ({"tokens": 3}, "sequence of whole numbers", "engine.tokenizer.encode"),
+        ({"audio": np.zeros(11, np.float32)}, "whole number of positions of 8 samples", "the last 3"),
+        ({"audio": np.zeros(11, np.float32)}, "whole number of positions of 8 samples", "add 5 zeros"),
+        ({"video": np.zeros((3, 2, 3, 3), np.uint8)}, "whole clips of 2 frames", "repeat the last one"),
     ],
 )
-def test_append_refuses_bad_arguments_and_changes_nothing(make_engine, arguments, what):
+def test_append_refuses_bad_arguments_and_changes_nothing(make_engine, arguments, what, fix):
     session = make_engine().session()
-    with pytest.raises(InputError, match=what):
+    with pytest.raises(InputError, match=what) as error:
         session.append(**arguments)
-    assert session.state == "new"
+    assert fix in error.value.fix and session.state == "new"
 
 
 @pytest.mark.parametrize(
@@ -221,9 +227,9 @@ def test_append_refuses_bad_arguments_and_changes_nothing(make_engine, arguments
 )
 def test_seed_and_temperature_are_checked(make_engine, arguments):
     engine = make_engine()
-    with pytest.raises(InputError):
+    with pytest.raises(InputError, match=next(iter(arguments))) as error:
         engine.session(**arguments)
-    assert engine.capacity().free == 3
+    assert error.value.fix and engine.capacity().free == 3
 
 
 def run(session, ticks, start=0):
@@ -334,8 +340,9 @@ def test_a_broken_tick_log_is_refused(make_engine, change):
     log = []
     engine = make_engine()
     engine.session(log=log.append).tick(TickInput(np.ones(16, np.float32)))
-    with pytest.raises(InputError):
+    with pytest.raises(InputError) as error:
         replay(engine, change(log))
+    assert error.value.fix
 
 
 def test_a_closed_engine_closes_its_sessions(backend, make_engine):

@@ -91,7 +91,7 @@ def test_a_copy_that_fails_gives_the_slot_back(make_engine, far):
     session = engine.session()
 
     def fail(source, to):
-        raise CapacityError("no")
+        raise CapacityError("no", fix="close a session")
 
     far.far.copy = fail
     with pytest.raises(CapacityError, match="no"):

@@ -225,7 +225,10 @@ def test_a_snapshot_of_a_synthetic_session_goes_on():
     one.run(TickInput(VOICE), (), 1, 0.0)
     two = engine.restore(one.snapshot())
     assert two.run(TickInput(), (), 1, 0.0).tokens == one.run(TickInput(), (), 1, 0.0).tokens
-    with pytest.raises(SessionError, match="synthetic"):
+    with pytest.raises(SessionError, match=r"(?s)synthetic.*\n  take it again with session\.snapshot\(\)"):
         engine.restore(b"{}")
-    with pytest.raises(UsageError):
+    with pytest.raises(UsageError, match=r"of 0 sessions .*\n  give sessions of 1 or more"):
         SyntheticEngine(VirtualClock(), sessions=0)
+    two.detach()
+    with pytest.raises(SessionError, match=r"detached\n  attach\(\) it first"):
+        two.run(TickInput(), (), 1, 0.0)

@@ -169,8 +169,9 @@ def test_how_positions_are_cut_into_calls_changes_nothing(make_engine, max_appen
 )
 def test_bad_input_is_refused_and_changes_nothing(backend, make_engine, given, what):
     session = make_engine(backend).session()
-    with pytest.raises(InputError, match=what):
+    with pytest.raises(InputError, match=what) as error:
         session.tick(given)
+    assert error.value.fix and "\n" not in error.value.fix
     assert not backend.calls and session.ticks == 0 and session.state == "new"
 
 
@@ -189,5 +190,19 @@ def test_a_token_model_stops_after_end_of_sequence(backend, make_engine):
 
 
 def test_a_token_model_needs_a_first_token(make_engine):
-    with pytest.raises(InputError, match="first tick"):
+    with pytest.raises(InputError, match=r"first tick .*\n  .*append\(\) a prompt"):
         make_engine(kind="tokens").session().tick()
+
+
+@pytest.mark.parametrize(
+    ("layout", "given", "what", "fix"),
+    [
+        ({"text_in": 0}, TickInput(tokens=[65]), "does not read", "audio instead"),
+        ({"kind": "tokens", "audio_in": 0}, TickInput(audio=np.zeros(8, np.float32)), "does not hear", "give it text"),
+        ({"video_positions": 0}, TickInput(video=np.zeros((1, 2, 3, 3), np.uint8)), "does not see", "leave the video"),
+    ],
+)
+def test_what_a_model_does_not_take_is_refused_with_what_it_takes(make_engine, layout, given, what, fix):
+    with pytest.raises(InputError, match=what) as error:
+        make_engine(**layout).session().tick(given)
+    assert fix in error.value.fix

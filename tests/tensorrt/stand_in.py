@@ -41,7 +41,7 @@ class StandIn(Device):
 
     def allocate(self, nbytes: int) -> int:
         if nbytes > self.limit:
-            raise CapacityError(f"{nbytes} bytes are needed")
+            raise CapacityError(f"{nbytes} bytes are needed", fix="free the GPU")
         memory = np.zeros(nbytes + 256, np.uint8)
         address = -(-memory.ctypes.data // 256) * 256
         self.held[address] = memory
@@ -64,7 +64,7 @@ class StandIn(Device):
 
     def wait(self) -> None:
         if self.lost:
-            raise KernelError("the GPU is lost")
+            raise KernelError("the GPU is lost", fix="load the package again")
 
     def host_buffer(self, nbytes: int) -> np.ndarray:
         return np.full(nbytes, POISON, np.uint8)

@@ -15,7 +15,7 @@ from tmlc.emit.tensorrt.network import networks
 from tmlc.errors import EmitError, InputError, KernelError, PackageError, TargetError, UsageError
 from tmlc.runtimes.core.placement import Placement
 from tmlc.runtimes.tensorrt.backend import check_engine, open_backend
-from tmlc.runtimes.tensorrt.cuda import CudaDevice, open_library
+from tmlc.runtimes.tensorrt.cuda import CudaDevice, CudaEngine, open_library
 from tmlc.runtimes.tensorrt.device import EngineBinding
 from tmlc.runtimes.tensorrt.plan import Plan, read_plan
 
@@ -41,7 +41,7 @@ def raise_fix(call) -> None:
     try:
         call()
     except TargetError as error:
-        raise TargetError(f"{error.what} {error.fix}") from None
+        raise TargetError(f"{error.what} {error.fix}", fix=error.fix) from None
 
 
 def test_current_needs_a_gpu(monkeypatch) -> None:
@@ -190,6 +190,23 @@ def test_a_machine_without_driver_gpu_or_bindings_says_so(monkeypatch) -> None:
         CudaDevice(SimpleNamespace(), PLAN)
 
 
+@pytest.mark.parametrize(
+    ("refused", "what", "fix"),
+    [
+        ("set_input_shape", r"refuses shape \[2\] for ids in profile 0", "fault of tmlc: .* `tmlc doctor"),
+        ("set_tensor_address", "refuses the address of ids", "fault of tmlc: report it"),
+        ("execute_async_v3", "cannot start the engine", "load the package again"),
+    ],
+)
+def test_an_engine_that_does_not_run_says_whose_fault_it_is(refused, what, fix) -> None:
+    engine = CudaEngine.__new__(CudaEngine)
+    engine._device, engine._stream = SimpleNamespace(_enter=lambda: None), 7
+    calls = ("set_input_shape", "set_tensor_address", "execute_async_v3")
+    engine._contexts = [SimpleNamespace(**{name: lambda *_, name=name: name != refused for name in calls})]
+    with pytest.raises(KernelError, match=f"{what}\n  .*{fix}"):
+        engine.run(0, {"ids": 64}, {"ids": (2,)})
+
+
 def test_another_architecture_is_refused_with_the_target_to_compile_for(monkeypatch) -> None:
     with_driver(monkeypatch, Driver(architecture=(8, 6)))
     with pytest.raises(TargetError, match="engines are for sm89, and A GPU is sm86") as error:
@@ -283,9 +300,11 @@ def test_ids_outside_their_table_are_refused_for_their_session_only(checkpoints,
     ids = np.array([[1], [2], [engine.model.vocab]], np.int32)
     with pytest.raises(KernelError, match="index outside 0") as error:
         backend.call("embed_text", [(2, slots.handle(0)), (1, slots.handle(1))], [ids])
-    assert error.value.part == 1
-    with pytest.raises(InputError, match="a slot is given twice"):
+    assert error.value.part == 1 and error.value.fix == "give ids of the vocabulary"
+    with pytest.raises(InputError, match="a slot is given twice\n  give each session one part"):
         backend.call("embed_text", [(2, slots.handle(0)), (1, slots.handle(0))], [ids])
+    with pytest.raises(InputError, match="no positions\n  give each session one part"):
+        backend.call("embed_text", [(2, slots.handle(0)), (0, slots.handle(1))], [ids[:2]])
 
 
 def test_a_lost_device_poisons_the_session_and_closing_still_works(checkpoints, stand_in) -> None:

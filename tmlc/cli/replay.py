@@ -85,7 +85,6 @@ def command(
                 report("replaying", ticks, ticks)
     except TmlcError as error:
         error.where = error.where or f"{log}:{max(1, sum(events.values()))}"
-        error.fix = error.fix or "give a tick log: `tmlc serve --record DIR` and Engine.session(log=...) write them"
         raise
     finally:
         engine.close()
