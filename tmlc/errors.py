@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pydantic import ValidationError
 
+#: What to do about an error that can only come from a fault of tmlc itself, found while it compiles.
+REPORT = "This is a fault of tmlc: report it with the output of `tmlc compile --dump DIR`."
+
 
 def reason(error: BaseException) -> str:
     """What an exception that is not ours says, on one line: for the `what` of an error that names the file itself."""

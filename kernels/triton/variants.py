@@ -30,6 +30,8 @@ OLDEST_TRITON = {100: (3, 7)}
 #: The first that is not in doubt: with 3.7, whose assembler is CUDA 13.1's, a kernel of others had other bits from run
 #: to run on a B200 (PyTorch's issue 181248). No kernel of ours was seen to.
 UNDOUBTED_TRITON = {100: (3, 8)}
+#: What to do where Triton makes nothing, or nothing that launches can use, of a kernel.
+_FIX_TRITON = "Compile with a Triton that docs/triton.md, “Versions of Triton”, lists; if it is one, report the kernel."
 _USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 
 
@@ -178,7 +180,8 @@ def _compiled(source: Any, target: Any, variant: Variant, stages: int, registers
     kernel = _built(source, target, variant, stages, registers)
     meta = kernel.metadata
     if meta.global_scratch_size or meta.profile_scratch_size:
-        raise EmitError(f"{variant.kernel} asks for global scratch, which launches do not bring")
+        what = f"{variant.kernel} asks for global scratch, which launches do not bring"
+        raise EmitError(what, where=variant_key(variant), fix=_FIX_TRITON)
     cubin = kernel.asm["cubin"]
     used, stack, local = _usage(cubin, meta.name)
     hidden = 2  # the pointers to global and to profile scratch
@@ -195,9 +198,8 @@ def _built(source: Any, target: Any, variant: Variant, stages: int, registers: i
         with _reproducible(), _waiting() if variant.overlap else nullcontext():
             return triton.compile(source, target=target, options=options)
     except Exception as error:
-        raise EmitError(
-            f"{variant.kernel} does not compile: {error}", where=f"{variant_key(variant)} {variant.constexprs}"
-        ) from error
+        where = f"{variant_key(variant)} {variant.constexprs}"
+        raise EmitError(f"{variant.kernel} does not compile: {error}", where=where, fix=_FIX_TRITON) from error
 
 
 @contextmanager
@@ -243,6 +245,6 @@ def _usage(cubin: bytes, entry: str) -> tuple[int, int, int]:
         out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found = _USAGE.search(out[out.index(entry) :])
     if found is None:
-        raise EmitError(f"cuobjdump says nothing of {entry}")
+        raise EmitError(f"cuobjdump says nothing of {entry}", where=str(command[0]), fix=_FIX_TRITON)
     registers, stack, _, local = (int(number) for number in found.groups())
     return registers, stack, local
