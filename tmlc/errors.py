@@ -5,10 +5,14 @@
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
+
+#: What to do about an error that can only come from a fault of tmlc itself, found while it compiles.
+REPORT = "This is a fault of tmlc: report it with the output of `tmlc compile --dump DIR`."
 
 
 def reason(error: BaseException) -> str:
@@ -32,18 +36,22 @@ class TmlcError(Exception):
     Args:
         what: what is wrong, one line, with the offending value.
         where: file, tensor, method, pass or option it was found in ("" where there is no better place).
-        fix: what the person can do about it, one line.
+        fix: what the person can do about it, one line. Required: an error that nobody can act on is not finished.
     """
 
     exit_code = 2
 
-    def __init__(self, what: str, *, where: str = "", fix: str = "") -> None:
+    def __init__(self, what: str, *, where: str = "", fix: str) -> None:
         self.what, self.where, self.fix = what, where, fix
         super().__init__(what)
 
     def __str__(self) -> str:
         head = f"{self.what} ({self.where})" if self.where else self.what
-        return f"{head}\n  {self.fix}" if self.fix else head
+        return f"{head}\n  {self.fix}"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For errors that come from another process: an exception is made again with positional arguments only."""
+        return partial(type(self), fix=self.fix), (self.what,), self.__dict__
 
 
 class UsageError(TmlcError):

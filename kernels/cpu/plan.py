@@ -20,6 +20,7 @@ VERSION = 2
 _STATUS_CONTEXT_FULL = 2
 _STATUS_BAD_CALL = 3
 _STATUS_BAD_SLOT = 4
+_FIX_METHOD = "give the number of a method in the plan's list of methods, from 0"
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +133,7 @@ class Plan:
             UsageError: wrong positions, sizes or arrays; nothing was changed.
         """
         if self._handle is None:
-            raise UsageError("the plan is closed")
+            raise UsageError("the plan is closed", fix="make a new Plan of the same words and weights")
         if not self._busy.acquire(blocking=False):
             raise UsageError("the plan is running already", fix="give each thread its own Plan")
         try:
@@ -165,7 +166,8 @@ class Plan:
             full.part = part
             raise full
         if status == _STATUS_BAD_CALL:
-            raise UsageError(what, where=f"method {method}" + (f", {where}" if where else ""))
+            place = f"method {method}" + (f", {where}" if where else "")
+            raise UsageError(what, where=place, fix="nothing was changed: call again, with what Plan.run_batch takes")
         failed = KernelError(what, where=where, fix="the session is poisoned; check the package with tmlc verify")
         failed.part = part if status == _STATUS_BAD_SLOT else None
         raise failed
@@ -181,7 +183,8 @@ class Plan:
         slot_bytes = 2**62
         for k, (n, slot) in enumerate(parts):
             if slot.dtype != np.uint8 or not slot.flags.c_contiguous or not slot.flags.writeable:
-                raise UsageError("a slot is a writable flat uint8 array", where="slot")
+                fix = "make it with np.zeros(plan.slot_bytes, np.uint8)"
+                raise UsageError("a slot is a writable flat uint8 array", where="slot", fix=fix)
             self._parts[k].n, self._parts[k].slot = n, slot.ctypes.data
             slot_bytes = min(slot_bytes, slot.nbytes)
         if len(parts) == 1:
@@ -204,7 +207,7 @@ class Plan:
         """
         count = self._c.tmlc_plan_times(self._handle, method, None, None, 0, None)
         if count < 0:
-            raise UsageError(f"the plan has no method {method}")
+            raise UsageError(f"the plan has no method {method}", fix=_FIX_METHOD)
         ns, touched, runs = np.zeros(count), np.zeros((count, 3), np.int64), np.zeros(2, np.int64)
         self._c.tmlc_plan_times(
             self._handle, method, ns.ctypes.data, touched.ctypes.data, count, runs.ctypes.data
@@ -221,7 +224,7 @@ class Plan:
     def _arguments(self, method: int) -> _Arguments:
         n_inputs = self._c.tmlc_plan_inputs(self._handle, method)
         if n_inputs < 0:
-            raise UsageError(f"the plan has no method {method}")
+            raise UsageError(f"the plan has no method {method}", fix=_FIX_METHOD)
         call = _Arguments(n_inputs, self._c.tmlc_plan_outputs(self._handle, method))
         self._calls[method] = call
         return call
@@ -252,17 +255,18 @@ class _Arguments:
         if (len(inputs), len(outputs)) != self.counts:
             raise UsageError(
                 f"{len(inputs)} inputs and {len(outputs)} outputs, "
-                f"where the method has {self.counts[0]} and {self.counts[1]}"
+                f"where the method has {self.counts[0]} and {self.counts[1]}",
+                fix="give an array for each of them, in the order of the plan",
             )
         for k, array in enumerate(inputs):
             if array is self._inputs[k]:
                 continue
             if not array.flags.c_contiguous:
-                raise UsageError(f"input {k} is not C-contiguous")
+                raise UsageError(f"input {k} is not C-contiguous", fix="give np.ascontiguousarray of it")
             self._in[k], self._in_bytes[k], self._inputs[k] = array.ctypes.data, array.nbytes, array
         for k, array in enumerate(outputs):
             if array is self._outputs[k]:
                 continue
             if not array.flags.c_contiguous or not array.flags.writeable:
-                raise UsageError(f"output {k} is not C-contiguous and writable")
+                raise UsageError(f"output {k} is not C-contiguous and writable", fix="give one as np.empty makes it")
             self._out[k], self._out_bytes[k], self._outputs[k] = array.ctypes.data, array.nbytes, array

@@ -317,7 +317,7 @@ def attention_launches(call: Call, scratch: Scratch) -> tuple[list[Launch], Part
         "compile with a larger max_append, or smaller buckets",
     )
     dtype = caches[0].dtype
-    call.need(dtype in _CACHES, f"caches of {dtype}")
+    call.need(dtype in _CACHES, f"caches of {dtype}", f"use {', '.join(_CACHES)}")
     shared: dict[str, Any] = {
         "position": _state(call, position, "i64"), "slots": call.slots, "counts": call.counts, "n": n,
         "d": Aligned(d), "dv": Aligned(dv), "sinks": Aligned(sinks),

@@ -40,7 +40,8 @@ class HostMemory:
         start = self._used
         self._used = -(-(start + count) // ALIGN) * ALIGN
         if self._used > self._base.size:
-            raise EmitError(f"{self._used} bytes do not fit into the {self._base.size} of this memory")
+            what = f"{self._used} bytes do not fit into the {self._base.size} of this memory"
+            raise EmitError(what, where="host memory", fix="make it with more `nbytes`, or `release` what nobody needs")
         return self._base[start : start + count]
 
     def array(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
@@ -83,7 +84,9 @@ class HostMemory:
                 bases = [int(slot) for slot in buffers["slots", ""]] if arg.space == "state" else [0]
                 for at in bases:
                     if at + arg.offset + arg.nbytes > size:
-                        raise EmitError(f"{launch.kernel}: {arg} ends behind the {size} bytes of its buffer")
+                        what = f"{launch.kernel}: {arg} ends behind the {size} bytes of its buffer"
+                        fix = "give a larger buffer, or correct the pointer where the op is lowered"
+                        raise EmitError(what, where="host memory", fix=fix)
                     ranges.append((start + at + arg.offset, start + at + arg.offset + arg.nbytes))
             else:
                 args.append(arg)
@@ -92,7 +95,8 @@ class HostMemory:
     def _place(self, launch: Launch, arg: Pointer, buffers: Buffers) -> tuple[int, int]:
         key = (arg.space, arg.name)
         if key not in buffers:
-            raise EmitError(f"{launch.kernel} reads {key}, which is not among the buffers {sorted(buffers)}")
+            what = f"{launch.kernel} reads {key}, which is not among the buffers {sorted(buffers)}"
+            raise EmitError(what, where="host memory", fix=f"give an array of this memory under {key}")
         array = buffers[key]
         start = array.__array_interface__["data"][0] - self._base.__array_interface__["data"][0]
         if not 0 <= start <= self._used or not array.flags.c_contiguous:

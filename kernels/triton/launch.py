@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tmlc.errors import EmitError
+from tmlc.errors import REPORT, EmitError
 
 ITEM_BYTES = {"f64": 8, "i64": 8, "f32": 4, "i32": 4, "bf16": 2, "f16": 2, "u8": 1}
 TRITON_NAMES = {
@@ -59,7 +59,8 @@ class Pointer:
 
     def __post_init__(self) -> None:
         if self.space not in SPACES or self.dtype not in ITEM_BYTES or self.offset < 0:
-            raise EmitError(f"a pointer to {self.space} {self.name!r} at {self.offset} of {self.dtype}")
+            what = f"a pointer to {self.space} {self.name!r} at {self.offset} of {self.dtype}"
+            raise EmitError(what, fix=REPORT)
 
     @property
     def aligned(self) -> bool:

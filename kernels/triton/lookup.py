@@ -42,7 +42,7 @@ def lower_embedding(call: Call) -> Lowered:
     ids = call.operand("ids" if call.op == "embedding" else "levels")
     per_bin = int(call.attrs["per_bin"]) if call.op == "bag_embedding" else 0
     bins = power(ids.cols)
-    call.need(bins <= MOST_BINS, f"{ids.cols} bins")
+    call.need(bins <= MOST_BINS, f"{ids.cols} bins", f"up to {MOST_BINS} are supported")
     block = min(1024 if bins == 1 else BAG_COLUMNS, power(table.cols, 16))
     values: dict[str, Any] = {
         "out": call.pointer(out), "table": call.pointer(table, ("f32", "bf16")), "ids": call.pointer(ids, _IDS),

@@ -255,7 +255,7 @@ def lower_dmel(call: Call) -> Lowered:
     tail, out = call.operand("tail"), call.outputs[0]
     width, hop, bands = window.cols * window.rows[1], pcm.cols, filters.rows[1]
     bins, rows, n = width // 2 + 1, call.rows(pcm), call.bucket.session_rows(pcm.rows)
-    call.need(width < 1 << 15, f"a window of {width} samples")
+    call.need(width < 1 << 15, f"a window of {width} samples", f"up to {(1 << 15) - 1} are supported")
     call.need(pcm.rows[0] > 0 == pcm.rows[1], f"rows {pcm.rows[0]}n+{pcm.rows[1]} belong to no positions")
     scratch, held = Scratch(), width - hop
     magnitude = scratch.piece("f64", rows * bins)
@@ -297,7 +297,8 @@ def lower_patchify(call: Call) -> Lowered:
         leaves *= t * s * s
     up, across = height // patch, video.cols // 3 // patch
     rows, lines = call.rows(out), call.rows(video)
-    call.need(max(rows * out.stride, lines * video.stride) < 1 << 31, f"{lines} lines of {video.cols // 3} pixels")
+    fits = max(rows * out.stride, lines * video.stride) < 1 << 31
+    call.need(fits, f"{lines} lines of {video.cols // 3} pixels", "compile smaller buckets")
     mean, std = (tuple(float(v) for v in call.attrs[name]) for name in ("mean", "std"))
     count, pixels = Aligned(rows * out.cols), call.pointer(video, ("u8",))
     values: dict[str, Any] = {"out": call.pointer(out), "video": pixels, "count": count}

@@ -16,6 +16,7 @@ from tmlc.kernels.triton.registry import Call, launch, lowering
 BLOCKS = 256
 #: Entries of the vocabulary of which one program finds the best.
 ENTRIES = 128
+MOST_PARTS = 16384
 
 
 @device
@@ -132,7 +133,7 @@ def sample_launches(
     source, stride = (call.pointer(logits), logits.stride) if isinstance(logits, Operand) else logits
     block = min(ENTRIES, power(entries, 32))
     parts = -(-entries // block)
-    call.need(parts <= 16384, f"a vocabulary of {entries} entries")
+    call.need(parts <= MOST_PARTS, f"a vocabulary of {entries} entries", f"up to {MOST_PARTS * ENTRIES} are supported")
     score, index = scratch.piece("f64", rows * parts), scratch.piece("i32", rows * parts)
     temperature = call.operand("temperature")
     call.need(temperature.stride == 1, "temperatures are not dense")

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from tmlc.errors import EmitError
+from tmlc.errors import REPORT, EmitError
 from tmlc.ir.replaced import REPLACED
 from tmlc.kernels.triton.bucket import Bucket
 from tmlc.kernels.triton.launch import ITEM_BYTES, Argument, Launch, Lowered, Operand, Pointer
@@ -30,6 +30,9 @@ REFUSED = REPLACED
 
 #: Other readings of the same bytes: the emitter makes no launch of them.
 VIEWS = ("columns", "reshape")
+
+#: What to do about a call that no kernel takes, where nothing nearer is known.
+FIX = "Compile for --target cpu, or change the model: docs/triton-kernels.md says what each kernel takes."
 
 
 @dataclass(frozen=True)
@@ -53,17 +56,17 @@ class Call:
     sm: int
     tiles: Tiles = field(default_factory=table, compare=False)
 
-    def fail(self, why: str, fix: str = "") -> EmitError:
+    def fail(self, why: str, fix: str = FIX) -> EmitError:
         return EmitError(f"op {self.op}: {why}", where=f"sm{self.sm}, {self.bucket.name}", fix=fix)
 
-    def need(self, condition: bool, why: str, fix: str = "") -> None:
+    def need(self, condition: bool, why: str, fix: str = FIX) -> None:
         if not condition:
             raise self.fail(why, fix)
 
     def operand(self, name: str) -> Operand:
         value = self.args.get(name)
         if value is None:
-            raise self.fail(f"operand {name} is missing")
+            raise self.fail(f"operand {name} is missing", f"give it: {self.op} takes {', '.join(self.args)}")
         return value
 
     def optional(self, name: str) -> Operand | None:
@@ -115,7 +118,7 @@ def launch(
     given = set(values) | set(fixed)
     wanted = PARAMETERS[kernel]
     if given != set(wanted):
-        raise EmitError(f"kernel {kernel} takes {sorted(set(wanted) ^ given)} otherwise")
+        raise EmitError(f"kernel {kernel} takes {sorted(set(wanted) ^ given)} otherwise", fix=REPORT)
     args = tuple(values[name] for name in wanted if name not in fixed)
     x, y, z = (*grid, 1, 1)[:3]
     if not (0 < x < 1 << 31 and 0 < y < 1 << 16 and 0 < z < 1 << 16):
@@ -161,5 +164,6 @@ def lower(call: Call) -> Lowered:
     if call.sm not in ARCHITECTURES:
         raise call.fail("kernels are not compiled for this architecture", f"use one of {ARCHITECTURES}")
     if call.op not in LOWERINGS:
-        raise call.fail(REFUSED.get(call.op, "there is no Triton kernel for it"))
+        why = REFUSED.get(call.op, "there is no Triton kernel for it")
+        raise call.fail(why, "Use the pipeline of the target: --preset triton.")
     return LOWERINGS[call.op](call)

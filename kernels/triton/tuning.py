@@ -21,9 +21,10 @@ OPS = ("attention", "linear", "moe_down", "moe_gate_up")
 BOUNDS = ("min_m", "max_m", "min_k", "max_k")
 SIZES = ("block_m", "block_k", "warps", "stages")
 KEYS = {"op", "dtype", "sm", *BOUNDS, *SIZES}
-HEADER = """\
+FORM = "{op, dtype: [..], sm: [..], min_m, max_m, min_k, max_k, block_m, block_k, warps, stages}"
+HEADER = f"""\
 # Block sizes that differ from the rule of tuning.py. The first entry that fits an (op, dtype, shape, sm) is taken.
-# {op, dtype: [..], sm: [..], min_m, max_m, min_k, max_k, block_m, block_k, warps, stages}; what is left out fits all.
+# {FORM}; what is left out fits all.
 # Entries for one dtype, sm and shape were measured by `tmlc tune`; they come first, sorted.
 """
 
@@ -64,10 +65,13 @@ class Tiles:
 
     def __init__(self, entries: Any, where: str) -> None:
         if not isinstance(entries, list):
-            raise EmitError("a table of block sizes is a list of entries", where=where)
+            fix = f"write entries `- {FORM}`, or measure them with `tmlc tune`"
+            raise EmitError("a table of block sizes is a list of entries", where=where, fix=fix)
         for number, entry in enumerate(entries):
             if not _sound(entry):
-                raise EmitError(f"entry {number} of the block sizes is not one: {str(entry)[:300]}", where=where)
+                what = f"entry {number} of the block sizes is not one: {str(entry)[:300]}"
+                fix = f"write `{FORM}`; op is {', '.join(OPS)}; sizes: docs/triton-kernels.md, “Block sizes”"
+                raise EmitError(what, where=where, fix=fix)
         self.entries: tuple[dict[str, Any], ...] = tuple(entries)
 
     @staticmethod

@@ -25,6 +25,8 @@ from tmlc.kernels.triton.versions import check_triton
 MOST_REGISTERS = 255
 #: What is tried when a variant with more stages spills; with one nothing would be on its way while a turn is computed.
 FEWER_STAGES = (6, 4, 3, 2)
+#: What to do where Triton makes nothing, or nothing that launches can use, of a kernel.
+_FIX_TRITON = "Compile with a Triton that docs/triton.md, “Versions of Triton”, lists; if it is one, report the kernel."
 _USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 
 
@@ -148,7 +150,8 @@ def _compiled(source: Any, target: Any, variant: Variant, stages: int, registers
     kernel = _built(source, target, variant, stages, registers)
     meta = kernel.metadata
     if meta.global_scratch_size or meta.profile_scratch_size:
-        raise EmitError(f"{variant.kernel} asks for global scratch, which launches do not bring")
+        what = f"{variant.kernel} asks for global scratch, which launches do not bring"
+        raise EmitError(what, where=variant_key(variant), fix=_FIX_TRITON)
     cubin = kernel.asm["cubin"]
     used, stack, local = _usage(cubin, meta.name)
     hidden = 2  # the pointers to global and to profile scratch
@@ -165,9 +168,8 @@ def _built(source: Any, target: Any, variant: Variant, stages: int, registers: i
         with _reproducible(), _waiting() if variant.overlap else nullcontext():
             return triton.compile(source, target=target, options=options)
     except Exception as error:
-        raise EmitError(
-            f"{variant.kernel} does not compile: {error}", where=f"{variant_key(variant)} {variant.constexprs}"
-        ) from error
+        where = f"{variant_key(variant)} {variant.constexprs}"
+        raise EmitError(f"{variant.kernel} does not compile: {error}", where=where, fix=_FIX_TRITON) from error
 
 
 @contextmanager
@@ -213,6 +215,6 @@ def _usage(cubin: bytes, entry: str) -> tuple[int, int, int]:
         out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found = _USAGE.search(out[out.index(entry) :])
     if found is None:
-        raise EmitError(f"cuobjdump says nothing of {entry}")
+        raise EmitError(f"cuobjdump says nothing of {entry}", where=str(command[0]), fix=_FIX_TRITON)
     registers, stack, _, local = (int(number) for number in found.groups())
     return registers, stack, local

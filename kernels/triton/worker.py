@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -61,15 +62,19 @@ class Interpreter(HostMemory):
         except BrokenPipeError:
             answer = ""
         if not answer:
-            raise KernelError(f"the interpreter ended while it ran {request['kernel']}", where="triton interpreter")
+            what = f"the interpreter ended while it ran {request['kernel']}"
+            fix = "run it again, with more memory free; if it ends in the same way, report the kernel"
+            raise KernelError(what, where="triton interpreter", fix=fix)
         failure = json.loads(answer)
         if failure:
-            raise KernelError(f"{request['kernel']}: {failure['error']}", where="triton interpreter")
+            fix = "correct the kernel, or what its lowering says of the operands; nothing of its results may be used"
+            raise KernelError(f"{request['kernel']}: {failure['error']}", where="triton interpreter", fix=fix)
 
     def close(self) -> None:
         """Ends the child; arrays stay readable."""
         if self._child.stdin is not None:
-            self._child.stdin.close()
+            with suppress(BrokenPipeError):  # the child is gone, and what was asked of it last with it
+                self._child.stdin.close()
         self._child.wait()
         if self._child.stdout is not None:
             self._child.stdout.close()

@@ -286,7 +286,8 @@ class Torch:
         if self.settings.rehearse:
             peers.ROTATED = 1
         elif not torch.cuda.is_available():
-            raise TargetError("PyTorch sees no GPU")
+            fix = "run it with a PyTorch that is built for CUDA, on a machine with a GPU, or with --rehearse"
+            raise TargetError("PyTorch sees no GPU", where=f"PyTorch {torch.__version__}", fix=fix)
         config = settings_of(self.preset)["text_config"]
         d, f = config["hidden_size"], config["moe_intermediate_size"]
         kind, _, rows = step.partition(", ")

@@ -33,7 +33,7 @@ class WireError(Exception):
 
 def as_wire(error: TmlcError) -> WireError:
     """An error of tmlc in the words of the wire."""
-    message = f"{error.what}. {error.fix}" if error.fix else error.what
+    message = f"{error.what}. {error.fix}"
     if isinstance(error, CapacityError):
         return WireError(message, "rate_limit_exceeded", kind="rate_limit_error")
     if isinstance(error, InputError | UsageError):

@@ -1,13 +1,17 @@
 """`tmlc bench` against a server that is scripted: what it counts, what it shows, when it fails."""
 
+import asyncio
 import json
+import sys
+from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
 
+from tmlc.bench import dialects, run
 from tmlc.cli.bench import parse_part
 from tmlc.cli.main import cli
-from tmlc.errors import UsageError
+from tmlc.errors import CheckError, UsageError
 
 
 def bench(*args, code=0):
@@ -62,6 +66,24 @@ def test_a_server_that_drops_its_sessions_and_skips_ticks_is_caught(scripted):
 def test_what_cannot_be_benched_is_refused(args, said):
     assert said in str(CliRunner().invoke(cli, ["bench", *args]).stderr)
     bench(*args, code=2)
+
+
+def test_a_server_that_says_no_is_told_in_its_words():
+    class Refusing:
+        async def recv(self):
+            return SimpleNamespace(type="error", error=SimpleNamespace(code="model_not_found", message="no nano here"))
+
+    with pytest.raises(CheckError, match="model_not_found: no nano here") as caught:
+        asyncio.run(dialects._wait_for(Refusing(), "session.started"))
+    assert "--model and --dialect" in caught.value.fix
+
+
+def test_a_generator_that_stops_says_why_and_not_its_advice(monkeypatch):
+    stops = "from tmlc.errors import UsageError; raise UsageError('no client', fix='install one')"
+    monkeypatch.setattr(run, "python_module", lambda name: [sys.executable, "-c", stops])
+    with pytest.raises(CheckError, match=r"a process of the load generator stopped: .*UsageError: no client") as caught:
+        run._work([{}], SimpleNamespace(seconds=2), SimpleNamespace(look=lambda passed: None), lambda *told: None)
+    assert caught.value.fix.startswith("correct what it says")
 
 
 def test_parts_are_read_in_both_forms():

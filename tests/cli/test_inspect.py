@@ -10,6 +10,7 @@ from zipfile import ZipFile
 import numpy as np
 import pytest
 
+from tmlc.package.fields import AGAIN
 from tmlc.package.writer import seal
 
 
@@ -157,14 +158,22 @@ def resealed(package: Path, folder: Path, files: dict[str, bytes]) -> Path:
         ("engines/cpu/plan.json", b'{"methods": [{"name": "a", "code": [{"op": []}]}]}', ["inspect"]),
         ("program.ir", b"\x1b[2J", ["inspect", "--ir", "all"]),  # a terminal would obey
         ("program.ir", b"\xff", ["inspect", "--ir", "all"]),
+        ("program.ir", b"tmlc-ir 1\nmeta [", ["plan", "--on", "h200"]),
+        ("program.ir", b"\xff", ["plan", "--on", "h200"]),
         ("golden/golden.json", b'{"calls": []}', ["verify"]),
         ("golden/golden.json", b'{"calls": [{"sequence": 0, "method": "x", "n": 1}]}', ["verify"]),
+        (
+            "golden/golden.json",
+            b'{"calls": [{"sequence": 0, "method": "x", "n": 1, "inputs": ["y"], "outputs": []}]}',
+            ["verify"],
+        ),
     ],
 )
 def test_files_that_a_stranger_sealed_are_refused_in_one_line(tmlc_cli, package, tmp_path, name, data, args):
     folder = resealed(package, tmp_path / "x", {name: data})
     error = tmlc_cli(args[0], folder, *args[1:], code=2).stderr
-    assert error.startswith("error: ") and "\x1b" not in error
+    assert error.startswith("error: ") and "\x1b" not in error and len(error.splitlines()) == 2
+    assert name != "program.ir" or (f"{folder}: {name}" in error and error.splitlines()[1].strip() == AGAIN)
 
 
 def test_verify_fails_with_exit_1_and_names_the_method_when_an_output_differs(tmlc_cli, package, tmp_path):

@@ -11,6 +11,7 @@ from tmlc.emit.cpu import CpuEngine, coverage, emit
 from tmlc.emit.lowering import LOWERINGS, REFUSED, VIEWS
 from tmlc.errors import EmitError
 from tmlc.ir.ops import OPS
+from tmlc.ir.program import FIX_CALL
 from tmlc.ir.run import ProgramRunner
 
 from .conftest import Builder, decoder
@@ -134,6 +135,21 @@ def test_stateless_ops_and_missing_places_are_refused_by_name(build: Callable[[]
     del b.program.methods["decode"].calls()[0].meta["arena"]
     with pytest.raises(EmitError, match="no place in the arena"):
         emit(b.program)
+
+
+def test_operands_that_no_kernel_takes_are_refused_with_what_to_do(build: Callable[[], Builder]) -> None:
+    b = build().method("decode")
+    x = b.input("x", 4)
+    b.output(b.op("rms_norm", x, b.state("norm", "overlap", 1, 4), 1e-6))
+    with pytest.raises(EmitError, match="from the weights, and it is none") as caught:
+        emit(b.program)
+    assert "“Operations”" in caught.value.fix
+    b = build().method("decode")
+    b.output(b.op("silu", b.input("x", 4)))
+    b.program.methods["decode"].calls()[0].target = torch.relu
+    with pytest.raises(EmitError, match="not a canonical op") as caught:
+        emit(b.program)
+    assert caught.value.fix == FIX_CALL
 
 
 def check_against_reference(b: Builder, sizes: dict[str, list[int]], tolerance: float = 1e-5) -> None:

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from tmlc.errors import UsageError
+from tmlc.errors import TargetError, UsageError
 from tmlc.kernels.triton.launch import Variant
 from tmlc.kernels.triton.variants import Compiled, compile_variant
 from tmlc.pipeline.pipeline import load_pipeline
@@ -444,6 +444,15 @@ def test_machine_code_of_another_tool_chain_is_brought_along(perf, tmp_path, mon
         perf.brought.bring(tmp_path / "made")
     with pytest.raises(UsageError, match="holds no machine code"):
         perf.brought.bring(tmp_path)
+
+
+def test_pytorch_without_a_gpu_says_what_to_do(perf, monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(TargetError, match="sees no GPU") as caught:
+        perf.steps.Torch("nano", SimpleNamespace(rehearse=False)).run("linear, 1 row")
+    assert caught.value.where == f"PyTorch {torch.__version__}" and "--rehearse" in caught.value.fix
 
 
 @pytest.mark.slow

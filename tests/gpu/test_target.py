@@ -16,10 +16,11 @@ import tmlc
 from tmlc.cli.main import cli
 from tmlc.emit.targets import find_target
 from tmlc.emit.triton import build
+from tmlc.emit.triton.host_device import HostDevice
 from tmlc.emit.triton.plan import least_driver
 from tmlc.emit.triton.target import spills
 from tmlc.emit.triton.weights import stored_weights
-from tmlc.errors import EmitError, PipelineError, TargetError, UsageError
+from tmlc.errors import REPORT, EmitError, KernelError, PipelineError, TargetError, UsageError
 from tmlc.ir.program import Fact, Method, Program
 from tmlc.kernels.triton import variants, versions
 from tmlc.kernels.triton.launch import Variant
@@ -31,6 +32,7 @@ from tmlc.pipeline.pipeline import load_pipeline
 from tmlc.pipeline.registry import get_pass
 from tmlc.report.gpu_plan import create_hollow_checkpoint, plan_on_meta
 from tmlc.runtimes.cuda import nvidia
+from tmlc.runtimes.cuda.driver import DeviceInfo
 
 
 @pytest.mark.parametrize(
@@ -195,6 +197,39 @@ def test_stored_codes_are_the_values_of_the_weight(scheme, k):
     assert np.abs(have - weights.evaluate("w", source).reshape(15, k).numpy()).max() < 1e-6
 
 
+def test_what_a_plan_for_a_gpu_cannot_hold_is_refused_with_what_to_do():
+    from torch import fx
+
+    from tmlc.emit.triton.arena import _Buffer, _check
+    from tmlc.ir.weights import WeightMap
+
+    weights = WeightMap()
+    weights.source("w", "i8", (3, 5))
+    with pytest.raises(EmitError, match="weight w is i8") as caught:
+        stored_weights(Program({}, weights), ["w"])
+    assert caught.value.fix == "use f32, bf16, f8g128, i8g32, i4g32, i4g64"
+    method = Method("decode", fx.Graph(), 4)
+    _check(method, [_Buffer(64, 0, 1, 0), _Buffer(64, 1, 2, 64)])
+    with pytest.raises(EmitError, match="share bytes") as caught:
+        _check(method, [_Buffer(64, 0, 1, 0), _Buffer(64, 1, 2, 63)])
+    assert caught.value.where == "method decode, arena of the Triton plan" and caught.value.fix == REPORT
+
+
+def test_a_device_in_host_memory_says_what_to_do_where_a_gpu_would_not(machine):
+    device = HostDevice(machine, {}, DeviceInfo("a device", 90, 12080))
+    for asked, fix in (
+        (lambda: device.load(b"", "kernel", 0), "HostDevice.of this very package"),
+        (lambda: device.zero(64, 4), "on a GPU"),
+    ):
+        with pytest.raises(KernelError) as caught:
+            asked()
+        assert fix in caught.value.fix and caught.value.where == "host device"
+    device.close()
+    with pytest.raises(KernelError, match="closed") as caught:
+        device.allocate(4)
+    assert caught.value.fix == "make another with HostDevice.of"
+
+
 def some_variants(count=2):
     """A few of the kernels that every model has."""
     from tmlc.kernels.triton.bucket import Bucket
@@ -246,8 +281,9 @@ def test_variants_are_kept_in_the_compile_cache_and_damage_is_compiled_again(tmp
 def test_a_kernel_that_does_not_compile_is_named_and_stops_the_rest():
     (good,) = some_variants(1)
     bad = Variant(good.kernel, good.constexprs, (*good.signature[:-1], "*u8"), good.num_warps, good.num_stages, 90)
-    with pytest.raises(EmitError, match=good.kernel):
+    with pytest.raises(EmitError, match=good.kernel) as caught:
         build.build_variants([bad, good], jobs=1)
+    assert "“Versions of Triton”" in caught.value.fix
 
 
 def test_a_child_that_is_killed_is_one_error_that_says_what_to_do(monkeypatch):

@@ -25,7 +25,7 @@ from tmlc.kernels.triton.bucket import Bucket
 from tmlc.kernels.triton.launch import Operand
 from tmlc.kernels.triton.layouts import FORMS
 from tmlc.kernels.triton.registry import ARCHITECTURES, Call, lower
-from tmlc.kernels.triton.tuning import SHARED_BYTES, Blocks, Shape, Tiles, rule, slices, table
+from tmlc.kernels.triton.tuning import FORM, SHARED_BYTES, Blocks, Shape, Tiles, rule, slices, table
 from tmlc.kernels.triton.variants import Compiled, variant_key
 from tmlc.package.reader import open_package
 from tmlc.runtimes.cuda.driver import DeviceInfo
@@ -286,8 +286,9 @@ def test_the_table_comes_back_as_it_was_written_sorted_and_the_same_every_time(t
 )  # fmt: skip
 def test_what_is_no_table_is_refused(text, tmp_path):
     (tmp_path / "t.yaml").write_bytes(text.encode("latin-1"))
-    with pytest.raises(EmitError, match="block sizes"):
+    with pytest.raises(EmitError, match="block sizes") as caught:
         find_target("triton:sm90").tune(tmp_path / "t.yaml")
+    assert FORM in caught.value.fix or "`tmlc tune`" in caught.value.fix
 
 
 def test_inputs_that_are_no_whole_groups_are_refused_when_a_product_is_lowered():

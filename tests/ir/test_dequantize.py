@@ -105,7 +105,7 @@ def test_codes_of_every_width_are_found_between_words(bits):
 def test_what_does_not_fit_is_refused(weights, srcs, args, message):
     with pytest.raises(IRError, match=message) as caught:
         weights.dequantize("new", srcs, args)
-    assert caught.value.where == "new" and "new" not in weights
+    assert caught.value.where == "new" and "new" not in weights and caught.value.fix
 
 
 def test_memory_is_the_result_and_a_bounded_rest():

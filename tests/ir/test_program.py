@@ -5,7 +5,7 @@ import torch
 
 from tmlc.errors import ContextFullError, InputError, IRError
 from tmlc.ir.dims import Dim, at, parse_size
-from tmlc.ir.program import StateSpec, call, items, replace, uses
+from tmlc.ir.program import StateSpec, call, items, replace, role, type_of, uses
 from tmlc.ir.run import ProgramRunner
 from tmlc.ir.text import print_program
 from tmlc.ir.types import TensorType, parse_type
@@ -19,8 +19,9 @@ def test_sizes_are_affine_in_n():
     assert n - n == 0 and isinstance(n - n, int) and Dim(0, 3) == 3 and hash(Dim(0, 3)) == hash(3)
     assert at(7, 3) == 7 and at(n + 1, 3) == 4
     for wrong in (lambda: n * n, lambda: (n + 1) // 2, lambda: n % 2, lambda: n // 0, lambda: n + 1.5):
-        with pytest.raises(IRError):
+        with pytest.raises(IRError) as caught:
             wrong()
+        assert "a·n + b" in caught.value.fix
 
 
 @pytest.mark.parametrize("size", [3, 0, Dim(1), Dim(4), Dim(4, 1), Dim(1, -2), Dim(-1, 8)])
@@ -47,13 +48,15 @@ def test_call_infers_the_type_and_fills_in_absent_arguments(stateless):
     assert method.sweep() == 2  # the call and its weight
     with pytest.raises(IRError, match="unknown op"):
         call(method.graph, "linaer", (x, weight))
-    with pytest.raises(IRError, match="lacks the argument weight"):
+    with pytest.raises(IRError, match="lacks the argument weight") as caught:
         call(method.graph, "linear", (x,))
+    assert caught.value.fix == "its arguments: x, weight, bias (docs/ir.md)"
     with pytest.raises(IRError, match="does not take wieght"):
         call(method.graph, "linear", (x, weight), {"wieght": weight})
     stateless.weights.source("bad", "f32", (3, 7))
-    with pytest.raises(IRError, match="weight must have 8 columns"):
+    with pytest.raises(IRError, match="weight must have 8 columns") as caught:
         call(method.graph, "linear", (x, stateless.add_weight_input(method, "bad")))
+    assert (caught.value.where, caught.value.fix) == ("linear", "see docs/ir.md for the op")
     with pytest.raises(IRError, match="no weight 'zz'"):
         stateless.add_weight_input(method, "zz")
 
@@ -69,8 +72,12 @@ def test_items_and_replace_rewrite_a_call_with_two_results(stateless):
     assert method.sweep() == 2 and uses(x) != []
     verify(stateless)
     assert [n.target.name() for n in method.calls()].count("tmlc::router") == 1
-    with pytest.raises(IRError, match="cannot stand for"):
+    with pytest.raises(IRError, match="cannot stand for") as caught:
         replace(items(fused)[0], items(fused)[1])
+    assert caught.value.fix == "replace a value by one of the same shape and dtype"
+    with pytest.raises(IRError, match="no tensor type") as caught:
+        type_of(fused)
+    assert "`items`" in caught.value.fix
 
 
 def test_a_clone_shares_nothing_that_changes(stateful):
@@ -88,8 +95,9 @@ def test_a_clone_shares_nothing_that_changes(stateful):
 def test_states_are_declared_once(stateful):
     spec = StateSpec(name="tail", kind="conv_tail", shape=(2, 8), dtype="f32", method="decode")
     assert stateful.add_state_input("decode", spec) in stateful.methods["decode"].placeholders("state")
-    with pytest.raises(IRError, match="declared differently"):
+    with pytest.raises(IRError, match="declared differently") as caught:
         stateful.add_state_input("decode", StateSpec("tail", "conv_tail", (3, 8), "f32", "decode"))
+    assert "another name" in caught.value.fix
 
 
 def test_streaming_the_stateful_program_equals_the_stateless_one(stateless, stateful, checkpoint):
@@ -118,7 +126,9 @@ def test_the_context_limit_stops_before_anything_changes(stateful, checkpoint):
 @pytest.mark.parametrize("wrong", [torch.zeros(3, 2).long(), torch.zeros(3, 1), torch.zeros(0, 1).long()])
 def test_inputs_that_do_not_fit_are_refused(stateless, checkpoint, wrong):
     session = ProgramRunner(stateless, checkpoint).session()
-    with pytest.raises(InputError, match=r"is not i64\[n, 1\]"):
+    with pytest.raises(InputError, match=r"is not i64\[n, 1\]") as caught:
         session.call("decode", wrong)
-    with pytest.raises(InputError, match="0 inputs"):
+    assert "dtype and shape" in caught.value.fix
+    with pytest.raises(InputError, match="0 inputs") as caught:
         session.call("decode")
+    assert caught.value.fix == f"give {role(stateless.methods['decode'].inputs[0])[1]}, in this order"

@@ -49,8 +49,9 @@ def test_steps_are_read_as_they_were_written():
     ],
 )
 def test_what_is_no_row_of_steps_is_refused(text, numbers, match):
-    with pytest.raises(IRError, match=match):
+    with pytest.raises(IRError, match=match) as caught:
         read_steps(text, numbers)
+    assert caught.value.fix
 
 
 def test_operands_must_be_there_be_read_and_fit():

@@ -1,10 +1,12 @@
 """Programs survive being printed and read; broken text is refused with its line."""
 
 import pytest
+import torch
 
 from tmlc.errors import IRError
-from tmlc.ir.program import Fact
-from tmlc.ir.text import parse_program, print_program
+from tmlc.ir.program import FIX_CALL, Fact
+from tmlc.ir.text import FORMS, HEADER, parse_program, print_program
+from tmlc.ir.types import TensorType
 from tmlc.ir.verify import verify
 
 
@@ -88,7 +90,28 @@ def test_broken_text_names_the_line(stateless_text, old, new, message):
     assert old in stateless_text
     with pytest.raises(IRError, match=message) as caught:
         parse_program(stateless_text.replace(old, new, 1))
-    assert caught.value.where.startswith("line ")
+    assert caught.value.where.startswith("line ") and caught.value.fix
+
+
+def test_a_statement_that_cannot_be_read_is_shown_its_form(stateless_text):
+    with pytest.raises(IRError) as caught:
+        parse_program(stateless_text.replace("max_n=4) {", "max_n=4)", 1))
+    assert caught.value.fix == f"write it as `{'`, `'.join(FORMS['method'].splitlines())}`, a line each"
+    with pytest.raises(IRError) as caught:
+        parse_program(stateless_text.replace("meta {", "meta [", 1))
+    assert caught.value.fix == 'write it as `meta {"kind": "tokens"}`'
+    program = parse_program("\n".join([HEADER, *FORMS.values()]))  # the forms themselves can be read
+    assert print_program(parse_program(print_program(program))) == print_program(program)
+    assert list(program.methods) == ["decode"] and list(program.states) == ["position"] and len(program.record) == 1
+
+
+def test_a_graph_with_a_call_of_something_else_has_no_text(stateless):
+    method = stateless.methods["decode"]
+    with method.graph.inserting_before(method.output_node):
+        method.graph.call_function(torch.relu, (method.inputs[0],)).meta["type"] = TensorType("f32", (1, 1))
+    with pytest.raises(IRError, match="not a canonical op") as caught:
+        print_program(stateless)
+    assert caught.value.fix == FIX_CALL
 
 
 def test_facts_are_read(stateful):

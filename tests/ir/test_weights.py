@@ -112,9 +112,10 @@ def test_a_missing_or_different_checkpoint_tensor_is_named(weights, tensors):
     weights.concat("ab", ["a", "b"])
     with pytest.raises(CheckpointError, match="missing") as caught:
         weights.evaluate("ab", {"a": tensors["a"]})
-    assert caught.value.where == "b"
-    with pytest.raises(CheckpointError, match=r"f32\[4, 6\], the program needs f32\[2, 6\]"):
+    assert caught.value.where == "b" and "compile the one that is there now" in caught.value.fix
+    with pytest.raises(CheckpointError, match=r"f32\[4, 6\], the program needs f32\[2, 6\]") as other:
         weights.evaluate("ab", {**tensors, "b": tensors["a"]})
+    assert other.value.fix == caught.value.fix
     with pytest.raises(CheckpointError, match="bf16"):
         weights.evaluate("a", {"a": tensors["a"].bfloat16()})
 
@@ -139,11 +140,16 @@ def test_a_missing_or_different_checkpoint_tensor_is_named(weights, tensors):
     ],
 )
 def test_an_entry_that_does_not_fit_is_refused(weights, op, srcs, args, message):
-    with pytest.raises(IRError, match=message):
+    with pytest.raises(IRError, match=message) as caught:
         weights.add("new", op, srcs, args)
     assert "new" not in weights
+    other = {"unknown dtype": "use one of f32", "unknown weight op": "use one of source", "no weight 'zz'": "add it to"}
+    assert caught.value.fix.startswith(other.get(message, f"{op} takes "))
 
 
 def test_a_name_is_taken_once(weights):
-    with pytest.raises(IRError, match="exists already"):
+    with pytest.raises(IRError, match="exists already") as caught:
         weights.source("a", "f32", (4, 6))
+    with pytest.raises(IRError, match="exists already") as again:
+        weights.cast("a", "b", "bf16")
+    assert caught.value.fix == again.value.fix == "give it a name that is not in program.weights"

@@ -127,8 +127,9 @@ def test_wrong_parts_are_refused_before_anything_runs(best):
         ([(1, a), (1, b[1:])], "slot has"),
         ([(1, a), (1, wide[1 : 1 + plan.slot_bytes])], "aligned"),
     ):
-        with pytest.raises(UsageError, match=why):
+        with pytest.raises(UsageError, match=why) as caught:
             run(plan, parts)
+        assert "Plan.run_batch" in caught.value.fix
         assert positions(a, b) == [0, 0]
     with pytest.raises(UsageError, match="input is too small"):
         plan.run_batch(None, 0, [(1, a), (1, b)], [np.ones((1, 4), np.float32)], [np.ones((2, 4), np.float32)])

@@ -153,12 +153,14 @@ def test_wrong_methods_arguments_and_slots_are_refused(best):
         lambda: plan.run(Pool(best.library, 2), 0, 1, slot, [x], [x.copy()]),
         lambda: plan.run(None, 0, 1, slot.view(np.float32), [x], [x.copy()]),
     ):
-        with pytest.raises(UsageError):
+        with pytest.raises(UsageError) as caught:
             call()
+        assert caught.value.fix
     readonly = x.copy()
     readonly.flags.writeable = False
-    with pytest.raises(UsageError):
+    with pytest.raises(UsageError) as caught:
         plan.run(None, 0, 1, slot, [x], [readonly])
+    assert caught.value.fix == "give one as np.empty makes it"
 
 
 def test_advance_counts_and_stops_at_its_limit(best):
@@ -190,8 +192,9 @@ def test_times_add_up_per_operation(best):
     plan.profile(False)
     plan.run(None, 0, 4, NO_SLOT, [x], [x.copy()])
     assert (plan.timed(0).ns == 0).all() and plan.timed(0).runs == 0
-    with pytest.raises(UsageError, match="no method 1"):
+    with pytest.raises(UsageError, match="no method 1") as caught:
         plan.timed(1)
+    assert "from 0" in caught.value.fix
 
 
 def test_two_plans_may_share_a_pool_from_two_threads(best, rng):
@@ -224,8 +227,9 @@ def test_closing_twice_is_fine(best):
     for _ in range(2):
         pool.close()
         plan.close()
-    with pytest.raises(UsageError, match="closed"):
+    with pytest.raises(UsageError, match="closed") as caught:
         plan.run(None, 0, 1, NO_SLOT, [np.ones((1, 4), np.float32)], [np.ones((1, 4), np.float32)])
+    assert caught.value.fix == "make a new Plan of the same words and weights"
     with pytest.raises(UsageError, match="threads"):
         Pool(best.library, 0)
 

@@ -56,5 +56,9 @@ def test_a_form_without_a_kernel_is_refused():
         lower(call)
     with pytest.raises(EmitError, match="not compiled for this architecture"):
         lower(Call("linear", {}, {}, (), Bucket(1, 1), 70))
-    with pytest.raises(EmitError, match="stateless"):
+    with pytest.raises(EmitError, match="stateless") as caught:
         lower(Call("attention", {}, {}, (), Bucket(1, 1), 90))
+    assert caught.value.fix == "Use the pipeline of the target: --preset triton."
+    with pytest.raises(EmitError, match="operand x is missing") as caught:
+        lower(Call("linear", {"x": None, "weight": None}, {}, (x,), Bucket(1, 1), 90))
+    assert caught.value.fix == "give it: linear takes x, weight"

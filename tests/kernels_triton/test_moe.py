@@ -11,7 +11,7 @@ from triton_harness import Session, Shape, agree, bf16, bits, draw, run, weight
 from tmlc.errors import EmitError
 from tmlc.kernels.triton.bucket import Bucket
 from tmlc.kernels.triton.launch import Operand
-from tmlc.kernels.triton.registry import ARCHITECTURES, Call, lower
+from tmlc.kernels.triton.registry import ARCHITECTURES, FIX, Call, lower
 from tmlc.kernels.triton.tuning import PROCESSORS, SHARED_BYTES
 
 ATTRS = {"alpha": 0.0, "limit": 0.0, "gate_cap": 0.0, "up_cap": 0.0, "grouped_from": 0}
@@ -165,8 +165,9 @@ def test_few_rows_choose_among_up_to_128_experts_themselves(batch, routed, kerne
     del args["weights"], args["experts"]
     attrs = call.attrs | {"eps": 1e-6, "top_k": 2, "n_shared": 1, "route_scale": 1.0}
     call = replace(call, op="norm_moe_conv_state", args=args, attrs=attrs)
-    with pytest.raises(EmitError, match=f"chooses among {routed + 1} experts, and there are {E}"):
+    with pytest.raises(EmitError, match=f"chooses among {routed + 1} experts, and there are {E}") as caught:
         lower(call)
+    assert caught.value.fix == FIX
     for name in ("gate_up", "down"):
         args[name] = replace(args[name], shape=(routed + 1, *args[name].shape[1:]))
     assert [one.kernel for one in lower(call).launches] == [f"{name}_kernel" for name in kernels.split()]

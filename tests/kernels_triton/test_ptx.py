@@ -252,13 +252,28 @@ def test_a_launch_that_overlaps_waits_before_it_reads_what_the_one_before_wrote(
      "tcgen05.alloc.cta_group::2.sync.aligned.shared::cta.b32 [%r4], 32;"],
 )  # fmt: skip
 def test_an_instruction_that_is_not_known_is_refused(line):
-    with pytest.raises(EmitError, match="not run here: " + re.escape(line.split()[0])):
+    with pytest.raises(EmitError, match="not run here: " + re.escape(line.split()[0])) as caught:
         execute(line, np.zeros(32, np.uint32))
+    assert caught.value.where.endswith(f": {line.strip(';')}")
+    assert caught.value.fix.endswith("tests/kernels_triton/test_ptx.py")
+
+
+@pytest.mark.parametrize(
+    ("body", "what"),
+    [("mov.b32 %r4, %clock;", "operand"), ("mov.b32 5, %r4;", "result"), ("mov.b32 %r4, <5>;", "operand"),
+     ("ld.global.b32 %r4, [5];", "address"), ("5 %r4;", "statement"),
+     ("setp.lt.s32 %p1, %r1, 5;\n@%p1 bar.sync 0;", "barrier for some threads")],
+)  # fmt: skip
+def test_what_is_not_known_of_an_instruction_is_refused(body, what):
+    with pytest.raises(EmitError, match=f"^PTX {what} that is not run here: ") as caught:
+        execute(body, np.zeros(32, np.uint32))
+    assert caught.value.fix.startswith("teach it in kernels/triton/ptx/")
 
 
 def test_a_text_without_a_kernel_is_refused():
-    with pytest.raises(EmitError, match="without a kernel"):
+    with pytest.raises(EmitError, match="without a kernel") as caught:
         parse(".version 8.7\n")
+    assert "`variants.ptx_of`" in caught.value.fix
 
 
 TENSOR = """
@@ -389,8 +404,9 @@ def mutated(monkeypatch, pattern: str, kernel: str, sm: int = 90, count: int = 1
 def test_a_product_without_its_first_barrier_or_wait_is_found(monkeypatch, pattern, fault):
     sessions = [Session({"x": draw(0, 2, 300)}, count=2)]
     weights = {"weight": weight(draw(9, 16, 300), "bf16")}
-    with mutated(monkeypatch, pattern, "linear_kernel") as machine, pytest.raises(KernelError, match=fault):
+    with mutated(monkeypatch, pattern, "linear_kernel") as machine, pytest.raises(KernelError, match=fault) as caught:
         run(machine, "linear", sessions, {}, [Shape("f32", 16)], weights)
+    assert "“Checks without a GPU”" in caught.value.fix
 
 
 TRY_WAIT = r"\{\s*\.reg \.pred complete;.*?\}\s"

@@ -9,9 +9,9 @@ from shapes import LARGE, MODELS, NANO, Model, calls, w, x
 from triton_harness import with_compiler_for
 
 import tmlc.kernels.triton.variants as variants_module
-from tmlc.errors import EmitError
+from tmlc.errors import REPORT, EmitError
 from tmlc.kernels.triton.bucket import Bucket
-from tmlc.kernels.triton.launch import Variant
+from tmlc.kernels.triton.launch import Pointer, Variant
 from tmlc.kernels.triton.registry import ARCHITECTURES, Call, launch, lower, supported
 from tmlc.kernels.triton.tuning import SHARED_BYTES
 from tmlc.kernels.triton.variants import Compiled, compile_variant, variant_key
@@ -81,8 +81,11 @@ def test_a_key_tells_variants_apart():
 
 
 def test_a_launch_with_other_arguments_is_refused():
-    with pytest.raises(EmitError, match="advance_kernel takes"):
+    with pytest.raises(EmitError, match="advance_kernel takes") as caught:
         launch("advance_kernel", (1,), {"position": 1}, {})
+    with pytest.raises(EmitError, match="a pointer to attic") as other:
+        Pointer("attic", "", 0, "f32", 4)
+    assert caught.value.fix == other.value.fix == REPORT
     with pytest.raises(EmitError, match="grid"):
         launch("advance_kernel", (0,), {"position": 1, "slots": 1, "counts": 1}, {})
 

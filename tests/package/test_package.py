@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors import deserialize
 
-from tmlc.errors import PackageError
+from tmlc.errors import REPORT, PackageError
 from tmlc.package import PackageWriter, open_package, zipfile_io
 from tmlc.package.golden import GoldenCall, read_golden, write_golden
 
@@ -171,9 +171,25 @@ except PackageError as error:
 
 def test_a_producer_that_gives_the_wrong_size_is_refused(tmp_path: Path) -> None:
     for size in (3, 5):
-        with pytest.raises(PackageError, match="w has"), PackageWriter(tmp_path / "m") as writer:
+        with pytest.raises(PackageError, match="w has") as caught, PackageWriter(tmp_path / "m") as writer:
             writer.add_weights([("w", "u8", (4,), lambda size=size: bytes(size))])
+        assert caught.value.fix == REPORT
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_name_is_given_once(tmp_path: Path) -> None:
+    with pytest.raises(PackageError, match="'w' is taken") as caught, PackageWriter(tmp_path / "m") as writer:
+        writer.add_weights([("w", "u8", (4,), lambda: bytes(4))] * 2)
+    assert "Rename the weight" in caught.value.fix
+    for name in ("a", "manifest.json"):
+        with PackageWriter(tmp_path / "m") as writer:
+            writer.add_bytes("a", b"1")
+            with pytest.raises(PackageError, match="in the package already") as caught:
+                writer.add_bytes(name, b"2")
+        assert "manifest.json and SHA256 are written by `finish`" in caught.value.fix
+    with pytest.raises(PackageError, match="came to 3 bytes, expected 2") as caught, open(tmp_path / "z", "wb") as file:
+        zipfile_io.ZipWriter(file).add("a", 2, [b"123"])
+    assert caught.value.fix == REPORT
 
 
 def test_golden_calls_survive(tmp_path: Path) -> None:

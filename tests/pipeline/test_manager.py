@@ -48,7 +48,7 @@ def weights():
 
 @pytest.fixture
 def passes():
-    """Passes of these tests only: one does nothing, one is wrong in its numbers, one in its IR, one fails."""
+    """Passes of these tests only: one does nothing, others are wrong in their numbers, shape or IR, one fails."""
 
     @register_pass("test.nothing")
     class Nothing(Pass):
@@ -72,6 +72,15 @@ def passes():
             replace(node, scaled)
             return PassResult(program, 1)
 
+    @register_pass("test.cuts")
+    class Cuts(Pass):
+        def run(self, program, ctx):
+            output = program.methods["decode"].output_node
+            with output.graph.inserting_before(output):
+                first, *rest = output.args[0]
+                output.args = ((call(output.graph, "columns", (first, 0, 1)), *rest),)
+            return PassResult(program, 1)
+
     @register_pass("test.breaks")
     class Breaks(Pass):
         def run(self, program, ctx):
@@ -85,7 +94,7 @@ def passes():
             raise RuntimeError("out of ideas")
 
     yield
-    for name in ("nothing", "scales", "breaks", "fails"):
+    for name in ("nothing", "scales", "cuts", "breaks", "fails"):
         _PASSES.pop(f"test.{name}")
 
 
@@ -175,6 +184,9 @@ def test_check_names_the_first_pass_that_moves_an_output(program, weights, passe
         run_pipeline(program, pipeline(*steps), checker=Checker(program, weights))
     assert "test.scales changed decode, output 0" in str(caught.value)
     assert caught.value.exit_code == 1
+    with pytest.raises(CheckError, match=r"test\.cuts changed the shape of decode, output 0 from") as caught:
+        run_pipeline(program, pipeline("canonicalize.dead_code", "test.cuts"), checker=Checker(program, weights))
+    assert "compile with --disable test.cuts" in caught.value.fix
 
 
 def test_check_refuses_results_that_are_not_finite(program, weights):

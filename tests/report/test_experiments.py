@@ -5,6 +5,7 @@ made-up numbers in which the truth is known.
 import json
 import struct
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from tmlc.report.noise import noise
 from tmlc.report.profile.counters import Counter, instructions
 from tmlc.report.profile.energy import Meter
 from tmlc.report.profile.quality import quality, read_scores
+from tmlc.report.scenario import held
 from tmlc.report.scenario.case import Case, read_case
 from tmlc.report.scenario.held import Search, Try, over
 from tmlc.report.scenario.load import background_load
@@ -71,11 +73,21 @@ def test_the_search_finds_how_many_fit_and_tries_few(holds):
 def test_no_memory_ends_the_search_and_is_said():
     def measure(sessions):
         if sessions > 6:
-            raise CapacityError("the states do not fit")
+            raise CapacityError("the states do not fit", fix="take fewer")
         return Try(sessions, 1.0, True, 200)
 
     search = Search(measure, 64)
     assert search.run() == 6 and "memory: the states do not fit" in search.limit
+
+
+def test_sessions_that_would_take_all_memory_are_not_tried(monkeypatch):
+    monkeypatch.setattr(held, "free_bytes", lambda: 10**9)
+    capacity = SimpleNamespace(session_bytes=10**8, reserved_bytes=0)
+    engine = SimpleNamespace(capacity=lambda: capacity)
+    held._check_room(engine, 2)
+    with pytest.raises(CapacityError, match=r"100 sessions take 10\.0 GB, and 1\.0 GB are free") as caught:
+        held._check_room(engine, 100)
+    assert caught.value.fix == "load with fewer sessions, or compile with a shorter context"
 
 
 def test_a_try_allows_as_many_slow_ticks_as_its_p99():

@@ -122,4 +122,5 @@ async def _wait_for(connection: Any, kind: str) -> None:
         if event.type == kind:
             return
         if event.type == "error":
-            raise CheckError(f"{event.error.code}: {event.error.message}")
+            fix = "give the --model and --dialect that the server has; its log says more"
+            raise CheckError(f"{event.error.code}: {event.error.message}", where="the server's answer", fix=fix)

@@ -110,8 +110,10 @@ def _work(
             else:
                 out, err = process.communicate()
             if process.returncode:
-                last = err.decode("utf-8", "replace").strip().splitlines()[-1:]
-                raise CheckError(f"a process of the load generator stopped: {''.join(last)[:200]}")
+                lines = err.decode("utf-8", "replace").splitlines()
+                said = [line for line in lines if line and not line.startswith(" ")][-1:]  # not the advice below it
+                what = f"a process of the load generator stopped: {''.join(said)[:200]}"
+                raise CheckError(what, fix="correct what it says; where it says nothing, run it with fewer sessions")
             answers.append(json.loads(out))
         return answers
     finally:

@@ -84,7 +84,6 @@ class Verbs(click.Group):
             if "--debug" in words:
                 raise
             found, code = _explain(error, words)
-            found["fix"] = found["fix"] or f"see `{_named(words)} --help`"
             _say(found, as_json)
         sys.exit(code if isinstance(code, int) else 0)
 

@@ -16,10 +16,10 @@ from tmlc.emit.graph import direct_outputs, key_values, results, slot_layout, up
 from tmlc.emit.lowering import LOWERINGS, REFUSED, Call, kernel_names
 from tmlc.emit.packing import PackedWeight, packed_weight
 from tmlc.emit.targets import Coverage
-from tmlc.errors import EmitError
+from tmlc.errors import REPORT, EmitError
 from tmlc.ir.dims import Dim
 from tmlc.ir.ops import spec_of
-from tmlc.ir.program import Method, Program
+from tmlc.ir.program import FIX_CALL, Method, Program
 from tmlc.ir.types import ITEM_BYTES, TensorType
 from tmlc.package.manifest import MethodInfo, Signature, StateInfo
 
@@ -158,7 +158,7 @@ class _MethodEmitter:
         self.keys = key_values(method.graph)
         self.direct = direct_outputs(method.graph)
 
-    def fail(self, node: fx.Node, what: str, fix: str = "") -> EmitError:
+    def fail(self, node: fx.Node, what: str, fix: str) -> EmitError:
         return EmitError(what, where=f"method {self.method.name}, {node.name}", fix=fix)
 
     def emit(self) -> dict[str, Any]:
@@ -198,7 +198,8 @@ class _MethodEmitter:
         """A weight in the form that a kernel reads."""
         kind, name = node.meta.get("role", ("", ""))
         if kind != "weight":
-            raise self.fail(node, "a kernel reads this operand from the weights, and it is none")
+            what = "a kernel reads this operand from the weights, and it is none"
+            raise self.fail(node, what, "Change the model: it has to be a weight (docs/plan-format.md, “Operations”).")
         entry = self.table.program.weights[name]
         return self.table.weight(name, form, entry.dtype, tuple(int(s) for s in entry.shape))
 
@@ -206,7 +207,7 @@ class _MethodEmitter:
         """A state, seen as rows × cols."""
         kind, name = node.meta.get("role", ("", ""))
         if kind != "state":
-            raise self.fail(node, "a kernel keeps this operand in the session, and it is no state")
+            raise self.fail(node, "a kernel keeps this operand in the session, and it is no state", REPORT)
         return Value("slot", self.offsets[name], dtype, (0, rows), cols, cols)
 
     def number(self, value: Value) -> int:
@@ -234,7 +235,7 @@ class _MethodEmitter:
             return
         spec = spec_of(node.target)
         if spec is None:
-            raise self.fail(node, f"{node.target} is not a canonical op")
+            raise self.fail(node, f"{node.target} is not a canonical op", FIX_CALL)
         args = dict(zip(spec.args, node.args, strict=False)) | dict(node.kwargs)
         if spec.view:
             self.values[node, 0] = self._view(node, spec.name, args)
@@ -276,9 +277,10 @@ class _MethodEmitter:
             cols = int(args["cols"])
             a, b = (size * x.cols for size in x.rows)
             if a % cols or b % cols:
-                raise self.fail(node, f"{x.rows[0]}n+{x.rows[1]} rows of {x.cols} do not make rows of {cols}")
+                what = f"{x.rows[0]}n+{x.rows[1]} rows of {x.cols} do not make rows of {cols}"
+                raise self.fail(node, what, REPORT)
             return replace(x, rows=(a // cols, b // cols), cols=cols, stride=cols)
-        raise self.fail(node, f"the view {op} is not known to the emitter")
+        raise self.fail(node, f"the view {op} is not known to the emitter", REPORT)
 
     def _copy(self, x: Value) -> Value:
         """A dense copy in a piece of arena of its own, behind everything that memory.plan laid out."""

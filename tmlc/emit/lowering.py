@@ -140,7 +140,8 @@ def _attention(c: Call) -> None:
     cache = c.args["k_cache"].meta["type"]
     capacity, width = (int(size) for size in cache.shape)
     if capacity % BLOCK or int(c.args["sinks"]) % BLOCK:
-        raise c.emitter.fail(c.node, f"a cache of {capacity} positions is not a multiple of {BLOCK}")
+        what = f"a cache of {capacity} positions with {c.args['sinks']} sinks is not made of blocks of {BLOCK}"
+        raise c.emitter.fail(c.node, what, "Let state.insert make the caches: it rounds them up.")
     values = c.args["v_cache"].meta["type"]
     k_cache = c.emitter.state(c.args["k_cache"], cache.dtype, groups * capacity // BLOCK, width // groups * BLOCK)
     v_width = int(values.shape[1]) // groups
@@ -214,7 +215,8 @@ def _patchify(c: Call) -> None:
     folds = list(c.args["folds"])
     i = [c.args["frames"], c.args["height"], c.args["patch"], len(folds) // 2, *folds]
     if prod(folds[0::2]) != c.args["frames"]:
-        raise c.emitter.fail(c.node, f"folds {folds} do not make clips of {c.args['frames']} frames")
+        what = f"folds {folds} do not make clips of {c.args['frames']} frames"
+        raise c.emitter.fail(c.node, what, "Change the model: the product of the folds of time is a clip.")
     c.emit("patchify", [c.x("video")], i, [*c.args["mean"], *c.args["std"]])
 
 

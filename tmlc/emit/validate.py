@@ -4,7 +4,7 @@ import numpy as np
 
 from tmlc.emit.cpu import CpuEngine
 from tmlc.emit.targets import weight_entries
-from tmlc.errors import EmitError, PlanError
+from tmlc.errors import REPORT, EmitError, PlanError
 
 
 def check_plan(engine: CpuEngine, threads: int = 1) -> int:
@@ -28,8 +28,7 @@ def check_plan(engine: CpuEngine, threads: int = 1) -> int:
     try:
         plan = Plan(library, words, weights, threads)
     except PlanError as error:
-        fix = "This is a fault of tmlc: report it with the output of `tmlc compile --dump DIR`."
-        raise EmitError(f"the kernel library refuses the plan: {error.what}", where="cpu", fix=fix) from error
+        raise EmitError(f"the kernel library refuses the plan: {error.what}", where="cpu", fix=REPORT) from error
     scratch = int(plan.scratch_bytes)
     plan.close()
     return scratch

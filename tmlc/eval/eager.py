@@ -55,7 +55,8 @@ class EagerBackend(Backend):
         spec = self.methods[method]
         check_inputs(spec, sum(n for n, _ in parts), inputs)
         if len(parts) > 1 and any(s.b for s in (*spec.inputs, *spec.outputs)):
-            raise InputError(f"{method} has rows that belong to no position: it takes one session at a time")
+            what = f"{method} has rows that belong to no position: it takes one session at a time"
+            raise InputError(what, where=f"method {method}", fix="make a call for each session")
         found: list[list[np.ndarray]] = [[] for _ in spec.outputs]
         at = 0
         for count, slot in parts:

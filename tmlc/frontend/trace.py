@@ -185,7 +185,7 @@ def _convert(graph: fx.Graph, node: fx.Node, values: dict[fx.Node, Any], method:
                 graph, spec.name, fx.map_arg(node.args, values.__getitem__), fx.map_arg(node.kwargs, values.__getitem__)
             )
         except IRError as error:
-            raise FrontendError(error.what, where=_source(node) or method, fix="see docs/ir.md for the op") from None
+            raise FrontendError(error.what, where=_source(node) or method, fix=error.fix) from None
         values[node].meta["source"] = traced_source(node)
         return
     if node.target in _SIZE_CALLS or node.target in _SIZE_FUNCTIONS:

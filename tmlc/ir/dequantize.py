@@ -39,6 +39,8 @@ _SCALES = ("f32", "bf16", "f8e4m3")
 _EXPONENTS = ("u8", "f8e8m0")  # 2^(code - 127), 255 is NaN
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 _CHUNK = 1 << 20  # elements that are worked on at a time
+#: For a source or an argument of the weight op that means nothing.
+_FIX_ENTRY = "correct the entry: docs/ir.md lists the sources and arguments of dequantize"
 _FIX = "the checkpoint is damaged or was quantised badly: download or quantise it again"
 
 
@@ -116,22 +118,25 @@ def dequantized_type(
     spec = Dequantize(scheme, tuple(shape), (block[0], block[1]), bits, compute, dtype, global_scale, zero_point)
     wanted = 2 + bool(zero_point) + bool(global_scale)
     if len(types) != wanted:
-        raise IRError(f"dequantize of {scheme} takes {wanted} sources here, not {len(types)}")
+        what = f"dequantize of {scheme} takes {wanted} sources here, not {len(types)}"
+        raise IRError(what, fix="give codes, scales, then zero points and global scale where the arguments name them")
     codes, scales, *rest = types
     if codes.dtype not in SCHEMES[scheme] or not _codes_fit(tuple(codes.shape), spec):
         shown = TensorType(SCHEMES[scheme][0], spec.stored_shape())
-        raise IRError(f"the codes are {codes}, a {scheme} weight of {list(shape)} has {shown}")
+        raise IRError(f"the codes are {codes}, a {scheme} weight of {list(shape)} has {shown}", fix=_FIX_ENTRY)
     grid = (*spec.leading, *spec.grid)
     if scales.dtype not in (*_SCALES, *_EXPONENTS) or not _scale_fits(tuple(scales.shape), grid):
         blocks = "x".join(map(str, spec.blocks))
-        raise IRError(f"the scales are {scales}, blocks of {blocks} of {list(shape)} have {list(grid)}")
+        what = f"the scales are {scales}, blocks of {blocks} of {list(shape)} have {list(grid)}"
+        raise IRError(what, fix=_FIX_ENTRY)
     if zero_point:
         zeros = rest.pop(0)
         kind = "i32" if zero_point == "packed" else "i8"
         if zeros.dtype != kind or not _scale_fits(tuple(zeros.shape), spec.zero_shape()):
-            raise IRError(f"the zero points are {zeros}, not {TensorType(kind, spec.zero_shape())}")
+            what = f"the zero points are {zeros}, not {TensorType(kind, spec.zero_shape())}"
+            raise IRError(what, fix=_FIX_ENTRY)
     if global_scale and (rest[0].dtype not in ("f32", "bf16") or prod(rest[0].shape) != 1):
-        raise IRError(f"the global scale is {rest[0]}, not one number")
+        raise IRError(f"the global scale is {rest[0]}, not one number", fix=_FIX_ENTRY)
     return TensorType(dtype, tuple(shape))
 
 
@@ -149,14 +154,15 @@ def _arguments(
     if scheme not in SCHEMES:
         raise IRError(f"unknown scheme {scheme!r}", fix=f"use one of {', '.join(SCHEMES)}")
     if len(shape) < 2 or any(type(size) is not int or size < 1 for size in shape):
-        raise IRError(f"a quantised weight is a matrix, or a stack of them, not {list(shape)}")
+        what = f"a quantised weight is a matrix, or a stack of them, not {list(shape)}"
+        raise IRError(what, fix="give `shape` as [..., rows, cols], whole numbers from 1")
     if len(block) != 2 or any(type(size) is not int or size < 0 for size in block):
-        raise IRError(f"a block is [rows, cols], not {list(block)}")
+        raise IRError(f"a block is [rows, cols], not {list(block)}", fix="give two whole numbers, 0 for a whole axis")
     if type(bits) is not int or not 1 <= bits <= 8:
-        raise IRError(f"codes of {bits} bits: 1 to 8 are read")
+        raise IRError(f"codes of {bits} bits: 1 to 8 are read", fix="give `bits` from 1 to 8, or leave it out for 8")
     for value, known in ((compute, COMPUTE), (dtype, ("f32", "bf16")), (global_scale, GLOBAL), (zero_point, ZERO)):
         if value not in known:
-            raise IRError(f"{value!r} is not one of {', '.join(filter(None, known))}")
+            raise IRError(f"{value!r} is not one of {', '.join(filter(None, known))}", fix=_FIX_ENTRY)
 
 
 def _codes_fit(found: tuple[int, ...], spec: Dequantize) -> bool:

@@ -13,6 +13,9 @@ from tmlc.errors import IRError
 __all__ = ["Dim", "Size", "at", "parse_size"]
 
 
+_AFFINE = "rows are a·n + b (docs/ir.md)"
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Dim:
     """The size `a·n + b`. Arithmetic is exact; where it cannot be (n·n, uneven division) it raises IRError."""
@@ -41,19 +44,22 @@ class Dim:
     def __mul__(self, other: Size) -> Size:
         o = _dim(other)
         if self.a and o.a:
-            raise IRError(f"({self}) * ({o}) is not affine in n")
+            fix = f"{_AFFINE}: multiply by a size that does not depend on n"
+            raise IRError(f"({self}) * ({o}) is not affine in n", fix=fix)
         return _size(self.a * o.b + o.a * self.b, self.b * o.b)
 
     __rmul__ = __mul__
 
     def __floordiv__(self, other: int) -> Size:
         if not isinstance(other, int) or other == 0 or self.a % other or self.b % other:
-            raise IRError(f"({self}) is not divisible by {other} for every n")
+            fix = f"{_AFFINE}: divide by a whole number that both a and b are multiples of"
+            raise IRError(f"({self}) is not divisible by {other} for every n", fix=fix)
         return _size(self.a // other, self.b // other)
 
     def __mod__(self, other: int) -> int:
         if not isinstance(other, int) or other == 0 or self.a % other:
-            raise IRError(f"({self}) mod {other} depends on n")
+            fix = f"{_AFFINE}: take the rest by a whole number that a is a multiple of"
+            raise IRError(f"({self}) mod {other} depends on n", fix=fix)
         return self.b % other
 
     def __eq__(self, other: object) -> bool:
@@ -81,7 +87,7 @@ def _dim(size: Size) -> Dim:
         return size
     if isinstance(size, int):
         return Dim(0, size)
-    raise IRError(f"{size!r} is not a size: an int or a Dim is needed")
+    raise IRError(f"{size!r} is not a size", fix="give an int, or Dim(a, b) for a·n + b")
 
 
 def _size(a: int, b: int) -> Size:

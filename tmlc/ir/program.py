@@ -40,6 +40,8 @@ __all__ = [
 
 STATE_KINDS = ("position", "kv_linear", "kv_ring", "conv_tail", "audio_window", "overlap")
 ROLES = ("input", "weight", "state")
+#: What to do about a call in a graph that is of no canonical op.
+FIX_CALL = "make calls with tmlc.ir.program.call: a program holds the ops of docs/ir.md only"
 
 
 class Fact(StrEnum):
@@ -209,7 +211,8 @@ class Program:
         """Declares `spec` (once) and returns its placeholder in the method that owns it."""
         target = self._method(method)
         if self.states.setdefault(spec.name, spec) != spec:
-            raise IRError(f"state {spec.name!r} is already declared differently", where=target.name)
+            fix = "give it another name, or the kind, shape, dtype and method that it has in program.states"
+            raise IRError(f"state {spec.name!r} is already declared differently", where=target.name, fix=fix)
         return self._placeholder(target, "state", spec.name, spec.type)
 
     def _method(self, method: str | Method) -> Method:
@@ -244,7 +247,8 @@ def type_of(node: fx.Node) -> TensorType:
     """The type of a node with one result."""
     found = node.meta.get("type")
     if not isinstance(found, TensorType):
-        raise IRError(f"node {node.name} has no tensor type but {found!r}", where=str(node.target))
+        fix = "set meta['type'] to a TensorType; of a call with several results take one of `items`"
+        raise IRError(f"node {node.name} has no tensor type but {found!r}", where=str(node.target), fix=fix)
     return found
 
 
@@ -269,7 +273,8 @@ def items(node: fx.Node) -> tuple[fx.Node, ...]:
 def replace(old: fx.Node, new: fx.Node) -> None:
     """Lets every reader of `old` read `new`, and erases `old` (results of one call: replace its items)."""
     if old.meta.get("type") != new.meta.get("type"):
-        raise IRError(f"{new.name}: {new.meta.get('type')} cannot stand for {old.name}: {old.meta.get('type')}")
+        what = f"{new.name}: {new.meta.get('type')} cannot stand for {old.name}: {old.meta.get('type')}"
+        raise IRError(what, fix="replace a value by one of the same shape and dtype")
     old.replace_all_uses_with(new)
     if "source" in old.meta and new.op == "call_function":
         new.meta.setdefault("source", old.meta["source"])
@@ -281,17 +286,18 @@ def replace(old: fx.Node, new: fx.Node) -> None:
 def positional(spec: OpSpec, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
     """All arguments of a call in schema order, absent optional tensors as None; IRError if they misfit."""
     schema = spec.overload._schema.arguments
+    fix = f"its arguments: {', '.join(spec.args)} (docs/ir.md)"
     if len(args) > len(schema):
-        raise IRError(f"{spec.name} takes {len(schema)} arguments, not {len(args)}", where=spec.schema)
+        raise IRError(f"{spec.name} takes {len(schema)} arguments, not {len(args)}", where=spec.schema, fix=fix)
     values = list(args)
     rest = dict(kwargs)
     for argument in schema[len(args) :]:
         optional = isinstance(argument.type, torch.OptionalType)
         if argument.name not in rest and not optional and not argument.has_default_value():
-            raise IRError(f"{spec.name} lacks the argument {argument.name}", where=spec.schema)
+            raise IRError(f"{spec.name} lacks the argument {argument.name}", where=spec.schema, fix=fix)
         values.append(rest.pop(argument.name, argument.default_value))
     if rest:
-        raise IRError(f"{spec.name} does not take {', '.join(map(str, rest))}", where=spec.schema)
+        raise IRError(f"{spec.name} does not take {', '.join(map(str, rest))}", where=spec.schema, fix=fix)
     for i, argument in enumerate(schema):
         kind = argument.type
         if isinstance(kind, torch.FloatType) and isinstance(values[i], int) and not isinstance(values[i], bool):

@@ -88,7 +88,8 @@ class RunnerSession:
     def _bind(self, method: Method, inputs: tuple[torch.Tensor, ...]) -> dict[fx.Node, Any]:
         nodes = method.inputs
         if len(inputs) != len(nodes):
-            raise InputError(f"{len(inputs)} inputs given, {len(nodes)} needed", where=method.name)
+            fix = f"give {', '.join(role(node)[1] for node in nodes)}, in this order"
+            raise InputError(f"{len(inputs)} inputs given, {len(nodes)} needed", where=method.name, fix=fix)
         n: int | None = None
         values: dict[fx.Node, Any] = {}
         for node, tensor in zip(nodes, inputs, strict=True):
@@ -130,7 +131,8 @@ def _match(want: TensorType, tensor: torch.Tensor, n: int | None, where: str) ->
         fits = fits and have == (size.at(n or 0) if isinstance(size, Dim) else size)
     if not fits or (n is not None and n < 1):
         given = f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
-        raise InputError(f"{given} is not {want}" + (f" with n = {n}" if n else ""), where=where)
+        what = f"{given} is not {want}" + (f" with n = {n}" if n else "")
+        raise InputError(what, where=where, fix="give it this dtype and shape, with the same n >= 1 in all inputs")
     return n
 
 

@@ -47,9 +47,11 @@ def read_steps(text: str, numbers: Sequence[float]) -> tuple[ElementStep, ...]:
             raise IRError(f"{name!r} is not a step", fix=f"use {', '.join(STEP_OPS)}")
         tensors, kinds = STEP_OPS[name]
         if len(operands) != tensors or not set(operands) <= {"v", *OPERANDS} or "v" not in operands:
-            raise IRError(f"step {part!r} does not name {tensors} of v, {', '.join(OPERANDS)}, v among them")
+            what = f"step {part!r} does not name {tensors} of v, {', '.join(OPERANDS)}, v among them"
+            raise IRError(what, fix=f"write it as `{name}:{''.join(('v', *OPERANDS)[:tensors])}`")
         if len(rest) < len(kinds):
-            raise IRError(f"step {part!r} lacks a number")
+            fix = f"give {len(kinds)} for {name}, behind those of the steps before it"
+            raise IRError(f"step {part!r} lacks a number", fix=fix)
         own, rest = rest[: len(kinds)], rest[len(kinds) :]
         found.append(ElementStep(name, operands, tuple(kind(n) for kind, n in zip(kinds, own, strict=True))))
     if rest or not 0 < len(found) <= MOST_STEPS or len(numbers) > MOST_NUMBERS:

@@ -28,13 +28,23 @@ from torch import fx
 
 from tmlc.errors import IRError
 from tmlc.ir.ops import OPS, spec_of
-from tmlc.ir.program import Fact, Method, PassRecord, Program, StateSpec, infer_type, positional, role
+from tmlc.ir.program import FIX_CALL, Fact, Method, PassRecord, Program, StateSpec, infer_type, positional, role
 from tmlc.ir.types import TensorType, ValueType, parse_type
 from tmlc.ir.weights import WeightEntry, WeightMap, infer_weight
 
 __all__ = ["parse_program", "print_program"]
 
 HEADER = "tmlc-ir 1"
+#: What each statement looks like, for who wrote one that cannot be read.
+FORMS = {
+    "meta": 'meta {"kind": "tokens"}',
+    "facts": "facts canonical stateful",
+    "record": 'record {"pass": "fuse.swiglu", "matches": 2}',
+    "weight": 'weight "norm" = source("model.norm.weight") : f32[64]',
+    "state": 'state "position" : i64[1, 1] kind=position method=decode init=zeros',
+    "method": 'method decode(max_n=64) {\n%x = input "x" : f32[n, 64]\n%y = silu(%x) : f32[n, 64]\nreturn %y\n}',
+}
+_ONCE = "take one of the two out, or give it another name"
 
 
 def print_program(
@@ -95,7 +105,7 @@ def _call(node: fx.Node, names: dict[fx.Node, str]) -> str:
         return f"item({names[node.args[0]]}, {node.args[1]})"  # type: ignore[index]
     spec = spec_of(node.target)
     if spec is None:
-        raise IRError(f"{node.target} is not a canonical op", where=node.name)
+        raise IRError(f"{node.target} is not a canonical op", where=node.name, fix=FIX_CALL)
     args: list[str] = []
     named = False  # a tensor behind a named argument is named too
     for name, value in zip(spec.args, node.args, strict=True):
@@ -120,6 +130,7 @@ class _Parser:
         self.lines = text.split("\n")
         self.number = 0
         self.line, self.at = "", 0
+        self.kind = ""  # of the statement that is being read
         self.decoder = json.JSONDecoder()
         self.result = Program({}, WeightMap())
         self.entries: dict[str, WeightEntry] = {}
@@ -143,6 +154,13 @@ class _Parser:
                 return True
         return False
 
+    def wrong(self, what: str) -> IRError:
+        """The error of a statement that is not in its form."""
+        if self.kind not in FORMS:
+            return IRError(what, fix=f"begin a line with {', '.join(FORMS)}, or # for a comment")
+        lines = FORMS[self.kind].split("\n")
+        return IRError(what, fix=f"write it as `{'`, `'.join(lines)}`" + (", a line each" if lines[1:] else ""))
+
     # Tokens
 
     def skip(self) -> None:
@@ -158,13 +176,13 @@ class _Parser:
 
     def expect(self, token: str) -> None:
         if not self.accept(token):
-            raise IRError(f"{token!r} expected at {self.line[self.at : self.at + 30]!r}")
+            raise self.wrong(f"{token!r} expected at {self.line[self.at : self.at + 30]!r}")
 
     def match(self, pattern: str, what: str) -> str:
         self.skip()
         found = re.compile(pattern).match(self.line, self.at)
         if not found:
-            raise IRError(f"{what} expected at {self.line[self.at : self.at + 30]!r}")
+            raise self.wrong(f"{what} expected at {self.line[self.at : self.at + 30]!r}")
         self.at = found.end()
         return found.group()
 
@@ -176,13 +194,13 @@ class _Parser:
         try:
             value, self.at = self.decoder.raw_decode(self.line, self.at)
         except ValueError:
-            raise IRError(f"a JSON value expected at {self.line[self.at : self.at + 30]!r}") from None
+            raise self.wrong(f"a JSON value expected at {self.line[self.at : self.at + 30]!r}") from None
         return value
 
     def string(self) -> str:
         value = self.json()
         if not isinstance(value, str):
-            raise IRError(f"a quoted name expected, not {value!r}")
+            raise self.wrong(f"a quoted name expected, not {value!r}")
         return value
 
     def tensor(self) -> TensorType:
@@ -201,19 +219,20 @@ class _Parser:
     def end(self) -> None:
         self.skip()
         if self.at < len(self.line):
-            raise IRError(f"unexpected {self.line[self.at : self.at + 30]!r}")
+            raise self.wrong(f"unexpected {self.line[self.at : self.at + 30]!r}")
 
     # Statements
 
     def statement(self) -> None:
-        kind = self.word()
+        self.kind = ""
+        self.kind = kind = self.word()
         if kind == "meta":
             self.result.meta = self.mapping()
         elif kind == "facts":
             words = self.line[self.at :].split()
             unknown = [word for word in words if word not in set(Fact)]
             if unknown:
-                raise IRError(f"unknown fact {unknown[0]!r}")
+                raise IRError(f"unknown fact {unknown[0]!r}", fix=f"use {', '.join(Fact)}")
             self.result.facts, self.at = frozenset(Fact(word) for word in words), len(self.line)
         elif kind == "record":
             self.result.record.append(self.record())
@@ -224,20 +243,20 @@ class _Parser:
         elif kind == "method":
             self.method()
         else:
-            raise IRError(f"unknown statement {kind!r}")
+            raise self.wrong(f"unknown statement {kind!r}")
         self.end()
 
     def mapping(self) -> dict[str, Any]:
         value = self.json()
         if not isinstance(value, dict):
-            raise IRError("a JSON object expected")
+            raise self.wrong("a JSON object expected")
         return value
 
     def record(self) -> PassRecord:
         try:
             return PassRecord.from_json(self.mapping())
         except (KeyError, TypeError):
-            raise IRError("not a pass record") from None
+            raise self.wrong("not a pass record") from None
 
     def weight(self) -> None:
         dst = self.string()
@@ -259,10 +278,10 @@ class _Parser:
         made = self.tensor() if self.accept(":") else None
         if made is None:
             if op == "source" or any(src not in self.entries for src in srcs):
-                raise IRError(f"weight {dst!r} needs a type")
+                raise IRError(f"weight {dst!r} needs a type", fix="add it: ` : f32[64]`")
             made = infer_weight(dst, op, [self.entries[src].type for src in srcs], args)
         if dst in self.entries:
-            raise IRError(f"weight {dst!r} is declared twice")
+            raise IRError(f"weight {dst!r} is declared twice", fix=_ONCE)
         self.entries[dst] = WeightEntry(dst, op, tuple(srcs), args, made.dtype, made.shape)
 
     def state(self) -> None:
@@ -275,7 +294,7 @@ class _Parser:
             self.expect("=")
             fields[key] = self.word()
         if name in self.result.states:
-            raise IRError(f"state {name!r} is declared twice")
+            raise IRError(f"state {name!r} is declared twice", fix=_ONCE)
         self.result.states[name] = StateSpec(name=name, shape=made.shape, dtype=made.dtype, **fields)
 
     def method(self) -> None:
@@ -288,12 +307,12 @@ class _Parser:
         self.expect("{")
         self.end()
         if name in self.result.methods:
-            raise IRError(f"method {name!r} is declared twice")
+            raise IRError(f"method {name!r} is declared twice", fix=_ONCE)
         graph = fx.Graph()
         values: dict[str, fx.Node] = {}
         while True:
             if not self.next_line():
-                raise IRError(f"method {name} has no end")
+                raise self.wrong(f"method {name} has no end")
             if self.accept("}"):
                 break
             if self.accept("return"):
@@ -309,13 +328,13 @@ class _Parser:
     def reference(self, values: dict[str, fx.Node]) -> fx.Node:
         name = self.match(r"%\w+", "a value")
         if name not in values:
-            raise IRError(f"{name} is not defined before this line")
+            raise IRError(f"{name} is not defined before this line", fix="define it on a line before, in its method")
         return values[name]
 
     def assignment(self, graph: fx.Graph, values: dict[str, fx.Node]) -> None:
         name = self.match(r"%\w+", "a value")
         if name in values:
-            raise IRError(f"{name} is defined twice")
+            raise IRError(f"{name} is defined twice", fix=_ONCE)
         self.expect("=")
         op = self.word()
         label = name[1:] if not name[1:].isdigit() else f"v{name[1:]}"
@@ -326,7 +345,7 @@ class _Parser:
         if self.accept(":"):
             inferred = self.value_type()
         if inferred is None:
-            raise IRError(f"{name} needs a type")
+            raise IRError(f"{name} needs a type", fix="add it: ` : f32[n, 64]`")
         node.meta["type"] = inferred
         if self.accept("@arena="):
             node.meta["arena"] = _places(self.json())
@@ -348,7 +367,7 @@ class _Parser:
         args, kwargs = self.arguments(values)
         if op == "item":
             if kwargs or len(args) != 2 or not isinstance(args[0], fx.Node) or not isinstance(args[1], int):
-                raise IRError("item takes a value and a number")
+                raise IRError("item takes a value and a number", fix="write `item(%value, 0)`")
             node = graph.create_node("call_function", operator.getitem, tuple(args), {}, name=label)
             types = args[0].meta["type"]
             known = isinstance(types, tuple) and 0 <= args[1] < len(types)
@@ -379,7 +398,7 @@ class _Parser:
             if keyword:
                 kwargs[keyword.group(1)] = value
             elif kwargs:
-                raise IRError("a positional argument after a named one")
+                raise IRError("a positional argument after a named one", fix="name it too, or put it first")
             else:
                 args.append(value)
         return args, kwargs

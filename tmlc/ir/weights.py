@@ -24,6 +24,19 @@ from tmlc.ir.types import QUANTISED, TensorType, dtype_name
 __all__ = ["WEIGHT_OPS", "TensorSource", "WeightEntry", "WeightMap"]
 
 
+_FIX_CHECKPOINT = "the checkpoint is not the one that the program was made of: compile the one that is there now"
+#: What each weight op is made of, for who gave it something else.
+_TAKES = {
+    "constant": "no sources, and the arguments dtype, shape and data",
+    "concat": "sources of one dtype that differ along the argument axis only",
+    "stack": "sources of one dtype and shape, and no arguments",
+    "transpose": "one source and the argument axes, each of its axes once",
+    "slice": "one source and the arguments axis, start and stop, with 0 <= start < stop <= the size of the axis",
+    "reshape": "one source and the argument shape, with as many elements as the source",
+    "cast": "one source and the argument dtype",
+    "quantize": "one source, a matrix of f32 or bf16 or a stack of them, and the argument scheme",
+    "dequantize": "the sources and arguments that docs/ir.md lists",
+}
 _EXACT = {("bf16", "f32"), ("i32", "i64"), ("u8", "i32"), ("u8", "i64")}  # casts that change no value
 
 
@@ -67,7 +80,7 @@ class WeightMap:
 
     def __getitem__(self, name: str) -> WeightEntry:
         if name not in self._entries:
-            raise IRError(f"no weight {name!r} in the program")
+            raise IRError(f"no weight {name!r} in the program", fix="add it to program.weights first")
         return self._entries[name]
 
     def __contains__(self, name: object) -> bool:
@@ -92,8 +105,7 @@ class WeightMap:
 
     def add(self, dst: str, op: str, srcs: Sequence[str], args: dict[str, Any]) -> str:
         """Adds an entry made of existing ones and returns its name. IRError if it exists or does not fit."""
-        if dst in self._entries:
-            raise IRError(f"weight {dst!r} exists already")
+        self._check_new(dst)
         types = [self[src].type for src in srcs]
         made = infer_weight(dst, op, types, args)
         self._entries[dst] = WeightEntry(dst, op, tuple(srcs), dict(args), made.dtype, made.shape)
@@ -101,11 +113,14 @@ class WeightMap:
 
     def source(self, dst: str, dtype: str, shape: Sequence[int], tensor: str | None = None) -> str:
         """A checkpoint tensor (named like `dst` unless told)."""
-        if dst in self._entries:
-            raise IRError(f"weight {dst!r} exists already")
+        self._check_new(dst)
         made = TensorType(dtype, tuple(int(size) for size in shape))
         self._entries[dst] = WeightEntry(dst, "source", (tensor or dst,), {}, made.dtype, made.shape)
         return dst
+
+    def _check_new(self, dst: str) -> None:
+        if dst in self._entries:
+            raise IRError(f"weight {dst!r} exists already", fix="give it a name that is not in program.weights")
 
     def constant(self, dst: str, values: torch.Tensor) -> str:
         """Values that no checkpoint holds; they are part of the map, so keep them small."""
@@ -178,10 +193,11 @@ class WeightMap:
     def _stored(self, entry: WeightEntry, source: TensorSource) -> torch.Tensor:
         tensor = source.get(entry.srcs[0])
         if tensor is None:
-            raise CheckpointError("tensor is missing from the checkpoint", where=entry.srcs[0])
+            raise CheckpointError("tensor is missing from the checkpoint", where=entry.srcs[0], fix=_FIX_CHECKPOINT)
         if tuple(tensor.shape) != entry.shape or dtype_name(tensor.dtype) != entry.dtype:
             found = f"{dtype_name(tensor.dtype)}{list(tensor.shape)}"
-            raise CheckpointError(f"tensor is {found}, the program needs {entry.type}", where=entry.srcs[0])
+            what = f"tensor is {found}, the program needs {entry.type}"
+            raise CheckpointError(what, where=entry.srcs[0], fix=_FIX_CHECKPOINT)
         return tensor
 
     def _fill(self, entry: WeightEntry, source: TensorSource, out: torch.Tensor) -> None:
@@ -234,15 +250,20 @@ def infer_weight(dst: str, op: str, types: Sequence[TensorType], args: dict[str,
         if op not in WEIGHT_OPS:
             raise IRError(f"unknown weight op {op!r}", fix=f"use one of source, {', '.join(WEIGHT_OPS)}")
         if not types and op != "constant":
-            raise IRError(f"{op} needs sources")
+            raise _misfit(op, f"{op} needs sources")
         if any(t.dtype in QUANTISED for t in types):
             fix = "quantise last: rewrite the weight before its codes are made"
             raise IRError(f"{op} of a quantised weight", fix=fix)
         return WEIGHT_OPS[op](list(types), **args)
     except TypeError:
-        raise IRError(f"wrong arguments for {op}: {args}", where=dst) from None
+        raise _misfit(op, f"wrong arguments for {op}: {args}", dst) from None
     except IRError as error:
         raise IRError(error.what, where=dst, fix=error.fix) from None
+
+
+def _misfit(op: str, what: str, where: str = "") -> IRError:
+    """The error of sources or arguments that a weight op does not take."""
+    return IRError(what, where=where, fix=f"{op} takes {_TAKES[op]}")
 
 
 def _values(entry: WeightEntry) -> torch.Tensor:
@@ -255,62 +276,63 @@ def _values(entry: WeightEntry) -> torch.Tensor:
     except (ValueError, zlib.error):
         data = b""
     if len(data) != size:
-        raise IRError(f"the data of the constant is not {size} bytes", where=entry.dst)
+        fix = "make the constant with WeightMap.constant, which packs its values as docs/ir.md says"
+        raise IRError(f"the data of the constant is not {size} bytes", where=entry.dst, fix=fix)
     return torch.frombuffer(bytearray(data), dtype=dtype).reshape(entry.shape)
 
 
 def _constant(types: list[TensorType], dtype: str, shape: Sequence[int], data: str) -> TensorType:
     if types or not isinstance(data, str) or min(shape, default=1) < 1:
-        raise IRError("a constant has a dtype, a shape, data and no sources")
+        raise _misfit("constant", "a constant has a dtype, a shape, data and no sources")
     return TensorType(dtype, tuple(shape))
 
 
 def _one(types: list[TensorType], op: str) -> TensorType:
     if len(types) != 1:
-        raise IRError(f"{op} takes one source, not {len(types)}")
+        raise _misfit(op, f"{op} takes one source, not {len(types)}")
     return types[0]
 
 
-def _axis(t: TensorType, axis: int) -> None:
+def _axis(t: TensorType, axis: int, op: str) -> None:
     if not 0 <= axis < len(t.shape):
-        raise IRError(f"axis {axis} is not one of {t}")
+        raise _misfit(op, f"axis {axis} is not one of {t}")
 
 
 def _concat(types: list[TensorType], axis: int) -> TensorType:
     first = types[0]
-    _axis(first, axis)
+    _axis(first, axis, "concat")
     rest = [t.shape[:axis] + t.shape[axis + 1 :] for t in types]
     if any(len(t.shape) != len(first.shape) or t.dtype != first.dtype for t in types) or len(set(rest)) != 1:
-        raise IRError(f"cannot concatenate {', '.join(map(str, types))} along axis {axis}")
+        raise _misfit("concat", f"cannot concatenate {', '.join(map(str, types))} along axis {axis}")
     total = sum(t.shape[axis] for t in types)
     return TensorType(first.dtype, (*first.shape[:axis], total, *first.shape[axis + 1 :]))
 
 
 def _stack(types: list[TensorType]) -> TensorType:
     if len(set(types)) != 1:
-        raise IRError(f"cannot stack {', '.join(map(str, types))}")
+        raise _misfit("stack", f"cannot stack {', '.join(map(str, types))}")
     return TensorType(types[0].dtype, (len(types), *types[0].shape))
 
 
 def _transpose(types: list[TensorType], axes: Sequence[int]) -> TensorType:
     t = _one(types, "transpose")
     if sorted(axes) != list(range(len(t.shape))):
-        raise IRError(f"axes {list(axes)} are not an order of the axes of {t}")
+        raise _misfit("transpose", f"axes {list(axes)} are not an order of the axes of {t}")
     return TensorType(t.dtype, tuple(t.shape[axis] for axis in axes))
 
 
 def _slice(types: list[TensorType], axis: int, start: int, stop: int) -> TensorType:
     t = _one(types, "slice")
-    _axis(t, axis)
+    _axis(t, axis, "slice")
     if not 0 <= start < stop <= t.shape[axis]:
-        raise IRError(f"{start}..{stop} is not inside axis {axis} of {t}")
+        raise _misfit("slice", f"{start}..{stop} is not inside axis {axis} of {t}")
     return TensorType(t.dtype, (*t.shape[:axis], stop - start, *t.shape[axis + 1 :]))
 
 
 def _reshape(types: list[TensorType], shape: Sequence[int]) -> TensorType:
     t = _one(types, "reshape")
     if min(shape, default=1) < 0 or prod(shape) != t.numel():
-        raise IRError(f"{t} has no shape {list(shape)}")
+        raise _misfit("reshape", f"{t} has no shape {list(shape)}")
     return TensorType(t.dtype, tuple(shape))
 
 
@@ -325,7 +347,7 @@ def _quantize(types: list[TensorType], scheme: str) -> TensorType:
     if scheme not in SCHEMES:
         raise IRError(f"unknown scheme {scheme!r}", fix=f"use one of {', '.join(SCHEMES)}")
     if t.dtype not in ("f32", "bf16") or len(t.shape) not in (2, 3):
-        raise IRError(f"{t} cannot be quantised", fix="quantize takes a float matrix, or a stack of them")
+        raise _misfit("quantize", f"{t} cannot be quantised")
     return TensorType(scheme, t.shape)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from tmlc.errors import PackageError
 from tmlc.package import safetensors_io
-from tmlc.package.fields import Fields, parse_json
+from tmlc.package.fields import AGAIN, Fields, parse_json
 
 if TYPE_CHECKING:
     from tmlc.package.reader import Package
@@ -78,5 +78,5 @@ def _read_call(f: Fields, tensors: dict[str, np.ndarray]) -> GoldenCall:
 def _arrays(f: Fields, key: str, tensors: dict[str, np.ndarray]) -> Iterator[np.ndarray]:
     for name in f.sequence(key):
         if not isinstance(name, str) or name not in tensors:
-            raise PackageError(f"golden tensor {str(name)[:60]!r} is missing", where=f.where)
+            raise PackageError(f"golden tensor {str(name)[:60]!r} is missing", where=f.where, fix=AGAIN)
         yield tensors[name]

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from tmlc.errors import PackageError
+from tmlc.errors import REPORT, PackageError
 from tmlc.package.fields import parse_json
 from tmlc.package.manifest import DTYPES
 
@@ -61,7 +61,8 @@ def layout(items: Iterable[WeightItem]) -> tuple[bytes, dict[str, TensorEntry], 
     offset = 0
     for item in items:
         if item.name in entries or item.name.startswith("__"):
-            raise PackageError(f"tensor name {item.name!r} is taken", where="weights.safetensors")
+            fix = "Rename the weight: each name once, and none that begins with __."
+            raise PackageError(f"tensor name {item.name!r} is taken", where="weights.safetensors", fix=fix)
         nbytes = item.nbytes
         entries[item.name] = TensorEntry(item.dtype, tuple(item.shape), offset, nbytes)
         span = [offset, offset + nbytes]
@@ -111,9 +112,8 @@ def stream(items: list[WeightItem]) -> Iterator[memoryview]:
             if count <= item.nbytes:
                 yield view
         if count != item.nbytes:
-            raise PackageError(
-                f"{item.name} has {count} bytes, expected {item.nbytes}", where="weights.safetensors"
-            )
+            what = f"{item.name} has {count} bytes, expected {item.nbytes}"
+            raise PackageError(what, where="weights.safetensors", fix=REPORT)
         if gap := -item.nbytes % ALIGN:
             yield memoryview(bytes(gap))
         del made, pieces

@@ -128,7 +128,8 @@ class PackageWriter:
     ) -> None:
         check_member_name(name)
         if name in self.files or (listed and name in (MANIFEST, SEAL)):
-            raise PackageError(f"{name} is in the package already", where="output")
+            fix = f"Give each file a name of its own; {MANIFEST} and {SEAL} are written by `finish`."
+            raise PackageError(f"{name} is in the package already", where="output", fix=fix)
         with disk_errors(self.path):
             if self._zip is not None:
                 digest = self._zip.add(name, size, pieces, align)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import BinaryIO
 
-from tmlc.errors import PackageError
+from tmlc.errors import REPORT, PackageError
 from tmlc.package.fields import check_member_name
 
 COMMENT = b"tmlc-sha256:"
@@ -76,7 +76,7 @@ class ZipWriter:
             crc = zlib.crc32(piece, crc)
             count += len(piece)
         if count != size:
-            raise PackageError(f"{name} came to {count} bytes, expected {size}", where=name)
+            raise PackageError(f"{name} came to {count} bytes, expected {size}", where=name, fix=REPORT)
         self.offset += count
         self.digest.update(digest.digest())
         self._put(struct.pack("<4sI2Q" if big else "<4sI2I", b"PK\7\10", crc, size, size))

@@ -128,21 +128,17 @@ def _compare(
     name: str, method: str, index: int, have: Tensor, want: Tensor, lossy: bool, bound: float | None
 ) -> float:
     where = f"{method}, output {index}"
+    fix = f"this pass breaks the model: report it, and compile with --disable {name} until it is fixed"
     if have.shape != want.shape or have.dtype != want.dtype:
-        raise CheckError(
-            f"{name} changed the shape of {where} from {tuple(want.shape)} to {tuple(have.shape)}", where=name
-        )
+        what = f"{name} changed the shape of {where} from {tuple(want.shape)} to {tuple(have.shape)}"
+        raise CheckError(what, where=name, fix=fix)
     error = _error(have, want, lossy)
     if not want.is_floating_point():
         tolerance = 1.0 if lossy else 0.0
     else:
         tolerance = (bound or LOSSY_TOLERANCE) if lossy else TOLERANCE
     if not error <= tolerance:
-        raise CheckError(
-            f"{name} changed {where}: error {error:.3g}, allowed {tolerance:.3g}",
-            where=name,
-            fix=f"this pass breaks the model: report it, and compile with --disable {name} until it is fixed",
-        )
+        raise CheckError(f"{name} changed {where}: error {error:.3g}, allowed {tolerance:.3g}", where=name, fix=fix)
     return error
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tmlc.errors import PackageError, UsageError
-from tmlc.package.fields import is_text
+from tmlc.package.fields import AGAIN, is_text
 from tmlc.report.layers import layer_tables
 from tmlc.report.tables import grid, megabytes, table
 
@@ -165,7 +165,7 @@ def method_ir(package: Package, method: str) -> str:
     text = package.read(PROGRAM).decode("utf-8", "surrogateescape")
     if not text.replace("\n", "").isprintable():  # it goes to a terminal
         where = f"{package.path}: {PROGRAM}"
-        raise PackageError("the program holds characters that cannot be printed", where=where)
+        raise PackageError("the program holds characters that cannot be printed", where=where, fix=AGAIN)
     if method == "all":
         return text
     names = [m.name for m in package.manifest.methods]

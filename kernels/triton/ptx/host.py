@@ -60,7 +60,8 @@ class PtxMachine(HostMemory):
                         kernel, launch.grid, 32 * assembly.num_warps, values, memory, assembly.shared, launch.overlap
                     )
             except Fault as fault:
-                raise KernelError(f"{launch.kernel}: {fault}", where=f"PTX for sm{self.sm}") from fault
+                fix = "correct the kernel: docs/triton-kernels.md, “Checks without a GPU”, says what each hazard is"
+                raise KernelError(f"{launch.kernel}: {fault}", where=f"PTX for sm{self.sm}", fix=fix) from fault
             self._before = memory.wrote()
 
     def _kernel(self, variant: Variant) -> tuple[Kernel, Assembly]:

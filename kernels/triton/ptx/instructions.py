@@ -6,11 +6,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tmlc.errors import EmitError
 from tmlc.kernels.triton.ptx import tensor
 from tmlc.kernels.triton.ptx.arithmetic import KINDS, rule
 from tmlc.kernels.triton.ptx.memory import Fault
-from tmlc.kernels.triton.ptx.text import Address, Group, Instruction, Number, Operand, Program, Special
+from tmlc.kernels.triton.ptx.text import Address, Group, Instruction, Number, Operand, Special, unknown
 from tmlc.kernels.triton.ptx.threads import Threads
 
 Array = npt.NDArray[Any]
@@ -22,7 +21,7 @@ BARRIERS = {("bar", "sync"), ("barrier", "sync")}
 _NOTHING = {"fence", "membar", "wgmma.fence", "wgmma.commit_group", "wgmma.wait_group", "bar.warp"}
 
 
-def step_of(instruction: Instruction, program: Program) -> Step | None:
+def step_of(instruction: Instruction) -> Step | None:
     """What runs an instruction that is no branch, end or barrier."""
     op, args = instruction.op, instruction.args
     name = op[0]
@@ -35,7 +34,7 @@ def step_of(instruction: Instruction, program: Program) -> Step | None:
         return lambda threads, at: None
     found = rule(op, len(args) - 1)
     if found is None:
-        raise EmitError(f"PTX instruction that is not run here: {instruction.line}", where=program.name)
+        raise unknown("instruction", ".".join(op))
     kinds, result, compute = found
 
     def step(threads: Threads, at: Array | None) -> None:
@@ -109,7 +108,7 @@ def _load(op: tuple[str, ...], args: Args) -> Step:
 
         return load
     if op[1] != "global":
-        raise EmitError(f"PTX load that is not run here: {'.'.join(op)}")
+        raise unknown("load", ".".join(op))
 
     def fetch(threads: Threads, at: Array | None) -> None:
         early = not threads.waited[threads.those(at)].all()
@@ -132,7 +131,7 @@ def _store(op: tuple[str, ...], args: Args) -> Step:
         elif op[1] == "global":
             threads.memory.store(threads.address(target, at), values, size, not threads.waited[lanes].all())
         else:
-            raise EmitError(f"PTX store that is not run here: {'.'.join(op)}")
+            raise unknown("store", ".".join(op))
 
     return store
 
@@ -192,7 +191,7 @@ def _matrices(op: tuple[str, ...], args: Args) -> Step:
 
 def _multiply(op: tuple[str, ...], args: Args) -> Step:
     if op[3] != "m16n8k16" or op[-2:] != ("bf16", "f32"):
-        raise EmitError(f"PTX product that is not run here: {'.'.join(op)}")
+        raise unknown("product", ".".join(op))
     d, a, b, c = (_items(arg) for arg in args)
 
     def step(threads: Threads, at: Array | None) -> None:
@@ -206,12 +205,12 @@ def _multiply(op: tuple[str, ...], args: Args) -> Step:
 
 def _multiply_group(op: tuple[str, ...], args: Args) -> Step:
     if op[-3:] != ("f32", "bf16", "bf16"):
-        raise EmitError(f"PTX product that is not run here: {'.'.join(op)}")
+        raise unknown("product", ".".join(op))
     d, a, (b, adds, *flags) = _items(args[0]), _items(args[1]), args[2:]
     signs, turned = flags[:2], flags[2:]  # A from registers has no flag of its own for being transposed
     transposed = [isinstance(flag, Number) and flag.value != 0 for flag in turned]
     if any(not isinstance(sign, Number) or sign.value != 1 for sign in signs):
-        raise EmitError(f"PTX product that is not run here: {'.'.join(op)}")
+        raise unknown("product", ".".join(op))
 
     def step(threads: Threads, at: Array | None) -> None:
         lanes = _warps(threads, at)
@@ -230,7 +229,7 @@ def _multiply_group(op: tuple[str, ...], args: Args) -> Step:
 
 def _shuffle(op: tuple[str, ...], args: Args) -> Step:
     if len(args) != 5 or not isinstance(args[3], Number):
-        raise EmitError(f"PTX exchange that is not run here: {'.'.join(op)}")
+        raise unknown("exchange", ".".join(op))
     target, source, other, clamp = args[0], args[1], args[2], args[3].value
 
     def step(threads: Threads, at: Array | None) -> None:
@@ -244,7 +243,7 @@ def _shuffle(op: tuple[str, ...], args: Args) -> Step:
 def _reduce(op: tuple[str, ...], args: Args) -> Step:
     how, kind, extra = op[2], op[-1], set(op[3:-1])
     if op[1] != "sync" or extra - {"abs", "NaN"} or how not in tensor.REDUCED:
-        raise EmitError(f"PTX exchange that is not run here: {'.'.join(op)}")
+        raise unknown("exchange", ".".join(op))
 
     def step(threads: Threads, at: Array | None) -> None:
         _warps(threads, at)
@@ -272,7 +271,7 @@ def _prefetch(op: tuple[str, ...], args: Args) -> Step:
 
 def _fence(op: tuple[str, ...], args: Args) -> Step:
     if op[2] != "async" or op[3:] not in ((), ("shared::cta",)):
-        raise EmitError(f"PTX instruction that is not run here: {'.'.join(op)}")
+        raise unknown("instruction", ".".join(op))
     return lambda threads, at: threads.shared.fence(threads.those(at))
 
 
@@ -289,14 +288,14 @@ def _elect(op: tuple[str, ...], args: Args) -> Step:
 
 def _number(operand: Operand) -> int:
     if not isinstance(operand, Number):
-        raise EmitError(f"PTX operand that is not read here: {operand}")
+        raise unknown("operand", operand)
     return operand.value
 
 
 def _tensor_memory(op: tuple[str, ...], args: Args) -> Step:
     """tcgen05.alloc, dealloc, relinquish_alloc_permit, of one program by itself."""
     if op[2] != "cta_group::1":
-        raise EmitError(f"PTX instruction that is not run here: {'.'.join(op)}")
+        raise unknown("instruction", ".".join(op))
 
     def step(threads: Threads, at: Array | None) -> None:
         lanes = _warps(threads, at)
@@ -318,7 +317,7 @@ def _tensor_move(op: tuple[str, ...], args: Args) -> Step:
     group, address = (args[0], args[1]) if loads else (args[-1], args[0])
     between = args[2:] if loads else args[1:-1]
     if not plain or len(between) != (shape == "16x32bx2"):
-        raise EmitError(f"PTX instruction that is not run here: {'.'.join(op)}")
+        raise unknown("instruction", ".".join(op))
     split = _number(between[0]) if between else 0
     registers = _items(group)
 
@@ -341,7 +340,7 @@ def _tensor_wait(op: tuple[str, ...], args: Args) -> Step:
 
 def _tensor_multiply(op: tuple[str, ...], args: Args) -> Step:
     if op[2:] != ("cta_group::1", "kind::f16") or len(args) != 5:
-        raise EmitError(f"PTX product that is not run here: {'.'.join(op)}")
+        raise unknown("product", ".".join(op))
     inside = isinstance(args[1], Address)
 
     def step(threads: Threads, at: Array | None) -> None:
@@ -356,7 +355,7 @@ def _tensor_multiply(op: tuple[str, ...], args: Args) -> Step:
 
 def _tensor_commit(op: tuple[str, ...], args: Args) -> Step:
     if op[2:4] != ("cta_group::1", "mbarrier::arrive::one") or "multicast::cluster" in op:
-        raise EmitError(f"PTX instruction that is not run here: {'.'.join(op)}")
+        raise unknown("instruction", ".".join(op))
     return lambda threads, at: threads.tensor.commit(threads.those(at), threads.address(args[0], at))
 
 
@@ -369,7 +368,7 @@ def _arrivals(op: tuple[str, ...], args: Args) -> Step:
     if op[1] == "inval":
         return lambda threads, at: threads.tensor.destroy(threads.those(at), threads.address(args[0], at))
     if op[1:3] != ("try_wait", "parity"):
-        raise EmitError(f"PTX instruction that is not run here: {'.'.join(op)}")
+        raise unknown("instruction", ".".join(op))
 
     def step(threads: Threads, at: Array | None) -> Array:
         lanes, parity = threads.those(at), threads.full(threads.read(args[2], "u32", at), at)

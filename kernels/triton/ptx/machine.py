@@ -13,9 +13,9 @@ import numpy.typing as npt
 
 from tmlc.errors import EmitError
 from tmlc.kernels.triton.ptx.arithmetic import KINDS
-from tmlc.kernels.triton.ptx.instructions import BARRIERS, step_of
+from tmlc.kernels.triton.ptx.instructions import BARRIERS, Step, step_of
 from tmlc.kernels.triton.ptx.memory import Fault, Global
-from tmlc.kernels.triton.ptx.text import Program, Special
+from tmlc.kernels.triton.ptx.text import Program, Special, unknown
 from tmlc.kernels.triton.ptx.threads import Threads
 
 Array = npt.NDArray[Any]
@@ -35,7 +35,13 @@ class Kernel:
 
     def __init__(self, program: Program) -> None:
         self.program = program
-        self.steps = [step_of(instruction, program) for instruction in program.code]
+        self.steps: list[Step | None] = []
+        for at, instruction in enumerate(program.code):
+            try:
+                self.steps.append(step_of(instruction))
+            except EmitError as error:
+                error.where = _place(program, at)
+                raise
         small = any(
             i.op[0] in ("ld", "st") and i.op[1].startswith("shared") and np.dtype(KINDS[i.op[-1]]).itemsize < 4
             for i in program.code
@@ -132,7 +138,7 @@ def _run(kernel: Kernel, threads: Threads) -> None:
                 break
             if instruction.op[:2] in BARRIERS:
                 if mask is not None:
-                    raise EmitError(f"a barrier for some threads: {instruction.line}")
+                    raise unknown("barrier for some threads", instruction.line, _place(program, at))
                 meet(at + 1, lanes, held)
                 break
             step = steps[at]
@@ -141,6 +147,9 @@ def _run(kernel: Kernel, threads: Threads) -> None:
                     stay = step(threads, whole if len(some) == len(lanes) else some)
                 except Fault as fault:
                     raise Fault(f"{fault} (instruction {at}: {instruction.line})") from None
+                except EmitError as error:
+                    error.where = _place(program, at)
+                    raise
                 if stay is not None and len(stay):
                     meet(at, stay, aside)
                     lanes = whole = np.setdiff1d(lanes, stay, assume_unique=True)
@@ -151,6 +160,10 @@ def _run(kernel: Kernel, threads: Threads) -> None:
             if at in stops:
                 meet(at, lanes)
                 break
+
+
+def _place(program: Program, at: int) -> str:
+    return f"{program.name}, instruction {at}: {program.code[at].line}"
 
 
 def _release(threads: Threads, held: dict[int, Array], ended: Array) -> None:

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tmlc.errors import EmitError
 from tmlc.kernels.triton.ptx.arithmetic import bf16_values
 from tmlc.kernels.triton.ptx.memory import Fault, Shared
 from tmlc.kernels.triton.ptx.tensor import described
+from tmlc.kernels.triton.ptx.text import unknown
 
 Array = npt.NDArray[Any]
 LANES, SIZES = 128, (32, 64, 128, 256, 512)
@@ -70,10 +70,10 @@ class TensorMemory:
     def allocate(self, lanes: Array, columns: int) -> Array:
         """Columns for the program of each warp; the address that each thread gets."""
         if columns not in SIZES or (self.columns and columns != self.columns):
-            raise EmitError(f"{columns} columns of tensor memory, after {self.columns}")
+            raise unknown("allocation", f"{columns} columns of tensor memory, after {self.columns}")
         owners = self.shared.program[lanes[::32]]
         if len(np.unique(owners)) != len(owners) or self.held[owners].any():
-            raise EmitError("a program asks for tensor memory twice")
+            raise unknown("allocation", "a program asks for tensor memory twice")
         if self.closed[owners].any():
             raise Fault("a program asks for tensor memory after it said that it would not")
         if self._cells is None:
@@ -123,7 +123,7 @@ class TensorMemory:
             rows, ok = first + thread % 16, first % 16 == 0
             column = column + thread // 16 * split
         else:
-            raise EmitError(f"tensor memory in the shape {shape} is not read here")
+            raise unknown("shape of tensor memory", shape)
         if not (ok & (rows // 32 == self.shared.warp[lanes] % 4)).all():
             raise Fault("a warp moves lanes of tensor memory that are of another one")
         if not self.held[self.shared.program[lanes]].all() or (column < 0).any():
@@ -189,7 +189,7 @@ class TensorMemory:
         plain = word & ~(_TURNED_A | _TURNED_B | 31 << 24 | 63 << 17)
         turned_a, turned_b = bool(word & _TURNED_A), bool(word & _TURNED_B)
         if len(kinds) > 1 or plain != _PLAIN or rows not in (64, 128) or not cols or (inside and turned_a):
-            raise EmitError(f"a product of tensor memory that is not run here: {kinds[:4]}")
+            raise unknown("product", f"instruction descriptors {kinds[:4]}")
         readers, nothing = lanes[:, None], np.zeros((len(lanes), 0), np.int64)
         view = self.cells.memory.view(np.uint32)
         if inside:  # two numbers a word

@@ -18,6 +18,14 @@ _OWN = {1: "p", 2: "rs", 4: "r", 8: "rd"}
 _INSTRUCTION = re.compile(r"(?:@(!?)(%\w+)\s+)?([a-z][\w.:]*)\s*(.*)", re.DOTALL)
 
 
+
+
+def unknown(kind: str, text: object, where: str = "") -> EmitError:
+    """The error of PTX that this machine was not taught yet: an instruction, an operand, or a modifier."""
+    fix = "teach it in kernels/triton/ptx/, and hold it to PTX's manual in tests/kernels_triton/test_ptx.py"
+    return EmitError(f"PTX {kind} that is not run here: {text}", where=where, fix=fix)
+
+
 @dataclass(frozen=True)
 class Register:
     """One register of each thread: its bank (what it is declared as) and its number there."""
@@ -97,7 +105,7 @@ def parse(text: str) -> Program:
     """
     entry = re.search(r"\.visible \.entry (\w+)\(", text)
     if entry is None:
-        raise EmitError("PTX without a kernel")
+        raise EmitError("PTX without a kernel", fix="give the PTX of one kernel, as `variants.ptx_of` makes it")
     head, _, body = text[entry.end() :].partition("{")
     params = tuple((name, kind) for kind, name, _ in _PARAM.findall(head))
     body = re.sub(r"//[^\n]*", "", body[: body.rindex("}")])
@@ -135,7 +143,7 @@ def _outside(block: re.Match[str], banks: dict[str, tuple[int, int]]) -> str:
 def _instruction(statement: str, banks: dict[str, tuple[int, int]]) -> Instruction:
     found = _INSTRUCTION.fullmatch(statement)
     if found is None:
-        raise EmitError(f"PTX that is not read here: {statement!r}")
+        raise unknown("statement", repr(statement))
     unless, guard, op, rest = found.groups()
     args = tuple(_operand(part, banks) for part in _parts(rest.replace("|", ",")))
     held = _operand(guard, banks) if guard else None
@@ -163,7 +171,7 @@ def _operand(text: str, banks: dict[str, tuple[int, int]]) -> Operand:
         base, _, offset = text[1:-1].replace(" ", "").partition("+")
         at = _operand(base, banks)
         if not isinstance(at, Register | Special):
-            raise EmitError(f"PTX address that is not read here: {text!r}")
+            raise unknown("address", repr(text))
         return Address(at, int(offset or "0", 0))
     if (register := re.fullmatch(r"%([a-z]+)(\d+)", text)) and register[1] in banks:
         return Register(register[1], int(register[2]))
@@ -173,7 +181,7 @@ def _operand(text: str, banks: dict[str, tuple[int, int]]) -> Operand:
         return Number(int(whole[1], 0))
     if re.fullmatch(r"[%$]?[\w.]+", text):
         return Special(text)
-    raise EmitError(f"PTX operand that is not read here: {text!r}")
+    raise unknown("operand", repr(text))
 
 
 def float_of(number: Number) -> float:

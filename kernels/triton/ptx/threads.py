@@ -5,11 +5,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tmlc.errors import EmitError
 from tmlc.kernels.triton.ptx.arithmetic import KINDS
 from tmlc.kernels.triton.ptx.memory import Global, Shared
 from tmlc.kernels.triton.ptx.tensor_memory import TensorMemory
-from tmlc.kernels.triton.ptx.text import Address, Number, Operand, Program, Register, Special, float_of
+from tmlc.kernels.triton.ptx.text import Address, Number, Operand, Program, Register, Special, float_of, unknown
 
 Array = npt.NDArray[Any]
 _BANKS: dict[int, npt.DTypeLike] = {1: np.bool_, 2: np.uint16, 4: np.uint32, 8: np.uint64}
@@ -77,13 +76,13 @@ class Threads:
         if isinstance(operand, Special) and operand.name in self.specials:
             value = np.asarray(self.specials[operand.name])
             return (value if at is None or not value.ndim else value[at]).astype(dtype)
-        raise EmitError(f"PTX operand that is not read here: {operand}")
+        raise unknown("operand", operand)
 
     def write(self, operand: Operand | None, value: Array, kind: str, at: Array | None) -> None:
         if operand is None:
             return
         if not isinstance(operand, Register):
-            raise EmitError(f"PTX result that is not written here: {operand}")
+            raise unknown("result", operand)
         bank = self.banks[operand.bank]
         row, value = bank[operand.index], np.asarray(value, KINDS[kind])
         if row.itemsize != value.itemsize:  # extended as its type says

@@ -15,7 +15,7 @@ from torch import fx
 from tmlc.emit.packing import check_finite
 from tmlc.emit.tensorrt.graph import Graph, Tensor
 from tmlc.emit.tensorrt.library import Library, Tell, make_logger, make_network
-from tmlc.errors import EmitError
+from tmlc.errors import REPORT, EmitError
 from tmlc.ir.dims import Dim
 from tmlc.ir.ops import spec_of
 from tmlc.ir.program import Method, Program, role, type_of
@@ -25,7 +25,6 @@ from tmlc.ir.weights import TensorSource
 from tmlc.package.manifest import MethodInfo, Signature
 
 ROWS, END = "position.rows", "position.end"
-REPORT = "This is a fault of tmlc: report it with the output of `tmlc compile --dump DIR`."
 CHANGE = "Compile for --target cpu, or change the model."
 CONSTANT = {
     "embedding": ("table",),

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from tmlc.emit.graph import is_view, up
-from tmlc.errors import EmitError
+from tmlc.errors import REPORT, EmitError
 from tmlc.ir.dims import Dim
 from tmlc.ir.ops import spec_of
 from tmlc.ir.program import Method
@@ -81,5 +81,6 @@ def _check(method: Method, buffers: list[_Buffer]) -> None:
         held = [other for other in held if other.last >= buffer.first]
         for other in held:
             if buffer.offset < other.offset + other.nbytes and other.offset < buffer.offset + buffer.nbytes:
-                raise EmitError("two values share bytes", where=f"method {method.name}, arena of the Triton plan")
+                where = f"method {method.name}, arena of the Triton plan"
+                raise EmitError("two values share bytes", where=where, fix=REPORT)
         held.append(buffer)

@@ -93,7 +93,7 @@ class HostDevice(Driver):
     def _ask(self, what: str, work: Callable[[], None] | None = None) -> None:
         """Does something now, or keeps it for the graph that is being captured."""
         if self.closed:
-            raise KernelError("the device is closed", where="host device")
+            raise KernelError("the device is closed", where="host device", fix="make another with HostDevice.of")
         if self.fault is not None:
             fault = self.fault
             if not isinstance(fault, DeviceError):
@@ -125,7 +125,8 @@ class HostDevice(Driver):
         self._ask("load")
         found = self.kernels.get(hashlib.sha256(cubin).hexdigest())
         if found is None:
-            raise KernelError(f"{entry} is machine code that this device was not told of", where="host device")
+            what = f"{entry} is machine code that this device was not told of"
+            raise KernelError(what, where="host device", fix="make the device with HostDevice.of this very package")
         return found
 
     def to_device(self, address: int, host: np.ndarray) -> None:
@@ -203,7 +204,8 @@ class HostDevice(Driver):
                 if offset + nbytes > block.nbytes:
                     break
                 return number, block, offset
-        raise KernelError(f"{nbytes} bytes at {address:#x} are no allocation's", where="host device")
+        fix = "correct the plan or the runtime: on a GPU this would read or write what is not the engine's"
+        raise KernelError(f"{nbytes} bytes at {address:#x} are no allocation's", where="host device", fix=fix)
 
     def _bytes(self, address: int, nbytes: int) -> np.ndarray:
         _, block, offset = self._block(address, nbytes)
@@ -225,7 +227,8 @@ class HostDevice(Driver):
                 buffers[_SLOTS] = block[offset : offset + arg.nbytes].view(np.int64)
             args.append(Pointer(*name, offset, _DTYPES[kind[1:].removesuffix(":16")], arg.nbytes))
         if _POOL in buffers and _SLOTS not in buffers:
-            raise KernelError(f"{launch.variant} reads states and gets no slots", where="host device")
+            what = f"{launch.variant} reads states and gets no slots"
+            raise KernelError(what, where="host device", fix="give the launch `call.slots` where its op is lowered")
         made = Launch(
             kernel.kernel, kernel.constexprs, kernel.num_warps, kernel.num_stages, launch.grid, tuple(args),
             launch.overlap,

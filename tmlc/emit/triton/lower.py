@@ -15,10 +15,10 @@ from torch import fx
 
 from tmlc.emit.graph import direct_outputs, is_view, key_values, results, source_of, up
 from tmlc.emit.triton.arena import plan_arena
-from tmlc.errors import EmitError
+from tmlc.errors import REPORT, EmitError
 from tmlc.ir.dims import Dim
 from tmlc.ir.ops import spec_of
-from tmlc.ir.program import Method, Program
+from tmlc.ir.program import FIX_CALL, Method, Program
 from tmlc.ir.types import ITEM_BYTES, TensorType
 from tmlc.kernels.triton.bucket import Bucket
 from tmlc.kernels.triton.launch import Launch, Lowered, Operand
@@ -99,7 +99,7 @@ class MethodLowering:
             elif node.op == "output":
                 self._output(node)
 
-    def fail(self, node: fx.Node, what: str, fix: str = "") -> EmitError:
+    def fail(self, node: fx.Node, what: str, fix: str) -> EmitError:
         source = node.meta.get("source")
         where = f"method {self.method.name}, {node.name}" + (f", {source}" if source else "")
         return EmitError(what, where=where, fix=fix)
@@ -166,7 +166,7 @@ class MethodLowering:
 
     def _typed(self, node: fx.Node, index: int, kind: TensorType, space: str) -> Value:
         if len(kind.shape) != 2:
-            raise self.fail(node, f"a value of shape {kind} is not rows and columns")
+            raise self.fail(node, f"a value of shape {kind} is not rows and columns", REPORT)
         rows, cols = kind.shape[0], int(kind.shape[1])
         pair = (rows.a, rows.b) if isinstance(rows, Dim) else (0, int(rows))
         dtype = "i32" if kind.dtype == "i64" and (node, index) not in self.keys else kind.dtype
@@ -195,7 +195,7 @@ class MethodLowering:
     def _call(self, node: fx.Node) -> None:
         spec = spec_of(node.target)
         if spec is None:
-            raise self.fail(node, f"{node.target} is not a canonical op")
+            raise self.fail(node, f"{node.target} is not a canonical op", FIX_CALL)
         given = dict(zip(spec.args, node.args, strict=False)) | dict(node.kwargs)
         if spec.view:
             self.values[node, 0] = self._view(node, spec.name, given)
@@ -221,13 +221,14 @@ class MethodLowering:
             start, stop = int(args["start"]), int(args["stop"])
             return replace(x, byte=x.byte + start * ITEM_BYTES[x.dtype], cols=stop - start)
         if op != "reshape":
-            raise self.fail(node, f"the view {op} is not known to the emitter")
+            raise self.fail(node, f"the view {op} is not known to the emitter", REPORT)
         if not x.dense:
             x = self._copied(node, x)
         cols = int(args["cols"])
         a, b = (size * x.cols for size in x.rows)
         if a % cols or b % cols:
-            raise self.fail(node, f"{x.rows[0]}n+{x.rows[1]} rows of {x.cols} do not make rows of {cols}")
+            what = f"{x.rows[0]}n+{x.rows[1]} rows of {x.cols} do not make rows of {cols}"
+            raise self.fail(node, what, REPORT)
         return replace(x, rows=(a // cols, b // cols), cols=cols, stride=cols)
 
     def _copied(self, node: fx.Node, x: Value) -> Value:

@@ -83,7 +83,8 @@ def stored_weights(program: Program, names: Iterable[str]) -> list[TritonWeight]
         shape = tuple(int(size) for size in entry.shape) or (1,)
         scheme = entry.dtype if entry.dtype in SCHEMES else ""
         if entry.dtype not in FORMS and entry.dtype not in _STORED:
-            raise EmitError(f"weight {name} is {entry.dtype}, for which there is no layout", where="target triton")
+            what = f"weight {name} is {entry.dtype}, for which there is no layout"
+            raise EmitError(what, where="target triton", fix=f"use {', '.join(FORMS)}")
         parts = weight_parts(name, entry.dtype, shape) if entry.dtype in FORMS else None
         for number, part in enumerate(parts or ()):
             dtype, factor = _STORED[part.dtype]

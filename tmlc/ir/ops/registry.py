@@ -116,7 +116,7 @@ def spec_of(target: object) -> OpSpec | None:
 def need(condition: Any, message: str) -> None:
     """Raises IRError(message) unless the condition holds."""
     if not condition:
-        raise IRError(message)
+        raise IRError(message, fix="see docs/ir.md for the op")
 
 
 def matrix(t: TensorType, what: str, dtypes: tuple[str, ...] = ("f32",)) -> tuple[Any, Any]:

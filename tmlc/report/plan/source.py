@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from tmlc.errors import UsageError
+from tmlc.errors import IRError, PackageError, UsageError
 from tmlc.ir.program import Program
 
 COMPILE_AS = {"fp32": "fp32"}  # every other precision changes the bytes of a weight, and nothing else that is counted
@@ -53,11 +53,16 @@ def _packaged(path: Path, precision: str | None, context: int | None) -> tuple[P
     from tmlc.compiler import PROGRAM
     from tmlc.ir.text import parse_program
     from tmlc.package import open_package
+    from tmlc.package.fields import AGAIN
 
     if context is not None:
         what = "the context of a package is fixed"
         raise UsageError(what, where="--context", fix="plan from the checkpoint, or leave the option out")
     with open_package(path) as package:
-        program = parse_program(package.read(PROGRAM).decode())
+        try:
+            program = parse_program(package.read(PROGRAM).decode("utf-8", "replace"))
+        except IRError as error:
+            where = f"{path}: {PROGRAM}, {error.where}"
+            raise PackageError(f"the program cannot be read: {error.what}", where=where, fix=AGAIN) from error
         own = next(iter(package.manifest.targets.values())).precision
     return program, precision or own

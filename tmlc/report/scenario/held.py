@@ -161,9 +161,8 @@ def _check_room(engine: Engine, sessions: int) -> None:
     free = free_bytes()
     needed = sessions * engine.capacity().session_bytes
     if free is not None and needed > MEMORY * (free + engine.capacity().reserved_bytes):
-        raise CapacityError(
-            f"the states of {sessions} sessions take {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
-        )
+        what = f"the states of {sessions} sessions take {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
+        raise CapacityError(what, fix="load with fewer sessions, or compile with a shorter context")
 
 
 def free_bytes(meminfo: Path = Path("/proc/meminfo")) -> int | None:
