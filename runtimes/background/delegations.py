@@ -322,9 +322,11 @@ async def _pump(
     except (asyncio.CancelledError, StopAsyncIteration):
         return  # cancelled, or ended: without a result, that is what the end of this call says
     except BaseException as error:  # whatever a model raises is its delegation's failure, SystemExit too
-        if done:
-            log.info("a background model failed after its result: %s", type(error).__name__)
-        else:
+        when = " after its result" if done else ""
+        # What is not ours may quote the conversation: of that the log has the name only.
+        said = _reason(error) if isinstance(error, TmlcError) else type(error).__name__
+        log.log(logging.INFO if done else logging.WARNING, "a background model failed%s: %s", when, said)
+        if not done:
             post(_reason(error), dropped)
 
 

@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 
-from tmlc.errors import CapacityError, SessionError, UsageError
+from tmlc.errors import BackgroundError, CapacityError, SessionError, UsageError
 from tmlc.runtimes.background import delegations as room
 from tmlc.runtimes.background.callable import CallableModel
 from tmlc.runtimes.background.delegations import Limits, Stage
@@ -260,6 +260,23 @@ def test_a_model_that_lies_or_raises_fails_its_own_delegation(tokenizer, model, 
         assert beside.edges.said == "" and len(beside.edges.thought) == 1
 
     run(scene, tokenizer, model)
+
+
+def test_why_a_model_failed_is_logged_without_what_might_quote_the_conversation(tokenizer, caplog):
+    def refused(delegation, context):
+        raise BackgroundError("the endpoint answered 401", fix="give a key")
+
+    def quotes(delegation, context):
+        raise ValueError(delegation.task)
+
+    async def scene(beside):
+        beside.session.delegate("my secret")
+        await beside.ended()
+
+    for model, said in ((refused, "BackgroundError: the endpoint answered 401. give a key"), (quotes, "ValueError")):
+        caplog.clear()
+        run(scene, tokenizer, CallableModel(model))
+        assert caplog.messages == [f"a background model failed: {said}"] and caplog.records[0].levelname == "WARNING"
 
 
 class NotEvenAGenerator(BackgroundModel):
