@@ -5,11 +5,29 @@ import torch
 
 from tmlc.errors import ContextFullError, InputError, IRError
 from tmlc.ir.dims import Dim, at, parse_size
-from tmlc.ir.program import StateSpec, call, items, replace, role, type_of, uses
+from tmlc.ir.ops import OPS
+from tmlc.ir.program import StateSpec, call, items, positional, replace, role, type_of, uses
 from tmlc.ir.run import ProgramRunner
 from tmlc.ir.text import print_program
 from tmlc.ir.types import TensorType, parse_type
 from tmlc.ir.verify import verify
+
+
+@pytest.mark.parametrize("compare", [lambda d: d < 8, lambda d: d <= 8, lambda d: d > Dim(2), lambda d: d >= 0])
+def test_sizes_that_depend_on_n_have_no_order(compare):
+    with pytest.raises(IRError, match="depends on n") as caught:
+        compare(Dim(1, 2))
+    assert "does not depend on n" in caught.value.fix
+
+
+@pytest.mark.parametrize("folds", [[1, 8, 2.5], [1, [8], 2], [1, None, 2], [1, "8", 2]])
+def test_a_list_of_numbers_holds_numbers(folds):
+    given = {"frames": 2, "height": 64, "patch": 16, "folds": folds, "mean": [0, 0.5, 1], "std": [1, 1, 1]}
+    with pytest.raises(IRError, match="folds of patchify is a list of int, not") as caught:
+        positional(OPS["patchify"], ("video",), given)
+    assert "folds" in caught.value.fix
+    values = positional(OPS["patchify"], ("video",), {**given, "folds": [1, 8]})
+    assert values[-2:] == ([0.0, 0.5, 1.0], [1.0, 1.0, 1.0]) and all(type(v) is float for v in values[-1])
 
 
 def test_sizes_are_affine_in_n():

@@ -1,13 +1,29 @@
 """Programs survive being printed and read; broken text is refused with its line."""
 
+import re
+
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from tmlc.errors import IRError
 from tmlc.ir.program import FIX_CALL, Fact
 from tmlc.ir.text import FORMS, HEADER, parse_program, print_program
 from tmlc.ir.types import TensorType
 from tmlc.ir.verify import verify
+
+WORD = re.compile(r"-?\d+(?:\.\d+)?|\"[^\"]*\"|\[[^\]]*\]|%?\w+")
+ODD = ["null", "-1", "[]", "{}", '"x"', "1e999", "9" * 20, "[[1]]", "true", "%", "none", "NaN", '{"a": []}', "0.5"]
+#: A call with lists of numbers and a place in the arena, of which the others have none.
+PICTURES = """
+method embed_video(max_n=1) {
+  %video = input "video" : u8[128n, 192]
+  %patches = patchify(%video, frames=2, height=64, patch=16, folds=[1, 8, 2, 2], mean=[0.5, 0.5, 0.5], std=[1, 1, 1]) \
+: f32[128n, 192] @arena=[0, 393216]
+  return %patches
+}
+"""
 
 
 @pytest.mark.parametrize("which", ["stateless", "stateful"])
@@ -91,6 +107,33 @@ def test_broken_text_names_the_line(stateless_text, old, new, message):
     with pytest.raises(IRError, match=message) as caught:
         parse_program(stateless_text.replace(old, new, 1))
     assert caught.value.where.startswith("line ") and caught.value.fix
+
+
+@pytest.mark.parametrize("place", ["5", "null", '{"a": 1}', "[1]", "[-64, 8]", "[0.5, 8]", "[[0, 64], 7]", "[true, 1]"])
+def test_a_place_in_the_arena_is_two_numbers(stateless_text, place):
+    line = "%normed = rms_norm(%x, %norm, eps=1e-06) : f32[n, 8]"
+    with pytest.raises(IRError, match="no place in the arena") as caught:
+        parse_program(stateless_text.replace(line, f"{line} @arena={place}", 1))
+    assert caught.value.where.startswith("line ") and "@arena=[offset, bytes]" in caught.value.fix
+
+
+@settings(max_examples=600, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_any_damage_is_an_error_of_the_text_or_still_a_program(stateful_text, data):
+    """One word of one line is left out, written twice, or becomes another one."""
+    verify(parse_program(stateful_text + PICTURES))
+    lines = (stateful_text + PICTURES).split("\n")
+    number = data.draw(st.sampled_from([k for k, line in enumerate(lines) if WORD.search(line)]))
+    word = data.draw(st.sampled_from(list(WORD.finditer(lines[number]))))
+    other = data.draw(st.sampled_from(["", word.group() * 2, *ODD, *WORD.findall(lines[number])]))
+    lines[number] = lines[number][: word.start()] + other + lines[number][word.end() :]
+    try:
+        program = parse_program("\n".join(lines))
+        verify(program)
+    except IRError as error:
+        assert error.what and error.fix
+    else:
+        assert print_program(parse_program(print_program(program))) == print_program(program)
 
 
 def test_a_statement_that_cannot_be_read_is_shown_its_form(stateless_text):

@@ -7,6 +7,7 @@ form.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NoReturn
 
 from tmlc.errors import IRError
 
@@ -61,6 +62,12 @@ class Dim:
             fix = f"{_AFFINE}: take the rest by a whole number that a is a multiple of"
             raise IRError(f"({self}) mod {other} depends on n", fix=fix)
         return self.b % other
+
+    def _order(self, other: object) -> NoReturn:
+        fix = f"{_AFFINE}: give a size here that does not depend on n"
+        raise IRError(f"whether ({self}) is more or less than {other} depends on n", fix=fix)
+
+    __lt__ = __le__ = __gt__ = __ge__ = _order
 
     def __eq__(self, other: object) -> bool:
         if isinstance(other, Dim):

@@ -304,7 +304,14 @@ def positional(spec: OpSpec, args: Sequence[Any], kwargs: Mapping[str, Any]) -> 
             values[i] = float(values[i])
         if isinstance(kind, torch.ListType) and isinstance(values[i], (list, tuple)):
             number = float if isinstance(kind.getElementType(), torch.FloatType) else int
-            values[i] = [number(v) for v in values[i]]
+            try:
+                numbers = [number(v) for v in values[i]]
+            except (TypeError, ValueError, OverflowError):
+                numbers = []
+            if numbers != list(values[i]):  # no number, or a part that int() cuts off
+                what = f"{argument.name} of {spec.name} is a list of {number.__name__}, not {str(values[i])[:80]}"
+                raise IRError(what, where=spec.schema, fix=fix)
+            values[i] = numbers
     return tuple(values)
 
 

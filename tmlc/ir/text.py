@@ -325,6 +325,16 @@ class _Parser:
             self.end()
         self.result.methods[name] = Method(name, graph, max_n)
 
+    def places(self) -> tuple[int, int] | list[tuple[int, int]]:
+        """(offset, bytes), or a list of them for a call with none or several results; JSON has only lists."""
+        value = self.json()
+        several = value == [] or (isinstance(value, list) and isinstance(value[0], list))
+        found = [tuple(place) if isinstance(place, list) else () for place in (value if several else [value])]
+        for place in found:
+            if len(place) != 2 or not all(type(number) is int and number >= 0 for number in place):
+                raise IRError(f"no place in the arena: {str(value)[:60]}", fix="write `@arena=[offset, bytes]`")
+        return found if several else found[0]
+
     def reference(self, values: dict[str, fx.Node]) -> fx.Node:
         name = self.match(r"%\w+", "a value")
         if name not in values:
@@ -348,7 +358,7 @@ class _Parser:
             raise IRError(f"{name} needs a type", fix="add it: ` : f32[n, 64]`")
         node.meta["type"] = inferred
         if self.accept("@arena="):
-            node.meta["arena"] = _places(self.json())
+            node.meta["arena"] = self.places()
         if self.accept("@source="):
             node.meta["source"] = self.string()
         values[name] = node
@@ -366,7 +376,7 @@ class _Parser:
     ) -> tuple[fx.Node, ValueType | None]:
         args, kwargs = self.arguments(values)
         if op == "item":
-            if kwargs or len(args) != 2 or not isinstance(args[0], fx.Node) or not isinstance(args[1], int):
+            if kwargs or len(args) != 2 or not isinstance(args[0], fx.Node) or type(args[1]) is not int:
                 raise IRError("item takes a value and a number", fix="write `item(%value, 0)`")
             node = graph.create_node("call_function", operator.getitem, tuple(args), {}, name=label)
             types = args[0].meta["type"]
@@ -402,10 +412,3 @@ class _Parser:
             else:
                 args.append(value)
         return args, kwargs
-
-
-def _places(value: Any) -> Any:
-    """(offset, bytes), or a list of them for a call with two results; JSON has only lists."""
-    if value and isinstance(value[0], list):
-        return [tuple(place) for place in value]
-    return tuple(value)
