@@ -14,7 +14,8 @@ from typing import Any
 
 import yaml
 
-from tmlc.errors import EmitError
+from tmlc.errors import EmitError, reason
+from tmlc.yaml_text import YamlFault, parse_yaml
 
 TABLE = "tuning.yaml"
 OPS = ("attention", "linear", "moe_down", "moe_gate_up")
@@ -78,11 +79,10 @@ class Tiles:
     def read(path: Path) -> "Tiles":
         """The table of a YAML file. Raises EmitError where it is none."""
         try:
-            return Tiles(yaml.safe_load(path.read_text("utf-8")), str(path))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise EmitError(
-                f"the table of block sizes cannot be read: {error}", where=str(path), fix="write one with `tmlc tune`"
-            ) from error
+            return Tiles(parse_yaml(path.read_bytes()), str(path))
+        except (OSError, YamlFault) as error:
+            what = f"the table of block sizes cannot be read: {reason(error)}"
+            raise EmitError(what, where=str(path), fix="write one with `tmlc tune`") from error
 
     def blocks(self, shape: Shape) -> Blocks:
         for entry in self.entries:

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from tmlc.errors import UsageError, first_problem
@@ -35,6 +34,7 @@ from tmlc.runtimes.background.policies import Marks, Policy
 from tmlc.runtimes.background.rules import MAX_RULES, Milliseconds, Rule
 from tmlc.runtimes.background.session import Background
 from tmlc.runtimes.core.engine import load
+from tmlc.yaml_text import YamlFault, parse_yaml
 
 _LIMITS, _MARKS = Limits(), Marks()
 MAX_FILE = 1 << 20
@@ -239,14 +239,12 @@ def read_settings(path: str | Path) -> BackgroundSettings:
         data = path.read_bytes()
         if len(data) > MAX_FILE:
             raise UsageError("the settings are longer than any should be", where=str(path), fix=SEE)
-        given: Any = yaml.safe_load(data)
+        given: Any = parse_yaml(data)
     except OSError as error:
         what = f"the settings cannot be read: {error.strerror}"
         raise UsageError(what, where=str(path), fix="check the path") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        raise UsageError("the settings are not YAML", where=f"{path}{line}", fix=SEE) from None
+    except YamlFault as error:  # what it says may quote a secret
+        raise UsageError("the settings are not YAML", where=error.within(path), fix=SEE) from None
     return check_settings(given if given is not None else {}, str(path))
 
 

@@ -6,10 +6,10 @@ import ipaddress
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from tmlc.errors import UsageError, first_problem
+from tmlc.yaml_text import YamlFault, parse_yaml
 
 MAX_FILE = 1 << 20
 
@@ -109,12 +109,12 @@ def read_settings(path: Path | None, options: dict[str, Any]) -> ServeSettings:
             data = path.read_bytes()
             if len(data) > MAX_FILE:
                 raise UsageError("the settings are longer than any should be", where=str(path), fix=fix)
-            given = yaml.safe_load(data) or {}
+            given = parse_yaml(data) or {}
         except OSError as error:
             what = f"the settings cannot be read: {error.strerror}"
             raise UsageError(what, where=str(path), fix="check the path") from None
-        except (yaml.YAMLError, ValueError, RecursionError):
-            raise UsageError("the settings are not YAML", where=str(path), fix=fix) from None
+        except YamlFault as error:
+            raise UsageError("the settings are not YAML", where=error.within(path), fix=fix) from None
         if not isinstance(given, dict):
             raise UsageError("the settings are no mapping", where=str(path), fix=fix)
     try:

@@ -12,6 +12,7 @@ from pathlib import Path
 import yaml
 
 from tmlc.errors import MediaError
+from tmlc.yaml_text import Loader, YamlFault, compose_yaml
 
 FIX = 'write a list of entries like `- {at: 1.5, text: "hello"}`, in the order of time'
 
@@ -34,19 +35,15 @@ def read_timed_text(path: str | os.PathLike[str]) -> list[TimedText]:
     """
     path = Path(path)
     try:
-        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+        root = compose_yaml(path.read_bytes())
     except OSError as error:
         raise MediaError(
             "no such timed-text file" if isinstance(error, FileNotFoundError) else str(error.strerror),
             where=str(path),
             fix="check the path",
         ) from error
-    except UnicodeDecodeError as error:
-        raise MediaError("the timed text is not UTF-8", where=str(path), fix=FIX) from error
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        problem = getattr(error, "problem", None) or "it does not parse"
-        raise MediaError(f"not YAML: {problem}", where=_at(path, mark.line if mark else 0), fix=FIX) from error
+    except YamlFault as error:
+        raise MediaError(f"not YAML: {error.what}", where=error.within(path), fix=FIX) from error
     if root is None:
         return []
     if not isinstance(root, yaml.SequenceNode):
@@ -67,17 +64,17 @@ def read_timed_text(path: str | os.PathLike[str]) -> list[TimedText]:
 def _entry(node: yaml.Node, where: str) -> TimedText:
     if not isinstance(node, yaml.MappingNode):
         raise MediaError("an entry is not a mapping", where=where, fix=FIX)
-    loader = yaml.SafeLoader("")
+    loader = Loader("")
     values: dict[str, object] = {}
     for key_node, value_node in node.value:
-        key = loader.construct_object(key_node, deep=True) if isinstance(key_node, yaml.ScalarNode) else None
+        key = key_node.value if isinstance(key_node, yaml.ScalarNode) else None
         if key not in ("at", "text"):
             raise MediaError(f"unknown key {key!r} in an entry", where=where, fix=FIX)
         if key in values:
             raise MediaError(f"the key {key!r} stands twice in an entry", where=where, fix=FIX)
         try:
             values[key] = loader.construct_object(value_node, deep=True)
-        except (yaml.YAMLError, ValueError) as error:
+        except yaml.YAMLError as error:
             raise MediaError(f"the value of {key!r} cannot be read", where=where, fix=FIX) from error
     for key in ("at", "text"):
         if key not in values:

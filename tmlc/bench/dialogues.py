@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import yaml
 
 from tmlc.errors import MediaError, reason
+from tmlc.yaml_text import YamlFault, parse_yaml
 
 FIX = "write a list of entries like `- {start: 0.8, end: 2.35}`, in the order of time"
 SHORTEST, LONGEST = 1.0, 4.0
@@ -138,8 +138,8 @@ def read_folder(folder: Path, rate: int) -> list[Dialogue]:
 
 def _labels(path: Path, seconds: float) -> tuple[Utterance, ...]:
     try:
-        entries = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        entries = parse_yaml(path.read_bytes())
+    except (OSError, YamlFault) as error:
         what = f"the labels cannot be read: {reason(error)}"
         raise MediaError(what, where=str(path), fix=FIX) from error
     if not isinstance(entries, list) or not entries:

@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from tmlc.errors import PipelineError, reason
 from tmlc.pipeline.pass_base import Pass, PassResult
 from tmlc.pipeline.registry import get_pass
+from tmlc.yaml_text import YamlFault, parse_yaml
 
 _COMPARE = {"==": operator.eq, ">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
 _EXPECTATION = re.compile(r"^(==|>=|<=|>|<)?\s*(\d+)$")
@@ -100,12 +101,10 @@ class Pipeline:
                 pass runs.
         """
         try:
-            raw = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            problem = getattr(error, "problem", None) or "cannot be read"
-            mark = getattr(error, "problem_mark", None)
-            where = f"{name}, line {mark.line + 1}" if mark is not None else name
-            raise PipelineError(f"not YAML: {problem}", where=where, fix="correct the pipeline file") from None
+            raw = parse_yaml(text)
+        except YamlFault as error:
+            fix = "correct the pipeline file"
+            raise PipelineError(f"not YAML: {error.what}", where=error.within(name), fix=fix) from None
         if not isinstance(raw, list) or not raw:
             raise PipelineError(
                 "a pipeline is a list of passes",

@@ -9,10 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from tmlc.errors import UsageError, reason
+from tmlc.yaml_text import YamlFault, parse_yaml
 
 MAX_SESSIONS = 1024
 MAX_BYTES = 1 << 20
@@ -155,8 +155,8 @@ def read_case(path: Path) -> Case:
     try:
         if path.stat().st_size > MAX_BYTES:
             raise UsageError("a case file of more than 1 MiB", where=str(path), fix=fix)
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        value = parse_yaml(path.read_bytes())
+    except (OSError, YamlFault) as error:
         what = f"the case cannot be read: {reason(error)}"
         raise UsageError(what, where=str(path), fix=fix) from error
     if not isinstance(value, dict):
