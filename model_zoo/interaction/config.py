@@ -13,11 +13,14 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from tmlc.errors import CheckpointError, UsageError
 
 PRESETS = ("nano", "small", "tml-small-276b")
+
+MOST_LAYERS = 4096
+"""Of one kind, and steps of a flow head: modules are made for each before a checkpoint's tensors are looked at."""
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -27,6 +30,13 @@ class Section(BaseModel):
     """Base of every section: unknown keys are errors, values are never coerced."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
+
+    @field_validator("*")
+    @classmethod
+    def _has_an_end(cls, value: Any) -> Any:
+        if type(value) is int and abs(value) >= 2**31:
+            raise ValueError("no number of a config is as large as 2^31")
+        return value
 
 
 S = TypeVar("S", bound=Section)
@@ -38,7 +48,7 @@ class TextConfig(Section):
     vocab_size: int = Field(gt=0)
     unpadded_vocab_size: int | None = Field(default=None, gt=0)
     hidden_size: int = Field(gt=0)
-    num_hidden_layers: int = Field(gt=0)
+    num_hidden_layers: int = Field(gt=0, le=MOST_LAYERS)
     num_attention_heads: int = Field(gt=0)
     num_key_value_heads: int = Field(gt=0)
     head_dim: int = Field(gt=0)
@@ -174,7 +184,7 @@ class VisionConfig(Section):
     patch_size: int = Field(default=40, gt=1)
     temporal_patch_size: int = Field(default=2, gt=1)
     num_channels: Literal[3] = 3
-    num_hidden_layers: int = Field(default=4, gt=0)
+    num_hidden_layers: int = Field(default=4, gt=0, le=MOST_LAYERS)
     height: int = Field(gt=0)
     width: int = Field(gt=0)
     image_mean: list[float] = Field(default=list(CLIP_MEAN), min_length=3, max_length=3)
@@ -210,11 +220,11 @@ class SpeechConfig(Section):
     mel_std: float = Field(default=1.5, gt=0)
     silence_level: float = -2.0
     flow_width: int = Field(gt=0)
-    flow_layers: int = Field(gt=0)
-    flow_steps: int = Field(default=4, gt=0)
+    flow_layers: int = Field(gt=0, le=MOST_LAYERS)
+    flow_steps: int = Field(default=4, gt=0, le=MOST_LAYERS)
     flow_times: int = Field(default=32, gt=0)
     vocoder_width: int = Field(gt=0)
-    vocoder_layers: int = Field(gt=0)
+    vocoder_layers: int = Field(gt=0, le=MOST_LAYERS)
     vocoder_kernel: int = Field(default=7, gt=1)
     vocoder_window: int = Field(default=800, gt=0)
 

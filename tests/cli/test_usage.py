@@ -1,5 +1,6 @@
 """Help, exit codes and the two lines of an error, for every verb."""
 
+import json
 import os
 import subprocess
 import sys
@@ -131,6 +132,26 @@ def test_an_output_that_takes_nothing_is_no_traceback(args, code):
     command = f"{sys.executable} -m tmlc.cli.main {args} > /dev/full"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
     assert done.returncode == code and "Traceback" not in done.stderr and "error: " in done.stderr
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_a_terminal_that_is_not_utf_8_gets_escapes(package, encoding):
+    command = [sys.executable, "-m", "tmlc.cli.main", "inspect", str(package)]
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    done = subprocess.run(command, capture_output=True, env=environment, check=False)
+    assert done.returncode == 0 and b"methods" in done.stdout and not done.stderr
+
+
+def test_a_file_name_that_is_no_utf_8_costs_no_report(tmlc_cli, package, tmp_path):
+    odd = tmp_path / os.fsdecode(b"b\xffd.tmlc")
+    odd.symlink_to(package)
+    out, quick = tmp_path / os.fsdecode(b"r\xff"), ("--startup-runs", "0", "--sittings", "0", "--no-kernels")
+    ci = ("--junit", tmp_path / "gates.xml", "--summary", tmp_path / "summary.md", "--budget", "60s")
+    assert "b\\udcffd.tmlc" in tmlc_cli("profile", odd, "--seconds", "1", *quick, *ci, "-o", out).stdout
+    view = json.loads(out.with_name(f"{out.name}.json").read_text("utf-8"))
+    assert view["package"] == str(odd)
+    assert "\\udcff" in out.with_name(f"{out.name}.txt").read_text("utf-8")
+    assert (tmp_path / "gates.xml").exists() and (tmp_path / "summary.md").read_text("utf-8")
 
 
 def test_a_closed_output_is_no_error():

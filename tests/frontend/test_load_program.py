@@ -164,6 +164,7 @@ def refused(inkling, tmp_path, write_checkpoint, change):
         (lambda c, t: t.update({"model.norm.weight": torch.ones(16, dtype=torch.int64)}), "wrong dtypes"),
         (lambda c, t: c.update(model_type="gpt2"), "model_type is 'gpt2'"),
         (lambda c, t: c.pop("model_type"), "model_type is None"),
+        (lambda c, t: c.update(model_type=["llama"]), "model_type is ['llama']"),
         (lambda c, t: c.update(hidden_size="wide"), "hidden_size"),
         (lambda c, t: c.update(shared_expert_sink=False), "shared_expert_sink"),
     ],

@@ -100,8 +100,8 @@ def command(
     if outputs is not None and out is not None:
         with outputs:
             text = json.dumps(view, indent=2, allow_nan=False) + "\n"
-            outputs.path(f"{out.name}.json").write_text(text, encoding="utf-8")
-            outputs.path(f"{out.name}.txt").write_text(plain_text(shown), encoding="utf-8")
+            outputs.write(f"{out.name}.json", text)
+            outputs.write(f"{out.name}.txt", plain_text(shown))
     if as_json:
         print_json(view)
     else:

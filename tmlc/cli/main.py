@@ -8,6 +8,7 @@ numpy.
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import signal
@@ -69,6 +70,9 @@ class Verbs(click.Group):
         for stream in ("stdout", "stderr"):  # closed by whoever started us (`>&-`): nobody reads, and nothing fails
             if getattr(sys, stream) is None:
                 setattr(sys, stream, open(os.devnull, "w"))  # noqa: SIM115 - open until the process ends
+            if isinstance(opened := getattr(sys, stream), io.TextIOWrapper):
+                # A terminal that is not UTF-8, a file name that is none: shown as escapes, after all the work.
+                opened.reconfigure(errors="backslashreplace")
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, _terminate)
         try:

@@ -46,6 +46,11 @@ class Outputs:
         assert self._work is not None and name in self.names
         return self._work / name
 
+    def write(self, name: str, text: str) -> None:
+        """The whole of a text file. A report names files, whose names may hold bytes that are no UTF-8: they are
+        written as Python shows them (`\\udcff`), which in JSON means the same."""
+        self.path(name).write_text(text, encoding="utf-8", errors="backslashreplace")
+
     def __enter__(self) -> Outputs:
         missing = [p for p in (self.folder.absolute(), *self.folder.absolute().parents) if not p.exists()]
         for parent in reversed(missing):

@@ -235,7 +235,7 @@ def command(
     if outputs is not None and out is not None:
         with outputs:
             for name, content in texts(out, view, tables).items():
-                outputs.path(name).write_text(content, encoding="utf-8")
+                outputs.write(name, content)
     write_for_ci(view, junit, summary)
     if as_json:
         print_json(view)

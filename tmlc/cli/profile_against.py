@@ -66,8 +66,8 @@ def against_package(
     tables = [*compare_tables(view), grid([("outputs", view["outputs"]["says"])])]
     if outputs is not None and out is not None:
         with outputs:
-            outputs.path(files[0]).write_text(profile_text(view), encoding="utf-8")
-            outputs.path(files[1]).write_text(plain_text(tables), encoding="utf-8")
+            outputs.write(files[0], profile_text(view))
+            outputs.write(files[1], plain_text(tables))
     if as_json:
         print_json(view)
     else:

@@ -87,7 +87,7 @@ def _replace(path: Path, text: str) -> None:
     """The whole text, or what was there."""
     handle, name = tempfile.mkstemp(prefix=".tmlc-", dir=path.absolute().parent)
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
+        with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
             file.write(text)
         mode = path.stat().st_mode & 0o777 if path.exists() else 0o666 & ~_umask()
         os.chmod(name, mode)

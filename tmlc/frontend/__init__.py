@@ -54,17 +54,17 @@ def load_program(
     from tmlc.frontend.foreign import families, load_foreign, runtime_defaults
 
     known, found = _architectures(), opened.config.get("model_type")
-    if found in families():
+    if isinstance(found, str) and found in families():
         context = runtime_defaults(opened)
         _override(context, overrides)
         return load_foreign(opened, context, _tokenizer(opened), on_progress)
-    if found not in known:
+    if not isinstance(found, str) or found not in known:
         raise CheckpointError(
-            f"unknown architecture: model_type is {found!r}",
+            f"unknown architecture: model_type is {repr(found)[:60]}",
             where=str(opened.folder / "config.json"),
             fix=f"tmlc compiles {', '.join((*known, *families()))}",
         )
-    frontend = known[str(found)](opened)
+    frontend = known[found](opened)
     _override(frontend.context, overrides)
     tensors = frontend.model.state_dict(keep_vars=True)
     expected: dict[str, tuple[tuple[int, ...], bool]] = {}

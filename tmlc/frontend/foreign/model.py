@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from torch.export.graph_signature import InputKind
 from torch.overrides import TorchFunctionMode
 
-from tmlc.errors import CheckpointError, FrontendError, UsageError
+from tmlc.errors import CheckpointError, FrontendError, UsageError, reason
 from tmlc.frontend.checkpoint import Checkpoint
 from tmlc.frontend.foreign.graph import simplify
 from tmlc.frontend.foreign.versions import INSTALL, check_version
@@ -78,33 +78,38 @@ def build(checkpoint: Checkpoint) -> tuple[nn.Module, list[str]]:
     raw, where = dict(checkpoint.config), str(checkpoint.folder / "config.json")
     family = FAMILIES[raw["model_type"]]
     declared = raw.get("architectures") or [family]
-    if family not in declared:
-        raise CheckpointError(
-            f"the checkpoint is of {', '.join(declared)}", where=where, fix=f"tmlc compiles {family} of this model_type"
-        )
+    if not isinstance(declared, list) or family not in declared:
+        named = ", ".join(map(str, declared)) if isinstance(declared, list) else str(declared)
+        fix = f"tmlc compiles {family} of this model_type"
+        raise CheckpointError(f"the checkpoint is of {named[:100]}", where=where, fix=fix)
     if not hasattr(transformers, family):
         raise UsageError(f"transformers {transformers.__version__} has no {family}", fix=f"{INSTALL} --upgrade")
     with _quiet("transformers"):
         try:
             config = CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
         except Exception as error:
-            raise CheckpointError(f"transformers refuses the config: {error}", where=where, fix="correct it") from error
-        _refuse(config, where)
+            what = f"transformers refuses the config: {reason(error)}"
+            raise CheckpointError(what, where=where, fix="correct it") from error
+        _refuse(config, where, len(checkpoint.tensors))
         config._attn_implementation = "eager"
         try:
             with torch.device("meta"):
                 model = getattr(transformers, family)(config).eval()
         except Exception as error:
-            raise CheckpointError(
-                f"{family} cannot be built: {error}", where=where, fix="transformers itself refuses this config"
-            ) from error
+            what = f"{family} cannot be built: {reason(error)}"
+            raise CheckpointError(what, where=where, fix="transformers itself refuses this config") from error
         if any(hasattr(module, "is_transposed") for module in model.modules()):
             model.set_experts_implementation("batched_mm")
     return model, notes
 
 
-def _refuse(config: Any, where: str) -> None:
-    """Configs whose graph would be another one at another length, or that need files beside the config."""
+def _refuse(config: Any, where: str, tensors: int) -> None:
+    """Configs whose graph would be another one at another length, that need files beside the config, or that have more
+    layers than the checkpoint could have weights for: they would all be built."""
+    layers = getattr(config, "num_hidden_layers", 1)
+    if not isinstance(layers, int) or not 1 <= layers <= tensors:
+        what = f"num_hidden_layers is {str(layers)[:40]}, and the checkpoint has {tensors} tensors"
+        raise CheckpointError(what, where=where, fix="give the config and the shards of one model")
     rope = getattr(config, "rope_parameters", None) or {}
     for parameters in rope.values() if rope and all(isinstance(v, Mapping) for v in rope.values()) else [rope]:
         kind = parameters.get("rope_type", "default")
