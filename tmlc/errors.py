@@ -23,10 +23,19 @@ def reason(error: BaseException) -> str:
     return " ".join(said.split())[:200] or type(error).__name__
 
 
+def shown(value: object) -> str:
+    """A value that somebody gave, on one line and cut: for the `what` of an error."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 80 else f"{text[:79]}…"
+
+
 def first_problem(error: "ValidationError", whole: str) -> str:
-    """`PLACE: what is wrong` of the first wrong entry that pydantic found; `whole` names a place that has no name."""
-    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-    place = ".".join(str(part) for part in first["loc"]) or whole
+    """`PLACE: what is wrong` of the first wrong entry that pydantic found; `whole` names a place that has no name.
+    Quotes no value: it may be a secret in the wrong place."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    place = ".".join(str(part) for part in first["loc"])[:200] or whole
+    if first["type"] == "union_tag_invalid":  # pydantic's words have the tag
+        return f"{place}.{first['ctx']['discriminator'].strip(chr(39))}: none of {first['ctx']['expected_tags']}"
     return f"{place}: {first['msg'].removeprefix('Value error, ')}"
 
 

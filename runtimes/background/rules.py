@@ -43,7 +43,7 @@ def milliseconds(value: Any) -> int:
     """`4 s`, `500 ms`, `1.5 min`, `1 h` as milliseconds. Raises ValueError for anything else."""
     found = _DURATION.fullmatch(value.strip()) if isinstance(value, str) else None
     if found is None:
-        raise ValueError(f"{value!r} is not a duration like `4 s`, `500 ms` or `2 min`")
+        raise ValueError("not a duration like `4 s`, `500 ms` or `2 min`")
     return round(float(found[1]) * _UNITS[found[2]])
 
 
@@ -70,9 +70,9 @@ def _detector(text: Any) -> str:
     """Reads `NAME` and `silence_for 5 s`; ValueError for anything else."""
     found = _DETECTOR.fullmatch(text.strip()) if isinstance(text, str) else None
     if found is None:
-        raise ValueError(f"{text!r} is no detector such as `user_stopped` or `silence_for 5 s`")
+        raise ValueError("no detector such as `user_stopped` or `silence_for 5 s`")
     if (found[1] == Cue.SILENCE_FOR) != (found[2] is not None):
-        raise ValueError(f"`{text}`: silence_for needs a time, other detectors have none")
+        raise ValueError("silence_for needs a time, other detectors have none")
     if found[2]:
         milliseconds(found[2])
     return text.strip()

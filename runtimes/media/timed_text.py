@@ -4,14 +4,13 @@ line.
 
 from __future__ import annotations
 
-import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 
-from tmlc.errors import MediaError
+from tmlc.errors import MediaError, shown
 from tmlc.yaml_text import Loader, YamlFault, compose_yaml
 
 FIX = 'write a list of entries like `- {at: 1.5, text: "hello"}`, in the order of time'
@@ -80,11 +79,11 @@ def _entry(node: yaml.Node, where: str) -> TimedText:
         if key not in values:
             raise MediaError(f"an entry has no {key!r}", where=where, fix=FIX)
     at, text = values["at"], values["text"]
-    if isinstance(at, bool) or not isinstance(at, int | float) or not math.isfinite(at) or at < 0:
-        raise MediaError(f"the time {at!r} is not a number of seconds from 0 on", where=where, fix=FIX)
+    if isinstance(at, bool) or not isinstance(at, int | float) or not 0 <= at < 1e9:
+        raise MediaError(f"the time {shown(at)} is not a number of seconds from 0 on", where=where, fix=FIX)
     if not isinstance(text, str) or not text:
         raise MediaError(
-            f"the text {text!r} is not a string with something in it",
+            f"the text {shown(text)} is not a string with something in it",
             where=where,
             fix="put the text in quotes",
         )

@@ -41,6 +41,7 @@ def test_an_empty_file_types_nothing(tmp_path):
         ("- {at: .nan, text: a}\n", "not a number of seconds", 1),
         ("- {at: .inf, text: a}\n", "not a number of seconds", 1),
         ("- {at: true, text: a}\n", "not a number of seconds", 1),
+        (f"- {{at: 1{'0' * 400}, text: a}}\n", "not a number of seconds", 1),
         ('- {at: "1", text: a}\n', "not a number of seconds", 1),
         ("- {at: 1, text: yes}\n", "not a string", 1),
         ("- {at: 1, text: ''}\n", "not a string", 1),

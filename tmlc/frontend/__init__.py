@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tmlc.errors import CheckpointError, UsageError
+from tmlc.errors import CheckpointError, UsageError, shown
 from tmlc.frontend.checkpoint import Checkpoint, open_checkpoint
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def load_program(
         return load_foreign(opened, context, _tokenizer(opened), on_progress)
     if not isinstance(found, str) or found not in known:
         raise CheckpointError(
-            f"unknown architecture: model_type is {repr(found)[:60]}",
+            f"unknown architecture: model_type is {shown(found)}",
             where=str(opened.folder / "config.json"),
             fix=f"tmlc compiles {', '.join((*known, *families()))}",
         )

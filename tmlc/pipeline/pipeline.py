@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from tmlc.errors import PipelineError, reason
+from tmlc.errors import PipelineError, reason, shown
 from tmlc.pipeline.pass_base import Pass, PassResult
 from tmlc.pipeline.registry import get_pass
 from tmlc.yaml_text import YamlFault, parse_yaml
@@ -55,10 +55,10 @@ class Step:
             if first["type"] == "extra_forbidden":
                 close = difflib.get_close_matches(key, known, n=1)
                 fix = f"did you mean {close[0]}?" if close else f"its settings: {', '.join(known) or 'none'}"
-                raise PipelineError(f"{self.name} has no setting {key!r}", where=where, fix=fix) from None
+                raise PipelineError(f"{self.name} has no setting {shown(key)}", where=where, fix=fix) from None
             message = first["msg"][:1].lower() + first["msg"][1:]
             raise PipelineError(
-                f"{self.name}: setting {key!r} is {first['input']!r}: {message}",
+                f"{self.name}: setting {key!r} is {shown(first['input'])}: {message}",
                 where=where,
                 fix=f"its settings: {', '.join(known)}",
             ) from None
@@ -196,20 +196,20 @@ def _parse_step(entry: Any, where: str) -> Step:
         config = {}
     if not isinstance(config, dict):
         raise PipelineError(
-            f"`config` is {config!r}, not a mapping", where=where, fix="write `config: {setting: value}`"
+            f"`config` is {shown(config)}, not a mapping", where=where, fix="write `config: {setting: value}`"
         )
     expected = entry.get("expect_matches")
     if expected is not None:
         if isinstance(expected, bool) or not (expected == "all" or _EXPECTATION.match(str(expected))):
             raise PipelineError(
-                f"`expect_matches` is {expected!r}",
+                f"`expect_matches` is {shown(expected)}",
                 where=where,
                 fix='write a comparison such as ">=1" or "==12", or "all"',
             )
         expected = str(expected)
     level = entry.get("level", 0)
     if type(level) is not int or not 0 <= level < len(LEVELS):
-        raise PipelineError(f"`level` is {level!r}", where=where, fix="write 0, 1 or 2: it is part of O0, O1, O2")
+        raise PipelineError(f"`level` is {shown(level)}", where=where, fix="write 0, 1 or 2: it is part of O0, O1, O2")
     step = Step(entry["pass"], config, expected, level)
     step.build(where)
     return step

@@ -15,7 +15,7 @@ from functools import cache
 from importlib import metadata
 from typing import TypeVar
 
-from tmlc.errors import PipelineError
+from tmlc.errors import PipelineError, shown
 from tmlc.pipeline.pass_base import Pass
 
 GROUP = "tmlc.passes"
@@ -88,5 +88,5 @@ def get_pass(name: str) -> type[Pass]:
     if name not in passes:
         close = difflib.get_close_matches(name, passes, n=1)
         hint = f"did you mean {close[0]}?" if close else f"known passes: {', '.join(passes)}"
-        raise PipelineError(f"there is no pass called {name!r}", where="pipeline", fix=hint)
+        raise PipelineError(f"there is no pass called {shown(name)}", where="pipeline", fix=hint)
     return passes[name]
