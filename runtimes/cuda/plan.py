@@ -287,7 +287,7 @@ def _method(value: Any, where: str, code: dict[str, Any], places: _Places, slot_
 
 def _argument(value: Any, where: str) -> TensorSpec:
     r = _Reader(value, where, ("dtype", "rows", "cols"))
-    if value["dtype"] not in DTYPES:
+    if not isinstance(value["dtype"], str) or value["dtype"] not in DTYPES:
         raise plan_error(f"unknown dtype {_shown(value['dtype'])}", where)
     rows = [integer(v, where, 0, 2**24) for v in r.items("rows", 2)]
     if len(rows) != 2:

@@ -108,6 +108,7 @@ def test_a_pointer_that_leaves_its_space_by_a_byte_is_refused(parsed):
         (lambda p, c: p["methods"][0]["buckets"].__setitem__(0, [9, 9]), "has no code"),
         (lambda p, c: p["methods"].append(p["methods"][0]), "not those of plan.json"),
         (lambda p, c: p["methods"][0].update(ids=[]), "a limit for each input"),
+        (lambda p, c: p["methods"][0]["inputs"][0].update(dtype=["f32"]), "unknown dtype this list"),
         (lambda p, c: c["variants"].__delitem__(slice(3, None)), "expected a whole number"),
         (lambda p, c: c["variants"][0].update(num_warps=3), "num_warps"),
         (lambda p, c: c["variants"][0].update(shared=10**6), "shared"),
