@@ -91,6 +91,26 @@ def test_ir_prints_one_method_or_all_in_the_form_that_the_parser_reads(tmlc_cli,
     assert "embed_text" in tmlc_cli("inspect", package, "--ir", "dance", code=2).stderr
 
 
+def test_no_name_in_a_strangers_checkpoint_is_obeyed_by_a_terminal(tmlc_cli, checkpoint, tmp_path):
+    """Keys and values of a config are shown with escapes; a tensor's name of that kind is refused."""
+    folder = tmp_path / "strange"
+    shutil.copytree(checkpoint, folder)
+    config = json.loads((folder / "config.json").read_text())
+    strange = {"\x1b[2Jkey": "\x1b[31mred\x07", "line\nbreak": 1, "model_type": "\x9b31m\u202eodd"}
+    (folder / "config.json").write_text(json.dumps(config | strange))
+    out = tmlc_cli("inspect", folder).stdout
+    assert out.replace("\n", "").isprintable() and "\\x1b[2Jkey" in out and "\\x9b31m" in out and "line\\nbreak" in out
+    said = tmlc_cli("compile", folder, "-o", tmp_path / "x", code=2).stderr
+    assert said.replace("\n", "").isprintable() and "unknown architecture" in said
+    shard = folder / "model.safetensors"
+    data = shard.read_bytes()
+    size = 8 + int.from_bytes(data[:8], "little")
+    header = json.dumps({f"\x1b[2J{name}": entry for name, entry in json.loads(data[8:size]).items()}).encode()
+    shard.write_bytes(len(header).to_bytes(8, "little") + header + data[size:])
+    said = tmlc_cli("inspect", folder, code=2).stderr
+    assert said.replace("\n", "").isprintable() and "cannot be printed" in said and "\\x1b[2J" in said
+
+
 def test_a_checkpoint_shows_config_and_tensors(tmlc_cli, checkpoint):
     out = tmlc_cli("inspect", checkpoint).stdout
     assert "tmlc_interaction" in out and "model.layers" in out and "parameters" in out

@@ -12,7 +12,8 @@ import soundfile
 from PIL import Image
 
 from tmlc.kernels.cpu import available_isas
-from tmlc.report.transcript import Transcript, clock_time, printable
+from tmlc.report.tables import printable
+from tmlc.report.transcript import Transcript, clock_time
 
 
 @pytest.fixture(scope="module")

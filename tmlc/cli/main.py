@@ -124,7 +124,9 @@ def _explain(error: Exception, words: list[str]) -> tuple[dict[str, str], int]:
 
 def _say(found: dict[str, str], as_json: bool) -> None:
     """Two lines on stderr, and with --json the same as an object on stdout."""
-    found = {key: " ".join(value.split()) for key, value in found.items()}
+    from tmlc.report.tables import printable  # it takes a stranger's names to a terminal
+
+    found = {key: printable(" ".join(value.split())) for key, value in found.items()}
     where = f" ({found['where']})" if found["where"] else ""
     click.echo(f"error: {found['what']}{where}\n  {found['fix']}", err=True)
     if as_json:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from tmlc.errors import CheckpointError, reason
+from tmlc.errors import CheckpointError, reason, shown
 
 if TYPE_CHECKING:
     from tmlc.frontend.quantized import StoredWeight
@@ -293,6 +293,9 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     tensors: dict[str, TensorInfo] = {}
     spans: list[tuple[int, int, str]] = []
     for name, entry in header.items():
+        if not name.isprintable():  # names are shown in errors and tables, on a terminal
+            what = f"the name {shown(name)} of a tensor cannot be printed"
+            raise CheckpointError(what, where=where, fix="give tensors names of printable characters")
         try:
             dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
             sound = all(type(v) is int and v >= 0 for v in (*shape, begin, end)) and isinstance(dtype, str)
@@ -301,9 +304,8 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
         if not sound:
             raise CheckpointError(f"the header entry of {name!r} is malformed", where=where, fix=FIX_INCOMPLETE)
         if dtype not in DTYPES:
-            raise CheckpointError(
-                f"{name!r} has dtype {dtype}", where=where, fix=f"export the checkpoint in one of {', '.join(DTYPES)}"
-            )
+            fix = f"export the checkpoint in one of {', '.join(DTYPES)}"
+            raise CheckpointError(f"{name!r} has dtype {shown(dtype)}", where=where, fix=fix)
         if end - begin != math.prod(shape) * DTYPES[dtype][1]:
             raise CheckpointError(f"the bytes of {name!r} do not fit its shape", where=where, fix=FIX_INCOMPLETE)
         spans.append((begin, end, name))

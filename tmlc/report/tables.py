@@ -9,6 +9,13 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 
+def printable(text: str) -> str:
+    """The text with control characters written as escapes: it keeps its one line, and no terminal obeys it."""
+    return text if text.isprintable() else "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text
+    )
+
+
 def grid(rows: list[tuple[str, str]]) -> RenderableType:
     """Label and value, line by line."""
     from rich.table import Table
@@ -16,16 +23,20 @@ def grid(rows: list[tuple[str, str]]) -> RenderableType:
 
     lines = Table.grid(padding=(0, 2))
     for label, value in rows:
-        lines.add_row(Text(label, style="bold"), Text(value))
+        lines.add_row(Text(label, style="bold"), Text(printable(value)))
     return lines
 
 
 def table(title: str, *columns: str) -> Any:
-    """A table in the style of all reports."""
+    """A table in the style of all reports. Its cells may name what a stranger has named."""
     from rich import box
     from rich.table import Table
 
-    made = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    class Printable(Table):
+        def add_row(self, *cells: Any, **style: Any) -> None:
+            super().add_row(*(printable(cell) if isinstance(cell, str) else cell for cell in cells), **style)
+
+    made = Printable(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
     for index, name in enumerate(columns):
         made.add_column(name, overflow="fold", no_wrap=index == 0)
     return made

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from tmlc.report.tables import printable
+
 
 def clock_time(seconds: float) -> str:
     """mm:ss.mmm, hours before it from the first on."""
@@ -12,11 +14,6 @@ def clock_time(seconds: float) -> str:
     hours, minutes = divmod(minutes, 60)
     head = f"{hours}:{minutes:02d}" if hours else f"{minutes:02d}"
     return f"{head}:{rest // 1000:02d}.{rest % 1000:03d}"
-
-
-def printable(text: str) -> str:
-    """The text with control characters written as escapes, so that a transcript keeps one line a turn."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 class Transcript:
