@@ -1,5 +1,6 @@
 """YAML that a person wrote: its value, or one line that says what is wrong with it."""
 
+from collections.abc import Callable
 from typing import Any
 
 import yaml
@@ -39,18 +40,18 @@ class Loader(yaml.SafeLoader):
 
 def parse_yaml(text: str | bytes) -> Any:
     """The value of a text with one document. Raises YamlFault."""
-    return _read(text, "get_single_data")
+    return _read(text, Loader.get_single_data)
 
 
 def compose_yaml(text: str | bytes) -> yaml.Node | None:
     """Its nodes, which know their lines; None of an empty text. Raises YamlFault."""
-    found: yaml.Node | None = _read(text, "get_single_node")
+    found: yaml.Node | None = _read(text, Loader.get_single_node)
     return found
 
 
-def _read(text: str | bytes, what: str) -> Any:
+def _read(text: str | bytes, take: Callable[[Loader], Any]) -> Any:
     try:
-        return getattr(Loader(text if isinstance(text, str) else text.decode("utf-8-sig")), what)()
+        return take(Loader(text if isinstance(text, str) else text.decode("utf-8-sig")))
     except UnicodeDecodeError:
         raise YamlFault("it is not UTF-8", None) from None
     except RecursionError:

@@ -15,8 +15,7 @@ UNDOUBTED = {100: (3, 8)}
 
 def check_triton(sm: int, version: str) -> None:
     """Raises TargetError where this version of Triton makes wrong code for an architecture."""
-    oldest = OLDEST.get(sm, ())
-    if release(version) < oldest:
+    if sm in refused(version):
         raise TargetError(
             f"Triton {version} makes wrong code for sm{sm}", where="--target",
             fix=f"Compile with another one: {install(sm)}. Where a package runs no Triton is needed.",
@@ -34,7 +33,7 @@ def doubts(architectures: Iterable[int], version: str) -> tuple[str, ...]:
         f"Triton {version} for sm{sm}: a kernel of another program had other bits from run to run on a B200 "
         f"(PyTorch's issue 181248); compile with Triton {dotted(UNDOUBTED[sm])} or newer"
         for sm in architectures
-        if OLDEST.get(sm, ()) <= release(version) < UNDOUBTED.get(sm, ())
+        if sm not in refused(version) and release(version) < UNDOUBTED.get(sm, ())
     )
 
 

@@ -324,10 +324,11 @@ async def _pump(
     except BaseException as error:  # whatever a model raises is its delegation's failure, SystemExit too
         when = " after its result" if done else ""
         # What is not ours may quote the conversation: of that the log has the name only.
-        said = _reason(error) if isinstance(error, TmlcError) else type(error).__name__
+        why = _reason(error)
+        said = why if isinstance(error, TmlcError) else type(error).__name__
         log.log(logging.INFO if done else logging.WARNING, "a background model failed%s: %s", when, said)
         if not done:
-            post(_reason(error), dropped)
+            post(why, dropped)
 
 
 def _reason(error: BaseException) -> str:

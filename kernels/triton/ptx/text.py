@@ -18,8 +18,6 @@ _OWN = {1: "p", 2: "rs", 4: "r", 8: "rd"}
 _INSTRUCTION = re.compile(r"(?:@(!?)(%\w+)\s+)?([a-z][\w.:]*)\s*(.*)", re.DOTALL)
 
 
-
-
 def unknown(kind: str, text: object, where: str = "") -> EmitError:
     """The error of PTX that this machine was not taught yet: an instruction, an operand, or a modifier."""
     fix = "teach it in kernels/triton/ptx/, and hold it to PTX's manual in tests/kernels_triton/test_ptx.py"

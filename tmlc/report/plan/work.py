@@ -204,11 +204,10 @@ def weight_bytes(work: dict[str, list[OpWork]], program: Program, precision: str
             spec = spec_of(node.target)
             assert spec is not None
             given = dict(zip(spec.args, node.args, strict=True))
-            for name in ("weight", "gate_up", "down"):
-                argument = given.get(name)
-                if not isinstance(argument, fx.Node) or argument.op != "placeholder" or not _has_product(given):
-                    continue
-                if len(type_of(argument).shape) >= 2:
+            if not _has_product(given):
+                continue
+            for argument in map(given.get, ("weight", "gate_up", "down")):
+                if isinstance(argument, fx.Node) and argument.op == "placeholder" and len(type_of(argument).shape) >= 2:
                     products[role(argument)[1]] = _bits(node, precision)
     total = 0.0
     for name in program.used_weights():
