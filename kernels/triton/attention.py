@@ -2,8 +2,8 @@
 the splits of its positions.
 
 In a call of up to MOST_OWN rows a session one launch does all of that: whoever has the split of a new position writes
-its key and value first, and norms them and the queries where heads are normed. More rows have a launch before, so that
-not every program writes them.
+its key and value first, and norms and turns it and the queries where heads are normed or turned. More rows have a
+launch before, so that not every program writes them.
 
 A split is [S·s, S·s + S) in absolute positions, so a query's splits, and the order of its sums, depend on its own
 position only. Where a call has too few programs for a GPU each split is a program of its own, which leaves its part in
@@ -15,12 +15,13 @@ from typing import Any
 
 import triton.language as tl
 
-from tmlc.kernels.triton.kv_write import cache_row, new_rows, norms, write_columns, write_launch
+from tmlc.kernels.triton.kv_write import NO_TURNS, cache_row, new_rows, norms, turns, write_columns, write_launch
 from tmlc.kernels.triton.launch import Aligned, Launch, Lowered, Operand, Pointer, Scratch
 from tmlc.kernels.triton.mode import device
-from tmlc.kernels.triton.norms import normed, power
+from tmlc.kernels.triton.norms import norm_scale, power
 from tmlc.kernels.triton.overlap import previous
 from tmlc.kernels.triton.parts import LEAST, WRITTEN, Parts, join, whole_power
+from tmlc.kernels.triton.position import rotated, turning
 from tmlc.kernels.triton.registry import Call, launch, lowering
 from tmlc.kernels.triton.steps import tanh
 
@@ -52,18 +53,26 @@ def relative_bias(share, rel_table, ahead, places, j, held, extent, RANKS: tl.co
 
 
 @device
+def normed_columns(values, scale, learned):
+    """values[columns, heads]·scale·learned, as `normed` norms heads that lie the other way."""
+    return tl.trans(tl.trans(values) * scale[:, None] * learned[None, :])
+
+
+@device
 def attention_kernel(
-    out, part_m, part_l, part_acc, q, k, v, q_norm, k_norm, position, k_cache, v_cache, rel, rel_table, sink_logits,
-    slots, counts, n, group, d, dv, window, sinks, splits, k_stride, v_stride, q_stride, k_new_stride, v_new_stride,
-    out_stride, rel_stride, sink_stride, extent, eps, scale, log_floor, log_alpha, cap,
+    out, part_m, part_l, part_acc, q, k, v, q_norm, k_norm, table, position, k_cache, v_cache, rel, rel_table,
+    sink_logits, slots, counts, n, group, d, dv, window, sinks, splits, k_stride, v_stride, q_stride, k_new_stride,
+    v_new_stride, table_stride, out_stride, rel_stride, sink_stride, extent, eps, scale, log_floor, log_alpha, cap,
     RING: tl.constexpr, INT8: tl.constexpr, EXACT: tl.constexpr, RANKS: tl.constexpr, BLOCK_R: tl.constexpr,
     ALONE: tl.constexpr, PARALLEL: tl.constexpr, SPLIT: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_V: tl.constexpr, ITEM: tl.constexpr, OVERLAP: tl.constexpr,
+    BLOCK_V: tl.constexpr, ITEM: tl.constexpr, OFFSET: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """16 queries (rows × heads of one kv head) of a session over its cache; grid (sessions × tiles, kv heads, splits).
 
     k, v: the new keys and values of a call of few rows a session, which are written here; else they are in the cache.
-    q_norm, k_norm: what queries and new keys are normed with.
+    q_norm, k_norm: what queries and new keys are normed with. table: the cosines and sines of the new rows, by which
+    they are turned then.
     RING: rows of a ring, without those of the sinks; 0: a linear cache.
     EXACT: float32 caches, whose products are of float32 numbers; else of bf16 numbers.
     ALONE: the queries of a tile stand at one position, so a key is at one distance from all of them.
@@ -83,6 +92,15 @@ def attention_kernel(
         k_learned = tl.load(k_norm + inner, mask=inner < d, other=0.0)
     q_at = q + row[None, :] * q_stride + head[None, :] * d + inner[:, None]
     qt = tl.load(q_at, mask=(i < n)[None, :] & (inner < d)[:, None], other=0.0)
+    if table is not None:
+        inside, pair, first_of, partner = turning(inner, OFFSET, HALF, INTERLEAVED)
+        q_read = (i < n)[None, :] & inside[:, None]
+        q_other = tl.load(q + row[None, :] * q_stride + head[None, :] * d + partner[:, None], mask=q_read, other=0.0)
+        q_turn = table + row[None, :] * table_stride + pair[:, None]
+        q_cos, q_sin = tl.load(q_turn, mask=q_read, other=0.0), tl.load(q_turn + HALF, mask=q_read, other=0.0)
+        if q_norm is not None:
+            q_learned_other = tl.load(q_norm + partner, mask=inside, other=0.0)
+            k_learned_other = tl.load(k_norm + partner, mask=inside, other=0.0)
     share, places = 0.0, 1
     if RANKS > 0:
         r = tl.arange(0, BLOCK_R)
@@ -96,13 +114,26 @@ def attention_kernel(
         value = tl.load(
             v + new_row * v_new_stride + g * dv + outer[:, None], mask=given & (outer < dv)[:, None], other=0.0
         )
+        if table is not None:
+            k_read = given & inside[:, None]
+            key_other = tl.load(k + new_row * k_new_stride + g * d + partner[:, None], mask=k_read, other=0.0)
+            k_turn = table + new_row * table_stride + pair[:, None]
+            k_cos, k_sin = tl.load(k_turn, mask=k_read, other=0.0), tl.load(k_turn + HALF, mask=k_read, other=0.0)
     # No program ends early, so that all of this is under way at once; one without a query finds no keys.
     there = ((tl.program_id(0) % tiles) * 16 < count * group) & (slot >= 0)
     live = there & (i < count)
     start = tl.load(position + slot // 8, mask=there, other=0)
     if q_norm is not None:  # while the position is under way
-        qt = tl.trans(normed(tl.trans(qt), q_learned, d, eps))
-        key = tl.trans(normed(tl.trans(key), k_learned, d, eps))
+        q_scale = norm_scale(tl.trans(qt), d, eps)
+        k_scale = norm_scale(tl.trans(key), d, eps)
+        qt = normed_columns(qt, q_scale, q_learned)
+        key = normed_columns(key, k_scale, k_learned)
+        if table is not None:
+            q_other = normed_columns(q_other, q_scale, q_learned_other)
+            key_other = normed_columns(key_other, k_scale, k_learned_other)
+    if table is not None:
+        qt = tl.where(inside[:, None], rotated(qt, q_other, q_cos, q_sin, first_of[:, None]), qt)
+        key = tl.where(inside[:, None], rotated(key, key_other, k_cos, k_sin, first_of[:, None]), key)
     p = start + i
     first_i = (tl.program_id(0) % tiles) * 16 // group
     ahead = i - first_i  # positions are counted from the first query on, in 32 bits
@@ -330,7 +361,7 @@ def attention_launches(call: Call, scratch: Scratch) -> tuple[list[Launch], Part
     tiles = -(-n * group // 16)
     programs = call.bucket.batch * tiles * groups
     parallel = programs < ENOUGH_PROGRAMS and splits > 1
-    rel, table = call.optional("rel"), call.optional("rel_table")
+    rel, rel_table = call.optional("rel"), call.optional("rel_table")
     rows = call.bucket.batch * n
     parts = rows * heads * splits
     floor, cap = float(call.attrs["log_floor"]), float(call.attrs["softcap"])
@@ -339,24 +370,25 @@ def attention_launches(call: Call, scratch: Scratch) -> tuple[list[Launch], Part
     if parallel:
         m, l, acc = (scratch.piece("f32", parts * each) for each in (1, 1, dv))  # noqa: E741
         left = Parts(m, l, acc, splits, heads, dv)
-    queries, q_stride, new = call.pointer(q), q.stride, new_rows(call) | norms(call)
+    table, turning_by = turns(call)
+    queries, q_stride, new = call.pointer(q), q.stride, new_rows(call) | norms(call) | table
     if n > MOST_OWN:
-        normed_queries = None
-        if call.op == "norm_attention_state":
-            queries = normed_queries = scratch.piece("f32", rows * q.cols)
+        prepared = None
+        if new["q_norm"] is not None or new["table"] is not None:
+            queries = prepared = scratch.piece("f32", rows * q.cols)
             q_stride = q.cols
         before = shared | new | {"capacity": Aligned(capacity)}
-        launches.append(write_launch(call, before, cached | {"RING": window > 0}, normed_queries))
-        new = dict.fromkeys(new)
+        launches.append(write_launch(call, before, cached | {"RING": window > 0}, prepared))
+        new, turning_by = dict.fromkeys(new), NO_TURNS
 
     last = _results(call)
     inside = shared | new | {
         "q": queries, "q_stride": Aligned(q_stride),
         "rel": None if rel is None else call.pointer(rel),
-        "rel_table": None if table is None else call.pointer(table),
+        "rel_table": None if rel_table is None else call.pointer(rel_table),
         "group": group, "window": Aligned(window), "splits": splits,
         "rel_stride": None if rel is None else Aligned(rel.stride),
-        "extent": None if table is None else Aligned(table.cols),
+        "extent": None if rel_table is None else Aligned(rel_table.cols),
         "scale": float(call.attrs["scale"]), "log_floor": floor if floor > 0 else None,
         "log_alpha": float(call.attrs["log_alpha"]) if floor > 0 else None, "cap": cap if cap > 0 else None,
     }  # fmt: skip
@@ -368,7 +400,7 @@ def attention_launches(call: Call, scratch: Scratch) -> tuple[list[Launch], Part
     fixed = {
         **cached, "RING": capacity - sinks if window else 0, "EXACT": dtype == "f32", "RANKS": ranks, "ALONE": alone,
         "PARALLEL": parallel, "BLOCK_R": power(ranks or 1, 16), "SPLIT": split_size(capacity, window),
-        "BLOCK_J": blocks.block_k, "BLOCK_D": block_d, "BLOCK_V": block_v, "OVERLAP": False,
+        "BLOCK_J": blocks.block_k, "BLOCK_D": block_d, "BLOCK_V": block_v, "OVERLAP": False, **turning_by,
     }  # fmt: skip
     values = inside | last | dict.fromkeys(WRITTEN)
     if left is not None:
@@ -402,7 +434,7 @@ def _results(call: Call) -> dict[str, Any]:
     }  # fmt: skip
 
 
-@lowering("attention_state", "norm_attention_state")
+@lowering("attention_state", "norm_attention_state", "rope_attention_state")
 def lower_attention(call: Call) -> Lowered:
     scratch = Scratch()
     launches, parts = attention_launches(call, scratch)

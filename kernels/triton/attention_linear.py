@@ -18,8 +18,7 @@ def lower_attention_linear(call: Call) -> Lowered:
     cols = call.operand("v").cols // int(call.attrs["num_kv_heads"]) * int(call.attrs["num_heads"])
     rows = call.bucket.rows((1, 0))
     heads = scratch.operand("f32", (1, 0), cols, rows)
-    normed = call.optional("q_norm") is not None
-    attention = replace(call, op="norm_attention_state" if normed else "attention_state", outputs=(heads,))
+    attention = replace(call, op="attention_state", outputs=(heads,))  # its norms and its table are among the arguments
     first, parts = attention_launches(attention, scratch)
     taps = call.optional("taps")
     few = parts is not None and parts.splits <= MOST_PARTS and call.optional("sink_logits") is None

@@ -1,6 +1,6 @@
-"""New keys and values are written into the caches of their sessions; where heads are normed, the keys on their way, and
-the queries by programs beside them. In calls of few rows a session attention does that itself (attention.py), with the
-functions of this file."""
+"""New keys and values are written into the caches of their sessions; heads that are normed or turned, the keys on their
+way, and the queries by programs beside them. In calls of few rows a session attention does that itself (attention.py),
+with the functions of this file."""
 
 from typing import Any
 
@@ -8,12 +8,15 @@ import triton.language as tl
 
 from tmlc.kernels.triton.launch import Aligned, Launch, Pointer
 from tmlc.kernels.triton.mode import device
-from tmlc.kernels.triton.norms import norm_run, normed, power
+from tmlc.kernels.triton.norms import norm_scale, power
 from tmlc.kernels.triton.overlap import previous
+from tmlc.kernels.triton.position import rotated, turning
 from tmlc.kernels.triton.registry import Call, launch
 
-#: Columns that a program writes at once; where it norms, of one warp, whose sums need no barrier.
-WRITTEN_AT_ONCE, NORMED_AT_ONCE = 2048, 256
+#: Columns that a program writes at once; where it prepares them, of one warp, whose sums need no barrier.
+WRITTEN_AT_ONCE, PREPARED_AT_ONCE = 2048, 256
+#: Constexprs of a kernel that turns nothing.
+NO_TURNS: dict[str, Any] = {"OFFSET": 0, "HALF": 0, "INTERLEAVED": False}
 
 
 @device
@@ -49,9 +52,9 @@ def read_row(new, row, groups, d, new_stride, HEADS: tl.constexpr, BLOCK: tl.con
 @device
 def write_row(
     cache, values, slot, at, groups, d, row_stride,
-    INT8: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr, ITEM: tl.constexpr, NORMED: tl.constexpr,
+    INT8: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr, ITEM: tl.constexpr, PREPARED: tl.constexpr,
 ):  # fmt: skip
-    """A run of heads of one new row into row `at` of a cache. NORMED: four columns are a thread's, of caches in bf16
+    """A run of heads of one new row into row `at` of a cache. PREPARED: four columns are a thread's, of caches in bf16
     too: so they are stored from where they were summed."""
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     inner = tl.arange(0, BLOCK)
@@ -67,7 +70,7 @@ def write_row(
         tl.store(where, scale, mask=head < groups)
     else:
         there = cache + base + head[:, None] * d + inner[None, :]
-        if NORMED:
+        if PREPARED:
             there = tl.max_contiguous(there, (1, 4))
         tl.store(there, values.to(cache.dtype.element_ty), mask=mask)
 
@@ -109,23 +112,70 @@ def kv_write_kernel(
 
 
 @device
-def norm_kv_write_kernel(
-    k_cache, v_cache, q_normed, q, k, v, q_norm, k_norm, position, slots, counts, n, heads, groups, d, dv, capacity,
-    sinks, k_stride, v_stride, q_stride, k_new_stride, v_new_stride, eps,
-    RING: tl.constexpr, INT8: tl.constexpr, HEADS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
-    ITEM: tl.constexpr, OVERLAP: tl.constexpr,
+def read_heads(
+    x, norm, table, row, heads, d, x_stride, table_stride, run,
+    OFFSET: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """kv_write_kernel of rms_norm(k) and v, and q_normed = rms_norm(q), dense, of rows of no session too; grid (rows,
-    runs of kv heads, keys, values and then, for each program of keys, those of as many queries).
+    """What is read to prepare a run of heads of one row: (columns, the other ones of their pairs, the norm's weight for
+    both, cosines, sines)."""
+    head, inner = run * HEADS + tl.arange(0, HEADS), tl.arange(0, BLOCK)
+    mask = (head < heads)[:, None] & (inner < d)[None, :]
+    at = x + row * x_stride + head[:, None] * d
+    values = tl.load(at + inner[None, :], mask=mask, other=0.0)
+    learned, others, others_learned, cos, sin = 0.0, 0.0, 0.0, 0.0, 0.0
+    if norm is not None:
+        learned = tl.load(norm + inner, mask=inner < d, other=0.0)
+    if table is not None:
+        inside, pair, _first, partner = turning(inner, OFFSET, HALF, INTERLEAVED)
+        others = tl.load(at + partner[None, :], mask=mask & inside[None, :], other=0.0)
+        if norm is not None:
+            others_learned = tl.load(norm + partner, mask=inside, other=0.0)
+        cos = tl.load(table + row * table_stride + pair, mask=inside, other=1.0)
+        sin = tl.load(table + row * table_stride + HALF + pair, mask=inside, other=0.0)
+    return values, others, learned, others_learned, cos, sin
 
-    No program ends early: what it norms is asked for together with its session, and normed while the position is under
-    way."""
+
+@device
+def prepared_heads(found, norm, table, d, eps, OFFSET: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """[heads, columns] of what `read_heads` read, normed and then turned."""
+    values, others, learned, others_learned, cos, sin = found
+    if norm is not None:
+        scale = norm_scale(values, d, eps)
+        values = values * scale[:, None] * learned[None, :]
+        if table is not None:
+            others = others * scale[:, None] * others_learned[None, :]
+    if table is not None:
+        inside, _pair, first, _partner = turning(tl.arange(0, values.shape[1]), OFFSET, HALF, INTERLEAVED)
+        moved = rotated(values, others, cos[None, :], sin[None, :], first[None, :])
+        values = tl.where(inside[None, :], moved, values)
+    return values
+
+
+@device
+def prepare_kv_write_kernel(
+    k_cache, v_cache, q_prepared, q, k, v, q_norm, k_norm, table, position, slots, counts, n, heads, groups, d, dv,
+    capacity, sinks, k_stride, v_stride, q_stride, k_new_stride, v_new_stride, table_stride, eps,
+    RING: tl.constexpr, INT8: tl.constexpr, HEADS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    ITEM: tl.constexpr, OFFSET: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """kv_write_kernel of v and of keys that are normed (with norms), then turned (with a table); q_prepared: queries to
+    which the same is done, dense, of rows of no session too; grid (rows, runs of kv heads, keys, values and then, for
+    each program of keys, those of as many queries).
+
+    No program ends early: what it prepares is asked for together with its session, and computed while the position is
+    under way."""
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(2)
     if part >= 2:
         if OVERLAP:
             previous()
         run = (part - 2) * tl.num_programs(1) + tl.program_id(1)
-        norm_run(q_normed, q, q_norm, heads, d, q_stride, heads * d, run, eps, HEADS, BLOCK_K)
+        found = read_heads(
+            q, q_norm, table, row, heads, d, q_stride, table_stride, run, OFFSET, HALF, INTERLEAVED, HEADS, BLOCK_K
+        )
+        queries = prepared_heads(found, q_norm, table, d, eps, OFFSET, HALF, INTERLEAVED)
+        head, inner = run * HEADS + tl.arange(0, HEADS), tl.arange(0, BLOCK_K)
+        mask = (head < heads)[:, None] & (inner < d)[None, :]
+        tl.store(q_prepared + row * heads * d + head[:, None] * d + inner[None, :], queries, mask=mask)
         return
     session, i = row // n, row % n
     slot, count = tl.load(slots + session), tl.load(counts + session)
@@ -134,11 +184,12 @@ def norm_kv_write_kernel(
     live = (i < count) & (slot >= 0)
     written = tl.where(live, groups, 0)
     if part == 0:
-        keys = read_row(k, row, groups, d, k_new_stride, HEADS, BLOCK_K)
-        inner = tl.arange(0, BLOCK_K)
-        learned = tl.load(k_norm + inner, mask=inner < d, other=0.0)
+        run = tl.program_id(1)
+        found = read_heads(
+            k, k_norm, table, row, groups, d, k_new_stride, table_stride, run, OFFSET, HALF, INTERLEAVED, HEADS, BLOCK_K
+        )
         begin = tl.load(position + slot // 8, mask=live, other=0)
-        keys = normed(keys, learned, d, eps)
+        keys = prepared_heads(found, k_norm, table, d, eps, OFFSET, HALF, INTERLEAVED)
         at = cache_row(begin + i, capacity - sinks, sinks, RING)
         write_row(k_cache, keys, slot, at, written, d, k_stride, INT8, HEADS, BLOCK_K, ITEM, True)
     else:
@@ -160,7 +211,7 @@ def norms(call: Call) -> dict[str, Any]:
     Raises:
         EmitError: the weights of a norm are not as wide as a head.
     """
-    if call.op != "norm_attention_state":
+    if call.optional("q_norm") is None:
         return dict.fromkeys(("q_norm", "k_norm", "eps"))
     weights = {name: call.operand(name) for name in ("q_norm", "k_norm")}
     d = call.operand("k").cols // int(call.attrs["num_kv_heads"])
@@ -169,13 +220,24 @@ def norms(call: Call) -> dict[str, Any]:
     return {name: call.pointer(weight) for name, weight in weights.items()} | {"eps": float(call.attrs["eps"])}
 
 
+def turns(call: Call) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What attention turns queries and keys by, as arguments and constexprs."""
+    table = call.optional("table")
+    if table is None:
+        return dict.fromkeys(("table", "table_stride")), NO_TURNS
+    fixed = {
+        "OFFSET": int(call.attrs["offset"]), "HALF": table.cols // 2, "INTERLEAVED": bool(call.attrs["interleaved"])
+    }  # fmt: skip
+    return {"table": call.pointer(table), "table_stride": Aligned(table.stride)}, fixed
+
+
 def write_launch(call: Call, shared: dict[str, Any], cached: dict[str, Any], queries: Pointer | None) -> Launch:
     """The launch that writes the new keys and values of attention.
 
     Args:
-        shared: caches, sessions, sizes, new rows and norms, by parameter name.
+        shared: caches, sessions, sizes, new rows, norms and the table, by parameter name.
         cached: RING, INT8 and ITEM.
-        queries: where the normed queries go, of a call that norms; None: keys are written as they are.
+        queries: where the prepared queries go, of a call that norms or turns; None: keys are written as they are.
     """
     k, v = call.operand("k"), call.operand("v")
     groups, rows = int(call.attrs["num_kv_heads"]), call.rows(k)
@@ -184,7 +246,7 @@ def write_launch(call: Call, shared: dict[str, Any], cached: dict[str, Any], que
     held = max(block_k, block_v)
     run = min(power(groups), max(1, WRITTEN_AT_ONCE // held))
     if queries is not None:
-        run = max(1, NORMED_AT_ONCE // held)
+        run = max(1, PREPARED_AT_ONCE // held)
     fixed = cached | {"HEADS": run, "BLOCK_K": block_k, "BLOCK_V": block_v}
     warps, runs = 1 if run * held <= 256 else 4, -(-groups // run)
     values = shared | {"groups": groups}
@@ -192,6 +254,6 @@ def write_launch(call: Call, shared: dict[str, Any], cached: dict[str, Any], que
         values = {name: value for name, value in values.items() if value is not None}
         return launch("kv_write_kernel", (rows, runs, 2), values, fixed, warps)
     q = call.operand("q")
-    values |= {"q_normed": queries, "q": call.pointer(q), "q_stride": Aligned(q.stride), "heads": q.cols // d}
+    values |= {"q_prepared": queries, "q": call.pointer(q), "q_stride": Aligned(q.stride), "heads": q.cols // d}
     grid = (rows, runs, 2 + -(-(q.cols // d) // (run * runs)))
-    return launch("norm_kv_write_kernel", grid, values, fixed | {"OVERLAP": False}, warps)
+    return launch("prepare_kv_write_kernel", grid, values, fixed | turns(call)[1] | {"OVERLAP": False}, warps)

@@ -35,16 +35,21 @@ def head_sums(x):
 
 
 @device
-def normed(values, learned, d, eps):
-    """values[groups, columns]·rsqrt(mean of squares + eps)·learned. Of up to 256 columns the bits are the same in every
-    kernel; where there are more a kernel has its own order."""
+def norm_scale(values, d, eps):
+    """rsqrt(mean of squares + eps) of values[groups, columns], as [groups]. Of up to 256 columns the bits are the same
+    in every kernel; where there are more a kernel has its own order."""
     squares = values * values
     if (squares.shape[1] < 4) | (squares.shape[1] > 256):
         sums = tl.sum(squares, 1)
     else:
         sums = head_sums(squares)
-    inverse = 1.0 / tl.sqrt_rn(sums / d + eps)
-    return values * inverse[:, None] * learned[None, :]
+    return 1.0 / tl.sqrt_rn(sums / d + eps)
+
+
+@device
+def normed(values, learned, d, eps):
+    """values[groups, columns]·norm_scale·learned."""
+    return values * norm_scale(values, d, eps)[:, None] * learned[None, :]
 
 
 @device

@@ -1,4 +1,5 @@
-"""What depends on a session's position: rotary embedding, and moving the position on."""
+"""What depends on a session's position: rotary embedding, the cosines and sines that attention turns by (kv_write.py),
+and moving the position on."""
 
 from typing import Any
 
@@ -47,6 +48,26 @@ def turned_cos_sin(r, quarter):
 
 
 @device
+def turning(column, offset, half, INTERLEAVED: tl.constexpr):
+    """Of the columns of a head: (is it turned, which pair it is of, is it the first of it, the other one of it)."""
+    place = column - offset
+    if INTERLEAVED:
+        pair, first = place // 2, place % 2 == 0
+        partner = tl.where(first, column + 1, column - 1)
+    else:
+        first = place < half
+        pair = tl.where(first, place, place - half)
+        partner = tl.where(first, column + half, column - half)
+    return (place >= 0) & (place < 2 * half), pair, first, partner
+
+
+@device
+def rotated(value, partner, cos, sin, first):
+    """The first of a pair (a, b) becomes a·cos - b·sin, the other b·cos + a·sin."""
+    return value * cos + tl.where(first, -partner, partner) * sin
+
+
+@device
 def rope_kernel(
     out, x, position, inv_freq, slots, counts, n, heads, width, offset, half, x_stride, out_stride, scaling,
     INTERLEAVED: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr,
@@ -59,27 +80,34 @@ def rope_kernel(
     p = tl.load(position + tl.load(slots + session) // 8) + i
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     col = tl.arange(0, BLOCK)
-    place = col - offset
-    turned = (place >= 0) & (place < 2 * half)
-    if INTERLEAVED:
-        pair = place // 2
-        first = place % 2 == 0
-        partner = tl.where(first, col + 1, col - 1)
-    else:
-        first = place < half
-        pair = tl.where(first, place, place - half)
-        partner = tl.where(first, col + half, col - half)
-    angle = p.to(tl.float32) * tl.load(inv_freq + pair, mask=turned, other=0.0)
+    inside, pair, first, partner = turning(col, offset, half, INTERLEAVED)
+    angle = p.to(tl.float32) * tl.load(inv_freq + pair, mask=inside, other=0.0)
     cos, sin = cos_sin(angle.to(tl.float64))
     c, s = cos.to(tl.float32) * scaling, sin.to(tl.float32) * scaling
     mask = (head < heads)[:, None] & (col < width)[None, :]
     at = x + row * x_stride + head[:, None] * width
     a = tl.load(at + col[None, :], mask=mask, other=0.0)
-    b = tl.load(at + partner[None, :], mask=mask & turned[None, :], other=0.0)
-    rotated = a * c[None, :] + tl.where(first[None, :], -b, b) * s[None, :]
+    b = tl.load(at + partner[None, :], mask=mask & inside[None, :], other=0.0)
+    moved = rotated(a, b, c[None, :], s[None, :], first[None, :])
     tl.store(
-        out + row * out_stride + head[:, None] * width + col[None, :], tl.where(turned[None, :], rotated, a), mask=mask
+        out + row * out_stride + head[:, None] * width + col[None, :], tl.where(inside[None, :], moved, a), mask=mask
     )
+
+
+@device
+def rope_table_kernel(out, position, inv_freq, slots, counts, n, half, out_stride, scaling, BLOCK: tl.constexpr):
+    """Cosines of position·inv_freq, and behind them the sines; grid (rows)."""
+    row = tl.program_id(0).to(tl.int64)
+    session, i = row // n, row % n
+    pair = tl.arange(0, BLOCK)
+    freq = tl.load(inv_freq + pair, mask=pair < half, other=0.0)
+    if i >= tl.load(counts + session):
+        return
+    p = tl.load(position + tl.load(slots + session) // 8) + i
+    cos, sin = cos_sin((p.to(tl.float32) * freq).to(tl.float64))
+    at = out + row * out_stride + pair
+    tl.store(at, cos.to(tl.float32) * scaling, mask=pair < half)
+    tl.store(at + half, sin.to(tl.float32) * scaling, mask=pair < half)
 
 
 @device
@@ -111,6 +139,21 @@ def lower_rope(call: Call) -> Lowered:
     call.need(x.rows == (1, 0), f"rows {x.rows[0]}n+{x.rows[1]} are not positions")
     fixed = {"INTERLEAVED": bool(call.attrs["interleaved"]), "HEADS": run, "BLOCK": block}
     return Lowered((launch("rope_kernel", (call.rows(x), -(-heads // run)), values, fixed, 4),))
+
+
+@lowering("rope_table_state")
+def lower_rope_table(call: Call) -> Lowered:
+    x, out, inv_freq = call.operand("x"), call.outputs[0], call.operand("inv_freq")
+    call.need(x.rows == (1, 0), f"rows {x.rows[0]}n+{x.rows[1]} are not positions")
+    half = inv_freq.cols * inv_freq.rows[1]
+    values: dict[str, Any] = {
+        "out": call.pointer(out), "position": call.pointer(call.operand("position"), ("i64",)),
+        "inv_freq": call.pointer(inv_freq), "slots": call.slots, "counts": call.counts,
+        "n": call.bucket.session_rows(x.rows), "half": Aligned(half), "out_stride": Aligned(out.stride),
+        "scaling": float(call.attrs["scaling"]),
+    }  # fmt: skip
+    fixed = {"BLOCK": power(half, 32)}
+    return Lowered((launch("rope_table_kernel", (call.rows(x),), values, fixed, 1),))
 
 
 @lowering("advance")

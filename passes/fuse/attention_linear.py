@@ -12,8 +12,10 @@ from tmlc.passes.match import arg, named_args, op_of, rewrite_calls
 from tmlc.pipeline.pass_base import Pass, PassContext, PassResult
 from tmlc.pipeline.registry import register_pass
 
-_ATTENTION = ("attention_state", "norm_attention_state")
+_ATTENTION = ("attention_state", "norm_attention_state", "rope_attention_state")
 _PRODUCTS = ("linear", "linear_add", "linear_conv_state")
+#: Arguments of attention before its values, where it neither norms nor turns heads.
+_BARE = {"q_norm": None, "k_norm": None, "eps": 0.0, "table": None, "offset": 0, "interleaved": False}
 #: Arguments of the product behind its weight, where it has none of them.
 _ABSENT = {
     "bias": None, "scale": None, "taps": None, "tail": None, "start": 0, "residual": False, "level": 1.0,
@@ -23,9 +25,9 @@ _ABSENT = {
 
 @register_pass("fuse.attention_linear")
 class FuseAttentionLinear(Pass):
-    """Turns `attention_state` or `norm_attention_state` and the linear (`linear`, `linear_add`, `linear_conv_state`)
-    that alone reads it into `attention_linear_state`: a product of one row adds up what the splits of the cache gave,
-    which takes a launch else."""
+    """Turns `attention_state`, `norm_attention_state` or `rope_attention_state` and the linear (`linear`, `linear_add`,
+    `linear_conv_state`) that alone reads it into `attention_linear_state`: a product of one row adds up what the splits
+    of the cache gave, which takes a launch else."""
 
     def run(self, program: Program, ctx: PassContext) -> PassResult:
         return rewrite_calls(program, _PRODUCTS, _consider)
@@ -43,8 +45,8 @@ def _consider(method: Method, product: fx.Node) -> Callable[[], None] | str | No
 
 
 def _fuse(method: Method, attention: fx.Node, product: fx.Node) -> None:
-    heads = {"q_norm": None, "k_norm": None, "eps": 0.0} | named_args(attention)
-    order = ("q", "q_norm", "k", "k_norm", "eps", "v")
+    heads = _BARE | named_args(attention)
+    order = ("q", "q_norm", "k", "k_norm", "eps", "table", "offset", "interleaved", "v")
     behind = [value for name, value in heads.items() if name not in order]
     after = _ABSENT | {name: value for name, value in named_args(product).items() if name in _ABSENT}
     with method.graph.inserting_before(product):

@@ -16,10 +16,11 @@ from tmlc.pipeline.registry import register_pass
 @register_pass("fuse.norm_attention")
 class FuseNormAttention(Pass):
     """Turns the `rms_norm` of each head of queries, that of keys, and the `attention_state` that alone reads them into
-    `norm_attention_state`: keys are normed while they are written to the cache, queries beside them."""
+    `norm_attention_state`: keys are normed while they are written to the cache, queries beside them. A
+    `rope_attention_state` gets the norms: it turns what it has normed."""
 
     def run(self, program: Program, ctx: PassContext) -> PassResult:
-        return rewrite_calls(program, ("attention_state",), _consider)
+        return rewrite_calls(program, ("attention_state", "rope_attention_state"), _consider)
 
 
 def _consider(method: Method, attention: fx.Node) -> Callable[[], None] | str | None:
@@ -47,8 +48,10 @@ def _why_not(norms: list[fx.Node], attention: fx.Node) -> str:
 
 def _fuse(method: Method, norms: list[fx.Node], attention: fx.Node) -> None:
     """`norms`: of queries, of keys."""
-    _, _, *args = named_args(attention).values()
-    given = [arg(norm, name) for norm in norms for name in ("x", "weight")]
+    (q, q_norm), (k, k_norm) = ((arg(norm, "x"), arg(norm, "weight")) for norm in norms)
+    heads = {"q": q, "q_norm": q_norm, "k": k, "k_norm": k_norm, "eps": arg(norms[0], "eps")}
+    op = "rope_attention_state" if op_of(attention) == "rope_attention_state" else "norm_attention_state"
+    behind = {name: value for name, value in named_args(attention).items() if name not in heads}
     with method.graph.inserting_before(attention):
-        fused = call(method.graph, "norm_attention_state", (*given, arg(norms[0], "eps"), *args))
+        fused = call(method.graph, op, (*heads.values(), *behind.values()))
     replace(attention, fused)

@@ -108,7 +108,7 @@ def test_programs_that_write_keys_ask_for_their_session_before_they_wait(overlap
     """The others, which norm queries, wait at once; either wait lies before what its programs read and write."""
     with open_package(overlapping) as held:
         made = next(v for v in held.json("engines/triton/sm90/code.json")["variants"]
-                    if v["kernel"] == "norm_kv_write_kernel")  # fmt: skip
+                    if v["kernel"] == "prepare_kv_write_kernel")  # fmt: skip
     constexprs = tuple(sorted(made["constexprs"].items()))
     signature = tuple(made["signature"])
     variant = Variant(made["kernel"], constexprs, signature, made["num_warps"], made["num_stages"], 90, True)

@@ -178,4 +178,4 @@ def test_norms_in_attention_change_no_bit(tiny, lab, machine, tmp_path):
     (apart, states, before), (logits, normed, after) = found
     assert np.array_equal(logits, apart) and normed == states
     assert before - after == {"rms_norm_pair_kernel", "kv_write_kernel"}
-    assert after - before == {"norm_kv_write_kernel"}
+    assert after - before == {"prepare_kv_write_kernel"}

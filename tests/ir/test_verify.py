@@ -90,8 +90,8 @@ def test_attention_with_its_projection_is_held_to_its_cache_too(stateful_text):
     """Its tail may be absent: then it is no state."""
     text = stateful_text.replace(
         "attention_state(%q, %k, %v, %position, %k_cache, %v_cache, none, none,",
-        "attention_linear_state(%q, none, %k, none, eps=0.0, v=%v, position=%position, k_cache=%k_cache,"
-        " v_cache=%v_cache, rel=none, rel_table=none,",
+        "attention_linear_state(%q, none, %k, none, eps=0.0, table=none, offset=0, interleaved=false, v=%v,"
+        " position=%position, k_cache=%k_cache, v_cache=%v_cache, rel=none, rel_table=none,",
     ).replace(
         "log_alpha=0.0)",
         "log_alpha=0.0, sink_logits=none, softcap=0.0, weight=%project, bias=none, factor=none, taps=none, tail=none,"
@@ -112,6 +112,22 @@ def test_attention_that_norms_is_held_to_its_cache_too(stateful_text):
     ).replace("log_alpha=0.0)", "log_alpha=0.0, sink_logits=none, softcap=0.0)")
     text = text.replace('state "position"', 'weight "head" = source("head") : f32[2]\nstate "position"', 1)
     text = text.replace("  %position =", '  %head = weight "head" : f32[2]\n  %position =')
+    verify(parse_program(text))
+    with pytest.raises(IRError, match="a ring of 8 rows cannot hold"):
+        verify(parse_program(text.replace("window=3", "window=5")))
+
+
+def test_attention_that_turns_is_held_to_its_cache_too(stateful_text):
+    text = stateful_text.replace(
+        "attention_state(%q, %k, %v, %position, %k_cache, %v_cache, none, none,",
+        "rope_attention_state(%q, none, %k, none, eps=0.0, table=%turns, offset=0, interleaved=false, v=%v,"
+        " position=%position, k_cache=%k_cache, v_cache=%v_cache, rel=none, rel_table=none,",
+    ).replace("log_alpha=0.0)", "log_alpha=0.0, sink_logits=none, softcap=0.0)")
+    text = text.replace('state "position"', 'weight "freq" = source("freq") : f32[1, 1]\nstate "position"', 1)
+    text = text.replace("  %position =", '  %freq = weight "freq" : f32[1, 1]\n  %position =')
+    turns = "  %turns = rope_table_state(%x, %position, %freq, scaling=1.0)\n"
+    at = text.rindex("\n", 0, text.index("rope_attention_state")) + 1
+    text = text[:at] + turns + text[at:]
     verify(parse_program(text))
     with pytest.raises(IRError, match="a ring of 8 rows cannot hold"):
         verify(parse_program(text.replace("window=3", "window=5")))

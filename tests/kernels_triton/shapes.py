@@ -154,15 +154,21 @@ def calls(model: Model, bucket: Bucket, sm: int) -> Iterator[Call]:
                 if not extra:
                     norms = {"q_norm": w(1, m.head), "k_norm": w(1, m.head)}
                     yield call("norm_attention_state", given | norms, x(q), eps=1e-6, **attrs)
+                    for heads in ({}, norms):
+                        turned = {name: one for name, one in given.items() if name not in ("rel", "rel_table")} | heads
+                        yield call("rope_attention_state", turned | {"table": x(m.head)}, x(q), eps=1e-6, offset=0,
+                                   interleaved=False, **attrs)  # fmt: skip
                 for form in m.forms:
                     if not extra and cache == m.caches[0]:
                         after = {"weight": w(d, q, dtype=form), "taps": w(d, 4), "tail": state(3, d), "addend": x(d)}
-                        yield call("attention_linear_state", given | after, x(d), eps=0.0, start=0, residual=True,
-                                   level=1.0, **attrs)  # fmt: skip
+                        yield call("attention_linear_state", given | after, x(d), eps=0.0, offset=0, interleaved=False,
+                                   start=0, residual=True, level=1.0, **attrs)  # fmt: skip
     yield call(
         "rope_state", {"x": x(q), "position": state(1, 1, "i64"), "inv_freq": w(1, m.head // 2)}, x(q),
         num_heads=m.heads, offset=0, interleaved=False, scaling=1.0,
     )  # fmt: skip
+    freq = {"x": x(d), "position": state(1, 1, "i64"), "inv_freq": w(1, m.head // 2)}
+    yield call("rope_table_state", freq, x(m.head), scaling=1.0)
     yield call("advance", {"position": state(1, 1, "i64"), "x": x(d)}, limit=0)
     for c in (d, kv):
         yield call("short_conv_state", {"x": x(c), "weight": w(c, 4), "tail": state(3, c)}, x(c), residual=True)

@@ -1,5 +1,5 @@
-"""Attention over linear and ring caches of every dtype, of normed queries and keys too: against float64, cut anywhere,
-across the ring's seam."""
+"""Attention over linear and ring caches of every dtype, of normed and of turned queries and keys too: against float64,
+cut anywhere, across the ring's seam."""
 
 from __future__ import annotations
 
@@ -123,13 +123,86 @@ def test_attention_of_normed_queries_and_keys(machine, dtype, window, sinks, cap
     )  # fmt: skip
 
 
+def with_tables(sessions: list[Session], half: int, interleaved: bool, offset: int) -> dict:
+    """Gives each session the cosines and sines of its new positions; how attention turns by them."""
+    for one in sessions:
+        places = one.states["position"].item() + np.arange(one.count)
+        angle = places[:, None].astype(np.float32) * (100.0 ** -(np.arange(half) / half))[None].astype(np.float32)
+        one.inputs["table"] = (1.2 * np.concatenate([np.cos(angle), np.sin(angle)], 1)).astype(np.float32)
+    return {"offset": offset, "interleaved": interleaved}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "window", "capacity", "half", "interleaved", "offset", "normed"),
+    [("f32", 0, 70, 5, False, 0, True), ("f32", 7, 16, 3, True, 2, False), ("bf16", 7, 32, 5, True, 0, False),
+     ("u8", 0, 80, 4, False, 1, True)],
+)  # fmt: skip
+def test_attention_of_turned_queries_and_keys(
+    machine, dtype, window, capacity, half, interleaved, offset, normed
+):
+    """Alone, in company and cut; whole heads and a part of them, by halves and by neighbours."""
+    sessions = [session(1, 5, 0, dtype, capacity), session(20, 1, 47, dtype, capacity),
+                session(40, 4, 1000 if window else 62, dtype, capacity)]  # fmt: skip
+    attrs = attributes(window=window, log_floor=7.0, log_alpha=0.1, eps=1e-4)
+    attrs |= with_tables(sessions, half, interleaved, offset)
+    agree(
+        machine, "rope_attention_state", sessions, attrs, [Shape("f32", H * DV)], NORMED[dtype],
+        WEIGHTS | (NORMS if normed else {}), cuts=(2,), compared=["k_cache", "v_cache"] if dtype == "f32" else [],
+        batch=4,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("dtype", "at_once", "d", "interleaved", "normed", "counts"),
+    [("f32", 32, D, False, True, (2, 0, 1)), ("bf16", 256, 64, False, True, (2, 0, 6)),
+     ("u8", 32, D, True, False, (6, 0, 1)), ("bf16", 256, 64, False, False, (1, 0, 1))],
+)  # fmt: skip
+def test_its_bits_are_those_of_the_rotation_and_then_attention(
+    machine, monkeypatch, dtype, at_once, d, interleaved, normed, counts
+):
+    """`rms_norm_pair`, `rope_state` and attention, results and caches, of few and of many positions."""
+    from tmlc.kernels.triton import kv_write
+
+    monkeypatch.setattr(kv_write, "PREPARED_AT_ONCE", at_once)
+    heads, groups = 6, 3
+    attrs = attributes(window=7) | {"num_heads": heads, "num_kv_heads": groups, "eps": 1e-5}
+    fused, apart = ([session(seed, n, position, dtype, 16, groups=groups, d=d) for seed, n, position in
+                     zip((1, 9, 5), counts, (30, 7, 0), strict=True)] for _ in range(2))  # fmt: skip
+    freq = weight((100.0 ** -(np.arange(d // 2) / (d // 2)))[None].astype(np.float32))
+    rows = [Session({"x": one.inputs["q"]}, {"position": one.states["position"]}, one.count) for one in apart]
+    tables = run(machine, "rope_table_state", rows, {"scaling": 1.2}, [Shape("f32", d)], {"inv_freq": freq}, batch=4)
+    for one, (table,) in zip(fused, tables, strict=True):
+        one.inputs["table"] = table
+    norms = {name: weight(1.0 + 0.3 * draw(seed, 1, d)) for name, seed in (("q_norm", 51), ("k_norm", 52))}
+    turn, out = {"offset": 0, "interleaved": interleaved}, [Shape("f32", heads * DV)]
+    given = WEIGHTS | (norms if normed else {})
+    found = run(machine, "rope_attention_state", fused, attrs | turn, out, given, batch=4, pad=3)
+    if normed:
+        pairs = [Session({"a": one.inputs["q"], "b": one.inputs["k"]}, count=one.count) for one in apart]
+        shapes = [Shape("f32", heads * d), Shape("f32", groups * d)]
+        weights = {"a_weight": norms["q_norm"], "b_weight": norms["k_norm"]}
+        heads_normed = run(machine, "rms_norm_pair", pairs, {"eps": 1e-5}, shapes, weights)
+        for one, (q, k) in zip(apart, heads_normed, strict=True):
+            one.inputs |= {"q": q, "k": k}
+    for name, count in (("q", heads), ("k", groups)):
+        rows = [Session({"x": one.inputs[name]}, {"position": one.states["position"]}, one.count) for one in apart]
+        shape, settings = [Shape("f32", count * d)], turn | {"num_heads": count, "scaling": 1.2}
+        for one, (x,) in zip(apart, run(machine, "rope_state", rows, settings, shape, {"inv_freq": freq}), strict=True):
+            one.inputs[name] = x
+    wanted = run(machine, "attention_state", apart, attrs, out, WEIGHTS, batch=4)
+    for one, other, (have,), (want,) in zip(fused, apart, found, wanted, strict=True):
+        assert np.array_equal(bits(have), bits(want))
+        for name in ("k_cache", "v_cache"):
+            assert np.array_equal(bits(one.states[name]), bits(other.states[name])), name
+
+
 @pytest.mark.parametrize(("dtype", "at_once"), [("f32", 32), ("bf16", 256), ("u8", 32)])
 def test_its_bits_are_those_of_the_norms_and_then_attention(machine, monkeypatch, dtype, at_once):
     """Results and caches, where a program norms all heads and where it norms two of three; a session that does not run
     keeps its states."""
     from tmlc.kernels.triton import kv_write
 
-    monkeypatch.setattr(kv_write, "NORMED_AT_ONCE", at_once)
+    monkeypatch.setattr(kv_write, "PREPARED_AT_ONCE", at_once)
     heads, groups = 6, 3
     attrs = attributes(window=7) | {"num_heads": heads, "num_kv_heads": groups}
     fused, apart = ([session(seed, n, position, dtype, 16, groups=groups) for seed, n, position in
@@ -153,8 +226,9 @@ def test_its_bits_are_those_of_the_norms_and_then_attention(machine, monkeypatch
 
 ONE_BY_ONE = [
     ("norm_attention_state", "bf16", 7, False), ("attention_state", "f32", 0, True),
+    ("rope_attention_state", "bf16", 7, False),
     *(pytest.param(op, dtype, window, inside, marks=pytest.mark.slow)
-      for op in ("attention_state", "norm_attention_state") for dtype in ("f32", "bf16", "u8")
+      for op in ("attention_state", "norm_attention_state", "rope_attention_state") for dtype in ("f32", "bf16", "u8")
       for window, inside in ((7, True), (0, False))),
 ]  # fmt: skip
 
@@ -169,7 +243,7 @@ def test_positions_that_write_themselves_have_the_bits_of_many(machine, monkeypa
     heads, attrs = 17, attributes(num_heads=17, num_kv_heads=1, window=window, sinks=16 if window else 0)
     monkeypatch.setattr(attention, "ENOUGH_PROGRAMS", 5 if inside else 256)
     weights, out = dict(WEIGHTS), [Shape("f32", heads * DV)]
-    if op == "norm_attention_state":
+    if op != "attention_state":
         weights, attrs = weights | NORMS, attrs | {"eps": 1e-5}
 
     def begun() -> list[Session]:
@@ -177,6 +251,8 @@ def test_positions_that_write_themselves_have_the_bits_of_many(machine, monkeypa
                 for seed, begin in ((1, 14), (20, 5), (40, 28 if window else 61))]  # fmt: skip
         for one in made:
             one.inputs["q"], one.inputs["rel"] = draw(one.count + 9, 6, heads * D), draw(7, 6, heads * RANKS)
+        if op == "rope_attention_state":
+            attrs.update(with_tables(made, 5, False, 0))
         made[1].count = 0
         return made
 
@@ -195,7 +271,7 @@ def test_positions_that_write_themselves_have_the_bits_of_many(machine, monkeypa
             assert one.count or np.array_equal(bits(one.states[name]), bits(kept.states[name]))
 
 
-@pytest.mark.parametrize("op", ["attention_state", "norm_attention_state"])
+@pytest.mark.parametrize("op", ["attention_state", "norm_attention_state", "rope_attention_state"])
 def test_few_positions_a_session_need_no_launch_that_writes(op):
     from shapes import NANO, calls
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from test_attention import DV, NORMS, WEIGHTS, H, attributes, session
+from test_attention import DV, NORMS, WEIGHTS, H, attributes, session, with_tables
 from triton_harness import Session, Shape, agree, bits, draw, run, weight
 
 from tmlc.kernels.triton import parts
@@ -31,22 +31,25 @@ def sessions(dtype: str, capacity: int, window: int, conv: bool) -> list[Session
 
 def settings(conv: bool, **changed: float) -> dict:
     return attributes(log_floor=7.0, log_alpha=0.1, **changed) | {
-        "eps": 1e-4, "start": 0, "residual": conv, "level": 0.5 if conv else 1.0,
+        "eps": 1e-4, "offset": 0, "interleaved": False, "start": 0, "residual": conv, "level": 0.5 if conv else 1.0,
     }  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("form", "dtype", "window", "conv", "normed"),
-    [("f32", "f32", 0, True, False), ("bf16", "f32", 20, False, True), ("f8g128", "bf16", 0, False, False),
-     ("i8g32", "f32", 20, True, True), ("i4g32", "f32", 0, True, True)],
+    ("form", "dtype", "window", "conv", "normed", "turned"),
+    [("f32", "f32", 0, True, False, True), ("bf16", "f32", 20, False, True, False),
+     ("f8g128", "bf16", 0, False, False, False), ("i8g32", "f32", 20, True, True, True),
+     ("i4g32", "f32", 0, True, True, False)],
 )  # fmt: skip
-def test_attention_and_its_projection(machine, form, dtype, window, conv, normed):
+def test_attention_and_its_projection(machine, form, dtype, window, conv, normed, turned):
     given = weight(draw(81, M, H * DV) * 0.2, form)
     weights = WEIGHTS | {"weight": given, "factor": weight(np.full((1, 1), 1.5))}
     weights |= (NORMS if normed else {}) | (CONV if conv else {})
+    given, attrs = sessions(dtype, 256 if not window else 48, window, conv), settings(conv, window=window)
+    if turned:
+        attrs |= with_tables(given, 4, False, 1)
     agree(
-        machine, "attention_linear_state", sessions(dtype, 256 if not window else 48, window, conv),
-        settings(conv, window=window), [Shape("f32", M)], FORMS[form], weights, cuts=(1, 2), batch=4,
+        machine, "attention_linear_state", given, attrs, [Shape("f32", M)], FORMS[form], weights, cuts=(1, 2), batch=4,
         compared=["k_cache", "v_cache", *(["tail"] if conv else [])] if dtype == "f32" else [],
     )  # fmt: skip
 

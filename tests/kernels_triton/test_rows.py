@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from triton_harness import Session, Shape, agree, draw, run, weight
+from triton_harness import Session, Shape, agree, bits, draw, run, weight
 
 COUNTS = (3, 1, 6)
 
@@ -109,6 +109,23 @@ def test_rope(machine, interleaved, offset):
     weights = {"inv_freq": weight((10000.0 ** -(np.arange(5) / 5))[None].astype(np.float32))}
     attrs = {"num_heads": 3, "offset": offset, "interleaved": interleaved, "scaling": 1.2}
     agree(machine, "rope_state", sessions, attrs, [Shape("f32", 45)], 1e-6, weights, cuts=(1, 2))
+
+
+def test_the_table_of_a_rotation_turns_as_the_rotation_does(machine):
+    """Against float64, and bit for bit: heads of 1 and 0 that `rope_state` turns are cosines and sines."""
+    sessions = rows({"x": 10})
+    for session, position in zip(sessions, (0, 1000003, 77), strict=True):
+        session.states["position"] = np.array([[position]], np.int64)
+    weights = {"inv_freq": weight((10000.0 ** -(np.arange(5) / 5))[None].astype(np.float32))}
+    out = [Shape("f32", 10)]
+    agree(machine, "rope_table_state", sessions, {"scaling": 1.2}, out, 1e-6, weights, cuts=(1, 2))
+    for session in sessions:
+        session.inputs["x"][:] = [1.0] * 5 + [0.0] * 5
+    attrs = {"num_heads": 1, "offset": 0, "interleaved": False, "scaling": 1.2}
+    tables = run(machine, "rope_table_state", sessions, {"scaling": 1.2}, out, weights)
+    heads = run(machine, "rope_state", sessions, attrs, out, weights)
+    for (table,), (turned,) in zip(tables, heads, strict=True):
+        assert np.array_equal(bits(table), bits(turned))
 
 
 def test_advance_moves_live_sessions_only(machine):

@@ -7,6 +7,7 @@ facts stateful
 weight "w" = source("w") : f32[6, 4]
 weight "n" = source("n") : f32[3]
 weight "taps" = source("taps") : f32[6, 3]
+weight "freq" = source("freq") : f32[1, 1]
 state "position" : i64[1, 1] kind=position method=decode init=zeros
 state "k_cache" : f32[64, 3] kind=kv_ring method=decode init=zeros
 state "v_cache" : f32[64, 2] kind=kv_ring method=decode init=zeros
@@ -18,6 +19,7 @@ method decode(max_n=4) {
   %w = weight "w"
   %n = weight "n"
   %taps = weight "taps"
+  %freq = weight "freq"
   %position = state "position"
   %k_cache = state "k_cache"
   %v_cache = state "v_cache"
@@ -30,6 +32,9 @@ SETTINGS = (
 CACHES = "v=%v, position=%position, k_cache=%k_cache, v_cache=%v_cache"
 PLAIN = f"attention_state(%q, %k, {CACHES}, {SETTINGS})"
 NORMED = f"norm_attention_state(%q, %n, %k, %n, eps=1e-06, {CACHES}, {SETTINGS})"
+TABLE = "%table = rope_table_state(%q, %position, %freq, scaling=1.0)"
+BY = "table=%table, offset=1, interleaved=false"
+TURNED = f"rope_attention_state(%q, %n, %k, %n, eps=1e-06, {BY}, {CACHES}, {SETTINGS})"
 PRODUCTS = {
     "linear": ("linear(%y, %w, none)", "bias=none, factor=none, taps=none, tail=none, start=0, residual=false, "
                "level=1.0, addend=none"),
@@ -44,7 +49,7 @@ PRODUCTS = {
 def program(*lines):
     """A method of these lines that returns %o, without the weights and states that none of them reads."""
     body = "".join(f"  {line}\n" for line in lines)
-    names = [name for name in ("w", "n", "taps", "tail") if f"%{name}" not in body]
+    names = [name for name in ("w", "n", "taps", "freq", "tail") if f"%{name}" not in body]
     unread = tuple(f'{kind} "{name}"' for kind in ("weight", "state") for name in names)
     unread += tuple(f"  %{name} =" for name in names)
     head = "".join(f"{line}\n" for line in HEAD.splitlines() if not line.startswith(unread))
@@ -52,14 +57,16 @@ def program(*lines):
 
 
 @pytest.mark.parametrize("product", PRODUCTS)
-@pytest.mark.parametrize("attention", [PLAIN, NORMED])
+@pytest.mark.parametrize("attention", [PLAIN, NORMED, TURNED])
 def test_attention_and_the_product_that_alone_reads_it_become_one(attention, product, run_pass, same_structure):
     before, after = PRODUCTS[product]
-    found = run_pass("fuse.attention_linear", program(f"%y = {attention}", f"%o = {before}"))
+    table = [TABLE] if attention is TURNED else []
+    found = run_pass("fuse.attention_linear", program(*table, f"%y = {attention}", f"%o = {before}"))
     assert (found.record[-1].matches, found.record[-1].near_misses) == (1, [])
-    norms = "%n, %k, %n, eps=1e-06" if attention is NORMED else "none, %k, none, eps=0.0"
-    fused = f"attention_linear_state(%q, {norms}, {CACHES}, {SETTINGS}, weight=%w, {after})"
-    same_structure(found, program(f"%o = {fused}"))
+    norms = "none, %k, none, eps=0.0" if attention is PLAIN else "%n, %k, %n, eps=1e-06"
+    turns = BY if table else "table=none, offset=0, interleaved=false"
+    fused = f"attention_linear_state(%q, {norms}, {turns}, {CACHES}, {SETTINGS}, weight=%w, {after})"
+    same_structure(found, program(*table, f"%o = {fused}"))
 
 
 @pytest.mark.parametrize(
@@ -82,9 +89,11 @@ def test_a_product_of_something_else_is_no_near_miss(run_pass):
     assert (record.matches, record.near_misses) == (0, [])
 
 
+@pytest.mark.parametrize("attention", [NORMED, TURNED])
 @pytest.mark.parametrize("product", PRODUCTS)
-def test_numbers_stay_the_same(product, run_pass, program_of, weights_for, equivalent):
-    before = program_of(program(f"%y = {NORMED}", f"%o = {PRODUCTS[product][0]}"))
+def test_numbers_stay_the_same(attention, product, run_pass, program_of, weights_for, equivalent):
+    table = [TABLE] if attention is TURNED else []
+    before = program_of(program(*table, f"%y = {attention}", f"%o = {PRODUCTS[product][0]}"))
     after = run_pass("fuse.attention_linear", before)
     assert after.record[-1].matches == 1
     assert equivalent(before, after, weights_for(before)) < 1e-6

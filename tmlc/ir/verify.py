@@ -244,7 +244,8 @@ def _states(method: Method) -> None:
 
 def _position(method: Method) -> None:
     cached = [node for op in ATTENTION_WITH_CACHE for node in method.calls(op)]
-    turned, advances = (method.calls(op) for op in ("rope_state", "advance"))
+    turned = [node for op in ("rope_state", "rope_table_state") for node in method.calls(op)]
+    advances = method.calls("advance")
     if not cached and not turned and not advances:
         return
     if len(advances) != 1 or method.calls()[-1] is not advances[0]:

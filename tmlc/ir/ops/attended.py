@@ -11,24 +11,28 @@ from tmlc.ir.ops.attention import attention_state
 from tmlc.ir.ops.fused import linear_add, linear_conv_state
 from tmlc.ir.ops.normed import norm_attention_state
 from tmlc.ir.ops.registry import OPS, need, op
+from tmlc.ir.ops.turned import rope_attention_state
 from tmlc.ir.types import TensorType, ValueType
 
 #: The ops that append to a cache of keys and values.
-ATTENTION_WITH_CACHE = ("attention_state", "norm_attention_state", "attention_linear_state")
+ATTENTION_WITH_CACHE = ("attention_state", "norm_attention_state", "rope_attention_state", "attention_linear_state")
 #: Arguments of attention between its values and the product's weight: those of `attention_state` from position on.
 BEHIND_VALUES = 14
 
 
 def _attention_linear_state(
-    q: TensorType, q_norm: TensorType | None, k: TensorType, k_norm: TensorType | None, eps: float, v: TensorType,
-    *args: Any,
+    q: TensorType, q_norm: TensorType | None, k: TensorType, k_norm: TensorType | None, eps: float,
+    table: TensorType | None, offset: int, interleaved: bool, v: TensorType, *args: Any,
 ) -> ValueType:  # fmt: skip
     behind, product = args[:BEHIND_VALUES], args[BEHIND_VALUES:]
     weight, bias, factor, taps, tail, start, residual, level, addend = product
     need((q_norm is None) == (k_norm is None), "q_norm and k_norm come together")
     need((taps is None) == (tail is None), "taps and tail come together")
     heads: Any
-    if q_norm is None:
+    if table is not None:
+        shapes: Any = OPS["rope_attention_state"].shapes
+        heads = shapes(q, q_norm, k, k_norm, eps, table, offset, interleaved, v, *behind)
+    elif q_norm is None:
         heads = OPS["attention_state"].shapes(q, k, v, *behind)
     else:
         heads = OPS["norm_attention_state"].shapes(q, q_norm, k, k_norm, eps, v, *behind)
@@ -37,21 +41,25 @@ def _attention_linear_state(
 
 
 @op(
-    "attention_linear_state(Tensor q, Tensor? q_norm, Tensor k, Tensor? k_norm, float eps, Tensor v, Tensor position,"
-    " Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor? rel, Tensor? rel_table, int num_heads, int num_kv_heads,"
-    " float scale, int window, int sinks, float log_floor, float log_alpha, Tensor? sink_logits, float softcap,"
-    " Tensor weight, Tensor? bias, Tensor? factor, Tensor? taps, Tensor(c!)? tail, int start, bool residual,"
-    " float level, Tensor? addend) -> Tensor",
+    "attention_linear_state(Tensor q, Tensor? q_norm, Tensor k, Tensor? k_norm, float eps, Tensor? table, int offset,"
+    " bool interleaved, Tensor v, Tensor position, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor? rel,"
+    " Tensor? rel_table, int num_heads, int num_kv_heads, float scale, int window, int sinks, float log_floor,"
+    " float log_alpha, Tensor? sink_logits, float softcap, Tensor weight, Tensor? bias, Tensor? factor, Tensor? taps,"
+    " Tensor(c!)? tail, int start, bool residual, float level, Tensor? addend) -> Tensor",
     _attention_linear_state,
     from_pass=True,
 )
 def attention_linear_state(
-    q: Tensor, q_norm: Tensor | None, k: Tensor, k_norm: Tensor | None, eps: float, v: Tensor, *args: Any
-) -> Tensor:
-    """(addend +) factor·linear of attention (with q_norm of normed heads), with taps through linear_conv_state."""
+    q: Tensor, q_norm: Tensor | None, k: Tensor, k_norm: Tensor | None, eps: float, table: Tensor | None, offset: int,
+    interleaved: bool, v: Tensor, *args: Any,
+) -> Tensor:  # fmt: skip
+    """(addend +) factor·linear of attention (of normed heads with q_norm, of turned ones with a table), with taps
+    through linear_conv_state."""
     behind, product = args[:BEHIND_VALUES], args[BEHIND_VALUES:]
     weight, bias, factor, taps, tail, start, residual, level, addend = product
-    if q_norm is None or k_norm is None:
+    if table is not None:
+        heads = rope_attention_state(q, q_norm, k, k_norm, eps, table, offset, interleaved, v, *behind)
+    elif q_norm is None or k_norm is None:
         heads = attention_state(q, k, v, *behind)
     else:
         heads = norm_attention_state(q, q_norm, k, k_norm, eps, v, *behind)

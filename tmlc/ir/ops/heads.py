@@ -27,15 +27,20 @@ def rope(x: Tensor, inv_freq: Tensor, num_heads: int, offset: int, interleaved: 
     The pair (a, b) becomes (a·cos - b·sin, b·cos + a·sin), cos and sin times `scaling`; pair j is (j, j + R/2) of the
     rotated columns, or (2j, 2j + 1) when interleaved. The angle is a float32 product, as in transformers.
     """
-    return _rotate(x, torch.arange(x.shape[0], device=x.device), inv_freq, num_heads, offset, interleaved, scaling)
+    table = _table(x, torch.arange(x.shape[0], device=x.device), inv_freq, scaling)
+    return turned_heads(x, table, num_heads, offset, interleaved)
 
 
-def _rotate(
-    x: Tensor, positions: Tensor, inv_freq: Tensor, num_heads: int, offset: int, interleaved: bool, scaling: float
-) -> Tensor:
-    n, half = x.shape[0], inv_freq.shape[-1]
-    angle = wide(positions[:, None].float() * inv_freq.reshape(1, half).float(), x)[:, None]
-    cos, sin = angle.cos() * scaling, angle.sin() * scaling
+def _table(x: Tensor, positions: Tensor, inv_freq: Tensor, scaling: float) -> Tensor:
+    """Cosines and then sines of each position: [n, R]."""
+    angle = wide(positions[:, None].float() * inv_freq.reshape(1, -1).float(), x)
+    return torch.cat([angle.cos(), angle.sin()], -1) * scaling
+
+
+def turned_heads(x: Tensor, table: Tensor, num_heads: int, offset: int, interleaved: bool) -> Tensor:
+    """rope of x [n, H·D] by the cosines and sines of its rows, table [n, R]."""
+    n, half = x.shape[0], table.shape[-1] // 2
+    cos, sin = table[:, None, :half], table[:, None, half:]
     heads = x.reshape(n, num_heads, -1)
     turned = heads[..., offset : offset + 2 * half]
     if interleaved:
@@ -68,8 +73,24 @@ def rope_state(
     x: Tensor, position: Tensor, inv_freq: Tensor, num_heads: int, offset: int, interleaved: bool, scaling: float
 ) -> Tensor:
     """rope of new positions: row i is at position + i. It reads the position; `advance` changes it."""
+    table = rope_table_state(x, position, inv_freq, scaling)
+    return turned_heads(x, table, num_heads, offset, interleaved)
+
+
+def _rope_table_state(x: TensorType, position: TensorType, inv_freq: TensorType, scaling: float) -> TensorType:
+    need(position == TensorType("i64", (1, 1)), f"position must be i64[1, 1], not {position}")
+    return TensorType("f32", (matrix(x, "x")[0], 2 * vector(inv_freq, "inv_freq")))
+
+
+@op(
+    "rope_table_state(Tensor x, Tensor position, Tensor inv_freq, float scaling) -> Tensor",
+    _rope_table_state,
+    from_pass=True,
+)
+def rope_table_state(x: Tensor, position: Tensor, inv_freq: Tensor, scaling: float) -> Tensor:
+    """What rope_state turns x's rows by, [n, R]: the cosines of R/2 angles and then their sines, times `scaling`."""
     positions = int(position) + torch.arange(x.shape[0], device=x.device)
-    return _rotate(x, positions, inv_freq, num_heads, offset, interleaved, scaling)
+    return _table(x, positions, inv_freq, scaling)
 
 
 def _head_columns(x: TensorType, num_heads: int, start: int, stop: int) -> TensorType:
