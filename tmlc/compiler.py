@@ -22,7 +22,7 @@ from tmlc.emit.packing import check_finite
 from tmlc.emit.targets import Coverage, Emitted, Progress, StoredWeight, check_choice, find_target, weight_entries
 from tmlc.errors import CheckpointError, PackageError, TmlcError, UsageError
 from tmlc.frontend import load_program
-from tmlc.frontend.checkpoint import Checkpoint, open_checkpoint
+from tmlc.frontend.checkpoint import Checkpoint, open_checkpoint, open_unread
 from tmlc.ir.program import PassRecord, Program
 from tmlc.ir.text import print_program
 from tmlc.package import PackageWriter, WeightItem
@@ -134,7 +134,8 @@ def compile(
     """Compiles a checkpoint into a package.
 
     Args:
-        checkpoint: a folder in the Hugging Face form, or one that `open_checkpoint` opened.
+        checkpoint: a folder in the Hugging Face form, or one that `open_checkpoint` opened. With `stop_after` or
+            `dry_run`, and without `check`, one with config.json alone will do.
         out: the package to write; a package that is there is replaced when the new one is whole.
         target: "cpu", "onnx", or "tensorrt:" or "triton:" and an architecture (`tmlc.emit.targets`).
         precision: "fp32", "bf16" or "fp16" (linears, experts, embeddings, keys and values), "int8", "fp8" or "int4"
@@ -174,14 +175,16 @@ def compile(
 
     with _timed(seconds, "load"):
         tell("reading the checkpoint", 0, 1)
-        source = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(checkpoint)
+        unread = (stop_after is not None or dry_run) and not check
+        opened = open_unread if unread else open_checkpoint
+        source = checkpoint if isinstance(checkpoint, Checkpoint) else opened(checkpoint)
         if check:
             source.scan_finite()  # a NaN would look like a pass that changes outputs
         bounds = {"context": context, "policy": context_policy, "sinks": sinks, "max_append": max_append}
         traced = load_program(source, bounds)
         tell("reading the checkpoint", 1, 1)
     with _timed(seconds, "passes"):
-        steps = _configured(steps, precision, bounds, kv)
+        steps = _configured(steps, precision, bounds, kv, source.has_values)
         for step in steps.steps:  # a pipeline can choose a precision too
             check_choice(chosen, QUANTISERS.get(step.name), None, PRECISIONS)
         checker = Checker(traced, source) if check else None
@@ -275,12 +278,16 @@ def _configured(
     precision: str | None,
     bounds: dict[str, Any],
     kv: str | None,
+    has_values: bool,
 ) -> Pipeline:
-    """The steps with the settings that a call of `compile` may override."""
+    """The steps with the settings that a call of `compile` may override. A quantizer that has no values to read makes
+    no report of its errors."""
     kv_dtype = KV[kv] if kv is not None else {"fp32": "f32", "fp16": "f16", None: None}.get(precision, "bf16")
     coder = next((name for name, kind in QUANTISERS.items() if kind == precision), None)
     if coder is not None:
         steps = with_codes(steps, coder)
+        if not has_values:
+            steps = steps.configure(coder, report=False)
     steps = steps.configure("quantize.cast", precision=precision if coder is None else "bf16")
     return steps.configure("state.insert", **bounds, kv_dtype=kv_dtype)
 

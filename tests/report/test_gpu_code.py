@@ -67,7 +67,7 @@ def test_wrong_usage_of_the_modules_is_exit_2_with_the_reason(monkeypatch, capsy
 
 
 @pytest.mark.parametrize(
-    ("argument", "words"), [("giant", "unknown preset"), ("--disable=nothing", "no pass 'nothing'")]
+    ("argument", "words"), [("giant", "neither a preset nor a checkpoint"), ("--disable=nothing", "no pass 'nothing'")]
 )
 def test_a_plan_of_nothing_that_there_is_is_exit_2_too(monkeypatch, capsys, argument, words):
     monkeypatch.setenv("TMLC_CACHE", "off")

@@ -64,6 +64,9 @@ class Checkpoint:
     out like the checkpoint's own.
     """
 
+    #: Whether there are values to read, under the names and in the layouts that the checkpoint chose.
+    has_values = True
+
     def __init__(self, folder: Path, config: dict[str, Any], tensors: dict[str, TensorInfo]) -> None:
         self.folder, self.config, self.tensors = folder, config, tensors
         self.constants: dict[str, torch.Tensor] = {}
@@ -211,6 +214,31 @@ class Checkpoint:
             )
 
 
+class ConfigOnly(Checkpoint):
+    """What `config.json` says of a checkpoint whose shards are not there: it has every weight that the model needs, in
+    bfloat16 under the model's own names, and no values. For whoever reads none: dry runs, plans, machine code.
+
+    How a checkpoint is quantised (`quantization_config`) is left out: that decides how values are read, and nothing of
+    the program.
+    """
+
+    has_values = False
+
+    def __init__(self, folder: Path, config: dict[str, Any]) -> None:
+        super().__init__(folder, {key: value for key, value in config.items() if key != "quantization_config"}, {})
+
+    def require(self, expected: dict[str, tuple[tuple[int, ...], bool]], ignore: Callable[[str], bool]) -> None:
+        for name, (shape, floating) in expected.items():
+            self.tensors[name] = TensorInfo(name, "", "BF16" if floating else "I64", tuple(shape))
+        self.__dict__.pop("weights", None)  # made anew from what is known now
+
+    def get(self, name: str) -> torch.Tensor:
+        if name in self.constants:
+            return self.constants[name]
+        what = f"tensor {name!r} has no values: config.json is there, and no shards"
+        raise CheckpointError(what, where=str(self.folder), fix="put the checkpoint's safetensors files beside it")
+
+
 FIX_INCOMPLETE = "the checkpoint is incomplete: copy or download it again"
 
 
@@ -237,7 +265,8 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
     index_file = path / INDEX
     if not index_file.is_file():
         if not (path / SINGLE).is_file():
-            raise CheckpointError(f"neither {INDEX} nor {SINGLE}", where=str(path), fix=FIX_INCOMPLETE)
+            fix = f"{FIX_INCOMPLETE}; config.json alone does for `tmlc plan` and `tmlc compile --dry-run`"
+            raise CheckpointError(f"neither {INDEX} nor {SINGLE}", where=str(path), fix=fix)
         return Checkpoint(path, config, read_header(path / SINGLE))
     weight_map = _read_json(index_file).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -267,6 +296,18 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
             f"listed in the index, not in its shard: {listed(lost)}", where=str(path), fix=FIX_INCOMPLETE
         )
     return Checkpoint(path, config, {n: tensors[n] for n in weight_map})
+
+
+def open_unread(folder: str | Path) -> Checkpoint:
+    """`open_checkpoint` for whoever reads no weight: a folder with `config.json` and no shards will do.
+
+    Raises:
+        CheckpointError: as `open_checkpoint`.
+    """
+    path = Path(folder)
+    if path.is_dir() and not any((path / name).exists() for name in (INDEX, SINGLE)):
+        return ConfigOnly(path, _read_json(path / "config.json"))
+    return open_checkpoint(path)
 
 
 def read_header(file: Path) -> dict[str, TensorInfo]:

@@ -21,7 +21,7 @@ from tmlc.errors import TmlcError, UsageError
 from tmlc.kernels.triton.bucket import Bucket
 from tmlc.kernels.triton.launch import Launch, Variant
 from tmlc.pipeline.pipeline import load_pipeline
-from tmlc.report.gpu_plan import lowered_preset
+from tmlc.report.gpu_plan import lowered_model
 
 _INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\d+ )?([A-Z0-9_.]+)", re.MULTILINE)
 #: Column → instructions of it, as nvdisasm names them.
@@ -104,7 +104,7 @@ def launches_of(
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tmlc.report.gpu_code")
-    parser.add_argument("preset", help="of the zoo, e.g. small")
+    parser.add_argument("model", help="a preset of the zoo, e.g. small, or a folder with a config.json")
     parser.add_argument("method", help="e.g. decode")
     parser.add_argument("--sessions", type=int, default=1, help="of the bucket")
     parser.add_argument("--positions", type=int, default=1, help="of the bucket")
@@ -118,7 +118,7 @@ def main() -> None:
     if chosen.overlap:
         steps = steps.before("memory.buckets", "memory.overlap")
     try:
-        _, lowered, sm = lowered_preset(chosen.preset, chosen.target, chosen.precision, steps)
+        _, lowered, sm = lowered_model(chosen.model, chosen.target, chosen.precision, steps)
         launches = launches_of(lowered.launches[sm], chosen.method, Bucket(chosen.sessions, chosen.positions))
         known = list(dict.fromkeys(launch.kernel for launch in launches))
         if chosen.kernel not in (None, *known):

@@ -1,22 +1,21 @@
 """Kernels and plan of a model that no machine here could hold: `python -m tmlc.report.gpu_plan tml-small-276b` prints
 one JSON line with the seconds of each stage and the peaks of memory (of this process, and of the largest child that
-compiled kernels).
+compiled kernels). In place of a preset's name a checkpoint's folder will do, of which config.json alone is read.
 
-The checkpoint is all holes (a sparse file: headers, and no data), so everything is what `tmlc compile` does up to the
-weights, which are never read: tracing, passes, lowering to launches, compiling every kernel, and the JSON of the plan.
-Nothing is written, and the module run by itself does not use the compile cache. `--launches` stops before kernels are
-compiled and prints how many launches a call of each method makes in its smallest bucket, and each graph of a tick for
-one session; `--disable` leaves out passes.
+Everything is what `tmlc compile` does up to the weights, which are never read: tracing, passes, lowering to launches,
+compiling every kernel, and the JSON of the plan. Nothing is written, and the module run by itself does not use the
+compile cache. `--launches` stops before kernels are compiled and prints how many launches a call of each method makes
+in its smallest bucket, and each graph of a tick for one session; `--disable` leaves out passes.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import resource
 import sys
-import tempfile
 import time
 from collections import Counter
 from pathlib import Path
@@ -28,49 +27,8 @@ from tmlc.report.startup import peak_rss_bytes
 
 if TYPE_CHECKING:
     from tmlc.emit.triton.target import Lowerings, TritonTarget
+    from tmlc.frontend.checkpoint import Checkpoint
     from tmlc.ir.program import Program
-
-SHARD_BYTES = 4 << 30
-
-
-def create_hollow_checkpoint(preset: str, folder: Path) -> int:
-    """Writes a bfloat16 checkpoint of a zoo preset that takes no room: its tensors are holes, which read as zeros.
-    Returns the bytes that they would take."""
-    import torch
-
-    from tmlc.model_zoo.interaction.config import InteractionConfig
-    from tmlc.model_zoo.interaction.modeling import InteractionModel
-
-    config = InteractionConfig.from_preset(preset)
-    with torch.device("meta"):
-        tensors = InteractionModel(config).state_dict()
-    shards: list[dict[str, tuple[int, ...]]] = [{}]
-    used = total = 0
-    for name, tensor in tensors.items():
-        size = 2 * tensor.numel()
-        if shards[-1] and used + size > SHARD_BYTES:
-            shards.append({})
-            used = 0
-        shards[-1][name] = tuple(tensor.shape)
-        used, total = used + size, total + size
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(config.to_dict()), "utf-8")
-    index = {}
-    for number, shard in enumerate(shards, 1):
-        file_name = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        header, at = {}, 0
-        for name, shape in shard.items():
-            index[name] = file_name
-            size = 2 * tensors[name].numel()
-            header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [at, at + size]}
-            at += size
-        text = json.dumps(header).encode()
-        with (folder / file_name).open("wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            file.truncate(8 + len(text) + at)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}), "utf-8")
-    return total
-
 
 def triton_target(name: str) -> TritonTarget:
     """The Triton target of that name. Raises UsageError for another one."""
@@ -83,6 +41,26 @@ def triton_target(name: str) -> TritonTarget:
     return found
 
 
+def unread_source(model: str) -> Checkpoint:
+    """The model that a plan is made of, to be compiled without reading a weight: a checkpoint's folder, of which
+    config.json alone will do, or a preset of the zoo. What has the name of a preset and is no checkpoint (an empty
+    folder `small`) is the preset.
+
+    Raises:
+        UsageError: it is neither.
+        CheckpointError: the folder is a damaged checkpoint.
+    """
+    from tmlc.frontend.checkpoint import ConfigOnly, open_unread
+    from tmlc.model_zoo.interaction.config import PRESETS, InteractionConfig
+
+    path = Path(model)
+    if path.is_dir() and (model not in PRESETS or (path / "config.json").is_file()):
+        return open_unread(path)
+    if model in PRESETS:
+        return ConfigOnly(path, InteractionConfig.from_preset(model).to_dict())
+    raise UsageError(f"{model!r} is neither a preset nor a checkpoint", fix=f"presets: {', '.join(PRESETS)}")
+
+
 def unreading(steps: Pipeline, precision: str) -> Pipeline:
     """The pipeline for that precision, without what would read every weight: the report of a quantizer."""
     from tmlc.compiler import QUANTISERS, with_codes
@@ -91,18 +69,32 @@ def unreading(steps: Pipeline, precision: str) -> Pipeline:
     return steps if coder is None else with_codes(steps, coder).configure(coder, report=False)
 
 
+def program_of(source: Checkpoint, target: str, precision: str, pipeline: Pipeline) -> Program:
+    """What is lowered to launches, after the passes. No weight is read.
+
+    Raises:
+        UsageError: no such target or precision.
+    """
+    from tmlc.compiler import compile
+
+    steps = unreading(pipeline, precision)
+    report = compile(source, "", target=target, precision=precision, pipeline=steps, stop_after="memory.buckets")
+    assert report.program is not None
+    return report.program
+
+
 def plan_on_meta(
-    preset: str, target: str, precision: str, jobs: int | None = None, pipeline: Pipeline | None = None
+    model: str, target: str, precision: str, jobs: int | None = None, pipeline: Pipeline | None = None
 ) -> dict[str, Any]:
     """Everything of a compilation but the weights, with its figures. `pipeline`: default is the target's own.
 
     Raises:
-        UsageError: no such preset, target or precision.
+        UsageError, CheckpointError: no such model, target or precision.
         EmitError: an op has no kernel, or a kernel does not compile.
     """
-    from tmlc.compiler import compile
     from tmlc.emit.triton.build import build_variants, default_jobs
     from tmlc.emit.triton.plan import launches_json, variants_json
+    from tmlc.frontend.checkpoint import DTYPES
 
     chosen = triton_target(target)
     seconds: dict[str, float] = {}
@@ -114,36 +106,30 @@ def plan_on_meta(
         seconds[stage], started = round(now - started, 2), now
         print(f"{stage}: {seconds[stage]} s", file=sys.stderr)
 
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch) / preset
-        weight_bytes = create_hollow_checkpoint(preset, folder)
-        lap("checkpoint of holes")
-        steps = unreading(pipeline or load_pipeline("triton"), precision)
-        report = compile(
-            folder, scratch, target=target, precision=precision, pipeline=steps, stop_after="memory.buckets"
-        )
-        lap("trace and passes")
-        assert report.program is not None
-        lowered = chosen.lower(report.program)
-        lap("lower to launches")
-        variants = lowered.variants()
-        compiled = build_variants(variants, jobs=jobs)
-        lap("compile kernels")
-        weights = {name: number for number, name in enumerate(lowered.weights())}
-        size = 0
-        for sm in chosen.architectures:
-            own = {variant: figures for variant, figures in compiled.items() if variant.sm == sm}
-            places = {variant: number for number, variant in enumerate(own)}
-            launches = launches_json(lowered.all(sm), sm, places, weights)
-            size += len(json.dumps([variants_json(own), launches], separators=(",", ":")))
-        lap("plan")
+    source = unread_source(model)
+    program = program_of(source, target, precision, pipeline or load_pipeline("triton"))
+    lap("trace and passes")
+    lowered = chosen.lower(program)
+    lap("lower to launches")
+    variants = lowered.variants()
+    compiled = build_variants(variants, jobs=jobs)
+    lap("compile kernels")
+    weights = {name: number for number, name in enumerate(lowered.weights())}
+    size = 0
+    for sm in chosen.architectures:
+        own = {variant: figures for variant, figures in compiled.items() if variant.sm == sm}
+        places = {variant: number for number, variant in enumerate(own)}
+        launches = launches_json(lowered.all(sm), sm, places, weights)
+        size += len(json.dumps([variants_json(own), launches], separators=(",", ":")))
+    lap("plan")
     spilled = {f"{v.kernel} {dict(v.constexprs)}": f.spill_bytes for v, f in compiled.items() if f.spill_bytes}
     count, child = jobs or default_jobs(), 1024 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     return {
-        "preset": preset, "target": target, "precision": precision, "seconds": seconds,
+        "model": model, "target": target, "precision": precision, "seconds": seconds,
         "total_seconds": round(sum(seconds.values()), 2), "jobs": count, "peak_bytes": peak_rss_bytes(),
         "peak_bytes_of_a_child": child, "peak_bytes_of_all": peak_rss_bytes() + count * child,
-        "checkpoint_bytes": weight_bytes, "launches": sum(len(lowered.all(sm)) for sm in chosen.architectures),
+        "checkpoint_bytes": sum(math.prod(t.shape) * DTYPES[t.dtype][1] for t in source.tensors.values()),
+        "launches": sum(len(lowered.all(sm)) for sm in chosen.architectures),
         "chains": sum(map(len, lowered.chains.values())), "variants": len(variants),
         "kernels": dict(Counter(v.kernel for v in variants)), "plan_bytes": size,
         "cubin_bytes": sum(len(f.cubin) for f in compiled.values()), "arena_bytes": lowered.arena_bytes,
@@ -152,38 +138,27 @@ def plan_on_meta(
     }  # fmt: skip
 
 
-def lowered_preset(
-    preset: str, target: str, precision: str, pipeline: Pipeline
-) -> tuple[Program, Lowerings, int]:
-    """The program of a zoo preset, its launches, and the first architecture of the target. No kernel is compiled and no
+def lowered_model(model: str, target: str, precision: str, pipeline: Pipeline) -> tuple[Program, Lowerings, int]:
+    """The program of a model, its launches, and the first architecture of the target. No kernel is compiled and no
     weight read.
 
     Raises:
-        UsageError: no such preset, target or precision.
+        UsageError, CheckpointError: no such model, target or precision.
         EmitError: an op has no kernel.
     """
-    from tmlc.compiler import compile
-
     chosen = triton_target(target)
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch) / preset
-        create_hollow_checkpoint(preset, folder)
-        steps = unreading(pipeline, precision)
-        report = compile(
-            folder, scratch, target=target, precision=precision, pipeline=steps, stop_after="memory.buckets"
-        )
-    assert report.program is not None
-    return report.program, chosen.lower(report.program), chosen.architectures[0]
+    program = program_of(unread_source(model), target, precision, pipeline)
+    return program, chosen.lower(program), chosen.architectures[0]
 
 
-def launches_of_calls(preset: str, target: str, precision: str, pipeline: Pipeline) -> dict[str, dict[str, int]]:
+def launches_of_calls(model: str, target: str, precision: str, pipeline: Pipeline) -> dict[str, dict[str, int]]:
     """Kernel → launches: of a call of each method in its smallest bucket (`decode`), and of the graphs of a tick for
     one session (`listen.b1`)."""
     from tmlc.emit.triton.chains import chains_of
     from tmlc.kernels.triton.bucket import Bucket
     from tmlc.runtimes.cuda.chains import Link
 
-    program, lowered, sm = lowered_preset(preset, target, precision, pipeline)
+    program, lowered, sm = lowered_model(model, target, precision, pipeline)
     methods = lowered.launches[sm]
     found = {name: buckets[min(buckets, key=lambda b: (b.batch, b.n))] for name, buckets in methods.items()}
     for chain in chains_of(program, lowered.methods, lowered.buckets):
@@ -195,7 +170,7 @@ def launches_of_calls(preset: str, target: str, precision: str, pipeline: Pipeli
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tmlc.report.gpu_plan")
-    parser.add_argument("preset", help="of the zoo, e.g. tml-small-276b")
+    parser.add_argument("model", help="a preset of the zoo, e.g. tml-small-276b, or a folder with a config.json")
     parser.add_argument("--target", default="triton:sm90")
     parser.add_argument("--precision", default="bf16")
     parser.add_argument("--overlap", action="store_true", help="with the pass memory.overlap")
@@ -216,11 +191,11 @@ def _print(chosen: argparse.Namespace) -> None:
     if chosen.overlap:
         steps = steps.before("memory.buckets", "memory.overlap")
     if chosen.launches:
-        found = launches_of_calls(chosen.preset, chosen.target, chosen.precision, steps)
+        found = launches_of_calls(chosen.model, chosen.target, chosen.precision, steps)
         for method, kernels in found.items():
             print(f"{method:13}{sum(kernels.values()):5}  {', '.join(f'{k} {n}' for k, n in kernels.items())}")
         return
-    print(json.dumps(plan_on_meta(chosen.preset, chosen.target, chosen.precision, chosen.jobs, steps)))
+    print(json.dumps(plan_on_meta(chosen.model, chosen.target, chosen.precision, chosen.jobs, steps)))
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ def load_foreign(
     from tmlc.frontend.foreign.lift import Lifter
     from tmlc.frontend.foreign.model import build, export
     from tmlc.frontend.foreign.rows import Param
-    from tmlc.frontend.foreign.weights import ForeignWeights
+    from tmlc.frontend.foreign.weights import ForeignWeights, tied_names
     from tmlc.ir.program import Method, PassRecord, Program
     from tmlc.ir.verify import verify
 
@@ -61,7 +61,7 @@ def load_foreign(
     tell = on_progress or (lambda name: None)
     tell("config")
     model, notes = build(checkpoint)
-    weights = ForeignWeights(checkpoint, model, getattr(model, "_tied_weights_keys", None) or {})
+    weights = ForeignWeights(checkpoint, model, tied_names(checkpoint, model))
     tell("export")
     exported = export(model)
     tell("match")

@@ -20,6 +20,7 @@ from tmlc.errors import CheckpointError, FrontendError, UsageError, reason
 from tmlc.frontend.checkpoint import Checkpoint
 from tmlc.frontend.foreign.graph import simplify
 from tmlc.frontend.foreign.versions import INSTALL, check_version
+from tmlc.model_zoo.interaction.config import MOST_LAYERS
 
 #: model_type → the class that a checkpoint of it must have been saved from.
 FAMILIES = {
@@ -90,7 +91,7 @@ def build(checkpoint: Checkpoint) -> tuple[nn.Module, list[str]]:
         except Exception as error:
             what = f"transformers refuses the config: {reason(error)}"
             raise CheckpointError(what, where=where, fix="correct it") from error
-        _refuse(config, where, len(checkpoint.tensors))
+        _refuse(config, where, checkpoint)
         config._attn_implementation = "eager"
         try:
             with torch.device("meta"):
@@ -103,12 +104,16 @@ def build(checkpoint: Checkpoint) -> tuple[nn.Module, list[str]]:
     return model, notes
 
 
-def _refuse(config: Any, where: str, tensors: int) -> None:
+def _refuse(config: Any, where: str, checkpoint: Checkpoint) -> None:
     """Configs whose graph would be another one at another length, that need files beside the config, or that have more
     layers than the checkpoint could have weights for: they would all be built."""
     layers = getattr(config, "num_hidden_layers", 1)
-    if not isinstance(layers, int) or not 1 <= layers <= tensors:
-        what = f"num_hidden_layers is {str(layers)[:40]}, and the checkpoint has {tensors} tensors"
+    most, bound = MOST_LAYERS, f"at most {MOST_LAYERS} are built"
+    if checkpoint.has_values:
+        most = len(checkpoint.tensors)
+        bound = f"the checkpoint has {most} tensors"
+    if not isinstance(layers, int) or not 1 <= layers <= most:
+        what = f"num_hidden_layers is {str(layers)[:40]}, and {bound}"
         raise CheckpointError(what, where=where, fix="give the config and the shards of one model")
     rope = getattr(config, "rope_parameters", None) or {}
     for parameters in rope.values() if rope and all(isinstance(v, Mapping) for v in rope.values()) else [rope]:

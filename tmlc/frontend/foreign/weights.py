@@ -28,6 +28,14 @@ _EXPERTS = (
 _RENAMED = ((".mlp.gate.", ".block_sparse_moe.gate."),)
 
 
+def tied_names(checkpoint: Checkpoint, model: nn.Module) -> Mapping[str, str]:
+    """Parameters that may be absent from a checkpoint, and which one stands for each. Whether they are absent the
+    checkpoint shows; where it has no tensors its config says so."""
+    found: Mapping[str, str] = getattr(model, "_tied_weights_keys", None) or {}
+    config: Any = model.config
+    return found if checkpoint.has_values or config.tie_word_embeddings else {}
+
+
 class ForeignWeights:
     """The weights of a module, by their names in it.
 
@@ -38,7 +46,8 @@ class ForeignWeights:
     def __init__(self, checkpoint: Checkpoint, model: nn.Module, tied: Mapping[str, str]) -> None:
         self.map, self._checkpoint = WeightMap(), checkpoint
         self._tensors = dict(model.state_dict(keep_vars=True))
-        self._tied = {a: b for a, b in tied.items() if a not in checkpoint.weights and a in self._tensors}
+        absent = [name for name in tied if name in self._tensors and name not in checkpoint.weights]
+        self._tied = {name: tied[name] for name in absent}
         expected: dict[str, tuple[tuple[int, ...], bool]] = {}
         for name, tensor in self._tensors.items():
             if name not in self._tied:
@@ -78,7 +87,7 @@ class ForeignWeights:
     def _disk(self, name: str) -> list[str | tuple[str, ...]]:
         """The checkpoint's tensors that make a parameter: itself, or for every expert its one or two."""
         stack = _STACK.fullmatch(name)
-        if name in self._checkpoint.weights:
+        if name in self._checkpoint.weights or not self._checkpoint.has_values:
             return [name]
         if stack is None:
             other = [name.replace(a, b) for a, b in _RENAMED if a in name]

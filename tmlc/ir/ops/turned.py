@@ -19,7 +19,7 @@ def _rope_attention_state(
     offset: int, interleaved: bool, *args: Any,
 ) -> TensorType:  # fmt: skip
     need((q_norm is None) == (k_norm is None), "q_norm and k_norm come together")
-    made: TensorType
+    made: Any
     if q_norm is None:
         made = OPS["attention_state"].shapes(q, k, *args)
     else:
@@ -30,7 +30,8 @@ def _rope_attention_state(
     need(turned % 2 == 0, f"the table must have cosines and as many sines, not {turned} columns")
     width = exact(q.cols, num_heads, "columns of q per head")
     need(offset >= 0 and offset + turned <= width, f"{turned} columns from {offset} are not inside heads of {width}")
-    return made
+    heads: TensorType = made
+    return heads
 
 
 @op(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 
 from tmlc.errors import IRError, PackageError, UsageError
@@ -15,8 +14,7 @@ def load_planned(source: str, precision: str | None, context: int | None) -> tup
     """The program after the passes of the CPU target, and its precision.
 
     Args:
-        source: the name of a preset, a checkpoint's folder, or a package. What has the name of a preset and is no
-            checkpoint (`tmlc plan small` beside an empty folder `small`) is the preset.
+        source: the name of a preset, a checkpoint's folder (config.json alone will do), or a package.
         precision: of the plan; None takes the package's own, else bf16.
         context: positions that a session keeps; None takes the model's.
 
@@ -25,26 +23,16 @@ def load_planned(source: str, precision: str | None, context: int | None) -> tup
         CheckpointError, PackageError: it is damaged.
     """
     from tmlc.compiler import compile
-    from tmlc.model_zoo.interaction.config import PRESETS
-    from tmlc.report.gpu_plan import create_hollow_checkpoint
+    from tmlc.report.gpu_plan import unread_source
 
     path = Path(source)
     if path.is_file() or (path / "manifest.json").is_file():
         return _packaged(path, precision, context)
     chosen = precision or "bf16"
-    options = {"target": "cpu", "precision": COMPILE_AS.get(chosen, "bf16"), "stop_after": "memory.plan"}
-    if path.is_dir() and (source not in PRESETS or (path / "config.json").is_file()):
-        report = compile(path, path, context=context, **options)  # type: ignore[arg-type]
-    elif source in PRESETS:
-        with tempfile.TemporaryDirectory() as scratch:
-            folder = Path(scratch) / "checkpoint"
-            create_hollow_checkpoint(source, folder)
-            report = compile(folder, scratch, context=context, **options)  # type: ignore[arg-type]
-    else:
-        raise UsageError(
-            f"{source!r} is neither a preset nor a checkpoint nor a package",
-            fix=f"presets: {', '.join(PRESETS)}",
-        )
+    own = COMPILE_AS.get(chosen, "bf16")
+    report = compile(
+        unread_source(source), "", target="cpu", precision=own, stop_after="memory.plan", context=context
+    )
     assert report.program is not None
     return report.program, chosen
 
