@@ -60,6 +60,13 @@ def edit(folder, **changes):
     (folder / "config.json").write_text(json.dumps(config | changes))
 
 
+def test_more_experts_than_tensors_are_missed_and_not_counted_out(saved):
+    folder = saved("mixtral", 0)
+    edit(folder, num_local_experts=10**9)
+    with pytest.raises(CheckpointError, match=r"missing tensors: model\.layers\.0\..*experts"):
+        load_program(folder)
+
+
 @pytest.mark.parametrize(
     "changes, complaint",
     [

@@ -85,13 +85,14 @@ def build(checkpoint: Checkpoint) -> tuple[nn.Module, list[str]]:
         raise CheckpointError(f"the checkpoint is of {named[:100]}", where=where, fix=fix)
     if not hasattr(transformers, family):
         raise UsageError(f"transformers {transformers.__version__} has no {family}", fix=f"{INSTALL} --upgrade")
+    _refuse_layers(raw, where, checkpoint)
     with _quiet("transformers"):
         try:
             config = CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
         except Exception as error:
             what = f"transformers refuses the config: {reason(error)}"
             raise CheckpointError(what, where=where, fix="correct it") from error
-        _refuse(config, where, checkpoint)
+        _refuse_rotations(config, where)
         config._attn_implementation = "eager"
         try:
             with torch.device("meta"):
@@ -104,10 +105,10 @@ def build(checkpoint: Checkpoint) -> tuple[nn.Module, list[str]]:
     return model, notes
 
 
-def _refuse(config: Any, where: str, checkpoint: Checkpoint) -> None:
-    """Configs whose graph would be another one at another length, that need files beside the config, or that have more
-    layers than the checkpoint could have weights for: they would all be built."""
-    layers = getattr(config, "num_hidden_layers", 1)
+def _refuse_layers(raw: Mapping[str, Any], where: str, checkpoint: Checkpoint) -> None:
+    """More layers than the checkpoint could have weights for: transformers would build them all, and before that, as it
+    reads the config, a list of their types."""
+    layers = raw.get("num_hidden_layers", 1)
     most, bound = MOST_LAYERS, f"at most {MOST_LAYERS} are built"
     if checkpoint.has_values:
         most = len(checkpoint.tensors)
@@ -115,6 +116,10 @@ def _refuse(config: Any, where: str, checkpoint: Checkpoint) -> None:
     if not isinstance(layers, int) or not 1 <= layers <= most:
         what = f"num_hidden_layers is {str(layers)[:40]}, and {bound}"
         raise CheckpointError(what, where=where, fix="give the config and the shards of one model")
+
+
+def _refuse_rotations(config: Any, where: str) -> None:
+    """Rotations whose graph would be another one at another length, or that need files beside the config."""
     rope = getattr(config, "rope_parameters", None) or {}
     for parameters in rope.values() if rope and all(isinstance(v, Mapping) for v in rope.values()) else [rope]:
         kind = parameters.get("rope_type", "default")

@@ -95,7 +95,8 @@ class ForeignWeights:
         forms = []
         for form in _EXPERTS:
             wanted = form[:2] if stack["which"] == "gate_up_proj" else form[2:]
-            count = self._tensors[name].shape[0]
+            # As many as the config says; more than there are tensors are missing whatever their names.
+            count = min(self._tensors[name].shape[0], len(self._checkpoint.weights) + 1)
             forms.append([tuple(t.format(layer=stack["layer"], e=e) for t in wanted) for e in range(count)])
         known = self._checkpoint.weights
         best = max(forms, key=lambda experts: sum(t in known for tensors in experts for t in tensors))
