@@ -284,6 +284,19 @@ def topk_router_kernel(
     store_routes(weights, experts, share * scale, e, place, row, TOP_K)
 
 
+@device
+def append_experts_kernel(weights_out, experts_out, weights, experts, top_k, first, each, BLOCK: tl.constexpr):
+    """The choices of a row, and behind them the experts from `first` on, with weight 1; grid (rows)."""
+    row, place = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    given = place < top_k
+    at = row * top_k + place
+    weight = tl.load(weights + at, mask=given, other=1.0)
+    expert = tl.load(experts + at, mask=given, other=0)
+    expert = tl.where(given, expert, (first + place - top_k).to(experts.dtype.element_ty))
+    tl.store(weights_out + row * each + place, weight, mask=place < each)
+    tl.store(experts_out + row * each + place, expert, mask=place < each)
+
+
 def _results(call: Call, k: int) -> dict[str, Any]:
     weights, experts = call.outputs[:2]
     call.need(weights.stride == k == experts.stride, "the router's results are not dense")
@@ -379,3 +392,17 @@ def lower_topk_router(call: Call) -> Lowered:
         "TOP_GROUPS": int(call.attrs["top_groups"]), "TOP_K": top_k, "BLOCK_E": power(logits.cols, 32),
     }  # fmt: skip
     return Lowered((launch("topk_router_kernel", (call.rows(call.outputs[0]),), values, fixed, _warps(logits.cols)),))
+
+
+@lowering("append_experts")
+def lower_append_experts(call: Call) -> Lowered:
+    weights, experts = call.operand("weights"), call.operand("experts")
+    top_k, each = weights.cols, weights.cols + int(call.attrs["count"])
+    call.need(weights.stride == top_k == experts.stride, "routes are not dense")
+    given = _results(call, each)
+    values = {
+        "weights_out": given["weights"], "experts_out": given["experts"], "weights": call.pointer(weights),
+        "experts": call.pointer(experts, ("i32", "i64")), "top_k": top_k, "first": int(call.attrs["first"]),
+        "each": each,
+    }  # fmt: skip
+    return Lowered((launch("append_experts_kernel", (call.rows(weights),), values, {"BLOCK": power(each, 32)}, 1),))

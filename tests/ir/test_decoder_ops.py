@@ -103,6 +103,13 @@ def test_only_experts_of_the_best_groups_are_chosen():
     assert experts.tolist() == [[0, 3, 5, 4]]
 
 
+def test_experts_that_every_row_has_come_last_with_weight_1():
+    weights, experts = rand(3, 2), torch.tensor([[0, 3], [2, 1], [3, 0]])
+    shares, chosen = OPS["append_experts"].reference(weights, experts, 4, 2)
+    assert torch.equal(shares, torch.cat([weights, torch.ones(3, 2)], 1))
+    assert chosen.tolist() == [[0, 3, 4, 5], [2, 1, 4, 5], [3, 0, 4, 5]]
+
+
 def test_experts_with_biases_and_a_clamped_gate():
     n, d, f, count = 5, 4, 3, 3
     x, gate_up, down = 4 * rand(n, d), rand(count, 2 * f, d), rand(count, d, f)
@@ -126,6 +133,8 @@ def test_experts_with_biases_and_a_clamped_gate():
         ("concat_heads", (TensorType("f32", (5, 12)), TensorType("f32", (4, 12)), 2, 0), "a has 5 rows"),
         ("topk_router", (TensorType("f32", (5, 12)), None, 1, 5, True, 3, 1, 1.0), "hold 4 experts"),
         ("topk_router", (TensorType("f32", (5, 12)), None, 3, 5, True, 1, 1, 1.0), "scores is 3"),
+        ("append_experts", (TensorType("f32", (5, 2)), TensorType("i64", (5, 3)), 4, 1), "experts must be i64"),
+        ("append_experts", (TensorType("f32", (5, 2)), TensorType("i64", (5, 2)), 4, 0), "both are positive"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(op, args, complaint):

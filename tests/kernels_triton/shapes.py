@@ -198,6 +198,9 @@ def calls(model: Model, bucket: Bucket, sm: int) -> Iterator[Call]:
             "topk_router", {"logits": x(m.experts), "bias": w(1, m.experts)}, x(m.top_k), x(m.top_k, "i32"),
             scores=scores, top_k=m.top_k, normalise=True, groups=groups, top_groups=min(groups, 2), scale=2.5,
         )  # fmt: skip
+    given = {"weights": x(m.top_k), "experts": x(m.top_k, "i32")}
+    out = (x(m.top_k + m.shared), x(m.top_k + m.shared, "i32"))
+    yield call("append_experts", given, *out, first=m.experts, count=m.shared)
     for op, names, attrs in (
         ("add", "ab", {}), ("mul", "ab", {}), ("add_scaled", "ab", {"alpha": 0.25}), ("scale", "x", {"alpha": 0.5}),
         ("clamp", "x", {"lo": -1.0, "hi": 1.0}), ("silu", "x", {}), ("gelu", "x", {}), ("sigmoid", "x", {}),

@@ -286,6 +286,13 @@ def test_topk_router(machine, scores, biased, groups, top_groups):
     agree(machine, "topk_router", sessions, attrs, [Shape("f32", 4), Shape("i64", 4)], 1e-6, weights, cuts=(2,))
 
 
+def test_experts_that_every_row_has_stand_behind_those_it_chose(machine):
+    sessions = [Session({"weights": draw(i, n, 3), "experts": np.full((n, 3), 4 - i)}, count=n)
+                for i, n in enumerate((4, 1, 17))]  # fmt: skip
+    out = [Shape("f32", 5), Shape("i64", 5)]
+    agree(machine, "append_experts", sessions, {"first": 7, "count": 2}, out, 0.0, cuts=(2,))
+
+
 def test_any_logits_give_distinct_experts(machine):
     values = np.full((3, 6), np.nan, np.float32)
     values[1, 2:], values[2] = np.inf, -np.inf

@@ -84,7 +84,9 @@ PASSES = ("fuse.flow_times", "fuse.norm_pair", "fuse.steps")
 NORM_PASSES = {"fuse.norm_router", "fuse.norm_linear", "fuse.norm_attention", "fuse.norm_moe"}  # test_fuse_norms.py
 HEAD_PASS = "fuse.head_logits"  # test_fuse_head.py
 # in files of their own
-OTHER_PASSES = {"fuse.attention_linear", "fuse.linear_and_conv", "fuse.rope_attention", "fuse.swiglu"}
+OTHER_PASSES = {
+    "fuse.attention_linear", "fuse.linear_and_conv", "fuse.rope_attention", "fuse.swiglu", "route.join_shared",
+}  # fmt: skip
 
 
 def ops(program, method="speak"):

@@ -26,6 +26,7 @@ TRITON_PASSES = {
     "linear_swiglu": "fuse.swiglu",
     "norm_linear_conv_state": "fuse.norm_linear",
     "norm_attention_state": "fuse.norm_attention",
+    "append_experts": "route.join_shared",
     "rope_table_state": "fuse.rope_attention",
     "rope_attention_state": "fuse.rope_attention",
     "attention_linear_state": "fuse.attention_linear",

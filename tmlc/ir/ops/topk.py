@@ -75,5 +75,23 @@ def topk_router(
     return weights * scale, chosen
 
 
+def _append_experts(weights: TensorType, experts: TensorType, first: int, count: int) -> tuple[TensorType, ...]:
+    n, chosen = matrix(weights, "weights")
+    need(experts == TensorType("i64", (n, chosen)), f"experts must be i64[{n}, {chosen}], not {experts}")
+    need(first > 0 and count > 0, f"{count} experts from {first} on: both are positive")
+    return TensorType("f32", (n, chosen + count)), TensorType("i64", (n, chosen + count))
+
+
+@op(
+    "append_experts(Tensor weights, Tensor experts, int first, int count) -> (Tensor, Tensor)",
+    _append_experts,
+    from_pass=True,
+)
+def append_experts(weights: Tensor, experts: Tensor, first: int, count: int) -> tuple[Tensor, Tensor]:
+    """Each row's weights and experts, and behind them the experts first.. first + count - 1 with weight 1."""
+    shared = torch.arange(first, first + count, device=experts.device).expand(len(experts), count)
+    return torch.cat([weights, torch.ones_like(shared, dtype=weights.dtype)], 1), torch.cat([experts, shared], 1)
+
+
 def _best(values: Tensor, count: int) -> Tensor:
     return torch.sort(values, dim=1, descending=True, stable=True).indices[:, :count]
