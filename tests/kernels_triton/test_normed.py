@@ -170,7 +170,7 @@ def test_a_top_k_router_norms_rows_and_hands_them_on(
 
 
 def test_of_experts_that_are_alike_a_top_k_router_takes_the_first(machine):
-    """Each two have the same weights, so the choice goes by pairs; a third of the same bias would be a tie too."""
+    """Each two have the same weights, and so the same logits."""
     pairs = np.repeat(draw(3, 20, 33), 2, axis=0)
     weights = {"norm": weight(1.0 + 0.3 * draw(7, 1, 33)), "weight": weight(pairs)}
     found = run(machine, "norm_topk_router", sessions(33), chosen(1, 6), of_choices(6, 33), weights)
