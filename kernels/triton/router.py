@@ -241,22 +241,35 @@ def sink_router_kernel(
 
 @device
 def topk_router_kernel(
-    weights, experts, logits, bias, count, each, logits_stride, scale,
+    weights, experts, logits, inverses, logit_bias, bias, count, each, logits_stride, scale,
     SCORES: tl.constexpr, NORMALISE: tl.constexpr, GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr,
-    TOP_K: tl.constexpr, BLOCK_E: tl.constexpr,
+    TOP_K: tl.constexpr, SHARED: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """Top-k of softmax (0), sigmoid (1) or raw scores (2), of the best groups where there are groups; grid (rows)."""
+    """Top-k of softmax (0), sigmoid (1) or raw scores (2), of the best groups where there are groups; with `inverses`
+    the logits of a row are scaled by its own, and `logit_bias` is added to them. Behind the chosen stand the SHARED
+    experts behind the last one, with weight 1; grid (rows)."""
     row = tl.program_id(0).to(tl.int64)
     e = tl.arange(0, BLOCK_E)
     known = e < count
+    # All that is read is asked for before the first of it is used.
     score = tl.load(logits + row * logits_stride + e, mask=known, other=float("-inf"))
+    if inverses is not None:
+        inverse = tl.load(inverses + row)
+    if logit_bias is not None:
+        added = tl.load(logit_bias + e, mask=known, other=0.0)
+    if bias is not None:
+        learned = tl.load(bias + e, mask=known, other=0.0)
+    if inverses is not None:
+        score = score * inverse
+    if logit_bias is not None:
+        score += added
     if SCORES == 0:
         score = softmax_of(score, known)
     elif SCORES == 1:
         score = sigmoid(score)
     choice = score
     if bias is not None:
-        choice += tl.load(bias + e, mask=known, other=0.0)
+        choice += learned
     key = tl.where(known, sortable(choice), -2147483648)
     if GROUPS > 1:
         group = e // each
@@ -281,7 +294,11 @@ def topk_router_kernel(
         if SCORES == 1:
             total += 1e-20
         share = share / total
-    store_routes(weights, experts, share * scale, e, place, row, TOP_K)
+    store_routes(weights, experts, share * scale, e, place, row, TOP_K + SHARED)
+    at = row * (TOP_K + SHARED) + TOP_K
+    for s in tl.static_range(SHARED):
+        tl.store(weights + at + s, 1.0)
+        tl.store(experts + at + s, (count + s).to(experts.dtype.element_ty))
 
 
 @device
@@ -378,20 +395,33 @@ def lower_sink_router(call: Call) -> Lowered:
     return scratch.lowered(logits_launch(call, logits, inverses), sink_launch(call, logits, total, inverses))
 
 
-@lowering("topk_router")
-def lower_topk_router(call: Call) -> Lowered:
-    logits, bias = call.operand("logits"), call.optional("bias")
-    top_k, groups = int(call.attrs["top_k"]), int(call.attrs["groups"])
-    call.need(logits.cols <= MOST_EXPERTS, f"{logits.cols} experts", f"up to {MOST_EXPERTS} are supported")
-    values = _results(call, top_k) | {
-        "logits": call.pointer(logits), "bias": None if bias is None else call.pointer(bias), "count": logits.cols,
-        "each": logits.cols // groups, "logits_stride": logits.stride, "scale": float(call.attrs["scale"]),
+def topk_launch(call: Call, logits: Pointer, count: int, stride: int, inverses: Pointer | None) -> Launch:
+    """The choice of each row among `count` experts."""
+    call.need(count <= MOST_EXPERTS, f"{count} experts", f"up to {MOST_EXPERTS} are supported")
+    top_k, groups, shared = (int(call.attrs.get(name, 0)) for name in ("top_k", "groups", "n_shared"))
+    biases = {name: call.optional(name) for name in ("logit_bias", "bias")}
+    values = _results(call, top_k + shared) | {
+        "logits": logits, "inverses": inverses, "count": count, "each": count // groups, "logits_stride": stride,
+        "scale": float(call.attrs["scale"]),
+        **{name: None if bias is None else call.pointer(bias) for name, bias in biases.items()},
     }  # fmt: skip
     fixed = {
         "SCORES": int(call.attrs["scores"]), "NORMALISE": bool(call.attrs["normalise"]), "GROUPS": groups,
-        "TOP_GROUPS": int(call.attrs["top_groups"]), "TOP_K": top_k, "BLOCK_E": power(logits.cols, 32),
+        "TOP_GROUPS": int(call.attrs["top_groups"]), "TOP_K": top_k, "SHARED": shared,
+        "BLOCK_E": power(count, 32),
     }  # fmt: skip
-    return Lowered((launch("topk_router_kernel", (call.rows(call.outputs[0]),), values, fixed, _warps(logits.cols)),))
+    return launch("topk_router_kernel", (call.rows(call.outputs[0]),), values, fixed, _warps(count))
+
+
+@lowering("topk_router", "norm_topk_router")
+def lower_topk_router(call: Call) -> Lowered:
+    if call.op == "topk_router":
+        given = call.operand("logits")
+        return Lowered((topk_launch(call, call.pointer(given), given.cols, given.stride, None),))
+    count, rows = call.operand("weight").shape[0], call.rows(call.operand("x"))
+    scratch = Scratch()
+    logits, inverses = scratch.piece("f32", rows * count), scratch.piece("f32", rows)
+    return scratch.lowered(logits_launch(call, logits, inverses), topk_launch(call, logits, count, count, inverses))
 
 
 @lowering("append_experts")

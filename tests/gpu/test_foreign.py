@@ -18,11 +18,13 @@ from random_models import odd_sizes, random_model
 from stored_codes import THERE, WAYS, store
 
 import tmlc
+from tmlc.emit.targets import find_target
 from tmlc.frontend import open_checkpoint
 from tmlc.frontend.foreign import families
 from tmlc.ir.run import ProgramRunner
 from tmlc.kernels.triton.ptx.host import PtxMachine
 from tmlc.package.reader import open_package
+from tmlc.pipeline.pipeline import load_pipeline
 
 CONFORMANCE = Path(__file__).parents[1] / "conformance"
 CONTEXT, SINKS, APPEND, POSITIONS = 24, 4, 8, 34
@@ -147,6 +149,25 @@ def test_the_engine_equals_transformers(lab, machine, tmp_path, family, precisio
     model = random_model(family, 3)
     model.save_pretrained(tmp_path / "checkpoint")
     hold(lab, machine, model, tmp_path / "checkpoint", precision, positions=10)
+
+
+@pytest.mark.parametrize(
+    ("family", "precision"),
+    [("qwen3_moe", "bf16"), ("olmoe", "int8"), ("mixtral", "fp8"), ("gpt_oss", "bf16"), ("deepseek_v3", "fp8"),
+     ("glm4_moe", "fp32")],
+)  # fmt: skip
+def test_the_experts_of_a_layer_are_chosen_in_two_launches(lab, tmp_path, family, precision):
+    """Whatever other passes do around it: no norm and no product of a router stay apart."""
+    random_model(family, 0).save_pretrained(tmp_path / "checkpoint")
+    steps = load_pipeline("triton").configure("memory.buckets", **BUCKETS)
+    bounds = BOUNDS | {"stop_after": "memory.buckets", "pipeline": steps}
+    program = tmlc.compile(tmp_path / "checkpoint", "x", target=lab.target, precision=precision, **bounds).program
+    (fused,) = (record for record in program.record if record.name == "fuse.norm_topk_router")
+    layers = sum(len(program.methods["decode"].calls(op)) for op in ("moe", "moe_add"))
+    assert (fused.matches, fused.near_misses) == (layers, []) and layers > 0
+    for launches in find_target(lab.target).lower(program).launches[90]["decode"].values():
+        kernels = [launch.kernel for launch in launches]
+        assert kernels.count("router_logits_kernel") == kernels.count("topk_router_kernel") == layers
 
 
 @pytest.mark.slow

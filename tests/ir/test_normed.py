@@ -39,6 +39,39 @@ def test_it_is_the_norm_and_then_the_op(name):
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("biases", [(None, None), (rand(8, seed=17), None), (rand(1, 8, seed=18), rand(8, seed=19))])
+@pytest.mark.parametrize("settings", [(0, 3, True, 1, 1, 1.0), (1, 3, True, 4, 2, 2.5), (2, 2, False, 1, 1, 1.0)])
+@pytest.mark.parametrize("shared", [0, 2])
+def test_a_top_k_router_chooses_by_a_product_of_the_normed_rows(biases, settings, shared):
+    weight, (logit_bias, bias) = rand(8, 6, seed=20), biases
+    normed = op("rms_norm", X, NORM, EPS)
+    wanted = op("topk_router", op("linear", normed, weight, logit_bias), bias, *settings)
+    if shared:
+        wanted = op("append_experts", *wanted, 8, shared)
+    found = op("norm_topk_router", X, NORM, EPS, weight, logit_bias, bias, *settings, shared)
+    for one, other in zip((*wanted, normed), found, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_the_choice_of_a_normed_top_k_router_has_the_shapes_of_its_parts():
+    x, norm, weight, eight = (TensorType("f32", shape) for shape in ((4, 6), (6,), (8, 6), (8,)))
+    shapes, settings = OPS["norm_topk_router"].shapes, (1, 3, True, 4, 2, 2.5, 0)
+    for shared in (0, 2):
+        assert shapes(x, norm, EPS, weight, eight, eight, *settings[:-1], shared) == (
+            TensorType("f32", (4, 3 + shared)), TensorType("i64", (4, 3 + shared)), x
+        )  # fmt: skip
+    for wrong, said in (
+        ((x, TensorType("f32", (3,)), EPS, weight, None, None, *settings), "norm must have 6 columns"),
+        ((x, norm, EPS, TensorType("f32", (8, 5)), None, None, *settings), "6"),
+        ((x, norm, EPS, weight, norm, None, *settings), "bias"),
+        ((x, norm, EPS, weight, None, norm, *settings), "bias must have 8 columns"),
+        ((x, norm, EPS, weight, None, None, 1, 5, True, 4, 2, 2.5, 0), "2 groups hold 4 experts"),
+        ((x, norm, EPS, weight, None, None, *settings[:-1], -1), "n_shared is -1"),
+    ):
+        with pytest.raises(IRError, match=said):
+            shapes(*wrong)
+
+
 def test_gates_and_ups_are_the_halves_of_a_product():
     weight, bias = CASES["linear_swiglu"]()
     both = op("linear", X, weight, bias)

@@ -45,6 +45,14 @@ LARGE = Model(4096, 32, 8, 128, 16, 1024, 512, 65536, 16384, 256, 2, 6, 2048, 20
               (1, 5, 1, 2, 1, 4, 2, 1), ("bf16", "i8g32", "i4g32", "i4g64", "f8g128"), ("bf16", "u8"))  # fmt: skip
 MODELS = {"nano": NANO, "tml-small-276b": LARGE}
 
+#: Routers of Qwen3-30B-A3B, DeepSeek-V3 and GPT-OSS-120B: inputs, experts, biases, and how they choose.
+FOREIGN_ROUTERS: tuple[tuple[int, int, tuple[str, ...], dict[str, Any]], ...] = (
+    (2048, 128, (), dict(scores=0, top_k=8, normalise=True, groups=1, top_groups=1, scale=1.0, n_shared=0)),
+    (7168, 256, ("bias",), dict(scores=1, top_k=8, normalise=True, groups=8, top_groups=4, scale=2.5, n_shared=1)),
+    (2880, 128, ("logit_bias",), dict(scores=2, top_k=4, normalise=False, groups=1, top_groups=1, scale=1.0,
+                                   n_shared=0)),
+)
+
 
 def x(cols: int, dtype: str = "f32", rows: tuple[int, int] = (1, 0), offset: int = 0) -> Operand:
     return Operand("arena", dtype, rows, cols, cols, offset)
@@ -201,6 +209,11 @@ def calls(model: Model, bucket: Bucket, sm: int) -> Iterator[Call]:
     given = {"weights": x(m.top_k), "experts": x(m.top_k, "i32")}
     out = (x(m.top_k + m.shared), x(m.top_k + m.shared, "i32"))
     yield call("append_experts", given, *out, first=m.experts, count=m.shared)
+    for k, count, biases, attrs in FOREIGN_ROUTERS:
+        given = {"x": x(k), "norm": w(1, k), "weight": w(count, k), **{name: w(1, count) for name in biases}}
+        choices = attrs["top_k"] + attrs["n_shared"]
+        results = (x(choices), x(choices, "i32"), x(k))
+        yield call("norm_topk_router", given, *results, eps=1e-6, **attrs)
     for op, names, attrs in (
         ("add", "ab", {}), ("mul", "ab", {}), ("add_scaled", "ab", {"alpha": 0.25}), ("scale", "x", {"alpha": 0.5}),
         ("clamp", "x", {"lo": -1.0, "hi": 1.0}), ("silu", "x", {}), ("gelu", "x", {}), ("sigmoid", "x", {}),

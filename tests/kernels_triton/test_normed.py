@@ -129,6 +129,85 @@ def test_a_router_norms_rows_and_hands_them_on(machine, monkeypatch, count, piec
     agree(machine, "norm_router", sessions(33), attrs, shapes, 1e-5, weights, cuts=(2,))
 
 
+def chosen(scores: int, top_k: int, groups: int = 1, top_groups: int = 1, shared: int = 0) -> dict:
+    return EPS | {"scores": scores, "top_k": top_k, "normalise": scores < 2, "groups": groups, "top_groups": top_groups,
+                  "scale": 1.5, "n_shared": shared}  # fmt: skip
+
+
+def of_choices(top_k: int, k: int) -> list[Shape]:
+    return [Shape("f32", top_k), Shape("i64", top_k), Shape("f32", k)]
+
+
+@pytest.mark.parametrize(
+    ("scores", "count", "top_k", "groups", "top_groups", "shared", "biases", "pieces", "enough"),
+    [
+        (0, 9, 4, 1, 1, 0, "", 1, 30),
+        (0, 40, 8, 1, 1, 1, "logit_bias bias", 1, 4),
+        (1, 12, 4, 4, 2, 2, "bias", 2, 30),
+        (1, 15, 4, 15, 5, 0, "logit_bias", 1, 4),
+        (2, 33, 4, 1, 1, 0, "logit_bias", 2, 30),
+        (2, 130, 3, 2, 1, 1, "bias", 1, 60),
+    ],
+)  # fmt: skip
+def test_a_top_k_router_norms_rows_and_hands_them_on(
+    machine, monkeypatch, scores, count, top_k, groups, top_groups, shared, biases, pieces, enough
+):
+    """Every kind of score, with and without groups, either bias and shared experts; programs as above. One row is all
+    zeros: nothing but a bias tells its experts apart."""
+    from tmlc.kernels.triton import router
+
+    if pieces > 1:
+        monkeypatch.setattr(router, "MOST_INPUTS", 32)
+    monkeypatch.setattr(router, "ENOUGH_PROGRAMS", enough)
+    monkeypatch.setattr(router, "PLENTY_OF_PROGRAMS", 2 * enough)
+    given = sessions(33)
+    given[2].inputs["x"][5] = 0.0
+    weights = weights_of(count, 33, "f32") | {
+        name: weight(np.round(draw(30 + i, 1, count)) * 0.25) for i, name in enumerate(biases.split())
+    }  # fmt: skip
+    attrs = chosen(scores, top_k, groups, top_groups, shared)
+    agree(machine, "norm_topk_router", given, attrs, of_choices(top_k + shared, 33), 1e-5, weights, cuts=(2,))
+
+
+def test_of_experts_that_are_alike_a_top_k_router_takes_the_first(machine):
+    """Each two have the same weights, and so the same logits."""
+    pairs = np.repeat(draw(3, 20, 33), 2, axis=0)
+    weights = {"norm": weight(1.0 + 0.3 * draw(7, 1, 33)), "weight": weight(pairs)}
+    found = run(machine, "norm_topk_router", sessions(33), chosen(1, 6), of_choices(6, 33), weights)
+    for shares, experts, _ in found:
+        assert (experts[:, ::2] % 2 == 0).all() and np.array_equal(experts[:, ::2] + 1, experts[:, 1::2])
+        assert np.array_equal(bits(shares[:, ::2].copy()), bits(shares[:, 1::2].copy()))
+
+
+@pytest.mark.parametrize("scores", [0, 1, 2])
+def test_rows_of_no_numbers_have_distinct_experts_and_trouble_no_others(machine, scores):
+    rows = draw(4, 4, 33)
+    rows[1, 7], rows[2], rows[3, :2] = np.nan, np.inf, (np.inf, -np.inf)
+    weights = weights_of(12, 33, "f32") | {name: weight(draw(5, 1, 12)) for name in ("logit_bias", "bias")}
+    attrs, shapes = chosen(scores, 5, 4, 2), of_choices(5, 33)
+    (whole,) = run(machine, "norm_topk_router", [Session({"x": rows}, count=4)], attrs, shapes, weights)
+    assert all(len(set(row)) == 5 and min(row) >= 0 and max(row) < 12 for row in whole[1].tolist())
+    (alone,) = run(machine, "norm_topk_router", [Session({"x": rows[:1]}, count=1)], attrs, shapes, weights)
+    for one, other in zip(alone, whole, strict=True):
+        assert np.array_equal(bits(one), bits(other[:1]))
+
+
+def test_a_top_k_router_takes_float32_weights_of_up_to_1024_experts_of_whole_rows():
+    def lowered(count: int, dtype: str = "f32", norm: int = 64):
+        given = {"x": x(64), "norm": w(1, norm), "weight": w(count, 64, dtype=dtype), "logit_bias": None, "bias": None}
+        results = (x(4), x(4, "i32"), x(64))
+        return lower(Call("norm_topk_router", given, chosen(0, 4), results, Bucket(1, 1), 90)).launches
+
+    assert [one.kernel for one in lowered(1024)] == ["router_logits_kernel", "topk_router_kernel"]
+    for wrong, said in (
+        ((1025,), "1025 experts"),
+        ((8, "bf16"), "a router with weights of bf16"),
+        ((8, "f32", 32), "not of whole rows"),
+    ):
+        with pytest.raises(EmitError, match=said):
+            lowered(*wrong)
+
+
 @pytest.mark.parametrize(("sm", "few", "more"), [(89, 3, 2), (90, 2, 2)])
 def test_the_norm_s_weight_fits_into_shared_memory_too(sm, few, more):
     """Of two turns of 512 inputs on their way, 16 rows beside 16 rows of weights leave no room for it."""

@@ -372,9 +372,14 @@ def test_overlapping_launches_ask_for_weights_before_they_wait(ptx, monkeypatch)
     agree(ptx, "norm_router", given, attrs, results, 1e-5, shared | routed, cuts=(1,))
     agree(ptx, "linear", given, {}, [Shape("f32", 11)], 2e-6, {"weight": weight(draw(8, 11, 70), "bf16")},
           activations={"x": bf16})  # fmt: skip
+    attrs = {"eps": 1e-5, "scores": 1, "top_k": 4, "normalise": True, "groups": 1, "top_groups": 1, "scale": 1.0,
+             "n_shared": 0}  # fmt: skip
+    biases = {name: weight(draw(i, 1, 11)) for i, name in enumerate(("logit_bias", "bias"))}
+    agree(ptx, "norm_topk_router", given, attrs, results, 1e-5, shared | biases, cuts=(1,))
     asked = {v.kernel: a.ptx.partition("griddepcontrol.wait")[0].count("prefetch.global.L2")
              for v, (_, a) in ptx._kernels.items() if v.overlap}  # fmt: skip
-    assert asked["router_logits_kernel"] and asked["linear_kernel"] and not asked["sink_router_kernel"]
+    assert asked["router_logits_kernel"] and asked["linear_kernel"]
+    assert not asked["sink_router_kernel"] and not asked["topk_router_kernel"]
 
 
 def overlapping(lowered):

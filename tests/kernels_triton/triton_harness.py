@@ -27,7 +27,7 @@ NUMPY = {"f32": np.float32, "bf16": np.uint16, "i64": np.int64, "i32": np.int32,
 POISON = 0xA5
 #: What the kernels take dense only: the harness puts no columns behind these.
 DENSE_INPUTS = {"weights", "experts", "key", "temperature"}
-DENSE_RESULTS = {"router", "norm_router", "sink_router", "topk_router", "append_experts"}
+DENSE_RESULTS = {"router", "norm_router", "sink_router", "topk_router", "norm_topk_router", "append_experts"}
 
 
 def with_compiler_for(sm: int) -> None:

@@ -1,6 +1,9 @@
 """Passes that put norms into what reads them: before and after, near misses, and the same numbers."""
 
 import pytest
+import torch
+
+from tmlc.passes.match import arg
 
 WEIGHTS = """
 weight "norm" = source("norm") : f32[6]
@@ -50,6 +53,24 @@ CONV = CONV.replace('weight "b"\n', 'weight "b"\n  %taps = weight "taps"\n  %tai
     "linear(%h, %w, %b)",
     "linear_conv_state(%h, %w, %b, none, %taps, %tail, start=3, residual=true, level=0.5, addend=none)",
 )
+#: A top-k router, its logits, and the norm whose rows the experts and others read too.
+GATED = WEIGHTS + """weight "five" = source("five") : f32[5]
+""" + BEGIN + """  %route = weight "route"
+  %five = weight "five"
+  %gate_up = weight "gate_up"
+  %down = weight "down"
+"""
+CHOICE = "bias={}, scores=1, top_k=2, normalise=true, groups=1, top_groups=1, scale=2.5)"
+TOPK = GATED + f"""  %h = rms_norm(%x, %norm, eps=1e-06)
+  %early = silu(%h)
+  %l = linear(%h, %route, %five)
+  %r = topk_router(%l, {CHOICE.format("%five")}
+  %shares = item(%r, 0)
+  %experts = item(%r, 1)
+  {MOE}
+  return %y, %early
+}}
+"""
 HEADS = """meta {"context": {"limit": 32, "policy": "end", "sinks": 0, "max_append": 4}}
 facts stateful
 weight "qn" = source("qn") : f32[3]
@@ -203,6 +224,77 @@ def test_a_router_with_a_computed_operand_keeps_its_norm(run_pass):
     assert record.matches == 0 and "is computed" in record.near_misses[0]
 
 
+@pytest.mark.parametrize(("logit_bias", "bias"), [("%five", "none"), ("none", "%five")])
+def test_a_top_k_router_norms_the_rows_multiplies_them_and_gives_them_to_the_experts(
+    logit_bias, bias, run_pass, same_structure
+):
+    text = TOPK.replace("%route, %five)", f"%route, {logit_bias})").replace("bias=%five", f"bias={bias}")
+    after = run_pass("fuse.norm_topk_router", text)
+    assert (after.record[-1].matches, after.record[-1].near_misses) == (1, [])
+    row = f"%x, %norm, eps=1e-06, weight=%route, logit_bias={logit_bias}"
+    same_structure(after, GATED + f"""  %r = norm_topk_router({row}, {CHOICE.format(bias)[:-1]}, n_shared=0)
+  %shares = item(%r, 0)
+  %experts = item(%r, 1)
+  %h = item(%r, 2)
+  %early = silu(%h)
+  {MOE}
+  return %y, %early
+}}
+""")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "absorbed"),
+    [("", "", True), ("first=5", "first=6", False), ("return %y", "%z = silu(%shares)\n  return %z, %y", False)],
+)
+def test_a_top_k_router_appends_the_experts_that_every_row_has(old, new, absorbed, run_pass):
+    """Where they stand behind its own, and nothing else reads what it chose."""
+    appended = "%a = append_experts(%shares, %experts, first=5, count=2)\n  %s = item(%a, 0)\n  %e = item(%a, 1)\n  "
+    text = TOPK.replace(MOE, appended + MOE.replace("%shares, %experts", "%s, %e")).replace(old, new)
+    after = run_pass("fuse.norm_topk_router", text)
+    assert (after.record[-1].matches, after.record[-1].near_misses) == (1, [])
+    method = after.methods["decode"]
+    (router,) = method.calls("norm_topk_router")
+    assert (arg(router, "n_shared"), len(method.calls("append_experts"))) == ((2, 0) if absorbed else (0, 1))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "reason"),
+    [
+        ("return %y", "return %y, %l", "one of 2 readers of l"),
+        ('"route") : f32', '"route") : bf16', "the weight of l is bf16, not f32"),
+        ('%norm = weight "norm"', '%norm = weight "half"', "h norms groups of columns, not whole rows"),
+        ("bias=%five", "bias=%learned", "its operand learned is computed"),
+        ("%route, %five)", "%route, %learned)", "its operand learned is computed"),
+    ],
+)
+def test_a_top_k_router_that_cannot_norm_the_rows_keeps_its_parts(old, new, reason, run_pass):
+    text = TOPK.replace("  %h = rms", "  %learned = silu(%five)\n  %h = rms").replace("f32[5]", "f32[1, 5]")
+    record = run_pass("fuse.norm_topk_router", text.replace(old, new)).record[-1]
+    assert record.matches == 0 and len(record.near_misses) == 1 and reason in record.near_misses[0]
+
+
+def test_two_top_k_routers_of_one_row_keep_its_norm(run_pass):
+    second = f"""  %m = linear(%h, %route, none)
+  %s = topk_router(%m, {CHOICE.format("none")}
+  %other = item(%s, 0)
+  return %other, %y"""
+    record = run_pass("fuse.norm_topk_router", TOPK.replace("  return %y", second)).record[-1]
+    assert record.matches == 0
+    for miss, other in zip(record.near_misses, "ml", strict=True):
+        assert f"{other} makes logits of h too" in miss
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [("linear(%h, %route, %five)", "columns(%h, start=0, stop=5)"), ("rms_norm(%x, %norm, eps=1e-06)", "silu(%x)")],
+)
+def test_logits_that_no_product_of_a_norm_makes_are_no_match(old, new, run_pass):
+    text = TOPK.replace(old, new)
+    record = run_pass("fuse.norm_topk_router", text).record[-1]
+    assert (record.matches, record.near_misses) == (0, [])
+
+
 EXPERTS = ROUTED.replace(
     "method decode", 'state "decode.tail" : f32[2, 6] kind=conv_tail method=decode init=zeros\nmethod decode'
 ).replace('weight "down" =', 'weight "taps6" = source("taps6") : f32[6, 3]\nweight "down" =')
@@ -292,10 +384,19 @@ def test_heads_that_are_turned_behind_their_norms_are_left_to_the_pass_for_two_n
     assert run_pass("fuse.norm_pair", after).record[-1].matches == 1
 
 
-@pytest.mark.parametrize("text", [BEFORE_EXPERTS, PRODUCTS, STEPS, CONV, ATTENTION, EXPERTS + CONVOLVED.format(LAST)])
+@pytest.mark.parametrize(
+    "text", [BEFORE_EXPERTS, TOPK, PRODUCTS, STEPS, CONV, ATTENTION, EXPERTS + CONVOLVED.format(LAST)]
+)
 def test_numbers_stay_the_same(text, run_pass, program_of, weights_for, equivalent):
     before = after = program_of(text)
-    for name in (*PASSES, "fuse.norm_attention", "fuse.norm_moe"):
+    for name in (*PASSES, "fuse.norm_topk_router", "fuse.norm_attention", "fuse.norm_moe"):
         after = run_pass(name, after)
     assert sum(record.matches for record in after.record) == 1
     assert equivalent(before, after, weights_for(before)) < 2e-6
+
+
+def test_a_top_k_router_among_equals_keeps_its_choice(run_pass, program_of, weights_for, equivalent):
+    """All experts alike: every row goes to the first ones, and the others are unused."""
+    before = program_of(TOPK)
+    weights = weights_for(before, route=torch.ones(5, 6), five=torch.zeros(5))
+    assert equivalent(before, run_pass("fuse.norm_topk_router", before), weights) == 0

@@ -81,7 +81,8 @@ method decode(max_n=8) {
 }
 """
 PASSES = ("fuse.flow_times", "fuse.norm_pair", "fuse.steps")
-NORM_PASSES = {"fuse.norm_router", "fuse.norm_linear", "fuse.norm_attention", "fuse.norm_moe"}  # test_fuse_norms.py
+#: In test_fuse_norms.py.
+NORM_PASSES = {"fuse.norm_router", "fuse.norm_topk_router", "fuse.norm_linear", "fuse.norm_attention", "fuse.norm_moe"}
 HEAD_PASS = "fuse.head_logits"  # test_fuse_head.py
 # in files of their own
 OTHER_PASSES = {

@@ -47,6 +47,24 @@ def test_a_product_asks_for_all_that_it_reads_before_its_first_wait(sm):
     assert 0 < code.registers <= 255 and code.spill_bytes == code.counts["local"] == 0 < code.shared
 
 
+@pytest.mark.parametrize("sm", [80, 90])
+def test_the_choice_of_a_top_k_router_asks_for_all_that_it_reads_before_its_first_wait(sm):
+    """A softmax over 256 experts, which two warps make together, and both biases."""
+
+    def row(cols: int, dtype: str = "f32") -> Operand:
+        return Operand("arena", dtype, (1, 0), cols, cols)
+
+    def weight(*shape: int) -> Operand:
+        return Operand("weight", "f32", (0, shape[0]), shape[1], shape[1], name="w", shape=shape)
+
+    given = {"x": row(64), "norm": weight(1, 64), "weight": weight(256, 64)}
+    given |= {"logit_bias": weight(1, 256), "bias": weight(1, 256)}
+    attrs = dict(eps=1e-6, scores=0, top_k=8, normalise=True, groups=1, top_groups=1, scale=1.0, n_shared=0)
+    call = Call("norm_topk_router", given, attrs, (row(8), row(8, "i32"), row(64)), Bucket(1, 1), sm)
+    code = code_of(lower(call).launches[1].variant(sm))
+    assert code.early == code.counts["loads"] > 0 and code.counts["barriers"] > 0
+
+
 @pytest.mark.parametrize("module", [gpu_code, gpu_plan])
 @pytest.mark.parametrize(
     ("options", "words"),

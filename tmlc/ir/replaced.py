@@ -19,6 +19,7 @@ TRITON_PASSES = {
     "rms_norm_pair": "fuse.norm_pair",
     "head_logits": "fuse.head_logits",
     "norm_router": "fuse.norm_router",
+    "norm_topk_router": "fuse.norm_topk_router",
     "norm_moe_conv_state": "fuse.norm_moe",
     "norm_linear": "fuse.norm_linear",
     "norm_linear_steps": "fuse.norm_linear",

@@ -1,6 +1,6 @@
-"""Ops that norm the rows that they read (fuse.norm_router, fuse.norm_linear, fuse.norm_attention, fuse.norm_moe): the
-meaning of each is rms_norm of whole rows (and `modulate` where it takes a gain and a shift), or of the heads of queries
-and keys, and then the op behind it.
+"""Ops that norm the rows that they read (fuse.norm_router, fuse.norm_topk_router, fuse.norm_linear,
+fuse.norm_attention, fuse.norm_moe): the meaning of each is rms_norm of whole rows (and `modulate` where it takes a gain
+and a shift), or of the heads of queries and keys, and then the op behind it.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from tmlc.ir.ops.fused import linear_conv_state, linear_swiglu, moe_conv_state
 from tmlc.ir.ops.moe import router
 from tmlc.ir.ops.registry import OPS, need, op, vector
 from tmlc.ir.ops.steps import linear_steps
+from tmlc.ir.ops.topk import append_experts, topk_router
 from tmlc.ir.types import TensorType
 
 
@@ -38,6 +39,38 @@ def norm_router(x: Tensor, norm: Tensor, eps: float, *args: Any) -> tuple[Tensor
     """router of rms_norm(x), and the normed rows themselves, for the experts: (weights, experts, normed)."""
     normed = rms_norm(x, norm, eps)
     return (*router(normed, *args), normed)
+
+
+def _norm_topk_router(
+    x: TensorType, norm: TensorType, eps: float, weight: TensorType, logit_bias: TensorType | None, *args: Any
+) -> tuple[TensorType, ...]:
+    *settings, shared = args
+    shapes: Any = OPS["topk_router"].shapes
+    routes = shapes(_behind("linear", x, norm, weight, logit_bias), *settings)
+    need(shared >= 0, f"n_shared is {shared}")
+    if shared:
+        more: Any = OPS["append_experts"].shapes
+        routes = more(*routes, weight.shape[0], shared)
+    return (*routes, x)
+
+
+@op(
+    "norm_topk_router(Tensor x, Tensor norm, float eps, Tensor weight, Tensor? logit_bias, Tensor? bias, int scores,"
+    " int top_k, bool normalise, int groups, int top_groups, float scale, int n_shared) -> (Tensor, Tensor, Tensor)",
+    _norm_topk_router,
+    from_pass=True,
+)
+def norm_topk_router(
+    x: Tensor, norm: Tensor, eps: float, weight: Tensor, logit_bias: Tensor | None, *args: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """topk_router of linear of rms_norm(x), with `n_shared` experts behind the chosen (append_experts), and the normed
+    rows themselves, for the experts: (weights, experts, normed)."""
+    *settings, shared = args
+    normed = rms_norm(x, norm, eps)
+    routes = topk_router(linear(normed, weight, logit_bias), *settings)
+    if shared:
+        routes = append_experts(*routes, weight.shape[0], shared)
+    return (*routes, normed)
 
 
 def _norm_linear(x: TensorType, norm: TensorType, eps: float, *args: Any) -> TensorType:
