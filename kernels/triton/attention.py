@@ -60,9 +60,10 @@ def normed_columns(values, scale, learned):
 
 @device
 def attention_kernel(
-    out, part_m, part_l, part_acc, q, k, v, q_norm, k_norm, table, position, k_cache, v_cache, rel, rel_table,
-    sink_logits, slots, counts, n, group, d, dv, window, sinks, splits, k_stride, v_stride, q_stride, k_new_stride,
-    v_new_stride, table_stride, out_stride, rel_stride, sink_stride, extent, eps, scale, log_floor, log_alpha, cap,
+    out, part_m, part_l, part_acc, q, k, v, q_norm, k_norm, table, shared, position, k_cache, v_cache, rel, rel_table,
+    sink_logits, slots, counts, n, group, d, dv, own, window, sinks, splits, k_stride, v_stride, q_stride, k_new_stride,
+    v_new_stride, table_stride, shared_stride, out_stride, rel_stride, sink_stride, extent, eps, scale, log_floor,
+    log_alpha, cap,
     RING: tl.constexpr, INT8: tl.constexpr, EXACT: tl.constexpr, RANKS: tl.constexpr, BLOCK_R: tl.constexpr,
     ALONE: tl.constexpr, PARALLEL: tl.constexpr, SPLIT: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr, ITEM: tl.constexpr, OFFSET: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
@@ -72,7 +73,7 @@ def attention_kernel(
 
     k, v: the new keys and values of a call of few rows a session, which are written here; else they are in the cache.
     q_norm, k_norm: what queries and new keys are normed with. table: the cosines and sines of the new rows, by which
-    they are turned then.
+    they are turned then. shared: the columns behind the `own` ones of each head of k.
     RING: rows of a ring, without those of the sinks; 0: a linear cache.
     EXACT: float32 caches, whose products are of float32 numbers; else of bf16 numbers.
     ALONE: the queries of a tile stand at one position, so a key is at one distance from all of them.
@@ -110,13 +111,25 @@ def attention_kernel(
         fresh = tl.arange(0, 16)
         new_row = (session.to(tl.int64) * n + fresh)[None, :]
         given = (fresh < n)[None, :]
-        key = tl.load(k + new_row * k_new_stride + g * d + inner[:, None], mask=given & (inner < d)[:, None], other=0.0)
+        if shared is not None:
+            common_to_all = ((inner >= own) & (inner < d))[:, None]
+            common_at = shared + new_row * shared_stride - own
+            key_at = k + new_row * k_new_stride + g * own + inner[:, None]
+            key = tl.load(key_at, mask=given & (inner < own)[:, None], other=0.0)
+            common = tl.load(common_at + inner[:, None], mask=given & common_to_all, other=0.0)
+            key = tl.where(common_to_all, common, key)
+        else:
+            key_at = k + new_row * k_new_stride + g * d + inner[:, None]
+            key = tl.load(key_at, mask=given & (inner < d)[:, None], other=0.0)
         value = tl.load(
             v + new_row * v_new_stride + g * dv + outer[:, None], mask=given & (outer < dv)[:, None], other=0.0
         )
         if table is not None:
             k_read = given & inside[:, None]
-            key_other = tl.load(k + new_row * k_new_stride + g * d + partner[:, None], mask=k_read, other=0.0)
+            if shared is not None:
+                key_other = tl.load(common_at + partner[:, None], mask=k_read, other=0.0)
+            else:
+                key_other = tl.load(k + new_row * k_new_stride + g * d + partner[:, None], mask=k_read, other=0.0)
             k_turn = table + new_row * table_stride + pair[:, None]
             k_cos, k_sin = tl.load(k_turn, mask=k_read, other=0.0), tl.load(k_turn + HALF, mask=k_read, other=0.0)
     # No program ends early, so that all of this is under way at once; one without a query finds no keys.

@@ -113,21 +113,32 @@ def kv_write_kernel(
 
 @device
 def read_heads(
-    x, norm, table, row, heads, d, x_stride, table_stride, run,
+    x, norm, table, shared, row, heads, d, own, x_stride, table_stride, shared_stride, run,
     OFFSET: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """What is read to prepare a run of heads of one row: (columns, the other ones of their pairs, the norm's weight for
-    both, cosines, sines)."""
+    both, cosines, sines). shared: heads have `own` columns in x, and these behind them."""
     head, inner = run * HEADS + tl.arange(0, HEADS), tl.arange(0, BLOCK)
     mask = (head < heads)[:, None] & (inner < d)[None, :]
     at = x + row * x_stride + head[:, None] * d
+    if shared is not None:
+        at = x + row * x_stride + head[:, None] * own
+        mask = mask & (inner < own)[None, :]
+        behind = (inner >= own) & (inner < d)
+        common = tl.load(shared + row * shared_stride + inner - own, mask=behind, other=0.0)
     values = tl.load(at + inner[None, :], mask=mask, other=0.0)
+    if shared is not None:
+        values = tl.where(behind[None, :], common[None, :], values)
     learned, others, others_learned, cos, sin = 0.0, 0.0, 0.0, 0.0, 0.0
     if norm is not None:
         learned = tl.load(norm + inner, mask=inner < d, other=0.0)
     if table is not None:
         inside, pair, _first, partner = turning(inner, OFFSET, HALF, INTERLEAVED)
-        others = tl.load(at + partner[None, :], mask=mask & inside[None, :], other=0.0)
+        if shared is not None:
+            turned = tl.load(shared + row * shared_stride + partner - own, mask=inside, other=0.0)
+            others = tl.zeros(values.shape, tl.float32) + turned[None, :]
+        else:
+            others = tl.load(at + partner[None, :], mask=mask & inside[None, :], other=0.0)
         if norm is not None:
             others_learned = tl.load(norm + partner, mask=inside, other=0.0)
         cos = tl.load(table + row * table_stride + pair, mask=inside, other=1.0)
@@ -153,13 +164,15 @@ def prepared_heads(found, norm, table, d, eps, OFFSET: tl.constexpr, HALF: tl.co
 
 @device
 def prepare_kv_write_kernel(
-    k_cache, v_cache, q_prepared, q, k, v, q_norm, k_norm, table, position, slots, counts, n, heads, groups, d, dv,
-    capacity, sinks, k_stride, v_stride, q_stride, k_new_stride, v_new_stride, table_stride, eps,
+    k_cache, v_cache, q_prepared, q, k, v, q_norm, k_norm, table, shared, position, slots, counts, n, heads, groups, d,
+    dv, own, capacity, sinks, k_stride, v_stride, q_stride, k_new_stride, v_new_stride, table_stride, shared_stride,
+    eps,
     RING: tl.constexpr, INT8: tl.constexpr, HEADS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     ITEM: tl.constexpr, OFFSET: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """kv_write_kernel of v and of keys that are normed (with norms), then turned (with a table); q_prepared: queries to
-    which the same is done, dense, of rows of no session too; grid (rows, runs of kv heads, keys, values and then, for
+    which the same is done, dense, of rows of no session too. shared: the columns behind the `own` ones of each head of
+    keys; grid (rows, runs of kv heads, keys, values and then, for
     each program of keys, those of as many queries).
 
     No program ends early: what it prepares is asked for together with its session, and computed while the position is
@@ -170,8 +183,9 @@ def prepare_kv_write_kernel(
             previous()
         run = (part - 2) * tl.num_programs(1) + tl.program_id(1)
         found = read_heads(
-            q, q_norm, table, row, heads, d, q_stride, table_stride, run, OFFSET, HALF, INTERLEAVED, HEADS, BLOCK_K
-        )
+            q, q_norm, table, None, row, heads, d, d, q_stride, table_stride, 0, run,
+            OFFSET, HALF, INTERLEAVED, HEADS, BLOCK_K,
+        )  # fmt: skip
         queries = prepared_heads(found, q_norm, table, d, eps, OFFSET, HALF, INTERLEAVED)
         head, inner = run * HEADS + tl.arange(0, HEADS), tl.arange(0, BLOCK_K)
         mask = (head < heads)[:, None] & (inner < d)[None, :]
@@ -186,8 +200,9 @@ def prepare_kv_write_kernel(
     if part == 0:
         run = tl.program_id(1)
         found = read_heads(
-            k, k_norm, table, row, groups, d, k_new_stride, table_stride, run, OFFSET, HALF, INTERLEAVED, HEADS, BLOCK_K
-        )
+            k, k_norm, table, shared, row, groups, d, own, k_new_stride, table_stride, shared_stride, run,
+            OFFSET, HALF, INTERLEAVED, HEADS, BLOCK_K,
+        )  # fmt: skip
         begin = tl.load(position + slot // 8, mask=live, other=0)
         keys = prepared_heads(found, k_norm, table, d, eps, OFFSET, HALF, INTERLEAVED)
         at = cache_row(begin + i, capacity - sinks, sinks, RING)
@@ -221,14 +236,20 @@ def norms(call: Call) -> dict[str, Any]:
 
 
 def turns(call: Call) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What attention turns queries and keys by, as arguments and constexprs."""
-    table = call.optional("table")
+    """What attention turns queries and keys by, and what all heads of keys share, as arguments and constexprs."""
+    table, shared = call.optional("table"), call.optional("shared")
     if table is None:
-        return dict.fromkeys(("table", "table_stride")), NO_TURNS
+        return dict.fromkeys(("table", "table_stride", "shared", "shared_stride", "own")), NO_TURNS
     fixed = {
         "OFFSET": int(call.attrs["offset"]), "HALF": table.cols // 2, "INTERLEAVED": bool(call.attrs["interleaved"])
     }  # fmt: skip
-    return {"table": call.pointer(table), "table_stride": Aligned(table.stride)}, fixed
+    values: dict[str, Any] = {"table": call.pointer(table), "table_stride": Aligned(table.stride)}
+    if shared is None:
+        return values | dict.fromkeys(("shared", "shared_stride", "own")), fixed
+    own = call.operand("k").cols // int(call.attrs["num_kv_heads"])
+    call.need(fixed["OFFSET"] == own, f"keys of {own} columns are turned from {fixed['OFFSET']} on")
+    values |= {"shared": call.pointer(shared), "shared_stride": Aligned(shared.stride), "own": Aligned(own)}
+    return values, fixed
 
 
 def write_launch(call: Call, shared: dict[str, Any], cached: dict[str, Any], queries: Pointer | None) -> Launch:
@@ -241,7 +262,7 @@ def write_launch(call: Call, shared: dict[str, Any], cached: dict[str, Any], que
     """
     k, v = call.operand("k"), call.operand("v")
     groups, rows = int(call.attrs["num_kv_heads"]), call.rows(k)
-    d, dv = k.cols // groups, v.cols // groups
+    d, dv = int(shared["d"]), v.cols // groups
     block_k, block_v = (power(-(-width // 4) * 4 if cached["INT8"] else width, 4) for width in (d, dv))
     held = max(block_k, block_v)
     run = min(power(groups), max(1, WRITTEN_AT_ONCE // held))

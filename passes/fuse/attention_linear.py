@@ -15,7 +15,8 @@ from tmlc.pipeline.registry import register_pass
 _ATTENTION = ("attention_state", "norm_attention_state", "rope_attention_state")
 _PRODUCTS = ("linear", "linear_add", "linear_conv_state")
 #: Arguments of attention before its values, where it neither norms nor turns heads.
-_BARE = {"q_norm": None, "k_norm": None, "eps": 0.0, "table": None, "offset": 0, "interleaved": False}
+_BARE = {"q_norm": None, "k_norm": None, "eps": 0.0, "table": None, "offset": 0, "interleaved": False,
+         "shared": None}  # fmt: skip
 #: Arguments of the product behind its weight, where it has none of them.
 _ABSENT = {
     "bias": None, "scale": None, "taps": None, "tail": None, "start": 0, "residual": False, "level": 1.0,
@@ -46,7 +47,7 @@ def _consider(method: Method, product: fx.Node) -> Callable[[], None] | str | No
 
 def _fuse(method: Method, attention: fx.Node, product: fx.Node) -> None:
     heads = _BARE | named_args(attention)
-    order = ("q", "q_norm", "k", "k_norm", "eps", "table", "offset", "interleaved", "v")
+    order = ("q", "q_norm", "k", "k_norm", "eps", "table", "offset", "interleaved", "shared", "v")
     behind = [value for name, value in heads.items() if name not in order]
     after = _ABSENT | {name: value for name, value in named_args(product).items() if name in _ABSENT}
     with method.graph.inserting_before(product):

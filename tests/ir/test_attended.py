@@ -23,8 +23,8 @@ Q, K, V = rand(3, 6), rand(3, 3, seed=1), rand(3, 2, seed=2)
 NORMS = rand(3, seed=3), rand(3, seed=4)
 WEIGHT, BIAS, FACTOR, ADDEND = rand(5, 4, seed=5), rand(5, seed=6), rand(1, 1, seed=7), rand(3, 5, seed=8)
 TAPS = rand(2, 3, seed=9)
-TABLE, TURNS = rand(3, 2, seed=11), (1, False)  # cosines, sines; offset, interleaved
-UNTURNED = (None, 0, False)
+TABLE, TURNS = rand(3, 2, seed=11), (1, False, None)  # cosines, sines; offset, interleaved, a shared part
+UNTURNED = (None, 0, False, None)
 
 
 def states():
@@ -75,7 +75,8 @@ def test_its_caches_and_its_tail_are_states_of_which_the_tail_may_be_absent():
 @pytest.mark.parametrize(
     ("changed", "reason"),
     [({"weight": (5, 6)}, "must have 4"), ({"q_norm": (3,)}, "q_norm and k_norm"), ({"tail": (2, 2)}, "taps and tail"),
-     ({"addend": (3, 4)}, "3, 4"), ({"table": (2, 2)}, "table has 2 rows")],
+     ({"addend": (3, 4)}, "3, 4"), ({"table": (2, 2)}, "table has 2 rows"),
+     ({"shared": (3, 1)}, "turned by a table")],
 )  # fmt: skip
 def test_what_does_not_fit_is_refused(changed, reason):
     spec = OPS["attention_linear_state"]

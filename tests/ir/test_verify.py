@@ -90,8 +90,8 @@ def test_attention_with_its_projection_is_held_to_its_cache_too(stateful_text):
     """Its tail may be absent: then it is no state."""
     text = stateful_text.replace(
         "attention_state(%q, %k, %v, %position, %k_cache, %v_cache, none, none,",
-        "attention_linear_state(%q, none, %k, none, eps=0.0, table=none, offset=0, interleaved=false, v=%v,"
-        " position=%position, k_cache=%k_cache, v_cache=%v_cache, rel=none, rel_table=none,",
+        "attention_linear_state(%q, none, %k, none, eps=0.0, table=none, offset=0, interleaved=false, shared=none,"
+        " v=%v, position=%position, k_cache=%k_cache, v_cache=%v_cache, rel=none, rel_table=none,",
     ).replace(
         "log_alpha=0.0)",
         "log_alpha=0.0, sink_logits=none, softcap=0.0, weight=%project, bias=none, factor=none, taps=none, tail=none,"
@@ -120,8 +120,8 @@ def test_attention_that_norms_is_held_to_its_cache_too(stateful_text):
 def test_attention_that_turns_is_held_to_its_cache_too(stateful_text):
     text = stateful_text.replace(
         "attention_state(%q, %k, %v, %position, %k_cache, %v_cache, none, none,",
-        "rope_attention_state(%q, none, %k, none, eps=0.0, table=%turns, offset=0, interleaved=false, v=%v,"
-        " position=%position, k_cache=%k_cache, v_cache=%v_cache, rel=none, rel_table=none,",
+        "rope_attention_state(%q, none, %k, none, eps=0.0, table=%turns, offset=0, interleaved=false, shared=none,"
+        " v=%v, position=%position, k_cache=%k_cache, v_cache=%v_cache, rel=none, rel_table=none,",
     ).replace("log_alpha=0.0)", "log_alpha=0.0, sink_logits=none, softcap=0.0)")
     text = text.replace('state "position"', 'weight "freq" = source("freq") : f32[1, 1]\nstate "position"', 1)
     text = text.replace("  %position =", '  %freq = weight "freq" : f32[1, 1]\n  %position =')

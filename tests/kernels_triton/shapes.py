@@ -175,6 +175,18 @@ def calls(model: Model, bucket: Bucket, sm: int) -> Iterator[Call]:
         "rope_state", {"x": x(q), "position": state(1, 1, "i64"), "inv_freq": w(1, m.head // 2)}, x(q),
         num_heads=m.heads, offset=0, interleaved=False, scaling=1.0,
     )  # fmt: skip
+    cache, heads = m.caches[0], 2 * m.groups  # latent attention: three quarters of a head are of its own
+    own, width = m.head, m.head + m.head // 2
+    latent = {
+        "q": x(heads * width), "k": x(heads * own), "v": x(heads * m.head), "shared": x(m.head // 2),
+        "table": x(m.head // 2), "position": state(1, 1, "i64"), "k_cache": state(m.context, heads * width, cache),
+        "v_cache": state(m.context, heads * m.head, cache),
+    }  # fmt: skip
+    if cache != "u8":
+        yield call(
+            "rope_attention_state", latent, x(heads * m.head), eps=0.0, offset=own, interleaved=True, num_heads=heads,
+            num_kv_heads=heads, scale=0.1, window=0, sinks=0, log_floor=0.0, log_alpha=0.0, softcap=0.0,
+        )  # fmt: skip
     freq = {"x": x(d), "position": state(1, 1, "i64"), "inv_freq": w(1, m.head // 2)}
     yield call("rope_table_state", freq, x(m.head), scaling=1.0)
     yield call("advance", {"position": state(1, 1, "i64"), "x": x(d)}, limit=0)

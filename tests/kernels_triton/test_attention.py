@@ -196,6 +196,54 @@ def test_its_bits_are_those_of_the_rotation_and_then_attention(
             assert np.array_equal(bits(one.states[name]), bits(other.states[name])), name
 
 
+@pytest.mark.parametrize(
+    ("dtype", "own", "half", "interleaved", "counts"),
+    [("f32", 6, 2, True, (5, 1, 4)), ("bf16", 48, 8, False, (2, 1, 1)), ("u8", 5, 2, True, (2, 0, 6))],
+)  # fmt: skip
+def test_keys_with_a_part_that_all_heads_share(machine, dtype, own, half, interleaved, counts):
+    """Against float64 alone, in company and cut; and the bits of the parts turned, joined and then attended to."""
+    d, groups, window = own + 2 * half, 3, 7
+    attrs = attributes(window=window) | {"num_heads": 6, "num_kv_heads": groups}
+    turn, out = {"offset": own, "interleaved": interleaved}, [Shape("f32", 6 * DV)]
+
+    def begun(live: tuple[int, ...] = counts) -> list[Session]:
+        made = [session(seed, n, position, dtype, 32, groups=groups, d=d) for seed, n, position in
+                zip((1, 9, 5), live, (30, 1000, 0), strict=True)]  # fmt: skip
+        for one in made:
+            one.inputs |= {"k": draw(one.count + 3, one.count, groups * own), "shared": draw(4, one.count, 2 * half)}
+        with_tables(made, half, interleaved, own)
+        return made
+
+    weights = {name: stored for name, stored in WEIGHTS.items() if name == "rel_table"}
+    given = begun(tuple(max(count, 1) for count in counts))
+    agree(machine, "rope_attention_state", given, attrs | turn | {"eps": 0.0}, out, NORMED[dtype], weights, cuts=(1,),
+          compared=["k_cache", "v_cache"] if dtype == "f32" else [], batch=4)  # fmt: skip
+    fused, apart = begun(), begun()
+    found = run(machine, "rope_attention_state", fused, attrs | turn | {"eps": 0.0}, out, weights, batch=4, pad=3)
+    for one in apart:  # the table says what is turned by: a pair's cosine and sine are a frequency of its own
+        table = one.inputs.pop("table")
+        cos, sin = table[:, :half], table[:, half:]
+
+        def turned(x, heads, begin, cos=cos, sin=sin):
+            x = x.reshape(len(x), heads, x.shape[1] // heads).copy()
+            first, second = (slice(begin, None, 2), slice(begin + 1, None, 2)) if interleaved else (
+                slice(begin, begin + half), slice(begin + half, None))  # fmt: skip
+            a, b = x[..., first].copy(), x[..., second].copy()
+            x[..., first] = a * cos[:, None] - b * sin[:, None]
+            x[..., second] = b * cos[:, None] + a * sin[:, None]
+            return x.reshape(len(x), heads * x.shape[2])
+
+        common = turned(one.inputs.pop("shared"), 1, 0)
+        keys = one.inputs["k"].reshape(one.count, groups, own)
+        joined = np.concatenate([keys, np.repeat(common[:, None], groups, 1)], 2).reshape(one.count, groups * d)
+        one.inputs |= {"q": turned(one.inputs["q"], 6, own), "k": np.ascontiguousarray(joined)}
+    wanted = run(machine, "attention_state", apart, attrs, out, weights, batch=4)
+    for one, other, (have,), (want,) in zip(fused, apart, found, wanted, strict=True):
+        assert np.array_equal(bits(have), bits(want))
+        for name in ("k_cache", "v_cache"):
+            assert np.array_equal(bits(one.states[name]), bits(other.states[name])), name
+
+
 @pytest.mark.parametrize(("dtype", "at_once"), [("f32", 32), ("bf16", 256), ("u8", 32)])
 def test_its_bits_are_those_of_the_norms_and_then_attention(machine, monkeypatch, dtype, at_once):
     """Results and caches, where a program norms all heads and where it norms two of three; a session that does not run

@@ -33,7 +33,7 @@ CACHES = "v=%v, position=%position, k_cache=%k_cache, v_cache=%v_cache"
 PLAIN = f"attention_state(%q, %k, {CACHES}, {SETTINGS})"
 NORMED = f"norm_attention_state(%q, %n, %k, %n, eps=1e-06, {CACHES}, {SETTINGS})"
 TABLE = "%table = rope_table_state(%q, %position, %freq, scaling=1.0)"
-BY = "table=%table, offset=1, interleaved=false"
+BY = "table=%table, offset=1, interleaved=false, shared=none"
 TURNED = f"rope_attention_state(%q, %n, %k, %n, eps=1e-06, {BY}, {CACHES}, {SETTINGS})"
 PRODUCTS = {
     "linear": ("linear(%y, %w, none)", "bias=none, factor=none, taps=none, tail=none, start=0, residual=false, "
@@ -64,7 +64,7 @@ def test_attention_and_the_product_that_alone_reads_it_become_one(attention, pro
     found = run_pass("fuse.attention_linear", program(*table, f"%y = {attention}", f"%o = {before}"))
     assert (found.record[-1].matches, found.record[-1].near_misses) == (1, [])
     norms = "none, %k, none, eps=0.0" if attention is PLAIN else "%n, %k, %n, eps=1e-06"
-    turns = BY if table else "table=none, offset=0, interleaved=false"
+    turns = BY if table else "table=none, offset=0, interleaved=false, shared=none"
     fused = f"attention_linear_state(%q, {norms}, {turns}, {CACHES}, {SETTINGS}, weight=%w, {after})"
     same_structure(found, program(*table, f"%o = {fused}"))
 

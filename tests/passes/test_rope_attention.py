@@ -36,7 +36,7 @@ TURN_Q = f"rope_state(%q, %position, %freq, num_heads=2, {BY})"
 TURN_K = f"rope_state(%k, %position, %freq, num_heads=1, {BY})"
 TABLE = "%table = rope_table_state(%q, %position, %freq, scaling=1.5)"
 BEFORE = [f"%q2 = {TURN_Q}", f"%k2 = {TURN_K}", f"%y = attention_state(%q2, %k2, {CACHES}, {SETTINGS})"]
-TURNS = "table=%table, offset=0, interleaved=false"
+TURNS = "table=%table, offset=0, interleaved=false, shared=none"
 AFTER = f"rope_attention_state(%q, none, %k, none, eps=0.0, {TURNS}, {CACHES}, {SETTINGS})"
 NORMED = [
     "%qx = rms_norm(%q, %qn, eps=1e-06)", "%kx = rms_norm(%k, %kn, eps=1e-06)", BEFORE[0].replace("%q,", "%qx,"),
@@ -102,6 +102,61 @@ def test_what_is_turned_otherwise_stays_apart(old, new, reason, run_pass):
     if "twice" in reason:
         text = text.replace('"v_cache" : f32[64, 2]', '"v_cache" : f32[64, 4]')
     record = run_pass("fuse.rope_attention", text).record[-1]
+    assert record.matches == 0 and len(record.near_misses) == 1 and reason in record.near_misses[0]
+
+
+LATENT = """meta {"context": {"limit": 32, "policy": "end", "sinks": 0, "max_append": 4}}
+facts stateful
+weight "freq" = source("freq") : f32[1, 2]
+state "position" : i64[1, 1] kind=position method=decode init=zeros
+state "k_cache" : f32[64, 12] kind=kv_ring method=decode init=zeros
+state "v_cache" : f32[64, 6] kind=kv_ring method=decode init=zeros
+method decode(max_n=4) {
+  %q = input "q" : f32[n, 24]
+  %k = input "k" : f32[n, 4]
+  %common = input "common" : f32[n, 4]
+  %v = input "v" : f32[n, 6]
+  %freq = weight "freq"
+  %position = state "position"
+  %k_cache = state "k_cache"
+  %v_cache = state "v_cache"
+  %q2 = rope_state(%q, %position, %freq, num_heads=4, offset=2, interleaved=true, scaling=1.5)
+  %c2 = rope_state(%common, %position, %freq, num_heads=1, offset=0, interleaved=true, scaling=1.5)
+  %k2 = concat_heads(%k, %c2, num_heads=2, shared=2)
+  %y = attention_state(%q2, %k2, CACHES, SETTINGS)
+  %end = advance(%position, %q, limit=0)
+  return %y
+}
+""".replace("CACHES", CACHES).replace("SETTINGS", SETTINGS.replace("=2, num_kv_heads=1", "=4, num_kv_heads=2"))
+
+
+def test_latent_attention_turns_the_part_of_keys_that_heads_share(
+    run_pass, same_structure, program_of, weights_for, equivalent
+):
+    before = program_of(LATENT)
+    after = run_pass("fuse.rope_attention", before)
+    assert (after.record[-1].matches, after.record[-1].near_misses) == (1, [])
+    lines = [line for line in LATENT.splitlines() if not line.startswith(("  %q2 =", "  %c2 =", "  %k2 ="))]
+    expected = "\n".join(lines).replace(
+        "%y = attention_state(%q2, %k2, ",
+        f"{TABLE}\n  %y = rope_attention_state(%q, none, %k, none, eps=0.0, table=%table, offset=2, interleaved=true,"
+        " shared=%common, ",
+    )  # fmt: skip
+    same_structure(after, expected + "\n")
+    assert equivalent(before, after, weights_for(before)) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "reason"),
+    [
+        ("num_heads=4, offset=2", "num_heads=4, offset=1", "turns other columns than the shared ones"),
+        ("return %y", "return %y, %c2", "one of 2 readers of c2"),
+        ("return %y", "return %y, %k2", "one of 2 readers of k2"),
+        ("shared=2)", "shared=1)", "joins no part that all heads of keys share"),
+    ],
+)
+def test_latent_attention_that_is_something_else_stays_apart(old, new, reason, run_pass):
+    record = run_pass("fuse.rope_attention", LATENT.replace(old, new)).record[-1]
     assert record.matches == 0 and len(record.near_misses) == 1 and reason in record.near_misses[0]
 
 

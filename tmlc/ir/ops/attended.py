@@ -22,16 +22,17 @@ BEHIND_VALUES = 14
 
 def _attention_linear_state(
     q: TensorType, q_norm: TensorType | None, k: TensorType, k_norm: TensorType | None, eps: float,
-    table: TensorType | None, offset: int, interleaved: bool, v: TensorType, *args: Any,
+    table: TensorType | None, offset: int, interleaved: bool, shared: TensorType | None, v: TensorType, *args: Any,
 ) -> ValueType:  # fmt: skip
     behind, product = args[:BEHIND_VALUES], args[BEHIND_VALUES:]
     weight, bias, factor, taps, tail, start, residual, level, addend = product
     need((q_norm is None) == (k_norm is None), "q_norm and k_norm come together")
     need((taps is None) == (tail is None), "taps and tail come together")
+    need(shared is None or table is not None, "a shared part of keys is turned by a table")
     heads: Any
     if table is not None:
         shapes: Any = OPS["rope_attention_state"].shapes
-        heads = shapes(q, q_norm, k, k_norm, eps, table, offset, interleaved, v, *behind)
+        heads = shapes(q, q_norm, k, k_norm, eps, table, offset, interleaved, shared, v, *behind)
     elif q_norm is None:
         heads = OPS["attention_state"].shapes(q, k, v, *behind)
     else:
@@ -42,7 +43,7 @@ def _attention_linear_state(
 
 @op(
     "attention_linear_state(Tensor q, Tensor? q_norm, Tensor k, Tensor? k_norm, float eps, Tensor? table, int offset,"
-    " bool interleaved, Tensor v, Tensor position, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor? rel,"
+    " bool interleaved, Tensor? shared, Tensor v, Tensor position, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor? rel,"
     " Tensor? rel_table, int num_heads, int num_kv_heads, float scale, int window, int sinks, float log_floor,"
     " float log_alpha, Tensor? sink_logits, float softcap, Tensor weight, Tensor? bias, Tensor? factor, Tensor? taps,"
     " Tensor(c!)? tail, int start, bool residual, float level, Tensor? addend) -> Tensor",
@@ -51,14 +52,14 @@ def _attention_linear_state(
 )
 def attention_linear_state(
     q: Tensor, q_norm: Tensor | None, k: Tensor, k_norm: Tensor | None, eps: float, table: Tensor | None, offset: int,
-    interleaved: bool, v: Tensor, *args: Any,
+    interleaved: bool, shared: Tensor | None, v: Tensor, *args: Any,
 ) -> Tensor:  # fmt: skip
     """(addend +) factor·linear of attention (of normed heads with q_norm, of turned ones with a table), with taps
     through linear_conv_state."""
     behind, product = args[:BEHIND_VALUES], args[BEHIND_VALUES:]
     weight, bias, factor, taps, tail, start, residual, level, addend = product
     if table is not None:
-        heads = rope_attention_state(q, q_norm, k, k_norm, eps, table, offset, interleaved, v, *behind)
+        heads = rope_attention_state(q, q_norm, k, k_norm, eps, table, offset, interleaved, shared, v, *behind)
     elif q_norm is None or k_norm is None:
         heads = attention_state(q, k, v, *behind)
     else:
