@@ -48,14 +48,14 @@ def _why_not(ropes: list[fx.Node], joined: fx.Node | None, attention: fx.Node) -
     """`ropes`: of queries, of keys; `joined`: what joins the keys from two parts."""
     if len(ropes) < 2:
         return f"{ropes[0].name} turns queries or keys alone"
-    heads, alike = [arg(attention, "num_heads"), arg(attention, "num_kv_heads")], _ALIKE
+    heads, alike = [arg(attention, "num_heads"), arg(attention, "num_kv_heads")], list(_ALIKE)
     if joined is not None:
         if (arg(joined, "num_heads"), arg(joined, "shared")) != (heads[1], 2):
             return f"{joined.name} joins no part that all heads of keys share"
         own = type_of(arg(joined, "a")).cols // heads[1]
         if (arg(ropes[0], "offset"), arg(ropes[1], "offset")) != (own, 0):
             return f"{ropes[0].name} turns other columns than the shared ones"
-        heads, alike = [heads[0], 1], tuple(name for name in _ALIKE if name != "offset")
+        heads, alike = [heads[0], 1], [name for name in _ALIKE if name != "offset"]
     for rope, count, reader in zip(ropes, heads, (attention, joined or attention), strict=True):
         if arg(rope, "num_heads") != count:
             return f"{rope.name} turns {arg(rope, 'num_heads')} heads, not {count}"
