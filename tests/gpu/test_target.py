@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from random_models import random_model
+from released import MODELS, write
 
 import tmlc
 from tmlc.cli.main import cli
@@ -367,6 +368,18 @@ def test_every_kernel_of_every_preset_builds_without_spills(preset, precision):
     for pipeline in (steps, *overlapping):
         view = plan_on_meta(preset, "triton:sm80+sm90+sm100", precision, pipeline=pipeline)
         assert view["variants"] > 100 and view["spills"] == {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("target", "precision"),
+    [("triton:sm80+sm90+sm100", "bf16"), ("triton:sm90", "fp8"), ("triton:sm90", "int8"), ("triton:sm90", "int4")],
+)  # fmt: skip
+@pytest.mark.parametrize("name", MODELS)
+def test_every_kernel_of_released_models_builds_without_spills(tmp_path, name, target, precision):
+    """From their config.json alone."""
+    view = plan_on_meta(str(write(name, tmp_path)), target, precision)
+    assert view["variants"] > 20 and view["spills"] == {}
 
 
 @pytest.mark.slow
