@@ -172,8 +172,7 @@ def prepare_kv_write_kernel(
 ):  # fmt: skip
     """kv_write_kernel of v and of keys that are normed (with norms), then turned (with a table); q_prepared: queries to
     which the same is done, dense, of rows of no session too. shared: the columns behind the `own` ones of each head of
-    keys; grid (rows, runs of kv heads, keys, values and then, for
-    each program of keys, those of as many queries).
+    keys. Grid (rows, runs of kv heads, keys, values and then, for each program of keys, those of as many queries).
 
     No program ends early: what it prepares is asked for together with its session, and computed while the position is
     under way."""
