@@ -94,7 +94,7 @@ def softmax_of(scores, among, PARTS: tl.constexpr):
     top = tl.where(among[0], scores[0], float("-inf"))
     for p in tl.static_range(1, PARTS):
         top = tl.maximum(top, tl.where(among[p], scores[p], float("-inf")))
-    best = tl.max(top, 0)
+    best = score_of(tl.max(sortable(top), 0))  # one instruction of a warp
     powers, shares = (), ()
     for p in tl.static_range(PARTS):
         powers += (tl.where(among[p], tl.exp(scores[p] - best), 0.0),)  # type: ignore[assignment]
@@ -176,8 +176,8 @@ def topk_scores(
     SCORES: tl.constexpr, PARTS: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """(scores of the experts of a row, and the numbers that `ranked` takes; PARTS blocks of each): softmax of all (0),
-    sigmoid (1) or raw scores (2), the first `eligible` can be chosen. With `inverses` the logits of a row are scaled by
-    its own, `logit_bias` is added to them, and `bias` to the scores for the choice alone."""
+    sigmoid (1) or raw scores (2) of the first `eligible`, which are all or none. With `inverses` the logits of a row
+    are scaled by its own, `logit_bias` is added to them, and `bias` to the scores for the choice alone."""
     inverse = 1.0
     if inverses is not None:
         inverse = tl.load(inverses + row)
@@ -202,15 +202,14 @@ def topk_scores(
         if SCORES == 1:
             score = sigmoid(score)
         scores += (score,)  # type: ignore[assignment]
-        among += (e < routed,)  # type: ignore[assignment]
+        among += (e < eligible,)  # type: ignore[assignment]
     if SCORES == 0:
         scores = softmax_of(scores, among, PARTS)
     for p in tl.static_range(PARTS):
         choice = scores[p]  # type: ignore[var-annotated]
         if bias is not None:
             choice += learned[p]
-        e = p * BLOCK_E + tl.arange(0, BLOCK_E)
-        keys += (tl.where(e < eligible, sortable(choice), -2147483648),)  # type: ignore[assignment]
+        keys += (tl.where(among[p], sortable(choice), -2147483648),)  # type: ignore[assignment, misc]
     return scores, keys
 
 
