@@ -209,7 +209,7 @@ def topk_scores(
         choice = scores[p]  # type: ignore[var-annotated]
         if bias is not None:
             choice += learned[p]
-        keys += (tl.where(among[p], sortable(choice), -2147483648),)  # type: ignore[assignment, misc]
+        keys += (tl.where(among[p], sortable(choice), -2147483648),)  # type: ignore[assignment]
     return scores, keys
 
 
