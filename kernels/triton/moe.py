@@ -19,7 +19,14 @@ from tmlc.kernels.triton.products import (
     two_products,
     weight_product,
 )
-from tmlc.kernels.triton.router import sink_choice, store_sink_routes
+from tmlc.kernels.triton.router import (
+    SINKS,
+    ranked,
+    sink_choice,
+    store_sink_routes,
+    store_topk_routes,
+    topk_scores,
+)
 from tmlc.kernels.triton.row_conv import convolve, keep_rows, rows_before
 from tmlc.kernels.triton.steps import tanh
 
@@ -68,15 +75,16 @@ def chosen(experts, at, count_e):
 def moe_gate_up_kernel(
     hidden, x, w, scales, zeros, bias, experts, order, tile_first, tile_count, tile_expert, counts, n, per, top_k,
     count_e, f, k, w_stride, s_stride, x_stride, alpha, limit, gate_cap, up_cap,
-    weights, logits, inverses, learned, scale, routed, route_scale,
+    weights, logits, inverses, logit_bias, learned, scale, routed, route_scale,
     GROUPED: tl.constexpr, ACT: tl.constexpr, FORM: tl.constexpr, GROUP: tl.constexpr, SLICES: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr, TOP_K: tl.constexpr, SHARED: tl.constexpr,
-    PARTS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr, SCORES: tl.constexpr, NORMALISE: tl.constexpr,
+    TOP_K: tl.constexpr, SHARED: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """hidden[pair, f] = act(gate_e x, up_e x); grid (tiles of pairs, blocks of f).
 
-    With `logits` [rows, routed + SHARED] each program finds the expert of its choice itself, as `sink_router_kernel`
-    does; there is one block more, which stores experts and weights for the second product.
+    With `logits` each program finds the expert of its choice itself, as `sink_router_kernel` does from [rows, routed +
+    SHARED] (SCORES is SINKS) or `topk_router_kernel` from [rows, routed]; there is one block more, which stores
+    experts and weights for the second product.
     """
     col = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = col < f
@@ -94,17 +102,29 @@ def moe_gate_up_kernel(
         if TOP_K > 0:
             wide = row.to(tl.int64)
             # Of a row of nobody no expert is eligible, so its count is read along with the logits.
-            found, places, shared = sink_choice(
-                logits, inverses, learned, wide, routed, tl.where(live, routed, 0), routed + SHARED, TOP_K, SHARED,
-                PARTS, WARP,
-            )  # fmt: skip
-            factor = route_scale * tl.load(scale)
+            eligible = tl.where(live, routed, 0)
+            if SCORES == SINKS:
+                found, places, shared = sink_choice(
+                    logits, inverses, learned, wide, routed, eligible, routed + SHARED, TOP_K, SHARED, PARTS, WARP
+                )
+                factor = route_scale * tl.load(scale)
+            else:
+                found, keys = topk_scores(
+                    logits, inverses, logit_bias, learned, wide, routed, eligible, routed, SCORES, PARTS, WARP
+                )
+                places = ranked(keys, TOP_K, PARTS, WARP)
             stores = tl.program_id(1) == tl.num_programs(1) - 1
             if stores | (live == 0):
                 if stores & live & (choice == 0):
-                    store_sink_routes(
-                        weights, experts, found, places, shared, factor, wide, routed, TOP_K, SHARED, PARTS, WARP
-                    )
+                    if SCORES == SINKS:
+                        store_sink_routes(
+                            weights, experts, found, places, shared, factor, wide, routed, TOP_K, SHARED, PARTS, WARP
+                        )
+                    else:
+                        store_topk_routes(
+                            weights, experts, found, places, route_scale, wide, routed, SCORES, NORMALISE, TOP_K,
+                            SHARED, PARTS, WARP,
+                        )  # fmt: skip
                 return
             mine = tl.zeros((WARP,), tl.int32)
             for p in tl.static_range(PARTS):

@@ -8,21 +8,26 @@ from tmlc.kernels.triton.launch import Aligned, Launch, Lowered, Operand, Pointe
 from tmlc.kernels.triton.norms import power
 from tmlc.kernels.triton.products import FEW_ROWS, ROWS, lines, product_values, tile_rows
 from tmlc.kernels.triton.registry import Call, launch, lowering
-from tmlc.kernels.triton.router import logits_launch, sink_launch, sink_values
+from tmlc.kernels.triton.router import (
+    SINKS,
+    logits_launch,
+    ranks_itself,
+    sink_launch,
+    sink_values,
+    topk_launch,
+    topk_values,
+)
 from tmlc.kernels.triton.row_conv import NO_CONV, RowConv
 from tmlc.kernels.triton.tuning import turns_at_once
 
-#: Routed experts among which the product of few rows chooses by itself: four for each thread of a warp, as every warp
-#: does it alone.
-MOST_RANKED = 128
 #: Rows from which on pairs are grouped where the program does not say (grouped_from 0).
 GROUPED_FROM = 16
 #: What `moe_gate_up_kernel` needs to choose the experts of a row: arguments and constexprs.
 Choice = tuple[dict[str, Any], dict[str, Any]]
 #: Experts that are given.
 GIVEN: Choice = (
-    dict.fromkeys(("weights", "logits", "inverses", "learned", "scale", "routed", "route_scale")),
-    {"TOP_K": 0, "SHARED": 0, "PARTS": 0},
+    dict.fromkeys(("weights", "logits", "inverses", "logit_bias", "learned", "scale", "routed", "route_scale")),
+    {"SCORES": 0, "NORMALISE": False, "TOP_K": 0, "SHARED": 0, "PARTS": 0},
 )
 
 
@@ -187,25 +192,38 @@ def convolved_launches(call: Call, scratch: Scratch, choice: Choice) -> list[Lau
     return [*launches, conv_launch(call, out, x, conv.taps, conv.tail, conv.residual, level=conv.level, addend=addend)]
 
 
-@lowering("norm_moe_conv_state")
-def lower_norm_moe_conv(call: Call) -> Lowered:
+@lowering("norm_moe_conv_state", "norm_topk_moe")
+def lower_norm_moe(call: Call) -> Lowered:
     """Few rows and up to MOST_RANKED routed experts: the first product chooses them itself from the router's logits."""
-    x, total, count = call.operand("x"), call.operand("weight").shape[0], call.attrs["top_k"] + call.attrs["n_shared"]
-    held = call.operand("gate_up").shape[0]
-    call.need(held >= total, f"a router chooses among {total} experts, and there are {held}")
+    sinks = call.op == "norm_moe_conv_state"
+    x, columns, shared = call.operand("x"), call.operand("weight").shape[0], int(call.attrs["n_shared"])
+    routed = columns - shared if sinks else columns  # a top-k router has no logits of the shared ones
+    held, count = call.operand("gate_up").shape[0], call.attrs["top_k"] + shared
+    call.need(held >= routed + shared, f"a router chooses among {routed + shared} experts, and there are {held}")
     scratch = Scratch()
     made = (("f32", count), ("i32", count), ("f32", x.cols))
     *routes, normed = (scratch.operand(dtype, x.rows, cols, call.rows(x)) for dtype, cols in made)
-    router = replace(call, op="norm_router", outputs=(*routes, normed))
+    router = replace(call, op="norm_router" if sinks else "norm_topk_router", outputs=(*routes, normed))
     args = {"x": normed, "weights": routes[0], "experts": routes[1]}
-    experts = replace(call, op="moe_conv_state", args={**call.args, **args})
-    logits, inverses = scratch.piece("f32", call.rows(x) * total), scratch.piece("f32", call.rows(x))
+    experts = replace(call, op="moe_conv_state" if sinks else "moe_add", args={**call.args, **args})
+    logits, inverses = scratch.piece("f32", call.rows(x) * columns), scratch.piece("f32", call.rows(x))
     launches, choice = [logits_launch(router, logits, inverses)], GIVEN
-    if grouped(experts) or total - call.attrs["n_shared"] > MOST_RANKED:
-        launches.append(sink_launch(router, logits, total, inverses))
+    given = (router, logits, columns, inverses)
+    if grouped(experts) or not ranks_itself(routed, int(call.attrs.get("groups", 1))):
+        launches.append(sink_launch(*given) if sinks else topk_launch(*given))
     else:
-        values, fixed = sink_values(router, logits, total, inverses)
-        given = {name: values["bias" if name == "learned" else name] for name in GIVEN[0]}
-        fixed["PARTS"] = -(-fixed.pop("BLOCK_E") // 32)
-        choice = given, fixed
-    return scratch.lowered(*launches, *convolved_launches(experts, scratch, choice))
+        choice = _own(*(sink_values(*given) if sinks else topk_values(*given)))
+    if sinks:
+        return scratch.lowered(*launches, *convolved_launches(experts, scratch, choice))
+    more, _ = summed(experts, scratch, call.outputs[0], call.optional("addend"), choice=choice)
+    return scratch.lowered(*launches, *more)
+
+
+def _own(values: dict[str, Any], fixed: dict[str, Any]) -> Choice:
+    """What a router's kernel would take, as `moe_gate_up_kernel` takes it."""
+    names, constants = GIVEN
+    parts = {"SCORES": SINKS.value, "PARTS": -(-values["routed"] // 32)}
+    return (
+        {name: values.get("bias" if name == "learned" else name) for name in names},
+        constants | parts | {name: value for name, value in fixed.items() if name in constants},
+    )

@@ -16,6 +16,11 @@ from tmlc.kernels.triton.overlap import prefetch_rows, previous
 from tmlc.kernels.triton.registry import Call, launch, lowering
 
 MOST_EXPERTS = 1024
+#: Routed experts among which the product of few rows chooses by itself: four for each thread of a warp, as every warp
+#: does it alone.
+MOST_RANKED = 128
+#: What chooses the experts of a row: 0, 1 or 2 are topk_router's scores, this is sink_router.
+SINKS = tl.constexpr(3)
 #: Inputs that a program reads at once, and of them those of one warp: 32 a thread of a row, and as many of an expert.
 MOST_INPUTS, WARP_INPUTS = 8192, 1024
 #: Programs from which one takes more experts, which share what it reads of a row, and then more rows.
@@ -43,14 +48,29 @@ def lowest_best(key, index):
 
 
 @device
-def turns(key, index, TOP_K: tl.constexpr):
-    """For each index the turn in which it is chosen, -1 for never; the smallest int32 in `key` closes one."""
-    place = tl.full(key.shape, -1, tl.int32)
-    for i in range(TOP_K):
-        winner = lowest_best(key, index)
-        place = tl.where(index == winner, i, place)
-        key = tl.where(index == winner, -2147483648, key)
-    return place
+def ranked(keys, TOP_K: tl.constexpr, PARTS: tl.constexpr, BLOCK_E: tl.constexpr):
+    """For each expert the turn in which it is chosen, -1 for never, in PARTS blocks as its number in `keys`, where the
+    smallest int32 closes one. The best of blocks of one warp are found without any wait for another warp."""
+    places = ()
+    for _p in tl.static_range(PARTS):
+        places += (tl.full((BLOCK_E,), -1, tl.int32),)  # type: ignore[assignment]
+    for turn in tl.static_range(TOP_K):
+        top = keys[0]
+        for p in tl.static_range(1, PARTS):
+            top = tl.maximum(top, keys[p])
+        best = tl.max(top, 0)
+        first = tl.full((BLOCK_E,), 1 << 30, tl.int32)
+        for p in tl.static_range(PARTS):
+            e = p * BLOCK_E + tl.arange(0, BLOCK_E)
+            first = tl.minimum(first, tl.where(keys[p] == best, e, 1 << 30))
+        winner = tl.min(first, 0)
+        left, taken = (), ()
+        for p in tl.static_range(PARTS):
+            won = p * BLOCK_E + tl.arange(0, BLOCK_E) == winner
+            left += (tl.where(won, -2147483648, keys[p]),)  # type: ignore[assignment]
+            taken += (tl.where(won, turn, places[p]),)  # type: ignore[assignment]
+        keys, places = left, taken
+    return places
 
 
 @device
@@ -59,11 +79,29 @@ def log_sigmoid(x):
 
 
 @device
-def softmax_of(score, chosen):
-    """Softmax over the chosen ones, 0 elsewhere."""
-    share = tl.exp(score - tl.max(tl.where(chosen, score, float("-inf")), 0))
-    share = tl.where(chosen, share, 0.0)
-    return share / tl.sum(share, 0)
+def sum_of(blocks, PARTS: tl.constexpr):
+    """Of all numbers of PARTS blocks. With the same blocks, of 32 one a thread of a warp, it has the same bits in every
+    kernel."""
+    total = blocks[0]
+    for p in tl.static_range(1, PARTS):
+        total += blocks[p]
+    return tl.sum(total, 0)
+
+
+@device
+def softmax_of(scores, among, PARTS: tl.constexpr):
+    """Softmax over those that are `among`, 0 elsewhere; PARTS blocks of each."""
+    top = tl.where(among[0], scores[0], float("-inf"))
+    for p in tl.static_range(1, PARTS):
+        top = tl.maximum(top, tl.where(among[p], scores[p], float("-inf")))
+    best = score_of(tl.max(sortable(top), 0))  # one instruction of a warp
+    powers, shares = (), ()
+    for p in tl.static_range(PARTS):
+        powers += (tl.where(among[p], tl.exp(scores[p] - best), 0.0),)  # type: ignore[assignment]
+    total = sum_of(powers, PARTS)
+    for p in tl.static_range(PARTS):
+        shares += (powers[p] / total,)  # type: ignore[assignment]
+    return shares
 
 
 @device
@@ -79,13 +117,12 @@ def sink_choice(
     TOP_K: tl.constexpr, SHARED: tl.constexpr, PARTS: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """(logits and places of the routed experts, PARTS blocks of each, and the logits of the shared ones as numbers) of
-    a row: places of the first `eligible` are chosen by sigmoid + bias, -1 is none. The best of blocks of one warp are
-    found without any wait for another warp."""
+    a row: places of the first `eligible` are chosen by sigmoid + bias, -1 is none."""
     inverse = 1.0
     if inverses is not None:
         inverse = tl.load(inverses + row)
     at = logits + row * logits_stride
-    found, keys, places, shared = (), (), (), ()
+    found, keys, shared = (), (), ()
     for p in tl.static_range(PARTS):
         e = p * BLOCK_E + tl.arange(0, BLOCK_E)
         logit = tl.load(at + e, mask=e < routed, other=0.0)
@@ -94,29 +131,12 @@ def sink_choice(
             logit = logit * inverse
         found += (logit,)  # type: ignore[assignment]
         keys += (tl.where(e < eligible, sortable(sigmoid(logit) + learned), -2147483648),)  # type: ignore[assignment]
-        places += (tl.full((BLOCK_E,), -1, tl.int32),)  # type: ignore[assignment]
     for s in tl.static_range(SHARED):
         one = tl.load(at + routed + s)
         if inverses is not None:
             one = one * inverse
         shared += (one,)  # type: ignore[assignment]
-    for turn in tl.static_range(TOP_K):
-        top = keys[0]  # type: ignore[misc]
-        for p in tl.static_range(1, PARTS):
-            top = tl.maximum(top, keys[p])
-        best = tl.max(top, 0)
-        first = tl.full((BLOCK_E,), 1 << 30, tl.int32)
-        for p in tl.static_range(PARTS):
-            e = p * BLOCK_E + tl.arange(0, BLOCK_E)
-            first = tl.minimum(first, tl.where(keys[p] == best, e, 1 << 30))
-        winner = tl.min(first, 0)
-        left, taken = (), ()
-        for p in tl.static_range(PARTS):
-            won = p * BLOCK_E + tl.arange(0, BLOCK_E) == winner
-            left += (tl.where(won, -2147483648, keys[p]),)  # type: ignore[assignment]
-            taken += (tl.where(won, turn, places[p]),)  # type: ignore[assignment]
-        keys, places = left, taken
-    return found, places, shared
+    return found, ranked(keys, TOP_K, PARTS, BLOCK_E), shared
 
 
 @device
@@ -147,6 +167,101 @@ def store_sink_routes(
     at = row * (TOP_K + SHARED) + TOP_K
     for s in tl.static_range(SHARED):
         tl.store(weights + at + s, tl.exp(log_sigmoid(shared[s]) - best) / total * factor)
+        tl.store(experts + at + s, (routed + s).to(experts.dtype.element_ty))
+
+
+@device
+def topk_scores(
+    logits, inverses, logit_bias, bias, row, routed, eligible, logits_stride,
+    SCORES: tl.constexpr, PARTS: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """(scores of the experts of a row, and the numbers that `ranked` takes; PARTS blocks of each): softmax of all (0),
+    sigmoid (1) or raw scores (2) of the first `eligible`, which are all or none. With `inverses` the logits of a row
+    are scaled by its own, `logit_bias` is added to them, and `bias` to the scores for the choice alone."""
+    inverse = 1.0
+    if inverses is not None:
+        inverse = tl.load(inverses + row)
+    read, added, learned = (), (), ()
+    # All that is read is asked for before the first of it is used.
+    for p in tl.static_range(PARTS):
+        e = p * BLOCK_E + tl.arange(0, BLOCK_E)
+        known = e < routed
+        read += (tl.load(logits + row * logits_stride + e, mask=known, other=float("-inf")),)  # type: ignore[assignment]
+        if logit_bias is not None:
+            added += (tl.load(logit_bias + e, mask=known, other=0.0),)  # type: ignore[assignment]
+        if bias is not None:
+            learned += (tl.load(bias + e, mask=known, other=0.0),)  # type: ignore[assignment]
+    scores, among, keys = (), (), ()
+    for p in tl.static_range(PARTS):
+        e = p * BLOCK_E + tl.arange(0, BLOCK_E)
+        score = read[p]  # type: ignore[var-annotated]
+        if inverses is not None:
+            score = score * inverse  # type: ignore[assignment]
+        if logit_bias is not None:
+            score += added[p]
+        if SCORES == 1:
+            score = sigmoid(score)
+        scores += (score,)  # type: ignore[assignment]
+        among += (e < eligible,)  # type: ignore[assignment]
+    if SCORES == 0:
+        scores = softmax_of(scores, among, PARTS)
+    for p in tl.static_range(PARTS):
+        choice = scores[p]  # type: ignore[var-annotated]
+        if bias is not None:
+            choice += learned[p]
+        keys += (tl.where(among[p], sortable(choice), -2147483648),)  # type: ignore[assignment]
+    return scores, keys
+
+
+@device
+def of_best_groups(key, routed, each, GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, BLOCK_E: tl.constexpr):
+    """The numbers of the experts of the TOP_GROUPS groups whose two best have the largest sum; those of others are
+    closed."""
+    e = tl.arange(0, BLOCK_E)
+    group = e // each
+    sums = tl.full((BLOCK_E,), -2147483648, tl.int32)  # place g stands for group g
+    for g in range(GROUPS):
+        mine = tl.where(group == g, key, -2147483648)
+        best = score_of(tl.max(mine, 0))
+        if each > 1:
+            best += score_of(tl.max(tl.where(e == lowest_best(mine, e), -2147483648, mine), 0))
+        sums = tl.where(e == g, sortable(best), sums)
+    closed = e < routed
+    for _turn in range(TOP_GROUPS):
+        winner = lowest_best(sums, e)
+        sums = tl.where(e == winner, -2147483648, sums)
+        closed = closed & (group != winner)
+    return tl.where(closed, -2147483648, key)
+
+
+@device
+def store_topk_routes(
+    weights, experts, scores, places, factor, row, routed,
+    SCORES: tl.constexpr, NORMALISE: tl.constexpr, TOP_K: tl.constexpr, SHARED: tl.constexpr, PARTS: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """The chosen experts of a row and their weights: scores (raw ones: softmax over the chosen), divided by their sum
+    where NORMALISE says so, times the factor. Behind them the SHARED experts behind the last one, with weight 1."""
+    chosen, shares = (), ()
+    for p in tl.static_range(PARTS):
+        chosen += (places[p] >= 0,)  # type: ignore[assignment]
+        shares += (tl.where(places[p] >= 0, scores[p], 0.0),)  # type: ignore[assignment]
+    if SCORES == 2:
+        shares = softmax_of(scores, chosen, PARTS)
+    total = 1.0
+    if NORMALISE:
+        total = sum_of(shares, PARTS)
+        if SCORES == 1:
+            total += 1e-20
+    for p in tl.static_range(PARTS):
+        share = shares[p]  # type: ignore[var-annotated]
+        if NORMALISE:
+            share = share / total  # type: ignore[assignment]
+        e = p * BLOCK_E + tl.arange(0, BLOCK_E)
+        store_routes(weights, experts, share * factor, e, places[p], row, TOP_K + SHARED)
+    at = row * (TOP_K + SHARED) + TOP_K
+    for s in tl.static_range(SHARED):
+        tl.store(weights + at + s, 1.0)
         tl.store(experts + at + s, (routed + s).to(experts.dtype.element_ty))
 
 
@@ -241,64 +356,22 @@ def sink_router_kernel(
 
 @device
 def topk_router_kernel(
-    weights, experts, logits, inverses, logit_bias, bias, count, each, logits_stride, scale,
+    weights, experts, logits, inverses, logit_bias, bias, routed, each, logits_stride, route_scale,
     SCORES: tl.constexpr, NORMALISE: tl.constexpr, GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr,
-    TOP_K: tl.constexpr, SHARED: tl.constexpr, BLOCK_E: tl.constexpr,
+    TOP_K: tl.constexpr, SHARED: tl.constexpr, PARTS: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """Top-k of softmax (0), sigmoid (1) or raw scores (2), of the best groups where there are groups; with `inverses`
-    the logits of a row are scaled by its own, and `logit_bias` is added to them. Behind the chosen stand the SHARED
-    experts behind the last one, with weight 1; grid (rows)."""
+    """Top-k of the scores of `topk_scores`, of the best groups where there are groups, which lie in one block; grid
+    (rows)."""
     row = tl.program_id(0).to(tl.int64)
-    e = tl.arange(0, BLOCK_E)
-    known = e < count
-    # All that is read is asked for before the first of it is used.
-    score = tl.load(logits + row * logits_stride + e, mask=known, other=float("-inf"))
-    if inverses is not None:
-        inverse = tl.load(inverses + row)
-    if logit_bias is not None:
-        added = tl.load(logit_bias + e, mask=known, other=0.0)
-    if bias is not None:
-        learned = tl.load(bias + e, mask=known, other=0.0)
-    if inverses is not None:
-        score = score * inverse
-    if logit_bias is not None:
-        score += added
-    if SCORES == 0:
-        score = softmax_of(score, known)
-    elif SCORES == 1:
-        score = sigmoid(score)
-    choice = score
-    if bias is not None:
-        choice += learned
-    key = tl.where(known, sortable(choice), -2147483648)
+    scores, keys = topk_scores(
+        logits, inverses, logit_bias, bias, row, routed, routed, logits_stride, SCORES, PARTS, BLOCK_E
+    )
     if GROUPS > 1:
-        group = e // each
-        sums = tl.full((BLOCK_E,), -2147483648, tl.int32)  # place g stands for group g
-        for g in range(GROUPS):
-            mine = tl.where(group == g, key, -2147483648)
-            best = score_of(tl.max(mine, 0))
-            if each > 1:
-                best += score_of(tl.max(tl.where(e == lowest_best(mine, e), -2147483648, mine), 0))
-            sums = tl.where(e == g, sortable(best), sums)
-        closed = known
-        for _turn in range(TOP_GROUPS):
-            winner = lowest_best(sums, e)
-            sums = tl.where(e == winner, -2147483648, sums)
-            closed = closed & (group != winner)
-        key = tl.where(closed, -2147483648, key)
-    place = turns(key, e, TOP_K)
-    chosen = place >= 0
-    share = softmax_of(score, chosen) if SCORES == 2 else tl.where(chosen, score, 0.0)
-    if NORMALISE:
-        total = tl.sum(share, 0)
-        if SCORES == 1:
-            total += 1e-20
-        share = share / total
-    store_routes(weights, experts, share * scale, e, place, row, TOP_K + SHARED)
-    at = row * (TOP_K + SHARED) + TOP_K
-    for s in tl.static_range(SHARED):
-        tl.store(weights + at + s, 1.0)
-        tl.store(experts + at + s, (count + s).to(experts.dtype.element_ty))
+        keys = (of_best_groups(keys[0], routed, each, GROUPS, TOP_GROUPS, BLOCK_E),)
+    places = ranked(keys, TOP_K, PARTS, BLOCK_E)
+    store_topk_routes(
+        weights, experts, scores, places, route_scale, row, routed, SCORES, NORMALISE, TOP_K, SHARED, PARTS, BLOCK_E
+    )
 
 
 @device
@@ -318,6 +391,11 @@ def _results(call: Call, k: int) -> dict[str, Any]:
     weights, experts = call.outputs[:2]
     call.need(weights.stride == k == experts.stride, "the router's results are not dense")
     return {"weights": call.pointer(weights), "experts": call.pointer(experts, ("i32", "i64"))}
+
+
+def ranks_itself(routed: int, groups: int = 1) -> bool:
+    """Whether one warp can choose among so many experts by itself, as each of a product's does."""
+    return routed <= MOST_RANKED and groups == 1
 
 
 def _warps(experts: int) -> int:
@@ -395,33 +473,45 @@ def lower_sink_router(call: Call) -> Lowered:
     return scratch.lowered(logits_launch(call, logits, inverses), sink_launch(call, logits, total, inverses))
 
 
-def topk_launch(call: Call, logits: Pointer, count: int, stride: int, inverses: Pointer | None) -> Launch:
-    """The choice of each row among `count` experts."""
-    call.need(count <= MOST_EXPERTS, f"{count} experts", f"up to {MOST_EXPERTS} are supported")
+def topk_values(
+    call: Call, logits: Pointer, stride: int, inverses: Pointer | None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Arguments and constexprs of the choice from logits with so many columns a row. Experts that could choose
+    themselves lie in the same blocks here: so sums have the same bits."""
+    routed = call.operand("logits").cols if call.op == "topk_router" else call.operand("weight").shape[0]
+    call.need(routed <= MOST_EXPERTS, f"{routed} experts", f"up to {MOST_EXPERTS} are supported")
     top_k, groups, shared = (int(call.attrs.get(name, 0)) for name in ("top_k", "groups", "n_shared"))
     biases = {name: call.optional(name) for name in ("logit_bias", "bias")}
     values = _results(call, top_k + shared) | {
-        "logits": logits, "inverses": inverses, "count": count, "each": count // groups, "logits_stride": stride,
-        "scale": float(call.attrs["scale"]),
+        "logits": logits, "inverses": inverses, "routed": routed, "each": routed // groups, "logits_stride": stride,
+        "route_scale": float(call.attrs["scale"]),
         **{name: None if bias is None else call.pointer(bias) for name, bias in biases.items()},
     }  # fmt: skip
+    block = 32 if ranks_itself(routed, groups) else power(routed, 32)
     fixed = {
         "SCORES": int(call.attrs["scores"]), "NORMALISE": bool(call.attrs["normalise"]), "GROUPS": groups,
-        "TOP_GROUPS": int(call.attrs["top_groups"]), "TOP_K": top_k, "SHARED": shared,
-        "BLOCK_E": power(count, 32),
+        "TOP_GROUPS": int(call.attrs["top_groups"]), "TOP_K": top_k, "SHARED": shared, "PARTS": -(-routed // block),
+        "BLOCK_E": block,
     }  # fmt: skip
-    return launch("topk_router_kernel", (call.rows(call.outputs[0]),), values, fixed, _warps(count))
+    return values, fixed
+
+
+def topk_launch(call: Call, logits: Pointer, stride: int, inverses: Pointer | None) -> Launch:
+    """The choice of each row."""
+    values, fixed = topk_values(call, logits, stride, inverses)
+    rows = call.rows(call.outputs[0])
+    return launch("topk_router_kernel", (rows,), values, fixed, _warps(values["routed"]))
 
 
 @lowering("topk_router", "norm_topk_router")
 def lower_topk_router(call: Call) -> Lowered:
     if call.op == "topk_router":
         given = call.operand("logits")
-        return Lowered((topk_launch(call, call.pointer(given), given.cols, given.stride, None),))
+        return Lowered((topk_launch(call, call.pointer(given), given.stride, None),))
     count, rows = call.operand("weight").shape[0], call.rows(call.operand("x"))
     scratch = Scratch()
     logits, inverses = scratch.piece("f32", rows * count), scratch.piece("f32", rows)
-    return scratch.lowered(logits_launch(call, logits, inverses), topk_launch(call, logits, count, count, inverses))
+    return scratch.lowered(logits_launch(call, logits, inverses), topk_launch(call, logits, count, inverses))
 
 
 @lowering("append_experts")

@@ -114,6 +114,35 @@ def test_experts_take_the_rows_and_the_choice_of_a_normed_router():
     assert OPS["norm_moe_conv_state"].mutates == ("tail",)
 
 
+@pytest.mark.parametrize("addend", [None, X])
+@pytest.mark.parametrize("shared", [0, 1])
+def test_experts_take_the_rows_and_the_choice_of_a_normed_top_k_router(addend, shared):
+    settings = (rand(5, 6, seed=20), rand(5, seed=21), rand(5, seed=22), 1, 2, True, 1, 1, 2.5, shared)
+    count = 5 + shared
+    stacked = (rand(count, 8, 6, seed=15), rand(count, 6, 4, seed=16), None, None, 0.0, 0.0, 0.0, 0.0, 0)
+    weights, experts, normed = op("norm_topk_router", X, NORM, EPS, *settings)
+    given = () if addend is None else (addend,)
+    wanted = op("moe_add" if given else "moe", *given, normed, weights, experts, *stacked)
+    assert torch.equal(op("norm_topk_moe", X, NORM, EPS, *settings, addend, *stacked), wanted)
+
+
+def test_the_experts_of_a_normed_top_k_router_have_the_shapes_of_its_parts():
+    x, norm, weight, five = (TensorType("f32", shape) for shape in ((4, 6), (6,), (5, 6), (5,)))
+    settings = (1, 2, True, 1, 1, 2.5, 0)
+    stacked = (TensorType("bf16", (5, 8, 6)), TensorType("bf16", (5, 6, 4)), None, None, 0.0, 0.0, 0.0, 0.0, 0)
+    shapes = OPS["norm_topk_moe"].shapes
+    for addend in (None, x):
+        assert shapes(x, norm, EPS, weight, five, five, *settings, addend, *stacked) == x
+    for wrong, said in (
+        ((x, five, EPS, weight, None, None, *settings, None, *stacked), "norm must have 6 columns"),
+        ((x, norm, EPS, weight, None, norm, *settings, None, *stacked), "bias must have 5 columns"),
+        ((x, norm, EPS, weight, None, None, *settings, None, TensorType("bf16", (5, 8, 7)), *stacked[1:]), "gate_up"),
+        ((x, norm, EPS, weight, None, None, *settings, TensorType("f32", (4, 5)), *stacked), "4, 5"),
+    ):
+        with pytest.raises(IRError, match=said):
+            shapes(*wrong)
+
+
 def attention_arguments():
     states = torch.tensor([[2]]), torch.zeros(6, 3), torch.zeros(6, 2)
     return (*states, None, None, 2, 1, 0.5, 0, 0, 0.0, 0.0, None, 0.0)

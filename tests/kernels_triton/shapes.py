@@ -53,6 +53,12 @@ FOREIGN_ROUTERS: tuple[tuple[int, int, tuple[str, ...], dict[str, Any]], ...] = 
                                    n_shared=0)),
 )
 
+#: Experts behind the first and the last of them: hidden columns, biases, and what is between.
+FOREIGN_EXPERTS: tuple[tuple[int, int, tuple[str, ...], dict[str, Any]], ...] = (
+    (0, 768, (), dict(alpha=0.0, limit=0.0)),
+    (2, 2880, ("gate_up_bias", "down_bias"), dict(alpha=1.702, limit=7.0)),
+)
+
 
 def x(cols: int, dtype: str = "f32", rows: tuple[int, int] = (1, 0), offset: int = 0) -> Operand:
     return Operand("arena", dtype, rows, cols, cols, offset)
@@ -226,6 +232,16 @@ def calls(model: Model, bucket: Bucket, sm: int) -> Iterator[Call]:
         choices = attrs["top_k"] + attrs["n_shared"]
         results = (x(choices), x(choices, "i32"), x(k))
         yield call("norm_topk_router", given, *results, eps=1e-6, **attrs)
+    for router, f, more, activation in FOREIGN_EXPERTS:
+        k, count, biases, attrs = FOREIGN_ROUTERS[router]
+        # The same calls for each model, so in these forms once. (Eight turns of 4-bit codes want more shared memory
+        # than sm120 has, whoever chooses the experts.)
+        for form in ("bf16",) if m is NANO else ("bf16", "i8g32", "f8g128"):
+            given = {"x": x(k), "norm": w(1, k), "weight": w(count, k), **{name: w(1, count) for name in biases}}
+            given |= {"gate_up": w(count, 2 * f, k, dtype=form), "down": w(count, k, f, dtype=form), "addend": x(k)}
+            given |= {name: w(count, 2 * f if name == "gate_up_bias" else k) for name in more}
+            yield call("norm_topk_moe", given, x(k), eps=1e-6, gate_cap=0.0, up_cap=0.0, grouped_from=9, **attrs,
+                       **activation)  # fmt: skip
     for op, names, attrs in (
         ("add", "ab", {}), ("mul", "ab", {}), ("add_scaled", "ab", {"alpha": 0.25}), ("scale", "x", {"alpha": 0.5}),
         ("clamp", "x", {"lo": -1.0, "hi": 1.0}), ("silu", "x", {}), ("gelu", "x", {}), ("sigmoid", "x", {}),

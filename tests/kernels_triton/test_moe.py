@@ -173,6 +173,31 @@ def test_few_rows_choose_among_up_to_128_experts_themselves(batch, routed, kerne
     assert [one.kernel for one in lower(call).launches] == [f"{name}_kernel" for name in kernels.split()]
 
 
+@pytest.mark.parametrize(
+    ("batch", "routed", "groups", "kernels"),
+    [
+        (1, 128, 1, "router_logits moe_gate_up moe_down_sum"),
+        (1, 129, 1, "router_logits topk_router moe_gate_up moe_down_sum"),
+        (1, 128, 2, "router_logits topk_router moe_gate_up moe_down_sum"),
+        (16, 9, 1, "router_logits topk_router moe_sort moe_gate_up moe_down moe_combine"),
+    ],
+)
+def test_few_rows_choose_among_up_to_128_experts_without_groups_themselves(batch, routed, groups, kernels):
+    def w(*shape):
+        return Operand("weight", "f32", (0, shape[0]), shape[-1], shape[-1], name="r", shape=shape)
+
+    rows = Operand("arena", "f32", (1, 0), D, D)
+    args = {"x": rows, "norm": w(1, D), "weight": w(routed, D), "gate_up": w(routed, 2 * F, D), "down": w(routed, D, F)}
+    attrs = top_k_attrs(0, 2, 1) | {"groups": groups, "top_groups": groups}
+    call = Call("norm_topk_moe", args, attrs, (rows,), Bucket(batch, 1), 90)
+    with pytest.raises(EmitError, match=f"chooses among {routed + 1} experts, and there are {routed}") as caught:
+        lower(call)
+    assert caught.value.fix == FIX
+    for name in ("gate_up", "down"):
+        args[name] = replace(args[name], shape=(routed + 1, *args[name].shape[1:]))
+    assert [one.kernel for one in lower(call).launches] == [f"{name}_kernel" for name in kernels.split()]
+
+
 @pytest.mark.parametrize("sm", ARCHITECTURES)
 @pytest.mark.parametrize("dtype", ["bf16", "f8g128", "i8g32", "i4g32", "i4g64"])
 @pytest.mark.parametrize("batch", [1, 4, 15])
@@ -219,6 +244,69 @@ def test_experts_that_choose_themselves_give_the_bits_of_a_router_before_them(ma
                 for i, n in enumerate((1, 4))]  # fmt: skip
     agree(machine, "norm_moe_conv_state", sessions, attrs | {"grouped_from": 6}, [Shape("f32", D)], 1.5e-2, weights,
           cuts=(1,), compared=["tail"])  # fmt: skip
+
+
+def top_k_attrs(scores: int, top_k: int, shared: int) -> dict:
+    return ATTRS | {"eps": 1e-6, "scores": scores, "top_k": top_k, "normalise": scores < 2, "groups": 1,
+                    "top_groups": 1, "scale": 1.5, "n_shared": shared}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("scores", "count", "top_k", "shared", "biases"),
+    [
+        (0, 9, 4, 0, ""), (0, 33, 3, 1, "bias logit_bias"), (0, 128, 8, 0, ""), (1, 20, 3, 2, "bias"),
+        (1, 64, 6, 0, ""), (2, 32, 4, 0, "logit_bias"), (2, 100, 2, 1, "bias"),
+    ],
+)  # fmt: skip
+def test_experts_that_choose_themselves_give_the_bits_of_a_top_k_router_before_them(
+    machine, scores, count, top_k, shared, biases
+):
+    """Of few rows, of many, and of the ops apart: with two experts alike that are the best, with logits so close that
+    rounding makes many scores the same, with logits that are all alike, and with an expert whose logit is no number."""
+    weights = {
+        "norm": weight(draw(1, 1, D)), "weight": weight(draw(5, count, D)),
+        **{name: weight(np.round(draw(i, 1, count), 1)) for i, name in enumerate(biases.split())},
+    }  # fmt: skip
+    stacks = {
+        "gate_up": weight(draw(3, count + shared, 2 * F, D) / 4, "bf16"),
+        "down": weight(draw(4, count + shared, D, F), "bf16"), "gate_up_bias": weight(draw(6, count + shared, 2 * F)),
+        "down_bias": weight(draw(7, count + shared, D)),
+    }  # fmt: skip
+    for name in ("weight", *biases.split()):
+        for values in (weights[name].parts[0], weights[name].values):
+            rows = values if name == "weight" else values.T
+            rows[5] = rows[3]
+            if name == "bias":
+                rows[[3, 5]] += 2
+    attrs, out = top_k_attrs(scores, top_k, shared), [Shape("f32", D)]
+    given = [Session({"x": size * draw(i, n, D), "addend": draw(i + 9, n, D)}, count=n)
+             for i, (n, size) in enumerate(((1, 1.0), (4, 30.0), (2, 1e-9)))]  # fmt: skip
+    agree(machine, "norm_topk_moe", given[:2], attrs | {"grouped_from": 6}, out, 1.5e-2, weights | stacks, cuts=(1,))
+    sessions = [Session({"x": size * draw(i, 1, D), "addend": draw(i + 9, 1, D)}, count=1)
+                for i, size in enumerate((1.0, 30.0, 1e-9, 0.0))]  # fmt: skip
+    routes = [Shape("f32", top_k + shared), Shape("i64", top_k + shared), Shape("f32", D)]
+    for broken in (False, scores > 0):
+        if broken:
+            weights["weight"].parts[0][7] = np.nan
+        few, many = (run(machine, "norm_topk_moe", sessions, attrs | {"grouped_from": grouped_from}, out,
+                         weights | stacks, batch=5) for grouped_from in (100, 1))  # fmt: skip
+        chosen = run(machine, "norm_topk_router", sessions, attrs, routes, weights, batch=5)
+        behind = [
+            Session(dict(zip(("weights", "experts", "x"), one, strict=True)) | {"addend": session.inputs["addend"]},
+                    count=1) for one, session in zip(chosen, sessions, strict=True)
+        ]  # fmt: skip
+        apart = run(machine, "moe_add", behind, attrs | {"grouped_from": 100}, out, stacks, batch=5)
+        for one, other, third in zip(few, many, apart, strict=True):
+            assert np.isfinite(one[0]).all()
+            assert np.array_equal(bits(one[0]), bits(other[0])) and np.array_equal(bits(one[0]), bits(third[0]))
+        assert not broken or not any((one[1] == 7).any() for one in chosen)
+
+
+def test_experts_without_an_addend_choose_themselves_too(machine):
+    given = [Session({"x": draw(i, n, D)}, count=n) for i, n in enumerate((3, 1))]
+    weights = experts("f32") | {"norm": weight(draw(1, 1, D)), "weight": weight(draw(5, E, D))}
+    attrs = top_k_attrs(1, 2, 0)
+    agree(machine, "norm_topk_moe", given, attrs, [Shape("f32", D)], 4e-6, weights, cuts=(1,))
 
 
 def conv_call(bucket: Bucket, top_k: int, dtype: str = "f32", d: int = D, f: int = F, sm: int = 90) -> Call:

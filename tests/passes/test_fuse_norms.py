@@ -337,6 +337,41 @@ def test_a_router_that_others_read_stays_apart(old, new, reason, run_pass):
     assert record.matches == 0 and reason in record.near_misses[0]
 
 
+#: A top-k router that norms rows, and experts that alone read it.
+ROW = f"%x, %norm, eps=1e-06, weight=%route, logit_bias=none, {CHOICE.format('%five')[:-1]}, n_shared=0"
+CHOSEN = GATED + f"""  %r = norm_topk_router({ROW})
+  %shares = item(%r, 0)
+  %experts = item(%r, 1)
+  %h = item(%r, 2)
+"""
+BEHIND = "  %y = {}x=%h, weights=%shares, experts=%experts, {}\n  return %y\n}}\n"
+
+
+@pytest.mark.parametrize(("op", "addend"), [("moe(", "none"), ("moe_add(addend=%x, ", "%x")])
+def test_experts_choose_themselves_from_the_logits_of_a_top_k_router(op, addend, run_pass, same_structure):
+    after = run_pass("fuse.norm_moe", CHOSEN + BEHIND.format(op, LAST))
+    assert (after.record[-1].matches, after.record[-1].near_misses) == (1, [])
+    same_structure(after, f"""{GATED}  %y = norm_topk_moe({ROW}, addend={addend}, {LAST}
+  return %y
+}}
+""")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "reason"),
+    [
+        ("return %y", "return %y, %h", "2 readers"),
+        ("return %y", "%z = silu(%shares)\n  return %y, %z", "2 readers"),
+        ("x=%h, weights", "x=%x, weights", "reads its results otherwise"),
+        ("addend=%x", "addend=%h", "reads its results otherwise"),
+    ],
+)
+def test_a_top_k_router_that_others_read_stays_apart(old, new, reason, run_pass):
+    text = CHOSEN + BEHIND.format("moe_add(addend=%x, ", LAST)
+    record = run_pass("fuse.norm_moe", text.replace(old, new)).record[-1]
+    assert record.matches == 0 and len(record.near_misses) == 1 and reason in record.near_misses[0]
+
+
 def test_attention_norms_the_queries_and_keys_that_it_alone_reads(run_pass, same_structure):
     after = run_pass("fuse.norm_attention", ATTENTION)
     assert (after.record[-1].matches, after.record[-1].near_misses) == (1, [])
@@ -385,8 +420,10 @@ def test_heads_that_are_turned_behind_their_norms_are_left_to_the_pass_for_two_n
 
 
 @pytest.mark.parametrize(
-    "text", [BEFORE_EXPERTS, TOPK, PRODUCTS, STEPS, CONV, ATTENTION, EXPERTS + CONVOLVED.format(LAST)]
-)
+    "text",
+    [BEFORE_EXPERTS, TOPK, PRODUCTS, STEPS, CONV, ATTENTION, EXPERTS + CONVOLVED.format(LAST),
+     CHOSEN + BEHIND.format("moe(", LAST), CHOSEN + BEHIND.format("moe_add(addend=%x, ", LAST)],
+)  # fmt: skip
 def test_numbers_stay_the_same(text, run_pass, program_of, weights_for, equivalent):
     before = after = program_of(text)
     for name in (*PASSES, "fuse.norm_topk_router", "fuse.norm_attention", "fuse.norm_moe"):

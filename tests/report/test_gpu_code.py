@@ -1,5 +1,7 @@
 """What `tmlc.report.gpu_code` says of machine code."""
 
+import re
+
 import pytest
 
 pytest.importorskip("triton", reason="the triton extra is not installed")
@@ -10,8 +12,9 @@ from tmlc.errors import UsageError
 from tmlc.kernels.triton.bucket import Bucket
 from tmlc.kernels.triton.launch import Operand
 from tmlc.kernels.triton.registry import Call, lower
+from tmlc.kernels.triton.variants import compile_variant
 from tmlc.pipeline.pipeline import load_pipeline
-from tmlc.report.gpu_code import code_of, launches_of, read_code
+from tmlc.report.gpu_code import code_of, disassembled, launches_of, read_code
 
 TEXT = """
         .section        .text.kernel
@@ -63,6 +66,32 @@ def test_the_choice_of_a_top_k_router_asks_for_all_that_it_reads_before_its_firs
     call = Call("norm_topk_router", given, attrs, (row(8), row(8, "i32"), row(64)), Bucket(1, 1), sm)
     code = code_of(lower(call).launches[1].variant(sm))
     assert code.early == code.counts["loads"] > 0 and code.counts["barriers"] > 0
+
+
+@pytest.mark.parametrize("sm", [80, 90])
+@pytest.mark.parametrize(("scores", "bias"), [(0, None), (1, "bias"), (2, "logit_bias")])
+def test_experts_that_choose_themselves_ask_for_all_logits_at_once(sm, scores, bias):
+    """And for the count of the row, the norm's scale and the bias: before the first exponential or exchange of threads.
+    Then no warp waits for another before weights are asked for."""
+
+    def row(cols: int) -> Operand:
+        return Operand("arena", "f32", (1, 0), cols, cols)
+
+    def weight(*shape: int, dtype: str = "f32") -> Operand:
+        return Operand("weight", dtype, (0, shape[0]), shape[-1], shape[-1], name="w", shape=shape)
+
+    given = {"x": row(512), "norm": weight(1, 512), "weight": weight(128, 512)}
+    given |= {"gate_up": weight(128, 512, 512, dtype="bf16"), "down": weight(128, 512, 256, dtype="bf16")}
+    given |= {} if bias is None else {bias: weight(1, 128)}
+    attrs = dict(eps=1e-6, scores=scores, top_k=8, normalise=scores < 2, groups=1, top_groups=1, scale=1.0, n_shared=0)
+    attrs |= dict(alpha=0.0, limit=0.0, gate_cap=0.0, up_cap=0.0, grouped_from=0)
+    variant = lower(Call("norm_topk_moe", given, attrs, (row(512),), Bucket(1, 1), sm)).launches[1].variant(sm)
+    text = disassembled(compile_variant(variant).cubin)
+    asked, made, exchanged, waited = (
+        [found.start() for found in re.finditer(pattern, text)]
+        for pattern in (r"\bLDG\.", r"\bLDGSTS\.", r"\b(REDUX|SHFL|MUFU)\.", r"\bBAR\.")
+    )
+    assert len(asked) == (6 if bias is None else 10) and max(asked) < exchanged[0] < made[0] < waited[0]
 
 
 @pytest.mark.parametrize("module", [gpu_code, gpu_plan])

@@ -24,7 +24,9 @@ CALL_SIZES = (5, 3, 1)  # new positions of the calls of one sequence, so that st
 # How far an engine's floats may be from the recorded ones, as a part of the largest recorded value.
 # Quantised weights are compared with what their codes stand for; the engine rounds the activations that meet them to a
 # byte, which the recording does not. Whatever rounds activations makes a router choose another expert now and then.
-ROUTERS = ("router", "sink_router", "topk_router", "norm_router", "norm_topk_router", "norm_moe_conv_state")
+ROUTERS = (
+    "router", "sink_router", "topk_router", "norm_router", "norm_topk_router", "norm_moe_conv_state", "norm_topk_moe",
+)  # fmt: skip
 ROUTED = 1e-1  # of a method with routers, where anything is rounded
 TOLERANCE = {"fp32": 1e-4, "bf16": 1e-2, "fp16": 1e-2, "int8": 1e-1, "fp8": 1e-1, "int4": 1e-1}
 

@@ -21,6 +21,7 @@ TRITON_PASSES = {
     "norm_router": "fuse.norm_router",
     "norm_topk_router": "fuse.norm_topk_router",
     "norm_moe_conv_state": "fuse.norm_moe",
+    "norm_topk_moe": "fuse.norm_moe",
     "norm_linear": "fuse.norm_linear",
     "norm_linear_steps": "fuse.norm_linear",
     "norm_linear_swiglu": "fuse.norm_linear",

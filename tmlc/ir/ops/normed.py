@@ -11,8 +11,8 @@ from torch import Tensor
 
 from tmlc.ir.ops.attention import attention_state
 from tmlc.ir.ops.dense import linear, modulate, rms_norm
-from tmlc.ir.ops.fused import linear_conv_state, linear_swiglu, moe_conv_state
-from tmlc.ir.ops.moe import router
+from tmlc.ir.ops.fused import linear_conv_state, linear_swiglu, moe_add, moe_conv_state
+from tmlc.ir.ops.moe import moe, router
 from tmlc.ir.ops.registry import OPS, need, op, vector
 from tmlc.ir.ops.steps import linear_steps
 from tmlc.ir.ops.topk import append_experts, topk_router
@@ -216,3 +216,29 @@ def norm_moe_conv_state(x: Tensor, *args: Any) -> Tensor:
     """moe_conv_state of the rows, weights and experts that norm_router gives."""
     weights, experts, normed = norm_router(x, *args[:8])
     return moe_conv_state(*args[8:13], normed, weights, experts, *args[13:])
+
+
+def _norm_topk_moe(x: TensorType, *args: Any) -> TensorType:
+    weights, experts, normed = _norm_topk_router(x, *args[:12])
+    addend, *stacked = args[12:]
+    given = () if addend is None else (addend,)
+    shapes: Any = OPS["moe_add" if given else "moe"].shapes
+    made: TensorType = shapes(*given, normed, weights, experts, *stacked)
+    return made
+
+
+@op(
+    "norm_topk_moe(Tensor x, Tensor norm, float eps, Tensor weight, Tensor? logit_bias, Tensor? bias, int scores,"
+    " int top_k, bool normalise, int groups, int top_groups, float scale, int n_shared, Tensor? addend, Tensor gate_up,"
+    " Tensor down, Tensor? gate_up_bias, Tensor? down_bias, float alpha, float limit, float gate_cap, float up_cap,"
+    " int grouped_from) -> Tensor",
+    _norm_topk_moe,
+    from_pass=True,
+)
+def norm_topk_moe(x: Tensor, *args: Any) -> Tensor:
+    """moe, or moe_add where there is an addend, of the rows, weights and experts that norm_topk_router gives."""
+    weights, experts, normed = norm_topk_router(x, *args[:12])
+    addend, *stacked = args[12:]
+    if addend is None:
+        return moe(normed, weights, experts, *stacked)
+    return moe_add(addend, normed, weights, experts, *stacked)
