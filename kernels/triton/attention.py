@@ -137,13 +137,12 @@ def attention_kernel(
     live = there & (i < count)
     start = tl.load(position + slot // 8, mask=there, other=0)
     if q_norm is not None:  # while the position is under way
-        q_scale = norm_scale(tl.trans(qt), d, eps)
-        k_scale = norm_scale(tl.trans(key), d, eps)
-        qt = normed_columns(qt, q_scale, q_learned)
-        key = normed_columns(key, k_scale, k_learned)
+        q_inverse, k_inverse = norm_scale(tl.trans(qt), d, eps), norm_scale(tl.trans(key), d, eps)
+        qt = normed_columns(qt, q_inverse, q_learned)
+        key = normed_columns(key, k_inverse, k_learned)
         if table is not None:
-            q_other = normed_columns(q_other, q_scale, q_learned_other)
-            key_other = normed_columns(key_other, k_scale, k_learned_other)
+            q_other = normed_columns(q_other, q_inverse, q_learned_other)
+            key_other = normed_columns(key_other, k_inverse, k_learned_other)
     if table is not None:
         qt = tl.where(inside[:, None], rotated(qt, q_other, q_cos, q_sin, first_of[:, None]), qt)
         key = tl.where(inside[:, None], rotated(key, key_other, k_cos, k_sin, first_of[:, None]), key)

@@ -175,7 +175,8 @@ def turns_at_once(dtype: str, blocks: Blocks, count: int, turns: int, programs: 
     all turns on their way, as far as they fit beside the other programs of a multiprocessor."""
     if dtype == "f32":
         return blocks.stages
-    turn = count * blocks.block_k * (blocks.block_m * _BITS[dtype] // 8 + 2 * 8)
+    beside_codes = 4 if _BITS[dtype] == 4 else 0  # scales and zero points, and what aligns them, for each input
+    turn = count * blocks.block_k * (blocks.block_m * _BITS[dtype] // 8 + 2 * 8 + beside_codes)
     beside = min(MOST_PROGRAMS, -(-programs // PROCESSORS[sm]))
     return stages_that_fit(1 + turns, turn * beside, sm)
 

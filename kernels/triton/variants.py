@@ -75,7 +75,7 @@ def compile_variant(variant: Variant) -> Compiled:
 
     Raises:
         TargetError: this process interprets kernels, or its Triton is too old for the architecture.
-        EmitError: Triton or its assembler refuses the kernel; names it.
+        EmitError: Triton or its assembler refuses the kernel, or it does not fit into shared memory; names it.
     """
     source, target = _source(variant)
     first = MOST_REGISTERS if _waits_once(variant) else None
@@ -84,13 +84,21 @@ def compile_variant(variant: Variant) -> Compiled:
     # (though told that it may have all, it does worse now and then). Where all do not suffice, fewer blocks on their
     # way do, or one more: a short loop with two stages is unrolled as a whole, and its turns hold registers side by
     # side. Neither changes the order of a sum.
+    # What wants more shared memory than there is has fewer blocks on their way, too.
+    most = SHARED_BYTES[variant.sm]
+
+    def fault(one: Compiled) -> tuple[bool, int]:
+        return one.shared > most, one.spill_bytes
+
     fewer = (n for n in FEWER_STAGES if n < variant.num_stages)
     for stages in (variant.num_stages, *fewer, variant.num_stages + 1):
         for registers in (None, MOST_REGISTERS):
-            if best.spill_bytes and (stages, registers) != (variant.num_stages, first):
-                made = _compiled(source, target, variant, stages, registers)
-                if made.shared <= SHARED_BYTES[variant.sm]:
-                    best = min(best, made, key=lambda one: one.spill_bytes)
+            if any(fault(best)) and (stages, registers) != (variant.num_stages, first):
+                best = min(best, _compiled(source, target, variant, stages, registers), key=fault)
+    if best.shared > most:
+        what = f"{variant.kernel} wants {best.shared} bytes of shared memory, a program on sm{variant.sm} has {most}"
+        fix = f"compile with smaller blocks (--tuning), or report it: {variant.constexprs}"
+        raise EmitError(what, where=variant_key(variant), fix=fix)
     return best
 
 

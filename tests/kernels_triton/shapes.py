@@ -234,9 +234,8 @@ def calls(model: Model, bucket: Bucket, sm: int) -> Iterator[Call]:
         yield call("norm_topk_router", given, *results, eps=1e-6, **attrs)
     for router, f, more, activation in FOREIGN_EXPERTS:
         k, count, biases, attrs = FOREIGN_ROUTERS[router]
-        # The same calls for each model, so in these forms once. (Eight turns of 4-bit codes want more shared memory
-        # than sm120 has, whoever chooses the experts.)
-        for form in ("bf16",) if m is NANO else ("bf16", "i8g32", "f8g128"):
+        # The same calls for each model, so in all forms once.
+        for form in ("bf16",) if m is NANO else ("bf16", "i8g32", "i4g32", "i4g64", "f8g128"):
             given = {"x": x(k), "norm": w(1, k), "weight": w(count, k), **{name: w(1, count) for name in biases}}
             given |= {"gate_up": w(count, 2 * f, k, dtype=form), "down": w(count, k, f, dtype=form), "addend": x(k)}
             given |= {name: w(count, 2 * f if name == "gate_up_bias" else k) for name in more}

@@ -51,6 +51,41 @@ def test_a_product_and_attention_build(sm):
     assert not any(chosen.values())
 
 
+def test_attention_that_norms_or_turns_builds_over_caches_of_every_dtype():
+    with_compiler_for(90)
+    chosen: dict[tuple[bool, ...], Variant] = {}
+    for variant in variants(NANO, 90, ("norm_attention_state", "rope_attention_state")):
+        fixed = dict(variant.constexprs)
+        if variant.kernel == "attention_kernel":
+            chosen.setdefault((fixed["INT8"], fixed["EXACT"], "q_norm" in fixed, "table" in fixed), variant)
+    assert len(chosen) == 12
+    for variant in chosen.values():
+        held(compile_variant(variant), variant)
+
+
+def test_what_does_not_fit_into_shared_memory_has_fewer_blocks_on_their_way_or_is_refused(monkeypatch):
+    variant = next(one for one in variants(LARGE, 90, ("linear",)) if one.num_stages > 2)
+    usual = compile_variant(variant)
+    monkeypatch.setitem(SHARED_BYTES, 90, usual.shared - 1)
+    assert compile_variant(variant).shared < usual.shared
+    monkeypatch.setitem(SHARED_BYTES, 90, 1024)
+    with pytest.raises(EmitError, match="bytes of shared memory, a program on sm90 has 1024") as caught:
+        compile_variant(variant)
+    assert "--tuning" in caught.value.fix
+
+
+def test_eight_choices_of_4_bit_weights_fit_on_every_architecture():
+    """The experts of Qwen3-30B-A3B, all of whose turns would be on their way at once."""
+    for sm in ARCHITECTURES:
+        given = {"x": x(2048), "weights": x(8), "experts": x(8, "i32")}
+        given |= {"gate_up": w(128, 1536, 2048, dtype="i4g64"), "down": w(128, 2048, 768, dtype="i4g64")}
+        plain = {"alpha": 0.0, "limit": 0.0, "gate_cap": 0.0, "up_cap": 0.0, "grouped_from": 9}
+        call = Call("moe", given, plain, (x(2048, offset=1 << 20),), Bucket(1, 1), sm)
+        variant = lower(call).launches[-1].variant(sm)
+        assert variant.kernel == "moe_down_sum_kernel"
+        held(compile_variant(variant), variant)
+
+
 def test_the_shapes_reach_every_op():
     assert {call.op for call in calls(NANO, Bucket(1, 1), 90)} == set(supported()) - {"copy", "moe_conv_state"}
 
