@@ -201,6 +201,8 @@ def compile(
     )
     report.seconds, report.program, report.coverage = seconds, ready, chosen.coverage(ready)
     report.notes = list(ready.meta.get("notes", ()))
+    if not source.has_values:
+        report.notes.append("config.json alone is there, and no shards: every weight counts as bfloat16")
     if stop_after is not None or dry_run:
         return report
 

@@ -76,6 +76,7 @@ def test_a_dry_run_needs_no_shards_in_any_precision(saved, tmp_path, target, pre
     alone = config_of(saved("qwen3_moe", 0), tmp_path / "alone")
     report = tmlc.compile(alone, tmp_path / "out.tmlc", target=target, precision=precision, dry_run=True)
     assert report.coverage and all(row.kernel is not None for row in report.coverage)
+    assert any("config.json alone" in note for note in report.notes)
     assert not (tmp_path / "out.tmlc").exists()
 
 
