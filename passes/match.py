@@ -3,7 +3,7 @@ walk over all calls of an op that most of them are."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from torch import fx
@@ -71,6 +71,18 @@ def weight_users(program: Program, name: str) -> Iterator[tuple[str, fx.Node]]:
             if weight_of(node) == name:
                 for user in node.users:
                     yield method.name, user
+
+
+def why_not_own(program: Program, operands: Iterable[fx.Node]) -> str:
+    """Why a call cannot have other weights in the place of these operands ("" where it can): one is computed, or
+    something else reads it too."""
+    for node in operands:
+        name = weight_of(node)
+        if name is None:
+            return f"{node.name} is computed, not a weight"
+        if len(list(weight_users(program, name))) != 1:
+            return f"the weight {name} is used elsewhere too"
+    return ""
 
 
 def fresh_name(program: Program, wanted: str) -> str:

@@ -9,7 +9,7 @@ from itertools import pairwise
 from torch import fx
 
 from tmlc.ir.program import Method, Program, call, replace, type_of
-from tmlc.passes.match import arg, fresh_name, op_of, rewrite_calls, weight_of, weight_users
+from tmlc.passes.match import arg, fresh_name, op_of, rewrite_calls, weight_of, why_not_own
 from tmlc.pipeline.pass_base import Pass, PassContext, PassResult
 from tmlc.pipeline.registry import register_pass
 
@@ -41,15 +41,8 @@ def _why_not(program: Program, product: fx.Node, parts: list[fx.Node]) -> str:
     edges = [0, *(edge for part in parts for edge in (arg(part, "start"), arg(part, "stop"))), width]
     if any(end != begin for end, begin in list(pairwise(edges))[::2]):
         return f"its parts are not the columns of heads of {width}, one after the other"
-    for operand in (arg(product, "weight"), arg(product, "bias")):
-        if operand is None:
-            continue
-        name = weight_of(operand)
-        if name is None:
-            return f"{operand.name} is computed, not a weight"
-        if len(list(weight_users(program, name))) > 1:
-            return f"the weight {name} is used elsewhere too"
-    return ""
+    operands = (arg(product, "weight"), arg(product, "bias"))
+    return why_not_own(program, (operand for operand in operands if operand is not None))
 
 
 def _fuse(program: Program, method: Method, product: fx.Node, parts: list[fx.Node]) -> None:

@@ -9,7 +9,7 @@ from functools import partial
 from torch import fx
 
 from tmlc.ir.program import Method, Program, call, items, replace, type_of
-from tmlc.passes.match import arg, common_name, fresh_name, op_of, rewrite_calls, weight_of, weight_users
+from tmlc.passes.match import arg, common_name, fresh_name, op_of, rewrite_calls, weight_of, why_not_own
 from tmlc.pipeline.pass_base import Pass, PassContext, PassResult
 from tmlc.pipeline.registry import register_pass
 
@@ -71,13 +71,7 @@ def _why_not(program: Program, moe: fx.Node, both: fx.Node, layer: list[fx.Node]
     stacks = [arg(moe, "gate_up"), arg(moe, "down"), *(arg(node, "weight") for node in layer)]
     if len({type_of(node).dtype for node in stacks}) > 1:
         return "routed and shared experts differ in dtype"
-    for node in stacks:
-        name = weight_of(node)
-        if name is None:
-            return f"{node.name} is computed, not a weight"
-        if len(list(weight_users(program, name))) > 1:
-            return f"the weight {name} is used elsewhere too"
-    return ""
+    return why_not_own(program, stacks)
 
 
 def _fuse(program: Program, method: Method, moe: fx.Node, total: fx.Node, layer: list[fx.Node]) -> None:

@@ -7,7 +7,7 @@ import operator
 from torch import fx
 
 from tmlc.ir.program import Fact, Method, Program, call, replace, type_of
-from tmlc.passes.match import arg, common_name, fresh_name, op_of, weight_of, weight_users
+from tmlc.passes.match import arg, common_name, fresh_name, op_of, weight_of, why_not_own
 from tmlc.pipeline.pass_base import NearMiss, Pass, PassContext, PassResult
 from tmlc.pipeline.registry import register_pass
 
@@ -51,13 +51,7 @@ class StackExperts(Pass):
             return f"routed experts are {gate_up.shape[1] // 2} wide, shared ones {gate.shape[1]}"
         if len({type_of(node).dtype for node in _stacks(shared, moe)}) != 1:
             return "routed and shared experts differ in dtype"
-        for node in _stacks(shared, moe):
-            name = weight_of(node)
-            if name is None:
-                return f"{node.name} is computed, not a weight"
-            if len(list(weight_users(program, name))) != 1:
-                return f"the weight {name} is used elsewhere too"
-        return ""
+        return why_not_own(program, _stacks(shared, moe))
 
 
 def _neighbours(shared: fx.Node) -> tuple[fx.Node | None, fx.Node | None]:
