@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,25 @@ from click.testing import CliRunner
 
 import tmlc
 from tmlc.cli.main import cli
-from tmlc.errors import UsageError
+from tmlc.emit.triton.target import Lowerings
+from tmlc.errors import EmitError, TargetError, UsageError
+from tmlc.ir.text import parse_program, print_program
+from tmlc.kernels.triton.bucket import Bucket
+from tmlc.kernels.triton.launch import Pointer
 from tmlc.model_zoo.interaction.checkpoint import create_checkpoint
 from tmlc.model_zoo.interaction.config import InteractionConfig
 from tmlc.model_zoo.interaction.modeling import count_parameters
+from tmlc.pipeline.pipeline import load_pipeline
+from tmlc.report.gpu_plan import launches_of_calls, triton_target
+from tmlc.report.plan import source
+from tmlc.report.plan.engine import OpsEngine, Part
 from tmlc.report.plan.hardware import table
-from tmlc.report.plan.predict import Predictor
-from tmlc.report.plan.source import load_planned
-from tmlc.report.plan.work import OpWork, method_work, session_bytes, tick_calls, weight_bytes
+from tmlc.report.plan.predict import BETWEEN, Predictor
+from tmlc.report.plan.source import compiler_for, engine_of, load_planned
+from tmlc.report.plan.work import MethodCall, OpWork, method_work, session_bytes, tick_calls, weight_bytes
+from tmlc.runtimes.cuda.schedule import schedule
+
+GPU = "triton:sm90"
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +50,22 @@ def packages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(scope="module")
 def program() -> Any:
     return load_planned("nano", "bf16", None)[0]
+
+
+@pytest.fixture(scope="module")
+def gpu_program() -> Any:
+    """nano after the passes of the target triton."""
+    return load_planned("nano", "bf16", None, GPU)[0]
+
+
+@pytest.fixture(scope="module")
+def lowered(gpu_program: Any) -> Lowerings:
+    return triton_target(GPU).lower(gpu_program)
+
+
+@pytest.fixture(scope="module")
+def kernels(gpu_program: Any) -> Any:
+    return engine_of(gpu_program, "bf16", GPU)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "int8"])
@@ -99,6 +127,98 @@ def test_a_tick_makes_the_calls_that_the_driver_makes(packages: dict[str, Path],
     assert sorted(made) == sorted((call.method, call.n) for call in tick_calls(program, video))
 
 
+def test_counts_the_bytes_that_launches_read(gpu_program: Any, lowered: Lowerings) -> None:
+    """Two counts of one thing: of the ops of a program, and of the operands that its launches are given."""
+    work = method_work(gpu_program, "bf16")
+    for method, ops in work.items():
+        launches = lowered.launches[90][method][Bucket(1, 1)]
+        given = [arg for launch in launches if launch.kernel != "embedding_kernel" for arg in launch.args]
+        read = sum(arg.nbytes for arg in given if isinstance(arg, Pointer) and arg.space == "weight")
+        counted = sum(op.weight_bytes + op.again_bytes + op.experts * op.expert_bytes for op in ops)
+        assert counted == read, method
+
+
+def test_fused_ops_need_what_the_ops_before_them_need(gpu_program: Any, program: Any) -> None:
+    for method, ops in method_work(gpu_program, "bf16").items():
+        before = method_work(program, "bf16")[method]
+        if method == "unembed":  # head_logits leaves out what pads the vocabulary
+            continue
+        for name in ("macs", "position_macs", "position_bytes"):
+            total, other = (sum(op.rows * getattr(op, name) for op in some) for some in (ops, before))
+            assert total == other, (method, name)
+        assert sum(op.experts * op.expert_bytes for op in ops) == sum(op.experts * op.expert_bytes for op in before)
+        assert sum(op.chosen for op in ops) == sum(op.chosen for op in before)
+
+
+def test_a_tick_on_a_gpu_makes_the_launches_of_its_graphs(kernels: Any) -> None:
+    found = launches_of_calls("nano", GPU, "bf16", load_pipeline("triton"))
+    runs = kernels.tick(1, False)
+    told = [sum(part.launches for part in run.parts) + run.between for run in runs]
+    assert told == [sum(found[f"{name}.b1"].values()) for name in ("listen_text", "write", "speak")]
+    step = Predictor(kernels.program, "bf16", table()["h200"], 1, 1024, engine=kernels).step(1, False)
+    assert (step.launches, step.waits) == (sum(told), 3)
+    assert step.parts["launches"] == pytest.approx(sum(told) * 1.3e-6 + 3 * 20e-6)
+    assert step.seconds == pytest.approx(sum(step.parts.values())) == pytest.approx(sum(step.methods.values()))
+    assert step.methods[BETWEEN] > 0
+
+
+@pytest.mark.parametrize("sessions", [1, 3, 64, 65, 200])
+@pytest.mark.parametrize("video", [False, True])
+def test_runs_of_a_gpu_cover_the_calls_of_a_tick(kernels: Any, sessions: int, video: bool) -> None:
+    asked: dict[str, int] = {}
+    for call in tick_calls(kernels.program, video):
+        asked[call.method] = asked.get(call.method, 0) + call.n * sessions
+    done: dict[str, int] = {}
+    runs = kernels.tick(sessions, video)
+    for part in (part for run in runs for part in run.parts):
+        done[part.method] = done.get(part.method, 0) + part.rows
+        assert 0 < part.sessions <= sessions and part.launches > 0
+    assert done == asked
+    groups = -(-sessions // 64)
+    assert len(runs) == 3 * groups if not video else len(runs) > 3 * groups  # a clip is taken in method by method
+
+
+def test_calls_of_a_gpu_run_in_the_buckets_of_the_runtime(kernels: Any, lowered: Lowerings) -> None:
+    for n, sessions in ((1, 1), (7, 1), (300, 1), (5, 40)):
+        parts = [part for run in kernels.calls([MethodCall("decode", n)], sessions) for part in run.parts]
+        runs = schedule([n] * sessions, lowered.buckets["decode"])
+        launches = lowered.launches[90]["decode"]
+        assert parts == [
+            Part("decode", len(pieces), sum(size for _, _, size in pieces), len(launches[shape]))
+            for shape, pieces in runs
+        ]
+
+
+def test_what_an_engine_is_not_known_for_counts_an_op_as_a_launch(
+    program: Any, gpu_program: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    again = parse_program(print_program(gpu_program))  # as a package has it
+    assert engine_of(again, "bf16", "triton:sm80").launches.endswith("kernels of triton:sm80")
+    for one, target, why in ((program, "cpu", ""), (program, GPU, "another target"), (again, "cpu", "another target")):
+        engine = engine_of(one, "bf16", target)
+        assert isinstance(engine, OpsEngine) and engine.launches.endswith(why or "is a launch")
+        ops = [op for op in method_work(one, "bf16")["decode"] if op.computes]
+        assert engine.calls([MethodCall("decode", 1)], 1)[0].parts[0].launches == len(ops)
+    assert compiler_for(table()["h200"]) == (GPU, "")
+
+    def missing(name: str) -> Any:
+        raise TargetError("Triton is not installed", fix="install it")
+
+    monkeypatch.setattr(source, "find_target", missing)
+    assert compiler_for(table()["h200"]) == ("cpu", "Triton is not installed; install it")
+    engine = engine_of(program, "bf16", GPU, "Triton is not installed")
+    assert engine.launches == "an op is a launch: Triton is not installed"
+
+
+def test_a_program_without_a_kernel_is_planned_by_its_ops(gpu_program: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: Any, program: Any) -> Any:
+        raise EmitError("heads of 512 columns", where="decode, attention_state", fix="use narrower heads")
+
+    monkeypatch.setattr(type(triton_target(GPU)), "lower", refuse)
+    said = engine_of(gpu_program, "bf16", GPU).launches
+    assert said == "an op is a launch: decode, attention_state: heads of 512 columns"
+
+
 def test_expected_experts_are_what_a_lottery_gives() -> None:
     op = OpWork("moe", experts=32, chosen=4)
     random = np.random.default_rng(0)
@@ -141,8 +261,9 @@ def test_refuses_what_makes_no_sense(packages: dict[str, Path]) -> None:
         load_planned("no-such-model", None, None)
     with pytest.raises(UsageError, match="fixed"):
         load_planned(str(packages["bf16"]), None, 77)
+    without = replace(table()["a100"], rates={"fp32": 1e13, "bf16": 1e14})
     with pytest.raises(UsageError, match="no products of fp8"):
-        Predictor(load_planned(str(packages["bf16"]), None, None)[0], "fp8", table()["a100"], 1, 1024)
+        Predictor(load_planned(str(packages["bf16"]), None, None)[0], "fp8", without, 1, 1024)
 
 
 def test_a_folder_that_is_no_checkpoint_does_not_hide_a_preset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,6 +289,8 @@ def test_the_verb_prints_a_plan_and_fails_when_nothing_fits(packages: dict[str, 
     assert done.exit_code == 0, done.output
     plan = json.loads(done.stdout)
     assert [row["devices"] for row in plan["devices"]] == [1, 2]
+    assert plan["counted"] == "an op is a launch: the package is one of another target"
+    assert plan["devices"][0]["launches"] > 500 and plan["devices"][0]["waits"] == 24
     assert plan["precision"] == "int8" and plan["devices"][0]["sessions"] > 0
     tight = run.invoke(cli, ["plan", str(packages["int8"]), "--on", "h200", "--budget", "240.5ms"])
     assert tight.exit_code == 1 and "over the budget" in tight.output

@@ -88,6 +88,8 @@ def _part_read(call: Mapping[str, Any], used: Sequence[Tensor], k: int, n: float
     if op in ("embedding", "bag_embedding"):
         looked_up = _rows(used[0], n) if op == "embedding" else _rows(used[1], n) * used[1]["cols"]
         return float(looked_up / _rows(used[k], n))
+    if op == "head_sample" and k == 2:  # blocks of 16 entries, without those that pad the vocabulary
+        return -(-ints[0] // 16) / _rows(used[k], n)
     if op == "add_row":
         return float(_rows(used[0], n) > 0) / _rows(used[k], n)
     return 1.0

@@ -69,8 +69,11 @@ def unreading(steps: Pipeline, precision: str) -> Pipeline:
     return steps if coder is None else with_codes(steps, coder).configure(coder, report=False)
 
 
-def program_of(source: Checkpoint, target: str, precision: str, pipeline: Pipeline) -> Program:
-    """What is lowered to launches, after the passes. No weight is read.
+def program_of(
+    source: Checkpoint, target: str, precision: str, pipeline: Pipeline, context: int | None = None
+) -> Program:
+    """What is lowered to launches, after the passes, with room for `context` positions (None: the model's own). No
+    weight is read.
 
     Raises:
         UsageError: no such target or precision.
@@ -78,7 +81,9 @@ def program_of(source: Checkpoint, target: str, precision: str, pipeline: Pipeli
     from tmlc.compiler import compile
 
     steps = unreading(pipeline, precision)
-    report = compile(source, "", target=target, precision=precision, pipeline=steps, stop_after="memory.buckets")
+    report = compile(
+        source, "", target=target, precision=precision, pipeline=steps, stop_after="memory.buckets", context=context
+    )
     assert report.program is not None
     return report.program
 

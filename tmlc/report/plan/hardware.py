@@ -34,9 +34,10 @@ class Hardware:
         memory: bytes. bandwidth: bytes a second. cache, cache_bandwidth: of the last cache.
         rates: operations a second by how weights are stored.
         link: bytes a second to another device, one way; link_seconds: of one sum over all devices, beside its bytes.
-        launch_seconds: of one op, beside its bytes and operations.
-        call_seconds: of one call of a method, beside its ops.
+        launch_seconds: of one launch (an op, or a kernel), beside its bytes and operations.
+        call_seconds: of one run that the host waits for (a call of a method, or a graph), beside its launches.
         reach: fractions of `bandwidth` and `rates` that an engine gets.
+        target: of the compiler for it.
         measured: was all this measured here?
     """
 
@@ -53,6 +54,7 @@ class Hardware:
     call_seconds: float
     reach: dict[str, float]
     source: str
+    target: str = "cpu"
     measured: bool = False
 
 
@@ -75,6 +77,7 @@ def table() -> dict[str, Hardware]:
             call_seconds=row["call_us"] * 1e-6,
             reach=row["reach"],
             source=row["source"],
+            target=row["target"],
         )
     return made
 

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from tmlc.errors import UsageError
 from tmlc.ir.program import Program
+from tmlc.report.plan.engine import Engine, OpsEngine, Run
 from tmlc.report.plan.hardware import Hardware
-from tmlc.report.plan.work import MethodCall, OpWork, key_heads, method_work, session_bytes, tick_calls, weight_bytes
+from tmlc.report.plan.work import MethodCall, OpWork, key_heads, method_work, session_bytes, weight_bytes
 
 MEMORY_SHARE = 0.92  # of a device: the driver, code, workspace and arenas need the rest
 JITTER = {True: 1.3, False: 1.15}  # p99 over a typical step, on a measured CPU and on a device of the table
 MAX_SESSIONS = 4096
 PARTS = ("bytes", "products", "launches", "links")
+BETWEEN = "between methods"
+"""In `Step.methods`: what moves rows between the methods of a graph, and the waiting for it."""
 
 
 @dataclass
@@ -25,6 +28,7 @@ class Step:
     Attributes:
         seconds: of the whole batch; `parts` splits it by what bounds it: bytes, products, launches, links.
         bytes, operations: of all devices together; `methods` are seconds by method.
+        launches, waits: how many launches there are, and how often the host waits for them.
     """
 
     seconds: float = 0.0
@@ -32,6 +36,14 @@ class Step:
     operations: float = 0.0
     parts: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
     methods: dict[str, float] = field(default_factory=dict)
+    launches: int = 0
+    waits: int = 0
+
+    def add(self, method: str, part: str, seconds: float) -> None:
+        """So many seconds more of a method, for that reason."""
+        self.seconds += seconds
+        self.parts[part] += seconds
+        self.methods[method] = self.methods.get(method, 0.0) + seconds
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -47,6 +59,7 @@ class Predictor:
             `split="experts"`, whole experts and a part of every other weight.
         context: positions that a session has kept.
         spread: the share of the experts that the routing really uses.
+        engine: how a tick is run; default: an op is a launch.
 
     Raises UsageError for a precision that the hardware has no rate for.
     """
@@ -60,6 +73,7 @@ class Predictor:
         context: int,
         split: str = "tensors",
         spread: float = 1.0,
+        engine: Engine | None = None,
     ) -> None:
         rate = "int8" if precision == "int4" and "int4" not in hardware.rates else precision
         if rate not in hardware.rates:
@@ -70,6 +84,7 @@ class Predictor:
         self.program, self.precision, self.hardware = program, precision, hardware
         self.devices, self.context, self.split, self.spread = devices, context, split, spread
         self.work = method_work(program, precision)
+        self.engine = engine or OpsEngine(program, self.work)
         self.weights = weight_bytes(self.work, program, precision)
         self.session = session_bytes(program)
         self.rate = hardware.rates[rate] * hardware.reach["products"]
@@ -78,36 +93,33 @@ class Predictor:
 
     def step(self, sessions: int, video: bool) -> Step:
         """One tick of so many sessions together; with `video` each of them brings a clip."""
-        return self.calls(tick_calls(self.program, video), sessions)
+        return self._step(self.engine.tick(sessions, video))
 
     def calls(self, calls: Iterable[MethodCall], sessions: int) -> Step:
         """These calls, one after another, for so many sessions together."""
-        out = Step()
-        for call in calls:
-            limit = self.program.methods[call.method].max_n
-            rows = call.n * sessions
-            for part in _pieces(rows, limit):
-                self._call(out, call, part, min(sessions, part))
-        return out
+        return self._step(self.engine.calls(calls, sessions))
 
-    def _call(self, out: Step, call: MethodCall, rows: int, sessions: int) -> None:
-        out.seconds += self.hardware.call_seconds
-        out.parts["launches"] += self.hardware.call_seconds
-        out.methods[call.method] = out.methods.get(call.method, 0.0) + self.hardware.call_seconds
-        ops = self.work[call.method]
-        fresh = sum(op.weight_bytes for op in ops) / self.devices
-        for op in ops:
-            if not op.computes:
-                continue
-            seconds = self._op(out, op, op.rows * rows, sessions, fresh)
-            out.seconds += seconds
-            out.methods[call.method] += seconds
+    def _step(self, runs: Iterable[Run]) -> Step:
+        out, hardware = Step(), self.hardware
+        for run in runs:
+            whole = run.parts[0].method if len(run.parts) == 1 else BETWEEN
+            out.add(whole, "launches", hardware.call_seconds + run.between * hardware.launch_seconds)
+            out.launches += run.between
+            out.waits += 1
+            for part in run.parts:
+                out.launches += part.launches
+                out.add(part.method, "launches", part.launches * hardware.launch_seconds)
+                fresh = sum(op.weight_bytes for op in self.work[part.method]) / self.devices
+                for op in self.work[part.method]:
+                    if op.computes:
+                        self._op(out, part.method, op, op.rows * part.rows, part.sessions, fresh)
+        return out
 
     def _again_bandwidth(self, fresh: float) -> float:
         """Of weights that the same call has read before: they are still in the last cache if all of the call's are."""
         return self.hardware.cache_bandwidth if fresh <= self.hardware.cache else self.hardware.bandwidth
 
-    def _op(self, out: Step, op: OpWork, rows: int, sessions: int, fresh: float) -> float:
+    def _op(self, out: Step, method: str, op: OpWork, rows: int, sessions: int, fresh: float) -> None:
         hardware, devices = self.hardware, self.devices
         attended = op.attended(self.context)
         experts = op.touched(rows, self.spread) * op.expert_bytes
@@ -119,13 +131,10 @@ class Predictor:
         macs = op.macs * rows
         attention = op.position_macs * attended * rows
         multiplying = 2 * (macs / self.rate + attention / self.attention_rate) / devices
-        linking = self._link(op, rows)
         out.bytes += op.weight_bytes + op.again_bytes + experts + cache
         out.operations += 2 * (macs + attention)
-        out.parts["bytes" if reading >= multiplying else "products"] += max(reading, multiplying)
-        out.parts["launches"] += hardware.launch_seconds
-        out.parts["links"] += linking
-        return max(reading, multiplying) + hardware.launch_seconds + linking
+        out.add(method, "bytes" if reading >= multiplying else "products", max(reading, multiplying))
+        out.add(method, "links", self._link(op, rows))
 
     def _share(self, op: OpWork, rows: int) -> float:
         """The part of the touched experts' bytes that the busiest device reads."""
@@ -170,8 +179,3 @@ class Predictor:
             middle = (low + high) // 2
             low, high = (middle, high) if good(middle) else (low, middle)
         return low
-
-
-def _pieces(rows: int, limit: int) -> Sequence[int]:
-    """`rows` in calls of at most `limit`."""
-    return [limit] * (rows // limit) + ([rows % limit] if rows % limit else [])

@@ -9,7 +9,8 @@ from tmlc.errors import UsageError
 from tmlc.report.latency import Budget
 from tmlc.report.plan.hardware import HERE, Hardware, find
 from tmlc.report.plan.predict import JITTER, MEMORY_SHARE, PARTS, Predictor
-from tmlc.report.plan.source import load_planned
+from tmlc.report.plan.source import compiler_for, engine_of, load_planned
+from tmlc.report.plan.work import method_work, weight_bytes
 from tmlc.report.tables import grid, megabytes, milliseconds, table
 
 if TYPE_CHECKING:
@@ -39,16 +40,17 @@ def make_plan(
 
     Raises UsageError, CheckpointError, PackageError: what was asked for makes no sense, or is damaged.
     """
-    program, stored = load_planned(source, precision, context)
-    limit = int(program.meta["context"]["limit"])
     if hardware == HERE and devices != (1,):
         raise UsageError("this machine is one device", where="--devices", fix="leave the option out with --on here")
-    device = _device(hardware, program, stored, limit, threads)
-    rows = []
-    for count in devices:
-        predictor = Predictor(program, stored, device, count, limit, split, spread)
-        rows.append(_row(predictor, budget))
-    first = Predictor(program, stored, device, devices[0], limit, split, spread)
+    named = None if hardware == HERE else find(hardware, 0.0, None)
+    target, why = ("cpu", "") if named is None else compiler_for(named)
+    program, stored = load_planned(source, precision, context, target)
+    device = named or find(HERE, weight_bytes(method_work(program, stored), program, stored), threads)
+    engine = engine_of(program, stored, device.target, why)
+    limit = int(program.meta["context"]["limit"])
+    predictors = [Predictor(program, stored, device, count, limit, split, spread, engine) for count in devices]
+    rows = [_row(predictor, budget) for predictor in predictors]
+    first = predictors[0]
     return {
         "model": program.meta["name"],
         "precision": stored,
@@ -61,16 +63,9 @@ def make_plan(
         "spread": spread,
         "budget": {"turn_ms": budget.total_ms, "step_ms": budget.step_ms},
         "assumptions": assumptions(device),
+        "counted": engine.launches,
         "devices": rows,
     }
-
-
-def _device(hardware: str, program: Any, stored: str, limit: int, threads: int | None) -> Hardware:
-    if hardware != HERE:
-        return find(hardware, 0.0, None)
-    from tmlc.report.plan.work import method_work, weight_bytes
-
-    return find(HERE, weight_bytes(method_work(program, stored), program, stored), threads)
 
 
 def _row(predictor: Predictor, budget: Budget) -> dict[str, Any]:
@@ -93,6 +88,8 @@ def _row(predictor: Predictor, budget: Budget) -> dict[str, Any]:
         "methods_ms": {name: 1000 * value for name, value in plain.methods.items()},
         "tick_bytes": plain.bytes,
         "tick_operations": plain.operations,
+        "launches": plain.launches,
+        "waits": plain.waits,
         "batch_ms": steps,
         "sessions": most,
         "why_none": why,
@@ -107,7 +104,7 @@ def assumptions(device: Hardware) -> list[str]:
         f"p99 is {JITTER[device.measured]:g} times the step of a tick in which every session brings a clip",
         f"weights and states may take {MEMORY_SHARE:.0%} of the memory",
         "every expert is as likely as any other, unless --spread says otherwise",
-        "nothing was measured" if not device.measured else "bandwidth and rates were measured just now",
+        "nothing of this was measured" if not device.measured else "bandwidth and rates were measured just now",
     ]
 
 
@@ -115,12 +112,14 @@ def plan_tables(plan: dict[str, Any]) -> list[RenderableType]:
     """The plan for a person."""
     device, budget = plan["hardware"], plan["budget"]
     shown = next((row["devices"] for row in plan["devices"] if row["sessions"]), plan["devices"][-1]["devices"])
+    best = next(row for row in plan["devices"] if row["devices"] == shown)
     head = [
         ("model", f"{plan['model']} in {plan['precision']}, {plan['context']} positions a session"),
         ("weights", megabytes(plan["weight_bytes"])),
         ("a session", megabytes(plan["session_bytes"])),
         ("hardware", f"{device['title']}: {megabytes(device['memory'])}, {device['bandwidth'] / 1e9:.0f} GB/s"),
         ("figures from", device["source"]),
+        ("a tick", f"{best['launches']} launches, {best['waits']} waits of the host; {plan['counted']}"),
         ("tables below", f"for {shown} device(s)"),
         ("budget", f"{budget['turn_ms']:g} ms a turn leaves {budget['step_ms']:g} ms for a step"),
     ]
@@ -141,7 +140,6 @@ def plan_tables(plan: dict[str, Any]) -> list[RenderableType]:
         if not row["sessions"]:
             refused.setdefault(row["why_none"], []).append(str(row["devices"]))
     whys = [(f"0 sessions, devices {', '.join(counts)}", why) for why, counts in refused.items()]
-    best = next(row for row in plan["devices"] if row["devices"] == shown)
     stages = table("one tick by method", "method", "time", "part")
     for name, value in sorted(best["methods_ms"].items(), key=lambda item: -item[1]):
         stages.add_row(name, milliseconds(value), f"{value / best['step_ms']:.0%}")

@@ -1,7 +1,7 @@
 """The bytes and multiply-adds of each op of a Program, and which calls a tick makes.
 
-Counted from the graphs after the passes, so a fused op is one op here too. Weights count in the form in which an engine
-stores them. Activations are left out: between two ops they stay in a cache.
+Counted from the graphs after the passes of any target; a fused op has the work of all that it was made of. Weights
+count in the form in which an engine stores them. Activations are left out: between two ops they stay in a cache.
 """
 
 from __future__ import annotations
@@ -13,13 +13,17 @@ from typing import Any
 from torch import fx
 
 from tmlc.errors import UsageError
-from tmlc.ir.ops import spec_of
+from tmlc.ir.ops import OpSpec, spec_of
 from tmlc.ir.program import Method, Program, role, type_of
 from tmlc.ir.types import TensorType
 from tmlc.report.plan.precision import BITS
 
+#: Arguments of ops that are weights of products.
+PRODUCTS = ("weight", "gate_up", "down")
 #: Routers that take logits.
 _ROUTERS = {"sink_router", "topk_router"}
+#: Whose `weight` is taps, kept in float32.
+_CONVOLUTIONS = {"short_conv", "short_conv_state", "dynamic_conv", "dynamic_conv_state"}
 
 
 @dataclass(frozen=True)
@@ -88,9 +92,7 @@ def method_work(program: Program, precision: str) -> dict[str, list[OpWork]]:
 def _ops(method: Method, precision: str) -> Iterator[OpWork]:
     seen: set[fx.Node] = set()
     for node in method.calls():
-        spec = spec_of(node.target)
-        assert spec is not None
-        given = dict(zip(spec.args, node.args, strict=True))
+        spec, given = _call(node)
         result = node.meta["type"]
         first = result if isinstance(result, TensorType) else (result[0] if result else None)
         facts: dict[str, Any] = {
@@ -108,41 +110,59 @@ def _ops(method: Method, precision: str) -> Iterator[OpWork]:
         yield OpWork(**facts, **needs)
 
 
+def _call(node: fx.Node) -> tuple[OpSpec, dict[str, Any]]:
+    """The op of a call, and its arguments by name; `weight` is that of a product only."""
+    spec = spec_of(node.target)
+    assert spec is not None
+    given = dict(zip(spec.args, node.args, strict=True))
+    if spec.name in _CONVOLUTIONS:
+        given["kernel"] = given.pop("weight")
+    return spec, given
+
+
 def _has_product(given: dict[str, Any]) -> bool:
-    return isinstance(given.get("weight"), fx.Node) or isinstance(given.get("gate_up"), fx.Node)
+    return any(isinstance(given.get(name), fx.Node) for name in PRODUCTS)
 
 
-def _bits(call: fx.Node, precision: str) -> float:
-    """Of a weight of a product as stored. Routers' are float32 in every precision; a router's product stands in it or
-    is a linear before it."""
-    op, *readers = (spec.name for one in (call, *call.users) if (spec := spec_of(one.target)) is not None)
-    routes = "router" in op or (op == "linear" and not _ROUTERS.isdisjoint(readers))
-    return BITS["fp32" if routes else precision]
+def _bits(call: fx.Node, precision: str) -> dict[str, float]:
+    """Of a weight of a product as stored, by argument. Routers' are float32 in every precision; a router's product
+    stands in it, in the experts that it has become part of, or is a linear before it."""
+    spec, given = _call(call)
+    readers = {found.name for reader in call.users if (found := spec_of(reader.target)) is not None}
+    routes = "router" in spec.name or "gate_up" in given or (spec.name == "linear" and readers & _ROUTERS)
+    return dict.fromkeys(PRODUCTS, BITS[precision]) | ({"weight": BITS["fp32"]} if routes else {})
 
 
-def _needs(given: dict[str, Any], bits: float) -> dict[str, Any]:
-    """Bytes and multiply-adds of one op, from its arguments by name; `bits` of a weight of it, if it is a product."""
+def _needs(given: dict[str, Any], bits: dict[str, float]) -> dict[str, Any]:
+    """Bytes and multiply-adds of one op, from its arguments by name; `bits` of the weights of its products. An op that
+    passes made of several has the needs of all of them."""
+    needs: dict[str, Any] = {"weight_bytes": 0.0, "macs": 0.0}
     if isinstance(given.get("gate_up"), fx.Node):
-        return _expert_needs(given, bits)
+        needs = _expert_needs(given, bits["gate_up"])
     if isinstance(given.get("k_cache"), fx.Node):
-        return _attention_needs(given)
-    needs: dict[str, Any] = {}
+        needs |= _attention_needs(given)
     if isinstance(given.get("weight"), fx.Node) and len(type_of(given["weight"]).shape) == 2:
-        count = type_of(given["weight"]).numel()
-        needs["macs"] = float(count)
-        needs["weight_bytes"] = count * bits / 8
-    others = (node for name, node in given.items() if name not in ("weight", "table") and isinstance(node, fx.Node))
+        rows, cols = type_of(given["weight"]).shape
+        count = int(given.get("entries", rows)) * int(cols)  # a head leaves out what pads its vocabulary
+        needs["macs"] += float(count)
+        needs["weight_bytes"] += count * bits["weight"] / 8
+        given = given | {"weight": None}
+    counted = ("table", "gate_up", "down", "gate_up_bias", "down_bias")
+    others = (node for name, node in given.items() if name not in counted and isinstance(node, fx.Node))
     small = sum(type_of(node).nbytes() for node in others if node.op == "placeholder" and role(node)[0] == "weight")
-    needs["weight_bytes"] = needs.get("weight_bytes", 0.0) + small
+    needs["weight_bytes"] += small
     return needs
 
 
 def _expert_needs(given: dict[str, Any], bits: float) -> dict[str, Any]:
-    gate_up, down, routes = (type_of(given[name]) for name in ("gate_up", "down", "weights"))
-    stacked, taken = int(gate_up.shape[0]), int(routes.shape[-1])
-    shared = _shared(given["experts"])
+    gate_up, down = (type_of(given[name]) for name in ("gate_up", "down"))
+    biases = [type_of(given[name]) for name in ("gate_up_bias", "down_bias") if isinstance(given[name], fx.Node)]
+    shared = _shared(given)
+    # Experts that choose themselves say how many a row goes to; others are given them, the shared ones too.
+    taken = int(given["top_k"]) + shared if "top_k" in given else int(type_of(given["weights"]).shape[-1])
+    stacked = int(gate_up.shape[0])
     one = (gate_up.numel() + down.numel()) // stacked
-    bytes_of_one = one * bits / 8
+    bytes_of_one = one * bits / 8 + sum(bias.nbytes() for bias in biases) / stacked
     return {
         "experts": stacked - shared,
         "chosen": taken - shared,
@@ -152,13 +172,15 @@ def _expert_needs(given: dict[str, Any], bits: float) -> dict[str, Any]:
     }
 
 
-def _shared(experts: fx.Node) -> int:
-    """How many of the last experts every row goes to: the router that chose says it."""
-    router = experts.args[0] if experts.args else None
-    spec = spec_of(router.target) if isinstance(router, fx.Node) else None
-    if spec is None or not isinstance(router, fx.Node) or "n_shared" not in spec.args:
+def _shared(given: dict[str, Any]) -> int:
+    """How many of the last experts every row goes to: the op itself says it, or what chose its experts."""
+    if "n_shared" in given:
+        return int(given["n_shared"])
+    chose = given["experts"].args[0] if given["experts"].args else None
+    if not isinstance(chose, fx.Node) or spec_of(chose.target) is None:
         return 0
-    return int(router.args[spec.args.index("n_shared")])  # type: ignore[arg-type]
+    said = _call(chose)[1]
+    return int(said.get("n_shared", said.get("count", 0)))
 
 
 def _attention_needs(given: dict[str, Any]) -> dict[str, Any]:
@@ -201,14 +223,10 @@ def weight_bytes(work: dict[str, list[OpWork]], program: Program, precision: str
     products: dict[str, float] = {}
     for method in program.methods.values():
         for node in method.calls():
-            spec = spec_of(node.target)
-            assert spec is not None
-            given = dict(zip(spec.args, node.args, strict=True))
-            if not _has_product(given):
-                continue
-            for argument in map(given.get, ("weight", "gate_up", "down")):
+            given, bits = _call(node)[1], _bits(node, precision)
+            for name, argument in ((name, given.get(name)) for name in PRODUCTS):
                 if isinstance(argument, fx.Node) and argument.op == "placeholder" and len(type_of(argument).shape) >= 2:
-                    products[role(argument)[1]] = _bits(node, precision)
+                    products[role(argument)[1]] = bits[name]
     total = 0.0
     for name in program.used_weights():
         kind = program.weights[name].type
@@ -223,10 +241,6 @@ def session_bytes(program: Program) -> int:
 
 def key_heads(program: Program) -> int:
     """How many ways attention's keys can be split: the fewest key heads of any layer, 1 without attention."""
-    heads = [
-        int(dict(zip(spec.args, node.args, strict=True))["num_kv_heads"])  # type: ignore[arg-type]
-        for method in program.methods.values()
-        for node in method.calls()
-        if (spec := spec_of(node.target)) is not None and "num_kv_heads" in spec.args
-    ]
+    calls = (_call(node)[1] for method in program.methods.values() for node in method.calls())
+    heads = [int(given["num_kv_heads"]) for given in calls if "num_kv_heads" in given]
     return min(heads, default=1)
