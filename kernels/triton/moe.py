@@ -8,6 +8,7 @@ up. Both sum in the same order, to the same bits.
 
 import triton.language as tl
 
+from tmlc.kernels.triton.choice import ranked, sink_choice, store_sink_routes, store_topk_routes, topk_scores
 from tmlc.kernels.triton.elementwise import sigmoid
 from tmlc.kernels.triton.mode import device
 from tmlc.kernels.triton.overlap import prefetch_rows, previous
@@ -19,14 +20,7 @@ from tmlc.kernels.triton.products import (
     two_products,
     weight_product,
 )
-from tmlc.kernels.triton.router import (
-    SINKS,
-    ranked,
-    sink_choice,
-    store_sink_routes,
-    store_topk_routes,
-    topk_scores,
-)
+from tmlc.kernels.triton.router import SINKS
 from tmlc.kernels.triton.row_conv import convolve, keep_rows, rows_before
 from tmlc.kernels.triton.steps import tanh
 
