@@ -29,6 +29,11 @@ def shown(value: object) -> str:
     return text if len(text) <= 80 else f"{text[:79]}…"
 
 
+def shown_entry(value: object) -> str:
+    """An entry of a stranger's JSON, for the `what` of an error: never a large one."""
+    return repr(value)[:60] if isinstance(value, str | int | float | None) else f"this {type(value).__name__}"
+
+
 def first_problem(error: "ValidationError", whole: str) -> str:
     """`PLACE: what is wrong` of the first wrong entry that pydantic found; `whole` names a place that has no name.
     Quotes no value: it may be a secret in the wrong place."""

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from tmlc.errors import InputError, PackageError, TmlcError
+from tmlc.errors import InputError, PackageError, TmlcError, reason
 from tmlc.package.fields import AGAIN
 
 MAX_ID = 1 << 22  # the library makes tables as long as the largest id
@@ -112,8 +112,7 @@ def _library(fails: type[TmlcError], what: str, fix: str) -> Iterator[None]:
     except (KeyboardInterrupt, SystemExit, MemoryError):
         raise
     except BaseException as error:
-        reason = " ".join(str(error).split())[:200]
-        raise fails(f"{what}: {reason}", where="tokenizer.json", fix=fix) from None
+        raise fails(f"{what}: {reason(error)}", where="tokenizer.json", fix=fix) from None
 
 
 def _growth(part: Any) -> int:

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from tmlc.errors import PackageError, PlanError
+from tmlc.errors import PackageError, PlanError, shown_entry
 from tmlc.runtimes.core.backend import DTYPES, MethodSpec, TensorSpec
 
 MAGIC = 0x544D4C43504C414E
@@ -71,24 +71,19 @@ def _error(what: str, where: str) -> PlanError:
     return PlanError(what, where=f"plan.json, {where}", fix=FIX)
 
 
-def _shown(value: Any) -> str:
-    """A value for an error message: never a large one, and nothing that a terminal would obey."""
-    return repr(value)[:60] if isinstance(value, str | int | float | None) else f"this {type(value).__name__}"
-
-
 def _object(value: Any, where: str, keys: tuple[str, ...], optional: tuple[str, ...] = ()) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise _error("expected an object", where)
     if missing := [k for k in keys if k not in value]:
         raise _error(f"key {missing[0]!r} is missing", where)
     if unknown := [k for k in value if k not in keys and k not in optional]:
-        raise _error(f"unknown key {_shown(unknown[0])}", where)
+        raise _error(f"unknown key {shown_entry(unknown[0])}", where)
     return value
 
 
 def _integer(value: Any, where: str, low: int, high: int) -> int:
     if type(value) is not int or not low <= value <= high:
-        raise _error(f"expected a whole number from {low} to {high}, not {_shown(value)}", where)
+        raise _error(f"expected a whole number from {low} to {high}, not {shown_entry(value)}", where)
     return value
 
 
@@ -112,7 +107,7 @@ def plan_words(plan: Any, weights: Mapping[str, WeightEntry], opcodes: Mapping[s
     """
     plan = _object(plan, "top level", ("version", "arena_bytes", "slot_bytes", "tensors", "methods"))
     if plan["version"] != VERSION or type(plan["version"]) is not int:
-        raise _error(f"version {_shown(plan['version'])} is not {VERSION}", "top level")
+        raise _error(f"version {shown_entry(plan['version'])} is not {VERSION}", "top level")
     arena = _integer(plan["arena_bytes"], "arena_bytes", 0, MAX_BYTES)
     slot = _integer(plan["slot_bytes"], "slot_bytes", 0, MAX_BYTES)
     tensors = [_tensor(entry, f"tensor {i}", weights) for i, entry in enumerate(_list(plan["tensors"], "tensors"))]
@@ -133,9 +128,9 @@ def _tensor(value: Any, where: str, weights: Mapping[str, WeightEntry]) -> _Tens
     entry = _object(value, where, ("space", "dtype", "rows", "cols", "stride"), ("offset", "name"))
     space, dtype = entry["space"], entry["dtype"]
     if space not in SPACES:
-        raise _error(f"unknown space {_shown(space)}", where)
+        raise _error(f"unknown space {shown_entry(space)}", where)
     if dtype not in DTYPE_NAMES:
-        raise _error(f"unknown dtype {_shown(dtype)}", where)
+        raise _error(f"unknown dtype {shown_entry(dtype)}", where)
     rows = _list(entry["rows"], f"{where}: rows", 2)
     if len(rows) != 2:
         raise _error("rows must be [a, b], meaning a·n + b", where)
@@ -156,7 +151,7 @@ def _weight(
 ) -> int:
     """The place of a named weight in the buffer, once it is known to hold what the plan reads from it."""
     if not isinstance(name, str) or name not in weights:
-        raise PackageError(f"the plan's weight {_shown(name)} is not in the package", where=where, fix=FIX)
+        raise PackageError(f"the plan's weight {shown_entry(name)} is not in the package", where=where, fix=FIX)
     held = weights[name]
     if held.dtype != dtype:
         raise PackageError(f"weight {name} is {held.dtype}, the plan wants {dtype}", where=where, fix=FIX)
@@ -186,7 +181,7 @@ def _method(value: Any, where: str, tensors: list[_Tensor], opcodes: Mapping[str
         op = call["op"]
         if not isinstance(op, str) or op not in opcodes:
             raise PlanError(
-                f"unknown operation {_shown(op)}",
+                f"unknown operation {shown_entry(op)}",
                 where=f"plan.json, {at}",
                 fix="install the version of tmlc that made the package, or compile it again with this one",
             )
@@ -216,5 +211,5 @@ def _specs(numbers: list[int], tensors: list[_Tensor]) -> tuple[TensorSpec, ...]
 
 def _float_bits(value: Any, where: str) -> int:
     if type(value) not in (int, float) or not -1e300 < value < 1e300 or not math.isfinite(value):
-        raise _error(f"expected a number, not {_shown(value)}", where)
+        raise _error(f"expected a number, not {shown_entry(value)}", where)
     return int(struct.unpack("<q", struct.pack("<d", value))[0])

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tmlc.errors import PackageError, PlanError
+from tmlc.errors import PackageError, PlanError, shown_entry
 from tmlc.package.safetensors_io import TensorEntry
 from tmlc.runtimes.core.backend import DTYPES, MethodSpec, TensorSpec
 
@@ -132,16 +132,12 @@ def plan_error(what: str, where: str) -> PlanError:
     return PlanError(what, where=where, fix=FIX)
 
 
-def _shown(value: Any) -> str:
-    return repr(value)[:60] if isinstance(value, str | int | float | None) else f"this {type(value).__name__}"
-
-
 class _Reader:
     """One JSON object that is read strictly: every key known, every value of its type."""
 
     def __init__(self, value: Any, where: str, keys: tuple[str, ...]) -> None:
         if not isinstance(value, dict):
-            raise plan_error(f"expected an object, not {_shown(value)}", where)
+            raise plan_error(f"expected an object, not {shown_entry(value)}", where)
         if odd := sorted(set(value) ^ set(keys)):
             what = "is missing" if odd[0] in keys else "is not known"
             raise plan_error(f"key {odd[0]!r} {what}", where)
@@ -162,13 +158,13 @@ class _Reader:
 
 def integer(value: Any, where: str, low: int, high: int) -> int:
     if type(value) is not int or not low <= value <= high:
-        raise plan_error(f"expected a whole number from {low} to {high}, not {_shown(value)}", where)
+        raise plan_error(f"expected a whole number from {low} to {high}, not {shown_entry(value)}", where)
     return value
 
 
 def items(value: Any, where: str, most: int) -> list[Any]:
     if not isinstance(value, list) or len(value) > most:
-        raise plan_error(f"expected a list of at most {most}, not {_shown(value)}", where)
+        raise plan_error(f"expected a list of at most {most}, not {shown_entry(value)}", where)
     return value
 
 
@@ -183,7 +179,7 @@ def architectures(plan: Any) -> list[int]:
     found = []
     for name in plan["architectures"]:
         if not (isinstance(name, str) and name.startswith("sm") and name[2:].isdigit() and len(name) < 8):
-            raise plan_error(f"unknown architecture {_shown(name)}", "plan.json")
+            raise plan_error(f"unknown architecture {shown_entry(name)}", "plan.json")
         found.append(int(name[2:]))
     return found
 
@@ -226,7 +222,7 @@ def read_plan(plan: Any, code: Any, sm: int, tensors: Mapping[str, TensorEntry])
 
 def _weight(name: Any, tensors: Mapping[str, TensorEntry]) -> str:
     if not isinstance(name, str) or name not in tensors:
-        raise PackageError(f"the plan's weight {_shown(name)} is not in the package", where="plan.json", fix=FIX)
+        raise PackageError(f"the plan's weight {shown_entry(name)} is not in the package", where="plan.json", fix=FIX)
     return name
 
 
@@ -238,7 +234,7 @@ def _variant(value: Any, where: str) -> VariantInfo:
     known = (*_POINTERS, *_INTEGERS, "fp32")
     for kind in signature:
         if not isinstance(kind, str) or kind.removesuffix(":16") not in known:
-            raise plan_error(f"unknown type of an argument {_shown(kind)}", where)
+            raise plan_error(f"unknown type of an argument {shown_entry(kind)}", where)
     warps = r.integer("num_warps", 1, 32)
     if warps & (warps - 1) or not isinstance(value["constexprs"], dict):
         raise plan_error("num_warps or constexprs are not those of a kernel", where)
@@ -274,7 +270,7 @@ def _method(value: Any, where: str, code: dict[str, Any], places: _Places, slot_
     for pair in listed:
         sizes = [integer(v, f"{where}: buckets", 1, 2**20) for v in items(pair, where, 2)]
         if len(sizes) != 2 or f"b{sizes[0]}n{sizes[1]}" not in own:
-            raise plan_error(f"bucket {_shown(sizes)} has no code", where)
+            raise plan_error(f"bucket {shown_entry(sizes)} has no code", where)
         buckets.append(_bucket(sizes[0], sizes[1], own[f"b{sizes[0]}n{sizes[1]}"], spec, places))
     if not any((b.batch, b.n) == (1, 1) for b in buckets):
         raise plan_error("there is no bucket for one position of one session", where)
@@ -288,7 +284,7 @@ def _method(value: Any, where: str, code: dict[str, Any], places: _Places, slot_
 def _argument(value: Any, where: str) -> TensorSpec:
     r = _Reader(value, where, ("dtype", "rows", "cols"))
     if not isinstance(value["dtype"], str) or value["dtype"] not in DTYPES:
-        raise plan_error(f"unknown dtype {_shown(value['dtype'])}", where)
+        raise plan_error(f"unknown dtype {shown_entry(value['dtype'])}", where)
     rows = [integer(v, where, 0, 2**24) for v in r.items("rows", 2)]
     if len(rows) != 2:
         raise plan_error("rows must be [a, b], meaning a·n + b", where)
@@ -364,7 +360,7 @@ def _value(arg: Any, kind: str, where: str, sizes: dict[tuple[str, int], int]) -
         return value
     if base == "fp32":
         if type(arg) is not float or not math.isfinite(arg):
-            raise plan_error(f"expected a number, not {_shown(arg)}", where)
+            raise plan_error(f"expected a number, not {shown_entry(arg)}", where)
         return arg
     parts = items(arg, where, 4)
     if len(parts) != 4:

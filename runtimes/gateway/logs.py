@@ -11,6 +11,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any, TextIO
 
+from tmlc import json_text
 from tmlc.errors import UsageError
 from tmlc.runtimes.core import ticklog
 from tmlc.runtimes.core.surface import LogSink
@@ -36,7 +37,7 @@ class JsonLines(logging.Formatter):
             body |= facts
         if record.exc_info:
             body["error"] = self.formatException(record.exc_info)
-        return json.dumps(body, ensure_ascii=False)
+        return json_text.dumps(body)
 
 
 def log_to(stream: TextIO, level: int = logging.INFO) -> None:

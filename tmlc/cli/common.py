@@ -4,7 +4,6 @@ outputs.
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from tmlc import json_text
 from tmlc.errors import UsageError
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def verb(name: str | None = None, *, example: str) -> Callable[[Callable[..., An
 
 def print_json(value: Any) -> None:
     """One JSON document on stdout, stable in the order of its keys."""
-    click.echo(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
+    click.echo(json_text.dumps(value, indent=2, allow_nan=False))
 
 
 def stdout_console() -> Console:
