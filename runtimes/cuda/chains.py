@@ -112,7 +112,10 @@ class Chain:
 
 
 class NoBucket(Exception):
-    """A method has no bucket of the size that a chain needs."""
+    """A method has no bucket of the size that a chain needs: both are its message."""
+
+    def __init__(self, method: str, batch: int, n: int) -> None:
+        super().__init__(f"{method} has no bucket of {batch}x{n} (sessions x positions)")
 
 
 def tail_tokens(name: str, layout: TickLayout) -> int:
@@ -127,6 +130,8 @@ def compose(methods: Mapping[str, MethodSpec], buckets: Pairs, layout: TickLayou
         methods: of an interaction model that speaks, in the form that `runtimes.core.model` asks for.
         buckets: (sessions, positions) of each method.
     """
+    if lacking(methods, buckets, layout):
+        return []
     made = []
     for name in NAMES:
         for batch in sorted({b for b, _ in buckets["decode"]}):
@@ -134,8 +139,17 @@ def compose(methods: Mapping[str, MethodSpec], buckets: Pairs, layout: TickLayou
                 made.append(_Builder(batch, methods, buckets, layout).build(name))
             except NoBucket:
                 continue
-    alone = {chain.name for chain in made if chain.batch == 1}
-    return made if alone == set(NAMES) else []
+    return made
+
+
+def lacking(methods: Mapping[str, MethodSpec], buckets: Pairs, layout: TickLayout) -> str:
+    """Why there are no chains: the first bucket that a tick of a single session asks for in vain; empty if none is."""
+    for name in NAMES:
+        try:
+            _Builder(1, methods, buckets, layout).build(name)
+        except NoBucket as error:
+            return str(error)
+    return ""
 
 
 class _Builder:
@@ -230,7 +244,7 @@ class _Builder:
         """Up to `most` positions of each session, whose rows lie in several places: the hidden rows of the last."""
         sizes = self.buckets["decode"]
         if not sizes:
-            raise NoBucket("decode")
+            raise NoBucket("decode", self.batch, 1)
         n = next((n for n in sizes if n >= most), sizes[-1])
         spec = self.methods["decode"].inputs[0]
         hidden = self.space(spec, 1)
@@ -286,7 +300,7 @@ class _Builder:
     def least(self, method: str, n: int) -> int:
         found = next((size for size in self.buckets[method] if size >= n), None)
         if found is None:
-            raise NoBucket(method)
+            raise NoBucket(method, self.batch, n)
         return found
 
     def run(
@@ -294,7 +308,7 @@ class _Builder:
     ) -> Place:
         """A method, with its own counts (`counts`: under another name; `at`: some that are there)."""
         if n not in self.buckets[method]:
-            raise NoBucket(method)
+            raise NoBucket(method, self.batch, n)
         name = counts or method
         if at < 0:
             if name not in self.marks:

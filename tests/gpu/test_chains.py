@@ -15,6 +15,7 @@ import pytest
 import tmlc
 from tmlc.errors import ContextFullError, DeviceError, KernelError, PackageError, PlanError, TmlcError
 from tmlc.package.reader import open_package
+from tmlc.report.plan.source import engine_of, load_planned
 from tmlc.runtimes.core.backend import MethodSpec, TensorSpec
 from tmlc.runtimes.core.chained import ChainedDriver
 from tmlc.runtimes.core.chains import Answering, Writing
@@ -352,6 +353,13 @@ def test_the_presets_have_every_chain_for_up_to_64_sessions():
     assert kinds.count(Clamp) == 3 and kinds.count(Take) == 3 + 4
 
 
-def test_where_one_session_has_no_room_in_the_buckets_there_are_no_chains():
+def test_where_one_session_has_no_room_in_the_buckets_there_are_no_chains(tiny, lab, tmp_path):
+    """Whoever compiles such an engine is told what is missing, and so is whoever asks what its ticks cost."""
     assert presets([(1, 1), (4, 1)]) == []
     assert {c.name for c in presets([(1, 1), (1, 4)], audio_out=1)} == set(NAMES)
+    with lab.nothing_compiled():
+        report = tmlc.compile(tiny.checkpoint, tmp_path / "narrow.tmlc", target=lab.target, max_append=2)
+    (note,) = [note for note in report.notes if "method by method" in note]
+    assert "embed_audio has no bucket of 1x4 (sessions x positions)" in note and "--max-append" in note
+    program, precision = load_planned(tmp_path / "narrow.tmlc", None, None)
+    assert engine_of(program, precision, lab.target).launches.endswith(f"; {note}")

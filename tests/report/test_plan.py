@@ -205,7 +205,7 @@ def test_what_an_engine_is_not_known_for_counts_an_op_as_a_launch(
         raise TargetError("Triton is not installed", fix="install it")
 
     monkeypatch.setattr(source, "find_target", missing)
-    assert compiler_for(table()["h200"]) == ("cpu", "Triton is not installed; install it")
+    assert compiler_for(table()["h200"]) == ("cpu", "Triton is not installed. install it")
     engine = engine_of(program, "bf16", GPU, "Triton is not installed")
     assert engine.launches == "an op is a launch: Triton is not installed"
 

@@ -166,7 +166,7 @@ def launches_of_calls(model: str, target: str, precision: str, pipeline: Pipelin
     program, lowered, sm = lowered_model(model, target, precision, pipeline)
     methods = lowered.launches[sm]
     found = {name: buckets[min(buckets, key=lambda b: (b.batch, b.n))] for name, buckets in methods.items()}
-    for chain in chains_of(program, lowered.methods, lowered.buckets):
+    for chain in chains_of(program, lowered.methods, lowered.buckets)[0]:
         if chain.batch == 1:
             calls = [methods[link.method][Bucket(1, link.n)] for link in chain.links if isinstance(link, Link)]
             found[chain.key] = [launch for part in (*calls, lowered.chains[sm][chain.key]) for launch in part]

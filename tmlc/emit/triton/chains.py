@@ -12,18 +12,19 @@ from tmlc.kernels.triton.bucket import Bucket
 from tmlc.kernels.triton.launch import Launch, Operand
 from tmlc.kernels.triton.registry import Call, lower
 from tmlc.runtimes.core.backend import MethodSpec, TensorSpec
-from tmlc.runtimes.cuda.chains import Chain, Clamp, Place, Take, compose
+from tmlc.runtimes.cuda.chains import Chain, Clamp, Place, Take, compose, lacking
 
 ROWS = Bucket(1, 1)  # of launches whose rows are counted already
 
 
 def chains_of(
     program: Program, methods: Sequence[MethodLowering], buckets: Mapping[str, Sequence[Bucket]]
-) -> list[Chain]:
-    """The chains of a program: none unless it is a model that speaks, with buckets for all of them."""
+) -> tuple[list[Chain], str]:
+    """The chains of a program: none unless it is a model that speaks, with buckets for all of them. For a model that
+    speaks and has none also which bucket there is not."""
     layout = tick_layout(program.meta["tick"])
     if program.meta["kind"] != "interaction" or not layout.audio_out:
-        return []
+        return [], ""
     specs = {}
     for method in methods:
         info = method.signature()
@@ -31,7 +32,8 @@ def chains_of(
             tuple(TensorSpec(one.dtype, *one.rows, one.cols) for one in side) for side in (info.inputs, info.outputs)
         )
         specs[info.name] = MethodSpec(info.name, info.max_n, inputs, outputs)
-    return compose(specs, {name: [(b.batch, b.n) for b in found] for name, found in buckets.items()}, layout)
+    pairs = {name: [(b.batch, b.n) for b in found] for name, found in buckets.items()}
+    return compose(specs, pairs, layout), lacking(specs, pairs, layout)
 
 
 def glue(chain: Chain, sm: int) -> list[Launch]:

@@ -40,6 +40,10 @@ from tmlc.runtimes.cuda.plan import code_name
 
 FEATURES = ("triton.plan.v1", "weights.rows")
 CHAINS, OVERLAP = "triton.chains.v1", "triton.overlap.v1"
+NO_CHAINS = (
+    "ticks run method by method, for there are no graphs of whole ticks: {lacking}; give calls room for all that a "
+    "tick brings and says (--max-append), and memory.buckets the sizes"
+)
 
 
 @dataclass
@@ -52,6 +56,7 @@ class Lowerings:
         launches: by architecture, method and bucket.
         chains: those between the methods of a tick, by architecture and chain.
         arena_bytes, scratch_bytes: what the largest bucket needs.
+        notes: what whoever compiles should know.
     """
 
     methods: list[MethodLowering]
@@ -60,6 +65,7 @@ class Lowerings:
     chains: dict[int, dict[str, list[Launch]]] = field(default_factory=dict)
     arena_bytes: int = 0
     scratch_bytes: int = 0
+    notes: tuple[str, ...] = ()
 
     def all(self, sm: int) -> list[Launch]:
         methods = [x for buckets in self.launches[sm].values() for found in buckets.values() for x in found]
@@ -158,7 +164,10 @@ class TritonTarget(Target):
         methods = [method for method, _ in ready]
         out = Lowerings(methods, {method.method.name: buckets for method, buckets in ready})
         total = len(self.architectures) * sum(map(len, out.buckets.values()))
-        done, chains = 0, chains_of(program, methods, out.buckets)
+        chains, lacking = chains_of(program, methods, out.buckets)
+        if lacking:
+            out.notes = (NO_CHAINS.format(lacking=lacking),)
+        done = 0
         for sm in self.architectures:
             overlap = bool(program.meta.get("overlap")) and sm >= OVERLAP_FROM
             out.chains[sm] = {chain.key: _begun(glue(chain, sm), overlap) for chain in chains}
@@ -220,7 +229,7 @@ class TritonTarget(Target):
             scratch_bytes=lowered.scratch_bytes,
             features=(*FEATURES, *_coded(weights), *caches, *_needed(program, lowered)),
             producer={"triton": triton.__version__},
-            notes=(*doubts(self.architectures, triton.__version__), *spills(compiled)),
+            notes=(*lowered.notes, *doubts(self.architectures, triton.__version__), *spills(compiled)),
         )
 
 

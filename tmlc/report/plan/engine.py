@@ -91,9 +91,9 @@ class KernelsEngine(Engine):
     def __init__(self, program: Program, target: TritonTarget) -> None:
         from tmlc.emit.triton.chains import chains_of
 
-        super().__init__(program, f"launches are those of the kernels of {target.name}")
         (sm,) = target.architectures
         lowered = target.lower(program)
+        super().__init__(program, "; ".join((f"launches are those of the kernels of {target.name}", *lowered.notes)))
         self._buckets = lowered.buckets
         self._kernels = {
             (method, bucket.batch, bucket.n): len(launches)
@@ -102,7 +102,7 @@ class KernelsEngine(Engine):
         }
         self._between = {key: len(launches) for key, launches in lowered.chains[sm].items()}
         self._chains: dict[str, list[Chain]] = defaultdict(list)
-        for chain in sorted(chains_of(program, lowered.methods, lowered.buckets), key=lambda chain: chain.batch):
+        for chain in sorted(chains_of(program, lowered.methods, lowered.buckets)[0], key=lambda chain: chain.batch):
             self._chains[chain.name].append(chain)
 
     def tick(self, sessions: int, video: bool) -> list[Run]:

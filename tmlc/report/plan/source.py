@@ -49,7 +49,7 @@ def compiler_for(hardware: Hardware) -> tuple[str, str]:
     try:
         find_target(hardware.target)
     except TargetError as error:
-        return "cpu", f"{error.what}; {error.fix}"
+        return "cpu", f"{error.what}. {error.fix}"
     return hardware.target, ""
 
 
