@@ -457,7 +457,7 @@ class Scheduler:
                 try:
                     blob = seat.session.snapshot()
                 except TmlcError as error:
-                    detail = f"{detail}; no snapshot: {error.what}"
+                    detail = f"{detail}; no snapshot: {_detail(error)}"
             try:
                 seat.note("end", reason=str(reason), detail=detail)
             except Exception as error:
@@ -488,6 +488,6 @@ class Scheduler:
 
 
 def _detail(error: Exception) -> str:
-    """One line that says what happened."""
-    text = error.what if isinstance(error, TmlcError) else f"{type(error).__name__}: {error}"
-    return " ".join(text.split())[:200]
+    """One line that says what happened, and what to do where that is known."""
+    text = f"{error.what}. {error.fix}" if isinstance(error, TmlcError) else f"{type(error).__name__}: {error}"
+    return " ".join(text.split())[:400]

@@ -185,7 +185,7 @@ class LiveConnection(Connection):
         except Exception as error:
             self.abandon(session)
             if isinstance(error, CapacityError):
-                what = f"instructions and input do not fit: {error.what}"
+                what = f"instructions and input do not fit: {error.what}. {error.fix}"
                 raise WireError(what, "string_above_max_length", "session.input") from None
             raise
 

@@ -366,7 +366,7 @@ def test_an_engine_without_a_pass_is_told_beside_the_one_with_it(perf, tmp_path)
         results.put(job, "bits", {"passed": True, "digest": "same" if number < 2 else job})
         graph = {"method": "decode", "bucket": "b1n1", "of_floor": 0.1, "kernels_alone": None}
         results.put(job, "graphs", {"rows": [{**graph, "seconds": 1e-4 * (2 + number)}]})
-        chain = {"sessions": 1, "host_gap_seconds": 1e-5}
+        chain = {"sessions": 1, "host_gap_seconds": 1e-5, "seconds": 2e-3, "of_floor": 0.5, "launches": 500}
         ms = {"silent": 2.0 + number}
         results.put(job, "chains", {"rows": [chain], "tick_floor_ms": {"silent": 1.0}, "tick_ms": ms})
     said = {(row["job"], row["claim"]): (row["value"], row["met"]) for row in perf.claims.claims(results)}
@@ -392,13 +392,13 @@ def test_claims_are_told_from_the_results_alone(perf, tmp_path):
         {**one, "kernel": "linear_kernel", "seconds": 1e-6, "of_floor": 0.9},
         {**one, "method": "speak", "kernel": "linear_kernel", "seconds": 1.0, "of_floor": 0.01},
     ]
+    chain = {"sessions": 1, "host_gap_seconds": 1e-5, "seconds": 2e-3, "of_floor": 0.5, "launches": 500}
     for step, row in {
         "build": {"spilled": 0}, "golden": {"passed": True}, "bits": {"passed": False},
         "cpu": {"finite": True, "positions_beyond": 0.1, "tolerance": 0.01, "cpu_precision": "bf16"},
         "kernels": {"rows": products},
         "graphs": {"rows": [{**one, "of_floor": 0.5, "seconds": 2e-5, "kernels_alone": 1e-5}]},
-        "chains": {"rows": [{"sessions": 1, "host_gap_seconds": 1e-5}], "tick_floor_ms": {"silent": 1.0},
-                   "tick_ms": {"silent": 1.6}},
+        "chains": {"rows": [chain, {"sessions": 4}], "tick_floor_ms": {"silent": 1.0}, "tick_ms": {"silent": 1.6}},
         "ticks": {"ticks": 10_000, "device_bytes_grown": 0, "host_bytes_grown": 4096, "last_tenth_over_first": 1.0},
     }.items():  # fmt: skip
         results.put("small bf16", step, row)
@@ -409,6 +409,7 @@ def test_claims_are_told_from_the_results_alone(perf, tmp_path):
     assert said["PyTorch's grouped_mm (graph) over the experts' kernels"] == (pytest.approx(1.75), True)
     assert said["PyTorch's grouped_mm (eager) over the experts' kernels"] == (pytest.approx(10), None)
     assert said["a silent tick, part of its floor"] == (pytest.approx(0.625), True)
+    assert said["a launch beyond its weights, microseconds"] == (pytest.approx(2), None)
     assert said["logits and the CPU engine: positions beyond"] == (0.1, False)
     assert said["graph of decode over its kernels by themselves"] == (pytest.approx(2), False)
     assert said["the same bits alone, in company and cut otherwise"] == (False, False)
