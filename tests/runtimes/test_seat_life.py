@@ -157,7 +157,7 @@ def test_a_context_that_is_used_up_ends_the_session(world, backend):
     guest = here.guest()
     here.edges(6)
     assert guest.end.reason == "context" and guest.end.snapshot is None
-    assert guest.end.detail == "context full. start anew", "what happened, and what to do"
+    assert guest.end.detail == "the context is used up. open a new session"
 
 
 def test_draining_admits_nobody_and_hands_everyone_a_snapshot(world):
