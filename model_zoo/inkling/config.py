@@ -1,6 +1,6 @@
 """The configuration of an Inkling checkpoint that hears and sees: `config.json` and the processor's files.
 
-Field names, aliases and defaults are those of transformers 5.23 (`InklingConfig`, `InklingFeatureExtractor`,
+Field names, aliases and defaults are those of transformers 5.24 (`InklingConfig`, `InklingFeatureExtractor`,
 `InklingImageProcessor`, `InklingProcessor`). What the engine cannot do is refused here, before anything is read.
 """
 

@@ -1,8 +1,8 @@
 """Inkling-2's text model in canonical ops: attention over residual blocks, gated attention with computed sinks,
 L2 clips, convolutions with computed taps, and soft caps.
 
-The architecture is that of `Inkling2ForCausalLM` (transformers 5.23, `models/inkling2`), and so are the parameter
-names. Every tensor is [positions, features].
+The architecture is that of `Inkling2ForCausalLM` (transformers, `models/inkling2`); the parameter names are those that
+it had in 5.23. Every tensor is [positions, features].
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Text2Config(TextConfig):
 
     @classmethod
     def read(cls, raw: dict[str, Any], where: str) -> Text2Config:
-        """From all of an `inkling2_text` config.json, with the aliases and defaults of transformers 5.23.
+        """From all of an `inkling2_text` config.json, with the aliases and defaults of transformers.
 
         Raises:
             CheckpointError: a field is wrong, or describes what this model has not.
@@ -276,7 +276,12 @@ class Backbone2(nn.Module):
 
 
 class TokenModel2(TokenModel):
-    """Text in, text out, under the names of `Inkling2ForCausalLM`."""
+    """Text in, text out, under the names that `Inkling2ForCausalLM` had in transformers 5.23. The head has no rows for
+    the vocabulary's padding."""
+
+    def __init__(self, config: Text2Config) -> None:
+        super().__init__(config)
+        self.lm_head = Linear(config.hidden_size, config.logits_size)
 
     def _backbone(self, config: TextConfig) -> nn.Module:
         assert isinstance(config, Text2Config)

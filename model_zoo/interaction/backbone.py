@@ -1,6 +1,6 @@
 """The transformer: sliding and global attention with learned relative bias, short convolutions, Mixture of Experts.
 
-The architecture is Inkling's (transformers 5.23, `models/inkling`); the parameter names are those of its
+The architecture is Inkling's (transformers 5.24, `models/inkling`); the parameter names are those of its
 `InklingForCausalLM.state_dict()`. Every tensor is [positions, features]; the graph holds canonical ops only.
 """
 
@@ -179,10 +179,10 @@ class Backbone(nn.Module):
 
 def unembed(hidden: Tensor, weight: Tensor, config: TextConfig) -> Tensor:
     """hidden[n, d] → logits [n, logits_size]: muP scaling, the head, a soft cap if the model has one, and the
-    vocabulary's padding cut off."""
+    padding of the vocabulary, where the head has it, cut off."""
     logits = F.linear(F.scale(hidden, 1.0 / config.logits_mup_width_multiplier), weight)
     if config.logit_cap:
         logits = F.softcap(logits, config.logit_cap)
-    if config.logits_size == config.vocab_size:
+    if weight.shape[0] == config.logits_size:
         return logits
     return F.columns(logits, 0, config.logits_size)

@@ -1,6 +1,6 @@
 """The input stems: PCM → dMel positions (audio), frames → hMLP positions (video).
 
-Both are Inkling's (`InklingAudioModel`, `InklingVisionModel` in transformers 5.23), with its parameter names below
+Both are Inkling's (`InklingAudioModel`, `InklingVisionModel` in transformers 5.24), with its parameter names below
 `audio_tower.` and `vision_tower.`.
 """
 

@@ -137,7 +137,8 @@ def test_bf16_errs_no_more_than_bf16_of_transformers(seed, tmp_path):
 
 
 def test_module_names_give_the_same_weights_and_every_tensor_is_read_once(tmp_path):
-    model = random_model(draw(1), 1)
+    settings = {**draw(1), "vocab_size": 61, "unpadded_vocab_size": 54}  # heads with padding, and without
+    model = random_model(settings, 1)
     model.save_pretrained(tmp_path / "release")
     (tmp_path / "plain").mkdir()
     (tmp_path / "plain" / "config.json").write_bytes((tmp_path / "release" / "config.json").read_bytes())
@@ -147,6 +148,7 @@ def test_module_names_give_the_same_weights_and_every_tensor_is_read_once(tmp_pa
     assert set(one.weights.tensors(one.used_weights())) == set(load_file(tmp_path / "release" / "model.safetensors"))
     for name in one.used_weights():
         assert torch.equal(one.weights.evaluate(name, first), other.weights.evaluate(name, second)), name
+    assert one.weights["lm_head.weight"].type.shape[0] == settings["unpadded_vocab_size"]
 
 
 @pytest.mark.parametrize(

@@ -93,7 +93,7 @@ def test_a_router_over_more_experts_than_the_layer_has_is_refused(saved, monkeyp
 @pytest.mark.parametrize(
     ("version", "outcome"),
     [("5.16.1", "refused"), ("4.57.6", "refused"), ("6.0.0", "refused"), ("dev", "refused"), ("5.17.0", ""),
-     ("5.23.4.dev0", ""), ("5.24.0", "newer than 5.23"), ("5.100.1", "newer than 5.23")],
+     ("5.24.4.dev0", ""), ("5.25.0", "newer than 5.24"), ("5.100.1", "newer than 5.24")],
 )  # fmt: skip
 def test_versions_outside_the_range_are_refused_and_newer_ones_told(saved, monkeypatch, version, outcome):
     folder = saved("llama", 3)

@@ -54,13 +54,16 @@ def inkling2_text(checkpoint: Checkpoint) -> Frontend:
         model = TokenModel2(config)
     shapes = {name: tuple(t.shape) for name, t in model.state_dict().items()}
     ones = {name: torch.ones(shape) for name, shape in shapes.items() if name.endswith(".v_norm.weight")}
-    release = is_release(checkpoint.tensors)
     heads = {
         f"model.layers.{i}.self_attn.{name}.scale": config.heads(i)[0]
         for i in range(config.num_hidden_layers)
         for name in ("q_l2_clip", "rel_l2_clip")
     }
-    stored = {n: text2_place(n, shape, release, heads.get(n, 1)) for n, shape in shapes.items() if n not in ones}
+    stored = {
+        n: text2_place(n, shape, checkpoint.tensors, heads.get(n, 1), config.vocab_size)
+        for n, shape in shapes.items()
+        if n not in ones
+    }
     return _frontend(checkpoint, model, config, {}, stored, ones)
 
 

@@ -6,9 +6,10 @@ The release joins gate and up of every feed-forward in one tensor (`w13`), row b
 from __future__ import annotations
 
 import re
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import replace
 
+from tmlc.frontend.checkpoint import TensorInfo
 from tmlc.frontend.model import Stored
 
 _RELEASE = "model.llm."
@@ -79,6 +80,21 @@ _NAMES_2 = [
     )
 ]  # fmt: skip
 
+# The names of Inkling-2's modules in transformers 5.24 and later, where they differ from those of 5.23, which are ours.
+_NAMES_2_LATER = [
+    (re.compile(pattern), name)
+    for pattern, name in (
+        (r"\.self_attn\.([qkvo]_proj)\.", r".self_attn.\1.linear."),
+        (r"\.self_attn\.([kv])_sconv\.", r".self_attn.\1_proj.sconv."),
+        (r"\.self_attn\.gate_proj\.", ".self_attn.o_proj.gate_proj."),
+        (r"\.self_attn\.q_l2_clip\.", ".self_attn.q_proj.norm."),
+        (r"\.self_attn\.rel_l2_clip\.", ".self_attn.relative_position_bias.norm."),
+        (r"\.self_attn\.r_proj\.", ".self_attn.relative_position_bias.linear."),
+        (r"\.self_attn\.rel_logits_proj\.", ".self_attn.relative_position_bias."),
+    )
+]  # fmt: skip
+_LATER = ".self_attn.q_proj.linear."
+
 
 def is_release(tensors: Iterable[str]) -> bool:
     """Whether a checkpoint has the original release's names."""
@@ -103,16 +119,24 @@ def release_place(name: str, shape: tuple[int, ...]) -> Stored:
     return _interleaved(name, _renamed(_NAMES, name), shape)
 
 
-def text2_place(name: str, shape: tuple[int, ...], release: bool, heads: int) -> Stored:
-    """Where `Inkling2ForCausalLM` keeps a parameter, by its own names or the release's.
+def text2_place(
+    name: str, shape: tuple[int, ...], tensors: Mapping[str, TensorInfo], heads: int, vocabulary: int
+) -> Stored:
+    """Where `Inkling2ForCausalLM` keeps a parameter: by the release's names, or those of its modules.
 
     Args:
+        tensors: of the checkpoint; their names tell which.
         heads: of the scales of L2 clips, which are stored a row a head.
+        vocabulary: with its padding, which the release's head has, and that of modules before 5.24.
     """
     tensor = name
-    if release:
+    if is_release(tensors):
         query = _ATTENTION_QUERY.match(name)  # the first layer has none, so the release counts from the second
         tensor = f"model.llm.attn_res.attn_queries.{int(query[1]) - 1}" if query else _renamed(_NAMES_2, name)
+    elif any(_LATER in other for other in tensors):
+        tensor = _renamed(_NAMES_2_LATER, name)
+    if name == "lm_head.weight" and tensor in tensors and tensors[tensor].shape == (vocabulary, shape[1]) != shape:
+        return Stored(tensor, (vocabulary, shape[1]), (("slice", {"axis": 0, "start": 0, "stop": shape[0]}),))
     if name.endswith("_l2_clip.scale"):
         return Stored(tensor, (heads, shape[1] // heads), (("reshape", {"shape": list(shape)}),))
     return _interleaved(name, tensor, shape)

@@ -9,7 +9,7 @@ from tmlc.errors import UsageError
 from tmlc.versions import dotted, release
 
 #: The first version whose modules are understood, the newest whose modules were run, and the first that is refused.
-OLDEST, NEWEST_RUN, REFUSED_FROM = (5, 17), (5, 23), (6,)
+OLDEST, NEWEST_RUN, REFUSED_FROM = (5, 17), (5, 24), (6,)
 INSTALL = 'pip install "tmlc[hf]"'
 
 
