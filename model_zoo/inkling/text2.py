@@ -8,7 +8,8 @@ it had in 5.23. Every tensor is [positions, features].
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -26,6 +27,9 @@ from .config import build_section, check_layer_types
 
 #: Of the norm of a residual block, which has no setting.
 BLOCK_EPS = 1e-6
+
+#: ("q", "k", "v" or "mlp", what that reads) → what it reads instead, before its norm.
+Turn = Callable[[str, Tensor], Tensor]
 
 
 class Text2Config(TextConfig):
@@ -50,8 +54,13 @@ class Text2Config(TextConfig):
         return self.final_logit_softcapping
 
     @classmethod
-    def read(cls, raw: dict[str, Any], where: str) -> Text2Config:
-        """From all of an `inkling2_text` config.json, with the aliases and defaults of transformers.
+    def defaults(cls) -> dict[str, Any]:
+        """What transformers takes for fields that are not there."""
+        return DEFAULTS
+
+    @classmethod
+    def read(cls, raw: dict[str, Any], where: str) -> Self:
+        """From all of a config.json of the model type, with the aliases and defaults of transformers.
 
         Raises:
             CheckpointError: a field is wrong, or describes what this model has not.
@@ -61,7 +70,7 @@ class Text2Config(TextConfig):
                 raise CheckpointError(f"{name} is {raw[name]!r}", where=f"{where}: {name}",
                                       fix=f"tmlc compiles Inkling-2 with {only} only")  # fmt: skip
         check_layer_types(raw, where)
-        values = {**DEFAULTS, **{_ALIASES.get(key, key): value for key, value in raw.items() if value is not None}}
+        values = {**cls.defaults(), **{_ALIASES.get(key, key): v for key, v in raw.items() if v is not None}}
         layers = values["num_hidden_layers"]
         if isinstance(layers, int):
             usual = ["hybrid" if (i + 1) % 6 == 0 else "hybrid_sliding" for i in range(layers)]
@@ -235,25 +244,34 @@ class DecoderLayer2(nn.Module):
         self.post_attention_convolution = LevelConv(size, config.conv_kernel_size)
         self.post_mlp_convolution = LevelConv(size, config.conv_kernel_size)
 
-    def _attend(self, x: Tensor, blocks: Tensor | None) -> Tensor:
-        mixed = x if blocks is None else self.attention_input(F.concat_columns(blocks, x))
-        if self.sliding:
-            normed = self.input_layernorm(mixed)
-            return self.self_attn(normed, normed, normed)
-        size = self.size
-        sources = [mixed] * 3 if blocks is None else [F.columns(mixed, i * size, (i + 1) * size) for i in range(3)]
-        norms = (self.q_input_layernorm, self.k_input_layernorm, self.v_input_layernorm)
-        return self.self_attn(*(norm(source) for norm, source in zip(norms, sources, strict=True)))
-
     def forward(self, x: Tensor, blocks: Tensor | None) -> tuple[Tensor, Tensor]:
-        attended = self.post_attention_convolution(self._attend(x, blocks))
+        return self._run(x, blocks, lambda kind, mixed: mixed)
+
+    def _run(self, x: Tensor, blocks: Tensor | None, turn: Turn) -> tuple[Tensor, Tensor]:
+        mixed = [turn(kind, source) for kind, source in zip("qkv", self._sources(x, blocks), strict=True)]
+        attended = self.post_attention_convolution(self.self_attn(*self._normed(mixed)))
         if self.boundary:
             blocks, residual = x if blocks is None else F.concat_columns(blocks, x), attended
         else:
             residual = F.add(x, attended)
         assert blocks is not None  # the first layer is a boundary
-        h = self.post_attention_layernorm(self.mlp_input(F.concat_columns(blocks, residual)))
-        return F.add(residual, self.post_mlp_convolution(self.mlp(h))), blocks
+        h = turn("mlp", self.mlp_input(F.concat_columns(blocks, residual)))
+        return F.add(residual, self.post_mlp_convolution(self.mlp(self.post_attention_layernorm(h)))), blocks
+
+    def _sources(self, x: Tensor, blocks: Tensor | None) -> list[Tensor]:
+        """What queries, keys and values are made of, before its norm."""
+        mixed = x if blocks is None else self.attention_input(F.concat_columns(blocks, x))
+        if self.sliding or blocks is None:
+            return [mixed] * 3
+        return [F.columns(mixed, i * self.size, (i + 1) * self.size) for i in range(3)]
+
+    def _normed(self, mixed: list[Tensor]) -> list[Tensor]:
+        if not self.sliding:
+            norms = (self.q_input_layernorm, self.k_input_layernorm, self.v_input_layernorm)
+            return [norm(one) for norm, one in zip(norms, mixed, strict=True)]
+        if all(one is mixed[0] for one in mixed):
+            return [self.input_layernorm(mixed[0])] * 3
+        return [self.input_layernorm(one) for one in mixed]
 
 
 class Backbone2(nn.Module):
@@ -268,11 +286,16 @@ class Backbone2(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Embedded positions x[n, d] → hidden states [n, d]."""
+        x, blocks = self._through(x)
+        return self.norm(self.final_input(F.concat_columns(blocks, x)))
+
+    def _through(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Through all layers: what the last one gives, and the residual blocks before it."""
         blocks: Tensor | None = None
         for layer in self.layers:
             x, blocks = layer(x, blocks)
         assert blocks is not None
-        return self.norm(self.final_input(F.concat_columns(blocks, x)))
+        return x, blocks
 
 
 class TokenModel2(TokenModel):

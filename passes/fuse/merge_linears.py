@@ -22,10 +22,9 @@ class MergeLinears(Pass):
 
     def run(self, program: Program, ctx: PassContext) -> PassResult:
         result = PassResult(program, 0)
-        groups: list[tuple[Method, list[fx.Node]]] = []
-        for method in program.methods.values():
-            for group in _groups(method, result.near_misses):
-                groups.append((method, group))
+        groups = _refined(
+            [(method, group) for method in program.methods.values() for group in _groups(method, result.near_misses)]
+        )
         keys = {node: _key(group) for _, group in groups for node in group}
         merged: dict[_Key, list[str]] = {}
         for method, group in groups:
@@ -67,6 +66,22 @@ def _groups(method: Method, near_misses: list[NearMiss]) -> list[list[fx.Node]]:
         if len(group) > 1:
             groups.append(group)
     return groups
+
+
+def _refined(groups: list[tuple[Method, list[fx.Node]]]) -> list[tuple[Method, list[fx.Node]]]:
+    """The groups, taken apart where a weight of one is in another group without its neighbours (a looped layer reads
+    one input for queries and keys in its first pass, and two later): what is always together can be merged in all."""
+    places: dict[str, set[int]] = {}
+    for number, (_, group) in enumerate(groups):
+        for node in group:
+            places.setdefault(str(weight_of(arg(node, "weight"))), set()).add(number)
+    made = []
+    for method, group in groups:
+        together: dict[frozenset[int], list[fx.Node]] = {}
+        for node in group:
+            together.setdefault(frozenset(places[str(weight_of(arg(node, "weight")))]), []).append(node)
+        made += [(method, part) for part in together.values() if len(part) > 1]
+    return made
 
 
 def _key(group: list[fx.Node]) -> _Key:

@@ -1,5 +1,6 @@
 """A small interaction checkpoint, compiled once for all tests here, and a recorded conversation to play into it."""
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,8 @@ from safetensors.torch import load_file, save_file
 
 import tmlc
 from tmlc.model_zoo.interaction import InteractionConfig, create_checkpoint
+
+sys.path.insert(0, str(Path(__file__).parent))  # inkling2_models.py, which tests/gpu takes too
 
 TINY = {
     "model_type": "tmlc_interaction",

@@ -1,7 +1,5 @@
-"""The compiled CPU engine against `Inkling2ForCausalLM` of transformers, on checkpoints that `save_pretrained` writes.
-
-Thresholds, caps and windows are drawn small, so that clips, soft caps, rings and the log scaling all act.
-"""
+"""The compiled CPU engine against `Inkling2ForCausalLM` of transformers, on checkpoints that `save_pretrained`
+writes."""
 
 import json
 
@@ -9,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from inkling2_models import POSITIONS, draw, expect, hold, random_model
 from safetensors.torch import load_file, save_file
 
 import tmlc
@@ -17,63 +16,8 @@ from tmlc.frontend import load_program, open_checkpoint
 
 if not hasattr(transformers, "Inkling2ForCausalLM"):
     pytest.skip("needs Inkling2ForCausalLM, which transformers has from 5.23 on", allow_module_level=True)
-Inkling2ForCausalLM, Inkling2TextConfig = transformers.Inkling2ForCausalLM, transformers.Inkling2TextConfig
 
-POSITIONS, GREEDY = 300, 64
 SEEDS = [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 9))]
-
-
-def draw(seed: int) -> dict:
-    rng = np.random.default_rng(seed)
-
-    def pick(*choices):
-        return choices[rng.integers(len(choices))]
-
-    layers, kv, swa_kv = int(rng.integers(2, 6)), int(rng.integers(1, 4)), int(rng.integers(1, 3))
-    experts, vocab = int(rng.integers(1, 8)), int(rng.integers(60, 100))
-    return dict(
-        vocab_size=vocab, unpadded_vocab_size=pick(vocab, vocab - 7), hidden_size=pick(24, 32, 50),
-        num_hidden_layers=layers, num_attention_heads=kv * pick(1, 2), num_key_value_heads=kv, head_dim=pick(8, 10, 80),
-        swa_num_attention_heads=swa_kv * pick(1, 3), swa_num_key_value_heads=swa_kv, swa_head_dim=pick(4, 8, 14),
-        sliding_window_size=int(rng.integers(3, 40)), d_rel=int(rng.integers(1, 6)),
-        rel_extent=int(rng.integers(3, 90)), log_scaling_n_floor=pick(3, 40), log_scaling_alpha=pick(0.1, 0.3),
-        layer_types=[("hybrid", "hybrid_sliding")[(seed + layer) % 2] for layer in range(layers)],
-        conv_kernel_size=pick(2, 3, 4), rms_norm_eps=pick(1e-6, 1e-3), moe_intermediate_size=int(rng.integers(5, 40)),
-        n_routed_experts=experts, num_experts_per_tok=int(rng.integers(1, experts + 1)), route_scale=pick(1.0, 2.5),
-        n_layers_per_attn_res_block=int(rng.integers(1, 4)), qk_l2_clip_threshold=pick(1.5, 3.0),
-        rel_l2_clip_threshold=pick(0.7, 2.0), mlp_gate_softcap=pick(0.5, 4.0), mlp_up_softcap=pick(0.8, 25.0),
-        final_logit_softcapping=pick(1.5, 30.0), eos_token_id=None,
-    )  # fmt: skip
-
-
-def random_model(settings: dict, seed: int) -> Inkling2ForCausalLM:
-    torch.manual_seed(seed)
-    config = Inkling2TextConfig(**settings)
-    config._attn_implementation = "eager"
-    model = Inkling2ForCausalLM(config).eval()
-    model.set_experts_implementation("eager")
-    with torch.no_grad():
-        for name, tensor in model.named_parameters():
-            if name.endswith("query"):
-                tensor.normal_(0, 1.0)
-            elif "static_weight" in name:
-                tensor.normal_(0, 0.5)
-            elif tensor.ndim >= 2 and "clip" not in name:
-                tensor.normal_(0, 1.0 / tensor.shape[-1] ** 0.5)
-            else:
-                tensor.uniform_(0.5, 1.5)
-        for name, tensor in model.named_buffers():
-            if "e_score_correction_bias" in name:
-                tensor.uniform_(-0.3, 0.3)
-        ids = torch.randint(0, 50, (1, 32))
-        logits = torch.atanh(model(ids).logits / config.final_logit_softcapping) * config.final_logit_softcapping
-        model.lm_head.weight /= logits.std()
-    return model
-
-
-@torch.no_grad()
-def expect(model: Inkling2ForCausalLM, ids: list[int]) -> np.ndarray:
-    return model(torch.tensor(ids)[None], use_cache=False).logits[0].float().numpy()
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -95,28 +39,7 @@ def test_logits_equal_transformers_whole_and_in_random_chunks(seed, tmp_path):
     boundaries = -(-(sliding + full) // settings["n_layers_per_attn_res_block"])
     assert matches["fuse.attention_epilogue"] == 2 * (sliding + full) - boundaries
     assert matches["fuse.residual_norm"] == matches["route.fuse_router"] == matches["route.stack_experts"] == 0
-    rng = np.random.default_rng(seed)
-    ids = rng.integers(0, 50, POSITIONS).tolist()
-    expected = expect(model, ids)
-    assert 0.3 < expected.std() < 3.0, "the bound of 1e-4 is meant for logits of unit scale"
-    with tmlc.load(tmp_path / "model.tmlc", threads=1) as engine:
-        with engine.session() as session:
-            whole = session.append(tokens=ids)
-            assert whole.shape == expected.shape
-            assert np.abs(whole - expected).max() <= 1e-4
-            said, logits = [], whole[-1:]
-            for _ in range(GREEDY):
-                said.append(int(logits[-1].argmax()))
-                logits = session.append(tokens=said[-1:])
-        with engine.session() as session:
-            at, parts = 0, []
-            while at < POSITIONS:
-                size = int(rng.integers(1, 12))
-                parts.append(session.append(tokens=ids[at : at + size]))
-                at += size
-        assert np.array_equal(np.concatenate(parts), whole), "the cut into appends changed bits"
-    choices = expect(model, ids + said)[POSITIONS - 1 : -1].argmax(1)
-    assert choices.tolist() == said, "greedy decoding went another way"
+    hold(tmp_path / "model.tmlc", model, seed)
 
 
 @pytest.mark.slow
@@ -129,7 +52,7 @@ def test_bf16_errs_no_more_than_bf16_of_transformers(seed, tmp_path):
     expected = expect(model, ids)
     with tmlc.load(tmp_path / "model.tmlc", threads=1) as engine, engine.session() as session:
         found = session.append(tokens=ids)
-    narrow = Inkling2ForCausalLM.from_pretrained(
+    narrow = transformers.Inkling2ForCausalLM.from_pretrained(
         tmp_path / "checkpoint", dtype=torch.bfloat16, attn_implementation="eager", experts_implementation="eager"
     )
     theirs = expect(narrow.eval(), ids)
@@ -163,7 +86,7 @@ def test_module_names_give_the_same_weights_and_every_tensor_is_read_once(tmp_pa
     ],
 )
 def test_what_the_engine_cannot_do_is_refused_with_its_place(change, what, tmp_path):
-    Inkling2TextConfig(**draw(0)).save_pretrained(tmp_path)
+    transformers.Inkling2TextConfig(**draw(0)).save_pretrained(tmp_path)
     save_file({"model.llm.norm.weight": torch.ones(1)}, tmp_path / "model.safetensors")
     checkpoint = open_checkpoint(tmp_path)
     checkpoint.config.update(change)

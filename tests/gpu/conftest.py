@@ -32,7 +32,8 @@ from tmlc.runtimes.core.engine import Engine
 from tmlc.runtimes.core.text import load_tokenizer
 from tmlc.runtimes.cuda.backend import CudaBackend
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "foreign"))  # random_models.py and stored_codes.py
+for room in ("foreign", "conformance"):  # random_models.py and stored_codes.py; inkling2_models.py
+    sys.path.insert(0, str(Path(__file__).parents[1] / room))
 
 TARGET = "triton:sm90"
 #: Few buckets, so that lowering and capturing stay quick: what they hold is cut into them.

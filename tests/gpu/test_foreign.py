@@ -11,6 +11,7 @@ import random
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
+import inkling2_models
 import numpy as np
 import pytest
 import torch
@@ -225,10 +226,17 @@ def test_inkling_engines_equal_transformers(lab, machine, tmp_path, number):
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 3])
 def test_inkling2_engines_equal_transformers(lab, machine, tmp_path, seed):
-    inkling = room("test_inkling2_text")
-    model = inkling.random_model(inkling.draw(seed), seed)
+    model = inkling2_models.random_model(inkling2_models.draw(seed), seed)
     model.save_pretrained(tmp_path / "checkpoint")
     hold(lab, machine, model, tmp_path / "checkpoint", "bf16" if seed == 3 else "fp32", seed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1])
+def test_looped_inkling2_engines_equal_transformers(lab, machine, tmp_path, seed):
+    model = inkling2_models.random_model(inkling2_models.looped(seed), seed)
+    model.save_pretrained(tmp_path / "checkpoint")
+    hold(lab, machine, model, tmp_path / "checkpoint", seed=seed)
 
 
 @pytest.mark.slow

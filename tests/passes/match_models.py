@@ -89,6 +89,10 @@ def write_checkpoint(family: str, folder: Path) -> Path:
     elif family == "inkling2_text":
         settings = _INKLING | dict(n_layers_per_attn_res_block=1, eos_token_id=None)
         _save("Inkling2TextConfig", "Inkling2ForCausalLM", settings, folder)
+    elif family == "inkling2_loop_text":
+        settings = _INKLING | dict(n_layers_per_attn_res_block=1, eos_token_id=None)
+        settings |= dict(loop_layer_index_start=1, loop_layer_index_end=2, loop_num_passes=3, loop_gate_rank=8)
+        _save("Inkling2LoopTextConfig", "Inkling2LoopForCausalLM", settings, folder)
     else:
         name, settings = DECODERS[family]
         _save(f"{name}Config", f"{name}ForCausalLM", _DECODER | settings, folder)

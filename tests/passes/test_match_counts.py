@@ -22,7 +22,10 @@ TABLE = yaml.safe_load((FOLDER / "match_counts.yaml").read_text("utf-8"))
 #: Column → (preset, precision).
 COLUMNS = {"O0": ("O0", "fp32"), "O1": ("O1", "fp32"), "O2": ("O2", "fp32"), "int8": ("O2", "int8"),
            "int4": ("O2", "int4")}  # fmt: skip
-FAMILIES = [*families(), "inkling_text", "inkling_mm", "inkling2_text", "interaction"]
+INKLING = ["inkling_text", "inkling_mm", "inkling2_text", "inkling2_loop_text"]
+FAMILIES = [*families(), *INKLING, "interaction"]
+#: What transformers must have.
+NEEDED = {"inkling2_text": "Inkling2ForCausalLM", "inkling2_loop_text": "Inkling2LoopForCausalLM"}
 
 
 @pytest.fixture(scope="module")
@@ -62,8 +65,8 @@ def differences(found, said):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_pass_matches_as_often_as_the_table_says(family, write_checkpoint, tmp_path, monkeypatch):
-    if family == "inkling2_text" and not hasattr(transformers, "Inkling2ForCausalLM"):
-        pytest.skip("needs Inkling2ForCausalLM, which transformers has from 5.23 on")
+    if (needed := NEEDED.get(family)) and not hasattr(transformers, needed):
+        pytest.skip(f"needs {needed} of a later transformers")
     folder = write_checkpoint(family, tmp_path / family)
     traced = tmlc.program(folder)
     monkeypatch.setattr(compiler, "load_program", lambda source, bounds: traced.clone())

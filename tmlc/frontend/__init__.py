@@ -14,7 +14,7 @@ from tmlc.errors import CheckpointError, UsageError, shown
 from tmlc.frontend.checkpoint import Checkpoint, open_checkpoint
 
 if TYPE_CHECKING:
-    from tmlc.frontend.model import Frontend
+    from tmlc.frontend.model import Frontend, Stored
     from tmlc.ir.program import Program
     from tmlc.ir.types import TensorType
     from tmlc.ir.weights import WeightMap
@@ -27,11 +27,11 @@ _OVERRIDES = {"context": "limit", "policy": "policy", "sinks": "sinks", "max_app
 
 
 def _architectures() -> dict[str, Callable[[Checkpoint], Frontend]]:
-    from tmlc.frontend.inkling import inkling2_text, inkling_mm, inkling_text
+    from tmlc.frontend.inkling import inkling2_loop_text, inkling2_text, inkling_mm, inkling_text
     from tmlc.frontend.interaction import interaction
 
     return {"tmlc_interaction": interaction, "inkling_text": inkling_text, "inkling_mm_model": inkling_mm,
-            "inkling2_text": inkling2_text}
+            "inkling2_text": inkling2_text, "inkling2_loop_text": inkling2_loop_text}
 
 
 def load_program(
@@ -52,6 +52,7 @@ def load_program(
     """
     opened = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(checkpoint)
     from tmlc.frontend.foreign import families, load_foreign, runtime_defaults
+    from tmlc.frontend.model import Stored
 
     known, found = _architectures(), opened.config.get("model_type")
     if isinstance(found, str) and found in families():
@@ -70,9 +71,8 @@ def load_program(
     expected: dict[str, tuple[tuple[int, ...], bool]] = {}
     for name, tensor in tensors.items():
         if name not in frontend.constants:
-            stored = frontend.stored.get(name)
-            place, shape = (name, tuple(tensor.shape)) if stored is None else (stored.tensor, stored.shape)
-            expected[place] = (shape, tensor.is_floating_point())
+            for part in frontend.stored.get(name, Stored(name, tuple(tensor.shape))).parts:
+                expected[part.tensor] = (part.shape, tensor.is_floating_point())
     opened.require(expected, frontend.ignore)
     return _trace(opened, frontend, {id(t): n for n, t in tensors.items()}, on_progress)
 
@@ -131,19 +131,33 @@ def _trace(
 
 def _define(weights: WeightMap, name: str, needed: TensorType, checkpoint: Checkpoint, frontend: Frontend) -> None:
     """Adds one parameter to the map: a checkpoint tensor, in the layout and dtype that the graph reads."""
+    from tmlc.frontend.model import Stored
+
     if name in frontend.constants:
         weights.constant(name, frontend.constants[name])
         return
     # The traced model is a float32 one; quantize.cast decides later what the engine reads.
-    stored = frontend.stored.get(name)
-    if stored is None or not stored.steps:
-        checkpoint.weights[name if stored is None else stored.tensor].declare(weights, name, needed.dtype)
+    stored = frontend.stored.get(name, Stored(name, ()))
+    if len(stored.parts) == 1:
+        _rows(weights, name, needed.dtype, checkpoint, stored)
         return
+    parts = [
+        _rows(weights, f"{name}.rows{number}", needed.dtype, checkpoint, part)
+        for number, part in enumerate(stored.parts)
+    ]
+    weights.concat(name, parts)
+
+
+def _rows(weights: WeightMap, name: str, dtype: str, checkpoint: Checkpoint, stored: Stored) -> str:
+    """Adds what one checkpoint tensor gives to a parameter, as `name`; returns the name."""
     weight = checkpoint.weights[stored.tensor]
+    if not stored.steps:
+        return weight.declare(weights, name, dtype)
     at = weight.declare(weights, f"{name}.stored", weight.dtype)
-    steps = [*stored.steps, *([("cast", {"dtype": needed.dtype})] if weight.dtype != needed.dtype else [])]
+    steps = [*stored.steps, *([("cast", {"dtype": dtype})] if weight.dtype != dtype else [])]
     for number, (op, args) in enumerate(steps, 1):
         at = weights.add(name if number == len(steps) else f"{name}.{op}{number}", op, [at], args)
+    return at
 
 
 def _max_n(graph: Any, max_append: int) -> int:

@@ -7,15 +7,24 @@ gate and up rows of every feed-forward interleaved; the names of the modules in 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from tmlc.errors import CheckpointError
 from tmlc.frontend.checkpoint import Checkpoint
-from tmlc.frontend.inkling_names import is_release, module_place, norm_place, release_place, text2_place
+from tmlc.frontend.inkling_names import (
+    is_release,
+    message_place,
+    module_place,
+    norm_place,
+    release_place,
+    text2_place,
+)
 from tmlc.frontend.model import Frontend, Stored, Traceable
 from tmlc.model_zoo.inkling.config import InklingConfig, flat_processor, text_config
+from tmlc.model_zoo.inkling.loop import LoopConfig, LoopModel
 from tmlc.model_zoo.inkling.multimodal import InklingModel, audio_constants
 from tmlc.model_zoo.inkling.text2 import Text2Config, TokenModel2
 from tmlc.model_zoo.interaction.config import TextConfig
@@ -27,6 +36,8 @@ TICK_MS, VIDEO_EVERY = 200, 5
 #: Multi-token-prediction layers are for speculative decoding; the engine does not use them.
 _NOT_NEEDED = "model.mtp."
 _EMBED_NORM = "model.embed_tokens.embed_norm.weight"
+#: Norms without a weight.
+_ONES = (".v_norm.weight", "_message_gate.norm.weight")
 _PROCESSOR = ("preprocessor_config.json", "processor_config.json")
 
 def inkling_text(checkpoint: Checkpoint) -> Frontend:
@@ -52,15 +63,40 @@ def inkling2_text(checkpoint: Checkpoint) -> Frontend:
     config = Text2Config.read(checkpoint.config, str(checkpoint.folder / "config.json"))
     with torch.device("meta"):
         model = TokenModel2(config)
+    return _second(checkpoint, model, config, lambda name, shape: None)
+
+
+def inkling2_loop_text(checkpoint: Checkpoint) -> Frontend:
+    """Inkling-2's looped text model on the meta device, with the methods of `inkling_text`.
+
+    Raises:
+        CheckpointError: config.json describes what the model has not.
+    """
+    config = LoopConfig.read(checkpoint.config, str(checkpoint.folder / "config.json"))
+    with torch.device("meta"):
+        model = LoopModel(config)
+    first, layers = config.loop_layer_index_start, config.loop_layer_index_end - config.loop_layer_index_start
+    return _second(
+        checkpoint, model, config, lambda name, shape: message_place(name, shape, checkpoint.tensors, first, layers)
+    )
+
+
+def _second(
+    checkpoint: Checkpoint,
+    model: TokenModel2,
+    config: Text2Config,
+    place: Callable[[str, tuple[int, ...]], Stored | None],
+) -> Frontend:
+    """The second generation's; `place` says where parameters are that a model has beside those of `inkling2_text`."""
     shapes = {name: tuple(t.shape) for name, t in model.state_dict().items()}
-    ones = {name: torch.ones(shape) for name, shape in shapes.items() if name.endswith(".v_norm.weight")}
+    ones = {name: torch.ones(shape) for name, shape in shapes.items() if name.endswith(_ONES)}
     heads = {
         f"model.layers.{i}.self_attn.{name}.scale": config.heads(i)[0]
         for i in range(config.num_hidden_layers)
         for name in ("q_l2_clip", "rel_l2_clip")
     }
     stored = {
-        n: text2_place(n, shape, checkpoint.tensors, heads.get(n, 1), config.vocab_size)
+        n: place(n, shape) or text2_place(n, shape, checkpoint.tensors, heads.get(n, 1), config.vocab_size)
         for n, shape in shapes.items()
         if n not in ones
     }

@@ -13,6 +13,7 @@ from tmlc.frontend.checkpoint import TensorInfo
 from tmlc.frontend.model import Stored
 
 _RELEASE = "model.llm."
+_MESSAGE_QUERY = re.compile(r"^model\.layers\.(\d+)\.message_input\.query$")
 _ATTENTION_QUERY = re.compile(r"^model\.layers\.(\d+)\.attention_input\.query$")
 
 # A parameter's name here → the original release's, first match wins. What no pattern changes keeps its name.
@@ -76,6 +77,14 @@ _NAMES_2 = [
         (r"^model\.(.*)\.gate\.e_score_correction_bias$", r"model.llm.\1.gate.bias"),
         (r"^model\.(.*\.experts)\.gate_up_proj$", r"model.llm.\1.w13_weight"),
         (r"^model\.(.*\.experts)\.down_proj$", r"model.llm.\1.w2_weight"),
+        (r"^model\.(.*)\.q_message_gate\.down_proj\.weight$", r"model.llm.\1.controllers.attn.down_weight"),
+        (r"^model\.(.*)\.q_message_gate\.forget_gate_proj\.weight$", r"model.llm.\1.controllers.attn.forget_weight"),
+        (r"^model\.(.*)\.q_message_gate\.message_gate_proj\.weight$", r"model.llm.\1.controllers.attn.gain_weight"),
+        (r"^model\.(.*)\.(k|v|mlp)_message_gate\.down_proj\.weight$", r"model.llm.\1.controllers.\2.down_weight"),
+        (r"^model\.(.*)\.(k|v|mlp)_message_gate\.forget_gate_proj\.weight$",
+         r"model.llm.\1.controllers.\2.forget_weight"),
+        (r"^model\.(.*)\.(k|v|mlp)_message_gate\.message_gate_proj\.weight$",
+         r"model.llm.\1.controllers.\2.gain_weight"),
         (r"^model\.", "model.llm."),
     )
 ]  # fmt: skip
@@ -140,6 +149,30 @@ def text2_place(
     if name.endswith("_l2_clip.scale"):
         return Stored(tensor, (heads, shape[1] // heads), (("reshape", {"shape": list(shape)}),))
     return _interleaved(name, tensor, shape)
+
+
+def message_place(name: str, shape: tuple[int, ...], tensors: Container[str], first: int, layers: int) -> Stored | None:
+    """Where the queries of a looped layer's messages are, for (queries, experts, keys, values); None for another
+    parameter. All layers of the loop have theirs together.
+
+    Args:
+        first, layers: of the loop.
+    """
+    found = _MESSAGE_QUERY.match(name)
+    if not found:
+        return None
+    layer, size = int(found[1]) - first, shape[1]
+    pair = (("slice", {"axis": 0, "start": 2 * layer, "stop": 2 * layer + 2}),)
+    ours, keys = "model.llm.middle_cycle_cross_pass_queries", "model.llm.middle_cycle_cross_pass_kv_queries"
+    if ours in tensors:
+        return Stored(ours, (2 * layers, size), pair, (Stored(keys, (2 * layers, size), pair),))
+    # transformers' module has them as (queries, keys, values, experts).
+    rows = [
+        (("reshape", {"shape": [4 * layers, size]}), ("slice", {"axis": 0, "start": start, "stop": stop}))
+        for start, stop in ((4 * layer + at, 4 * layer + to) for at, to in ((0, 1), (3, 4), (1, 3)))
+    ]
+    first_row, *more = (Stored("model.message_input.query", (layers, 4, size), steps) for steps in rows)
+    return replace(first_row, more=tuple(more))
 
 
 def _renamed(names: list[tuple[re.Pattern[str], str]], name: str) -> str:

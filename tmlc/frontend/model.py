@@ -35,17 +35,25 @@ class Traceable:
 
 @dataclass(frozen=True)
 class Stored:
-    """How a parameter is made of a checkpoint tensor that has another name or layout.
+    """How a parameter is made of checkpoint tensors that have other names or layouts.
 
     Attributes:
-        tensor: its name in the checkpoint.
+        tensor: the name of one in the checkpoint.
         shape: its shape there.
-        steps: weight ops (`tmlc.ir.weights`) with their args, applied in order; they must end in the parameter's shape.
+        steps: weight ops (`tmlc.ir.weights`) with their args, applied in order; they must end in the parameter's shape,
+            or in that of its first rows.
+        more: where the rows behind those come from.
     """
 
     tensor: str
     shape: tuple[int, ...]
     steps: tuple[tuple[str, dict[str, Any]], ...] = ()
+    more: tuple[Stored, ...] = ()
+
+    @property
+    def parts(self) -> tuple[Stored, ...]:
+        """What the rows of the parameter are made of, in order."""
+        return (self, *self.more)
 
 
 @dataclass(frozen=True)
