@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from inkling2_models import POSITIONS, expect, hold, looped, random_model
+from inkling2_models import POSITIONS, draw, expect, hold, looped, random_model
 from safetensors.torch import load_file, save_file
 
 import tmlc
@@ -126,3 +126,74 @@ def test_bf16_errs_no_more_than_bf16_of_transformers(seed, tmp_path):
     )
     theirs = expect(narrow.eval(), ids)
     assert np.sqrt(np.square(found - expected).mean()) <= 1.5 * np.sqrt(np.square(theirs - expected).mean())
+
+
+VISION = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, patch_size=4,
+              posemb_grid_size=4, projection_hidden_dim=24)  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["Inkling2", "Inkling2Loop"])
+@pytest.mark.parametrize("form", ["release", "modules"])
+def test_of_a_model_that_sees_the_text_model_is_read_and_the_report_says_so(kind, form, tmp_path):
+    settings = looped(0) if kind == "Inkling2Loop" else draw(0)
+    text = random_model(settings, 0)
+    vision = VISION | {"text_hidden_size": settings["hidden_size"]}
+    config = getattr(transformers, f"{kind}Config")(
+        text_config=text.config.to_dict(), vision_config=vision, image_token_id=3
+    )
+    model = getattr(transformers, f"{kind}ForConditionalGeneration")(config).eval()
+    model.model.language_model.load_state_dict(text.model.state_dict())
+    model.lm_head.load_state_dict(text.lm_head.state_dict())
+    model.save_pretrained(tmp_path / "checkpoint")
+    if form == "modules":
+        save_file({n: t.clone() for n, t in model.state_dict().items()}, tmp_path / "checkpoint" / "model.safetensors")
+    checkpoint = open_checkpoint(tmp_path / "checkpoint")
+    read, alone = tmlc.program(tmp_path / "checkpoint"), tmp_path / "text"
+    text.save_pretrained(alone)
+    known, source = tmlc.program(alone), open_checkpoint(alone)
+    assert str(read.methods["decode"].graph) == str(known.methods["decode"].graph)
+    for name in known.used_weights():
+        assert torch.equal(read.weights.evaluate(name, checkpoint), known.weights.evaluate(name, source)), name
+    (note,) = read.meta["notes"]
+    seen = sum(name.startswith(("model.visual.", "model.vision_tower.")) for name in checkpoint.tensors)
+    assert seen > 10 and f"the {seen} tensors of the vision tower are not used" in note
+    config = json.loads((tmp_path / "checkpoint" / "config.json").read_text())
+    config["text_config"]["model_type"] = "llama"
+    (tmp_path / "checkpoint" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="text_config does not describe a text model"):
+        load_program(tmp_path / "checkpoint")
+
+
+def test_nvfp4_experts_of_the_release_have_the_values_that_transformers_gives_them(tmp_path):
+    """Pairs of codes, a scale for 16 and a factor an expert; some layers in MXFP8. No config says so."""
+    settings = looped(0) | {"hidden_size": 32, "moe_intermediate_size": 32}
+    model = random_model(settings, 0)
+    model.save_pretrained(tmp_path)
+    tensors, draw_ = load_file(tmp_path / "model.safetensors"), torch.Generator().manual_seed(0)
+    experts = [name for name in tensors if name.endswith(("experts.w13_weight", "experts.w2_weight"))]
+    for number, name in enumerate(experts):
+        *outer, cols = tensors[name].shape
+        if number % 3 == 2:
+            tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+            tensors[f"{name}_scale"] = torch.randint(120, 130, (*outer, cols // 32), generator=draw_, dtype=torch.uint8)
+            continue
+        tensors[name] = torch.randint(0, 256, (*outer, cols // 2), generator=draw_, dtype=torch.uint8)
+        scales = torch.rand((*outer, cols // 16), generator=draw_) + 0.1
+        tensors[f"{name}_scale"] = scales.to(torch.float8_e4m3fn)
+        tensors[f"{name}_amax"] = torch.rand(outer[0], generator=draw_) + 0.5
+        tensors[f"{name}_outer_scale_denominator"] = torch.full((1,) if number % 2 else (outer[0],), 2688.0)
+    save_file(tensors, tmp_path / "model.safetensors")
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["transformers_version"]  # the release was not saved by transformers
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    theirs = transformers.Inkling2LoopForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).state_dict()
+    program, checkpoint = tmlc.program(tmp_path), open_checkpoint(tmp_path)
+    names = [name for name in program.used_weights() if ".mlp.experts." in name]
+    assert len(names) == len(experts) > 6
+    for name in names:
+        assert torch.equal(program.weights.evaluate(name, checkpoint), theirs[name]), name
+    tensors[f"{experts[0]}_outer_scale_denominator"].zero_()
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="zero, NaN or infinity to divide by"):
+        for name in names:
+            program.weights.evaluate(name, open_checkpoint(tmp_path))

@@ -90,7 +90,7 @@ def test_processors_that_the_stems_cannot_follow_are_refused(change, what, confi
     assert what in caught.value.what and caught.value.where and caught.value.fix
 
 
-@pytest.mark.parametrize("kind", ["inkling2", "inkling_vision"])
+@pytest.mark.parametrize("kind", ["inkling3", "inkling_vision"])
 def test_other_architectures_of_the_family_are_refused_by_name(kind, config, tmp_path):
     with pytest.raises(CheckpointError, match=f"unknown architecture: model_type is '{kind}'") as caught:
         load_program(write(tmp_path / "bad", {**config, "model_type": kind}))

@@ -100,6 +100,8 @@ def test_codes_of_every_width_are_found_between_words(bits):
         (["words", "rows", "words"], {**INT, "zero_point": "packed"}, "the zero points are i32"),
         (["nibbles", "rows", "rows"], {**FP4, "global_scale": "multiply"}, "not one number"),
         (["nibbles", "rows", "total"], {**FP4, "global_scale": "add"}, "'add' is not one of"),
+        (["nibbles", "rows", "total"], {**FP4, "global_scale": "ratio"}, "takes 4 sources"),
+        (["nibbles", "rows", "total", "rows"], {**FP4, "global_scale": "ratio"}, "not one number or one a matrix"),
     ],
 )
 def test_what_does_not_fit_is_refused(weights, srcs, args, message):

@@ -31,7 +31,8 @@ def _architectures() -> dict[str, Callable[[Checkpoint], Frontend]]:
     from tmlc.frontend.interaction import interaction
 
     return {"tmlc_interaction": interaction, "inkling_text": inkling_text, "inkling_mm_model": inkling_mm,
-            "inkling2_text": inkling2_text, "inkling2_loop_text": inkling2_loop_text}
+            "inkling2": inkling2_text, "inkling2_text": inkling2_text, "inkling2_loop": inkling2_loop_text,
+            "inkling2_loop_text": inkling2_loop_text}
 
 
 def load_program(

@@ -35,6 +35,8 @@ CONTEXT, SINKS, MAX_APPEND = 4096, 16, 64
 TICK_MS, VIDEO_EVERY = 200, 5
 #: Multi-token-prediction layers are for speculative decoding; the engine does not use them.
 _NOT_NEEDED = "model.mtp."
+#: The vision tower of Inkling-2, by the release's names and by those of the module.
+_VISION = ("model.visual.", "model.vision_tower.")
 _EMBED_NORM = "model.embed_tokens.embed_norm.weight"
 #: Norms without a weight.
 _ONES = (".v_norm.weight", "_message_gate.norm.weight")
@@ -55,30 +57,43 @@ def inkling_text(checkpoint: Checkpoint) -> Frontend:
 
 
 def inkling2_text(checkpoint: Checkpoint) -> Frontend:
-    """Inkling-2's text model on the meta device, with the methods of `inkling_text`.
+    """Inkling-2's text model on the meta device, with the methods of `inkling_text`. Of a checkpoint with a vision
+    tower (`inkling2`) that is all that is read.
 
     Raises:
         CheckpointError: config.json describes what the model has not.
     """
-    config = Text2Config.read(checkpoint.config, str(checkpoint.folder / "config.json"))
+    config = Text2Config.read(*_text_section(checkpoint))
     with torch.device("meta"):
         model = TokenModel2(config)
     return _second(checkpoint, model, config, lambda name, shape: None)
 
 
 def inkling2_loop_text(checkpoint: Checkpoint) -> Frontend:
-    """Inkling-2's looped text model on the meta device, with the methods of `inkling_text`.
+    """As `inkling2_text` of a looped model (of `inkling2_loop`, if it comes with a vision tower).
 
     Raises:
         CheckpointError: config.json describes what the model has not.
     """
-    config = LoopConfig.read(checkpoint.config, str(checkpoint.folder / "config.json"))
+    config = LoopConfig.read(*_text_section(checkpoint))
     with torch.device("meta"):
         model = LoopModel(config)
     first, layers = config.loop_layer_index_start, config.loop_layer_index_end - config.loop_layer_index_start
     return _second(
         checkpoint, model, config, lambda name, shape: message_place(name, shape, checkpoint.tensors, first, layers)
     )
+
+
+def _text_section(checkpoint: Checkpoint) -> tuple[dict[str, Any], str]:
+    """What describes the text model, and where: all of config.json, or its `text_config`."""
+    where, kind = str(checkpoint.folder / "config.json"), checkpoint.config["model_type"]
+    if kind.endswith("_text"):
+        return checkpoint.config, where
+    section = checkpoint.config.get("text_config")
+    if not isinstance(section, dict) or section.get("model_type", f"{kind}_text") != f"{kind}_text":
+        raise CheckpointError(f"text_config does not describe a text model of type {kind}_text", where=where,
+                              fix="take config.json from the same export as the weights")  # fmt: skip
+    return section, f"{where}: text_config"
 
 
 def _second(
@@ -140,8 +155,11 @@ def _frontend(
     constants: dict[str, torch.Tensor],
 ) -> Frontend:
     eos = config.eos_token_id
+    seeing = _VISION if isinstance(config, Text2Config) else ()
     skipped = [name for name in checkpoint.tensors if name.startswith(_NOT_NEEDED)]
     notes = [f"{len(skipped)} multi-token-prediction tensors ({_NOT_NEEDED}*) are not used"] if skipped else []
+    if seen := [name for name in checkpoint.tensors if name.startswith(seeing)]:
+        notes.append(f"text alone: the {len(seen)} tensors of the vision tower are not used, images cannot be given")
     return Frontend(
         kind="tokens",
         name=checkpoint.folder.resolve().name,
@@ -159,7 +177,7 @@ def _frontend(
             "eos": eos if isinstance(eos, list) else [] if eos is None else [eos],
             **tick,
         },
-        ignore=lambda name: name.startswith(_NOT_NEEDED),
+        ignore=lambda name: name.startswith((_NOT_NEEDED, *seeing)),
         stored=stored,
         constants=constants,
         notes=tuple(notes),

@@ -102,6 +102,7 @@ _NAMES_2_LATER = [
         (r"\.self_attn\.rel_logits_proj\.", ".self_attn.relative_position_bias."),
     )
 ]  # fmt: skip
+_LANGUAGE = "model.language_model."
 _LATER = ".self_attn.q_proj.linear."
 
 
@@ -143,7 +144,7 @@ def text2_place(
         query = _ATTENTION_QUERY.match(name)  # the first layer has none, so the release counts from the second
         tensor = f"model.llm.attn_res.attn_queries.{int(query[1]) - 1}" if query else _renamed(_NAMES_2, name)
     elif any(_LATER in other for other in tensors):
-        tensor = _renamed(_NAMES_2_LATER, name)
+        tensor = _beside_vision(_renamed(_NAMES_2_LATER, name), tensors)
     if name == "lm_head.weight" and tensor in tensors and tensors[tensor].shape == (vocabulary, shape[1]) != shape:
         return Stored(tensor, (vocabulary, shape[1]), (("slice", {"axis": 0, "start": 0, "stop": shape[0]}),))
     if name.endswith("_l2_clip.scale"):
@@ -151,7 +152,16 @@ def text2_place(
     return _interleaved(name, tensor, shape)
 
 
-def message_place(name: str, shape: tuple[int, ...], tensors: Container[str], first: int, layers: int) -> Stored | None:
+def _beside_vision(tensor: str, tensors: Iterable[str]) -> str:
+    """The name that a tensor of the text model has where a vision tower stands beside it."""
+    if tensor.startswith("model.") and any(name.startswith(_LANGUAGE) for name in tensors):
+        return _LANGUAGE + tensor.removeprefix("model.")
+    return tensor
+
+
+def message_place(
+    name: str, shape: tuple[int, ...], tensors: Mapping[str, TensorInfo], first: int, layers: int
+) -> Stored | None:
     """Where the queries of a looped layer's messages are, for (queries, experts, keys, values); None for another
     parameter. All layers of the loop have theirs together.
 
@@ -171,7 +181,8 @@ def message_place(name: str, shape: tuple[int, ...], tensors: Container[str], fi
         (("reshape", {"shape": [4 * layers, size]}), ("slice", {"axis": 0, "start": start, "stop": stop}))
         for start, stop in ((4 * layer + at, 4 * layer + to) for at, to in ((0, 1), (3, 4), (1, 3)))
     ]
-    first_row, *more = (Stored("model.message_input.query", (layers, 4, size), steps) for steps in rows)
+    whole = _beside_vision("model.message_input.query", tensors)
+    first_row, *more = (Stored(whole, (layers, 4, size), steps) for steps in rows)
     return replace(first_row, more=tuple(more))
 
 

@@ -27,7 +27,7 @@ _FIX_METHOD = "dequantise it with the library that wrote it and save that, or ta
 
 #: Checkpoints of these models come from the hub without the config that says how they are quantised.
 _INKLING2 = {"quant_method": "fp8", "weight_block_size": [1, 32]}
-_HUB_CONFIGS = {"inkling2": _INKLING2, "inkling2_text": _INKLING2}
+_HUB_CONFIGS = dict.fromkeys(("inkling2", "inkling2_text", "inkling2_loop", "inkling2_loop_text"), _INKLING2)
 
 
 @dataclass(frozen=True)
@@ -202,14 +202,21 @@ def _fp8(reader: Reader) -> None:
         isinstance(block, list) and len(block) == 2 and all(type(size) is int and size > 0 for size in block)
     ):
         raise reader.refuse(f"weight_block_size is {block!r}, not two sizes", _FIX_SHAPES)
+    args: dict[str, Any]
     for name, info in reader.tensors.items():
-        if info.dtype not in (*FP8, "I8"):
+        if info.dtype in ("U8", "I8") and f"{name}_amax" in reader.tensors:
+            # Inkling-2 with a loop: NVFP4 whose experts have a factor each.
+            parts = [name, *(f"{name}_{what}" for what in ("scale", "amax", "outer_scale_denominator"))]
+            args = {"scheme": "fp4", "shape": pairs(info.shape), "block": [1, 16], "global_scale": "ratio"}
+            reader.add(name, parts, args)
+            continue
+        if info.dtype not in (*FP8, "I8") or f"{name.removesuffix('_scale')}_amax" in reader.tensors:
             continue
         stem = name.removesuffix(".weight")
         scale = reader.beside([f"{name}_scale_inv", f"{name}_scale", f"{stem}.scale", f"{stem}.qscale_weight"])
         scales = reader.need(scale or f"{name}_scale_inv", name)
         shape = list(info.shape)
-        args: dict[str, Any] = {"scheme": "fp8", "shape": shape, "block": block or [0, 0]}
+        args = {"scheme": "fp8", "shape": shape, "block": block or [0, 0]}
         if info.dtype == "I8":
             args = {"scheme": "fp4", "shape": pairs(shape), "block": [1, 32]}
         elif len(scales.shape) < 2 and len(scales.shape) <= len(shape) - 2:

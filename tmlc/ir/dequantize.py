@@ -5,7 +5,8 @@ Every scheme is one formula, element by element:
     value = ((code - zero_point) * scale) → dtype
 
 where `code`, `zero_point` and `scale` are first converted to the `compute` dtype, in which both operations round, and
-`scale` is the block's scale, divided by or multiplied with the tensor's global scale where there is one. The elements
+`scale` is the block's scale, divided by or multiplied with the tensor's global scale where there is one; a "ratio" of
+two global numbers, or of two a matrix, is multiplied with the product instead. The elements
 of a weight [..., rows, cols] share scales in blocks of `block` = [block rows, block cols]; 0 stands for the whole axis.
 
 Work is done in chunks of rows, so that the memory needed beside the stored tensors and the result is bounded.
@@ -33,7 +34,7 @@ SCHEMES = {
     "int": ("i8",),  # one code an element
     "packed_int": ("i32",),  # codes + 2^(bits-1), bits after bits along the last axis, from the lowest
 }
-GLOBAL = ("", "divide", "multiply")
+GLOBAL = ("", "divide", "multiply", "ratio")
 ZERO = ("", "plain", "packed")
 _SCALES = ("f32", "bf16", "f8e4m3")
 _EXPONENTS = ("u8", "f8e8m0")  # 2^(code - 127), 255 is NaN
@@ -55,7 +56,8 @@ class Dequantize:
         bits: of a code, for `packed_int`.
         compute: dtype of the arithmetic (f32, bf16, f16).
         dtype: of the result.
-        global_scale: "divide" or "multiply" the scales; "" where there is none.
+        global_scale: "divide" or "multiply" the scales; "ratio": of two sources, with which the products of codes and
+            scales are multiplied; "" where there is none.
         zero_point: "plain" (one a scale), "packed" (in int32 along the rows, as codes are along the columns), or "".
     """
 
@@ -92,6 +94,11 @@ class Dequantize:
             return (*rest, _words(cols, self.bits))
         return (*rest, cols)
 
+    @property
+    def globals(self) -> int:
+        """How many sources the global scale is made of."""
+        return {"": 0, "ratio": 2}.get(self.global_scale, 1)
+
     def zero_shape(self) -> tuple[int, ...]:
         rows, cols = self.grid
         return (*self.leading, _words(rows, self.bits) if self.zero_point == "packed" else rows, cols)
@@ -116,7 +123,7 @@ def dequantized_type(
     global scale where the arguments speak of them. IRError where they do not fit each other."""
     _arguments(scheme, shape, block, bits, compute, dtype, global_scale, zero_point)
     spec = Dequantize(scheme, tuple(shape), (block[0], block[1]), bits, compute, dtype, global_scale, zero_point)
-    wanted = 2 + bool(zero_point) + bool(global_scale)
+    wanted = 2 + bool(zero_point) + spec.globals
     if len(types) != wanted:
         what = f"dequantize of {scheme} takes {wanted} sources here, not {len(types)}"
         raise IRError(what, fix="give codes, scales, then zero points and global scale where the arguments name them")
@@ -135,8 +142,11 @@ def dequantized_type(
         if zeros.dtype != kind or not _scale_fits(tuple(zeros.shape), spec.zero_shape()):
             what = f"the zero points are {zeros}, not {TensorType(kind, spec.zero_shape())}"
             raise IRError(what, fix=_FIX_ENTRY)
-    if global_scale and (rest[0].dtype not in ("f32", "bf16") or prod(rest[0].shape) != 1):
-        raise IRError(f"the global scale is {rest[0]}, not one number", fix=_FIX_ENTRY)
+    for one in rest:
+        each = global_scale == "ratio" and _squeezed(tuple(one.shape)) == _squeezed(spec.leading)
+        if one.dtype not in ("f32", "bf16") or not (prod(one.shape) == 1 or each):
+            more = " or one a matrix" if global_scale == "ratio" else ""
+            raise IRError(f"the global scale is {one}, not one number{more}", fix=_FIX_ENTRY)
     return TensorType(dtype, tuple(shape))
 
 
@@ -195,7 +205,10 @@ def dequantize_into(spec: Dequantize, tensors: Sequence[torch.Tensor], names: Se
     scales = _scales(tensors[1], names[1], compute).reshape(grid)
     rest = list(zip(tensors[2:], names[2:], strict=True))
     zeros = _zeros(spec, rest.pop(0)[0]).reshape(grid).to(compute) if spec.zero_point else None
-    if spec.global_scale:
+    factors = None
+    if spec.global_scale == "ratio":
+        factors = _ratio(rest, prod(spec.leading)).to(compute)
+    elif spec.global_scale:
         tensor, name = rest.pop(0)
         scales = _globally_scaled(spec, scales, tensor.reshape(()), name).to(compute)
     for index, place in enumerate(product(*map(range, spec.leading))):
@@ -205,6 +218,8 @@ def dequantize_into(spec: Dequantize, tensors: Sequence[torch.Tensor], names: Se
             if zeros is not None:
                 values -= _spread(zeros[index], spec, begin, end)
             values *= _spread(scales[index], spec, begin, end)
+            if factors is not None:
+                values *= factors[index]
             values = values.to(dtype)
             low, high = torch.aminmax(values)  # both carry a NaN on
             if not (torch.isfinite(low) and torch.isfinite(high)):
@@ -308,6 +323,18 @@ def _globally_scaled(spec: Dequantize, scales: torch.Tensor, value: torch.Tensor
         return scales * value
     _refuse(value == 0, "a global scale of zero to divide by", name)
     return scales / value
+
+
+def _ratio(sources: Sequence[tuple[torch.Tensor, str]], count: int) -> torch.Tensor:
+    """Of two global numbers, for each matrix."""
+    (above, above_name), (below, below_name) = sources
+    _refuse(~torch.isfinite(above.float()), "a global scale that is NaN or infinite", above_name)
+    _refuse(
+        ~torch.isfinite(below.float()) | (below == 0),
+        "a global scale of zero, NaN or infinity to divide by",
+        below_name,
+    )
+    return (above.float().reshape(-1) / below.float().reshape(-1)).expand(count)
 
 
 def _refuse(bad: torch.Tensor, what: str, name: str) -> None:
