@@ -15,15 +15,13 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from tmlc.ir.ops import functional as F
-from tmlc.model_zoo.interaction.config import TextConfig
+from tmlc.model_zoo.interaction.config import MOST_LAYERS, TextConfig
 from tmlc.model_zoo.interaction.layers import Linear, RMSNorm
 
 from .text2 import DEFAULTS, Backbone2, BlockMix, DecoderLayer2, Text2Config, TokenModel2
 
 #: What a layer's messages are for, in the order in which their queries are stacked here.
 KINDS = ("q", "mlp", "k", "v")
-#: Passes unroll, so they cost compile time and states; the released model has 3.
-MOST_PASSES = 64
 
 _LOOP = {
     "core_start": "loop_layer_index_start", "core_end": "loop_layer_index_end", "num_passes": "loop_num_passes",
@@ -36,7 +34,7 @@ class LoopConfig(Text2Config):
 
     loop_layer_index_start: int = Field(default=6, gt=0)
     loop_layer_index_end: int = Field(default=18, gt=0)
-    loop_num_passes: int = Field(default=3, gt=0, le=MOST_PASSES)
+    loop_num_passes: int = Field(default=3, gt=0, le=MOST_LAYERS)
     loop_gate_rank: int = Field(default=64, gt=0)
 
     @model_validator(mode="after")
@@ -47,6 +45,9 @@ class LoopConfig(Text2Config):
                 raise ValueError(f"{name} is {layer}, inside a residual block of {block} layers")
         if not start < end <= self.num_hidden_layers:
             raise ValueError(f"the loop goes over layers {start}..{end - 1} of {self.num_hidden_layers}")
+        visited = self.num_hidden_layers + (self.loop_num_passes - 1) * (end - start)
+        if visited > MOST_LAYERS:  # passes are unrolled
+            raise ValueError(f"{self.loop_num_passes} passes make {visited} layers, more than {MOST_LAYERS}")
         return self
 
     @classmethod
@@ -62,9 +63,6 @@ class LoopConfig(Text2Config):
         loop = raw.get("loop_config")
         given = {_LOOP[key]: value for key, value in loop.items() if key in _LOOP} if isinstance(loop, dict) else {}
         return super().read({**raw, **given}, where)
-
-    def is_looped(self, layer: int) -> bool:
-        return self.loop_layer_index_start <= layer < self.loop_layer_index_end
 
 
 class MessageGate(nn.Module):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from inkling2_models import POSITIONS, draw, expect, hold, looped, random_model
+from inkling2_models import draw, hold, hold_bf16, looped, random_model
 from safetensors.torch import load_file, save_file
 
 import tmlc
@@ -96,6 +96,7 @@ def test_the_section_in_which_the_release_describes_its_loop_is_read(tmp_path):
         ({"loop_layer_index_end": 2}, "the loop goes over layers 2..1 of 6"),
         ({"loop_num_passes": 0}, "loop_num_passes"),
         ({"loop_num_passes": 10_000}, "loop_num_passes"),
+        ({"loop_num_passes": 4_000}, "4000 passes make 8004 layers"),
         ({"loop_layer_index_start": 0}, "loop_layer_index_start"),
         ({"scoring_func": "softmax"}, "scoring_func is 'softmax'"),
     ],
@@ -114,18 +115,7 @@ def test_what_the_engine_cannot_do_is_refused_with_its_place(change, what, tmp_p
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_bf16_errs_no_more_than_bf16_of_transformers(seed, tmp_path):
-    model = random_model(looped(seed), seed)
-    model.save_pretrained(tmp_path / "checkpoint")
-    tmlc.compile(tmp_path / "checkpoint", tmp_path / "model.tmlc", precision="bf16")
-    ids = np.random.default_rng(seed).integers(0, 50, POSITIONS).tolist()
-    expected = expect(model, ids)
-    with tmlc.load(tmp_path / "model.tmlc", threads=1) as engine, engine.session() as session:
-        found = session.append(tokens=ids)
-    narrow = transformers.Inkling2LoopForCausalLM.from_pretrained(
-        tmp_path / "checkpoint", dtype=torch.bfloat16, attn_implementation="eager", experts_implementation="eager"
-    )
-    theirs = expect(narrow.eval(), ids)
-    assert np.sqrt(np.square(found - expected).mean()) <= 1.5 * np.sqrt(np.square(theirs - expected).mean())
+    hold_bf16(tmp_path, random_model(looped(seed), seed), seed)
 
 
 VISION = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, patch_size=4,

@@ -3,11 +3,10 @@ writes."""
 
 import json
 
-import numpy as np
 import pytest
 import torch
 import transformers
-from inkling2_models import POSITIONS, draw, expect, hold, random_model
+from inkling2_models import draw, hold, hold_bf16, random_model
 from safetensors.torch import load_file, save_file
 
 import tmlc
@@ -45,18 +44,7 @@ def test_logits_equal_transformers_whole_and_in_random_chunks(seed, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 4])
 def test_bf16_errs_no_more_than_bf16_of_transformers(seed, tmp_path):
-    model = random_model(draw(seed), seed)
-    model.save_pretrained(tmp_path / "checkpoint")
-    tmlc.compile(tmp_path / "checkpoint", tmp_path / "model.tmlc", precision="bf16")
-    ids = np.random.default_rng(seed).integers(0, 50, POSITIONS).tolist()
-    expected = expect(model, ids)
-    with tmlc.load(tmp_path / "model.tmlc", threads=1) as engine, engine.session() as session:
-        found = session.append(tokens=ids)
-    narrow = transformers.Inkling2ForCausalLM.from_pretrained(
-        tmp_path / "checkpoint", dtype=torch.bfloat16, attn_implementation="eager", experts_implementation="eager"
-    )
-    theirs = expect(narrow.eval(), ids)
-    assert np.sqrt(np.square(found - expected).mean()) <= 1.5 * np.sqrt(np.square(theirs - expected).mean())
+    hold_bf16(tmp_path, random_model(draw(seed), seed), seed)
 
 
 def test_module_names_give_the_same_weights_and_every_tensor_is_read_once(tmp_path):

@@ -1,4 +1,5 @@
-"""The frontend of Inkling checkpoints: text only (`inkling_text`), or with audio and images (`inkling_mm_model`).
+"""The frontend of Inkling checkpoints: text only (`inkling_text`), or with audio and images (`inkling_mm_model`); and
+of Inkling-2's text models, with a loop (`inkling2_loop_text`) or without.
 
 `save_pretrained` and the original release write the parts of an `inkling_mm_model` under the release's names, with the
 gate and up rows of every feed-forward interleaved; the names of the modules in transformers are read just as well.
