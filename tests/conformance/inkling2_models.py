@@ -125,8 +125,8 @@ def hold(package: Path, model: transformers.PreTrainedModel, seed: int, rounded:
 
 
 def hold_bf16(folder: Path, model: transformers.PreTrainedModel, seed: int) -> None:
-    """Holds the engine in bf16 to an error of at most 1.5 times that of transformers in bf16, or that of float32 over its
-    rounded weights: which is larger depends on the positions at which a router is near a tie."""
+    """Holds the engine in bf16 to an error of at most 1.5 times that of transformers in bf16, or that of float32 over
+    its rounded weights: which is larger depends on the positions at which a router is near a tie."""
     model.save_pretrained(folder / "checkpoint")
     tmlc.compile(folder / "checkpoint", folder / "model.tmlc", precision="bf16")
     ids = np.random.default_rng(seed).integers(0, 50, POSITIONS).tolist()
