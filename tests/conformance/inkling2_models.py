@@ -11,6 +11,7 @@ import torch
 import transformers
 
 import tmlc
+from tmlc.frontend import open_checkpoint
 
 POSITIONS, GREEDY = 300, 64
 
@@ -82,6 +83,15 @@ def random_model(settings: dict, seed: int) -> transformers.PreTrainedModel:
 @torch.no_grad()
 def expect(model: transformers.PreTrainedModel, ids: list[int]) -> np.ndarray:
     return model(torch.tensor(ids)[None], use_cache=False).logits[0].float().numpy()
+
+
+def compiled(model: transformers.PreTrainedModel, folder: Path, seed: int, stored: str) -> dict[str, int]:
+    """Writes `folder`/model.tmlc of the model as `save_pretrained` writes it, in one file or several, with a tensor
+    `stored`; the matches of each pass."""
+    model.save_pretrained(folder / "checkpoint", **({"max_shard_size": "60KB"} if seed % 2 else {}))
+    assert stored in open_checkpoint(folder / "checkpoint")
+    report = tmlc.compile(folder / "checkpoint", folder / "model.tmlc", precision="fp32")
+    return {record.name: record.matches for record in report.passes}
 
 
 def rounding(model: transformers.PreTrainedModel, ids: list[int], expected: np.ndarray) -> float:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from inkling2_models import draw, hold, hold_bf16, looped, random_model
+from inkling2_models import compiled, draw, hold, hold_bf16, looped, random_model
 from safetensors.torch import load_file, save_file
 
 import tmlc
@@ -31,10 +31,7 @@ def visited(settings: dict) -> list[str]:
 def test_logits_equal_transformers_whole_and_in_random_chunks(seed, tmp_path):
     settings = looped(seed)
     model = random_model(settings, seed)
-    model.save_pretrained(tmp_path / "checkpoint", **({"max_shard_size": "60KB"} if seed % 2 else {}))
-    assert "model.llm.middle_cycle_cross_pass_queries" in open_checkpoint(tmp_path / "checkpoint")
-    report = tmlc.compile(tmp_path / "checkpoint", tmp_path / "model.tmlc", precision="fp32")
-    matches = {record.name: record.matches for record in report.passes}
+    matches = compiled(model, tmp_path, seed, "model.llm.middle_cycle_cross_pass_queries")
     kinds = visited(settings)
     assert matches["state.insert"] == 5 * len(kinds) and matches["route.select_kernel"] == len(kinds)
     # q, r, gate and sinks in every pass, k and v with their computed taps, and the two sides of each message's gate

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 import transformers
-from inkling2_models import draw, hold, hold_bf16, random_model
+from inkling2_models import compiled, draw, hold, hold_bf16, random_model
 from safetensors.torch import load_file, save_file
 
 import tmlc
@@ -23,10 +23,7 @@ SEEDS = [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2,
 def test_logits_equal_transformers_whole_and_in_random_chunks(seed, tmp_path):
     settings = draw(seed)
     model = random_model(settings, seed)
-    model.save_pretrained(tmp_path / "checkpoint", **({"max_shard_size": "60KB"} if seed % 2 else {}))
-    assert "model.llm.attn_res.output_query" in open_checkpoint(tmp_path / "checkpoint")
-    report = tmlc.compile(tmp_path / "checkpoint", tmp_path / "model.tmlc", precision="fp32")
-    matches = {record.name: record.matches for record in report.passes}
+    matches = compiled(model, tmp_path, seed, "model.llm.attn_res.output_query")
     sliding, full = (settings["layer_types"].count(kind) for kind in ("hybrid_sliding", "hybrid"))
     # q, r, gate and sinks, with k and v where they read the same input; else k and v each with their computed taps
     assert matches["fuse.merge_linears"] == sliding + 3 * full

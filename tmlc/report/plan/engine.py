@@ -72,8 +72,7 @@ class OpsEngine(Engine):
     def calls(self, calls: Iterable[MethodCall], sessions: int) -> list[Run]:
         made = []
         for call in calls:
-            limit, rows = self.program.methods[call.method].max_n, call.n * sessions
-            pieces = [limit] * (rows // limit) + ([rows % limit] if rows % limit else [])
+            pieces = _groups(call.n * sessions, self.program.methods[call.method].max_n)
             made += [Run((Part(call.method, min(sessions, n), n, self._ops[call.method]),)) for n in pieces]
         return made
 
@@ -159,6 +158,6 @@ class KernelsEngine(Engine):
         return made
 
 
-def _groups(sessions: int, most: int) -> list[int]:
-    """`sessions` in groups of at most `most`."""
-    return [most] * (sessions // most) + ([sessions % most] if sessions % most else [])
+def _groups(count: int, most: int) -> list[int]:
+    """`count` in groups of at most `most`."""
+    return [most] * (count // most) + ([count % most] if count % most else [])
