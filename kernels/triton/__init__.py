@@ -4,5 +4,6 @@
     compile_variant(variant) -> Compiled     variants.py: machine code and its figures, no GPU needed
     open_interpreter() -> Interpreter        worker.py: runs the same launches on host memory
 
-Nothing here is imported by a runtime: it sees machine code and launches only. docs/triton-kernels.md is the map.
+A runtime sees machine code and launches, and imports nothing of this but the table in architectures.py.
+docs/triton-kernels.md is the map.
 """

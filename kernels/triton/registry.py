@@ -10,14 +10,12 @@ from typing import Any
 
 from tmlc.errors import REPORT, EmitError
 from tmlc.ir.replaced import REPLACED
+from tmlc.kernels.triton.architectures import ARCHITECTURES
 from tmlc.kernels.triton.bucket import Bucket
 from tmlc.kernels.triton.launch import ITEM_BYTES, Argument, Launch, Lowered, Operand, Pointer
 from tmlc.kernels.triton.layouts import FORMS
 from tmlc.kernels.triton.mode import PARAMETERS
 from tmlc.kernels.triton.tuning import Blocks, Shape, Tiles, table
-
-#: Compute capabilities that kernels are compiled for.
-ARCHITECTURES = (80, 89, 90, 100, 120)
 
 #: Modules with lowerings; importing them fills LOWERINGS.
 MODULES = (
@@ -162,7 +160,8 @@ def lower(call: Call) -> Lowered:
     """
     load_kernels()
     if call.sm not in ARCHITECTURES:
-        raise call.fail("kernels are not compiled for this architecture", f"use one of {ARCHITECTURES}")
+        known = ", ".join(f"sm{sm}" for sm in ARCHITECTURES)
+        raise call.fail("kernels are not compiled for this architecture", f"use one of {known}")
     if call.op not in LOWERINGS:
         why = REFUSED.get(call.op, "there is no Triton kernel for it")
         raise call.fail(why, "Use the pipeline of the target: --preset triton.")

@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from tmlc.errors import EmitError, reason
+from tmlc.kernels.triton.architectures import ARCHITECTURES, TENSOR_MEMORY
 from tmlc.yaml_text import YamlFault, parse_yaml
 
 TABLE = "tuning.yaml"
@@ -143,12 +144,6 @@ def table() -> Tiles:
     return Tiles(yaml.safe_load(resources.files(__package__).joinpath(TABLE).read_text("utf-8")), TABLE)
 
 
-#: Multiprocessors of what the rule has in mind: A100, L40S, H200, B200, RTX 5090 (data sheets).
-PROCESSORS = {80: 108, 89: 142, 90: 132, 100: 148, 120: 170}
-#: Dynamic shared memory that a program can have; code for 8.0 also runs on 8.6 and 8.9, which have less than 8.0.
-SHARED_BYTES = {80: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
-#: Inputs that a program has on the way at once: a row of `small`, where 16 rows of activations fit beside them.
-REACH = {80: 512, 89: 512, 90: 1024, 100: 1024, 120: 512}
 MOST_WARPS = 8
 MOST_SLICES = 16  # a warp keeps a sum for each of its own: with four of them beside gate and up 8-bit codes spilled
 MOST_PROGRAMS = 4  # of a multiprocessor that share its memory, where a program takes as much as there is
@@ -162,12 +157,12 @@ def slices(dtype: str, k: int, block_k: int, sm: int) -> int:
     the weight and the architecture."""
     if dtype == "f32":
         return 1
-    return max(1, min(MOST_SLICES, REACH[sm] // block_k, 1 << (-(-k // block_k) - 1).bit_length()))
+    return max(1, min(MOST_SLICES, ARCHITECTURES[sm].reach // block_k, 1 << (-(-k // block_k) - 1).bit_length()))
 
 
 def stages_that_fit(stages: int, turn: int, sm: int) -> int:
     """Stages (2 at least) of which one less turn of so many bytes fits into shared memory. No sum depends on them."""
-    return max(2, min(stages, 1 + SHARED_BYTES[sm] // turn))
+    return max(2, min(stages, 1 + ARCHITECTURES[sm].shared_bytes // turn))
 
 
 def turns_at_once(dtype: str, blocks: Blocks, count: int, turns: int, programs: int, sm: int) -> int:
@@ -177,7 +172,7 @@ def turns_at_once(dtype: str, blocks: Blocks, count: int, turns: int, programs: 
         return blocks.stages
     beside_codes = 4 if _BITS[dtype] == 4 else 0  # scales and zero points, and what aligns them, for each input
     turn = count * blocks.block_k * (blocks.block_m * _BITS[dtype] // 8 + 2 * 8 + beside_codes)
-    beside = min(MOST_PROGRAMS, -(-programs // PROCESSORS[sm]))
+    beside = min(MOST_PROGRAMS, -(-programs // ARCHITECTURES[sm].processors))
     return stages_that_fit(1 + turns, turn * beside, sm)
 
 
@@ -193,16 +188,16 @@ def rule(shape: Shape) -> Blocks:
     if shape.op == "attention":
         keys = 16 if dtype == "f32" else 32 if dtype == "u8" or max(m, k) > 128 else 64
         # Blackwell keeps sums outside the registers and moves them: heads of over 32 columns do not fit in 4 warps.
-        return Blocks(16, keys, 8 if shape.sm == 100 and max(m, k) > 32 else 4, 2)
+        return Blocks(16, keys, 8 if shape.sm in TENSOR_MEMORY and max(m, k) > 32 else 4, 2)
     if dtype == "f32":
         return Blocks(16 if m <= 1024 else 32, 32 if k > 32 else 16, 4, 3)
     block_k = _GROUPS.get(dtype, 128 if k > 128 else 64 if k > 64 else 32)  # two slices where K is that long
     count = slices(dtype, k, block_k, shape.sm)
     # A call names two experts at least, and a program reads rows of their gate and of their up.
     pairs = 1 if shape.op == "linear" else 2
-    enough = 2 * PROCESSORS[shape.sm]
+    enough = 2 * ARCHITECTURES[shape.sm].processors
     block_m = 32 if shape.op == "linear" and m / 32 >= enough else 16
     rows = 2 * block_m if shape.op == "moe_gate_up" else block_m
     turn = count * block_k * (rows * _BITS[dtype] // 8 + 4 * ROWS)
-    several = k > count * block_k and pairs * m / block_m < enough and 2 * turn <= SHARED_BYTES[shape.sm]
+    several = k > count * block_k and pairs * m / block_m < enough and 2 * turn <= ARCHITECTURES[shape.sm].shared_bytes
     return Blocks(block_m, block_k, min(MOST_WARPS, count), 3 if several else 2)

@@ -14,11 +14,11 @@ from typing import Any
 import triton
 
 from tmlc.errors import EmitError, TargetError
+from tmlc.kernels.triton.architectures import ARCHITECTURES
 from tmlc.kernels.triton.launch import Variant
 from tmlc.kernels.triton.mode import FUNCTIONS, INTERPRET, PARAMETERS
 from tmlc.kernels.triton.overlap import with_wait
 from tmlc.kernels.triton.registry import load_kernels
-from tmlc.kernels.triton.tuning import SHARED_BYTES
 from tmlc.kernels.triton.versions import check_triton
 
 #: What a thread can have at most; the launches here have up to 256 threads, so the register file holds them.
@@ -85,7 +85,7 @@ def compile_variant(variant: Variant) -> Compiled:
     # way do, or one more: a short loop with two stages is unrolled as a whole, and its turns hold registers side by
     # side. Neither changes the order of a sum.
     # What wants more shared memory than there is has fewer blocks on their way, too.
-    most = SHARED_BYTES[variant.sm]
+    most = ARCHITECTURES[variant.sm].shared_bytes
 
     def fault(one: Compiled) -> tuple[bool, int]:
         return one.shared > most, one.spill_bytes

@@ -3,14 +3,15 @@
 from collections.abc import Iterable
 
 from tmlc.errors import TargetError
+from tmlc.kernels.triton.architectures import TENSOR_MEMORY
 from tmlc.versions import dotted, release
 
-#: The first version whose code for an architecture is to be trusted. 3.6's products on sm_100 lack a barrier between
-#: the warp that begins one and the others (its issue 9871: wrong sums, measured on a B200), and a fence.
-OLDEST = {100: (3, 7)}
+#: The first version whose code for an architecture is to be trusted. 3.6's products in tensor memory lack a barrier
+#: between the warp that begins one and the others (its issue 9871: wrong sums, measured on a B200), and a fence.
+OLDEST = dict.fromkeys(TENSOR_MEMORY, (3, 7))
 #: The first that is not in doubt: with 3.7, whose assembler is CUDA 13.1's, a kernel of others had other bits from run
 #: to run on a B200 (PyTorch's issue 181248). No kernel of ours was seen to.
-UNDOUBTED = {100: (3, 8)}
+UNDOUBTED = dict.fromkeys(TENSOR_MEMORY, (3, 8))
 
 
 def check_triton(sm: int, version: str) -> None:

@@ -22,7 +22,8 @@ from jobs import FORM, PEERS, Job
 from results import Results, now
 
 import tmlc
-from tmlc.errors import TargetError, UsageError
+from tmlc.errors import CapacityError, TargetError, UsageError
+from tmlc.kernels.triton.architectures import running
 from tmlc.report.machine import installed, machine
 
 RUN = Path(__file__).parent / "run.py"
@@ -35,16 +36,17 @@ VERSIONS = ("torch", "triton", "transformers", "numpy", "cuda-bindings")
 
 
 def device() -> tuple[int, str]:
-    """The architecture of the GPU here, and "", or 0 and why there is none."""
+    """The architecture that the GPU here runs, and "", or 0 and why there is none."""
     from tmlc.runtimes.cuda.nvidia import NvidiaDriver
 
     try:
         probe = NvidiaDriver()
-    except TargetError as error:
-        return 0, error.what
-    sm = probe.info.architecture
+    except (CapacityError, TargetError) as error:
+        return 0, f"{error.what} ({error.fix})"
+    info = probe.info
     probe.close()
-    return sm, ""
+    fits = running(info.architecture)
+    return (fits[-1], "") if fits else (0, f"no kernels are compiled for {info.name}, which is sm{info.architecture}")
 
 
 class Run:

@@ -21,13 +21,14 @@ from tmlc.errors import (
     PackageError,
     TargetError,
 )
+from tmlc.kernels.triton.architectures import ARCHITECTURES, compile_for, running
 from tmlc.package.reader import Package
 from tmlc.runtimes.core.backend import DTYPES, Backend, MethodSpec, check_inputs
 from tmlc.runtimes.core.kernels import KernelTimer
 from tmlc.runtimes.core.placement import Placement, refuse_cpu_options
 from tmlc.runtimes.core.slots import Slot, SlotMemory
 from tmlc.runtimes.cuda.chains import Chain, Link
-from tmlc.runtimes.cuda.driver import Address, Driver, KernelLaunch
+from tmlc.runtimes.cuda.driver import RESTART, Address, Driver, KernelLaunch
 from tmlc.runtimes.cuda.kernel_times import CudaTimer, Key
 from tmlc.runtimes.cuda.plan import (
     FIX,
@@ -46,24 +47,24 @@ from tmlc.runtimes.cuda.slots import DeviceSlots
 from tmlc.runtimes.cuda.ticks import FEATURE, CudaChains, read_chains
 
 OVERLAP = "triton.overlap.v1"  # kernels wait for each other by themselves, from sm90 on
+_OLDER = "compile with an assembler of its CUDA: docs/triton.md, “Versions of Triton”"
 UPLOAD = 64 << 20  # bytes of weights that one copy carries
 
 
 def choose_architecture(held: Sequence[int], device: int, name: str) -> int:
-    """Which of a package's architectures a device runs. Code for 8.x runs on later 8.x devices; code for 9.0 and later
-    uses what only that architecture has.
+    """Which of a package's architectures a device runs.
 
-    Raises TargetError, with what the package has, when there is none.
+    Raises TargetError, with what the package has and what to compile for, when there is none.
     """
-    fits = [sm for sm in held if sm == device or (sm // 10 == device // 10 == 8 and sm < device)]
+    fits = running(device, held)
     if not fits:
         there = ", ".join(f"sm{sm}" for sm in held) or "nothing"
         raise TargetError(
             f"the package has machine code for {there}; {name} is sm{device}",
             where="target triton",
-            fix=f"compile the checkpoint with --target triton:sm{device}",
+            fix=compile_for(device),
         )
-    return max(fits)
+    return fits[-1]
 
 
 class CudaBackend(Backend):
@@ -105,7 +106,7 @@ class CudaBackend(Backend):
             raise TargetError(
                 f"the NVIDIA driver supports CUDA {there}, the engine needs {needed}",
                 where=info.name,
-                fix="update the driver",
+                fix="update the driver" + (f", or {_OLDER}" if ARCHITECTURES[sm].driver <= info.driver else ""),
             )
         self.target, self.isa, self.threads = target, f"sm{sm}", 1
         self._overlap = OVERLAP in package.manifest.required_features and sm >= 90
@@ -366,7 +367,7 @@ class CudaBackend(Backend):
         ContextFullError and KernelError with `part` for one that has no room or is damaged.
         """
         if self._lost:
-            raise DeviceError(f"the device is lost: {self._lost}", fix="load the package again")
+            raise DeviceError(f"the device is lost: {self._lost}", fix=RESTART)
         memory = self._memory
         assert memory is not None
         if len(set(slots)) != len(slots) or any(n < 1 for need in needs for n in need.values()):
@@ -440,7 +441,7 @@ class CudaBackend(Backend):
 
     def close(self) -> None:
         if self._memory is not None:
-            self._memory.closed = True
+            self._memory.close()
         self._graphs.clear()
         self._ticks.clear()
         self._marked.clear()

@@ -13,6 +13,9 @@ from typing import Any
 
 import numpy as np
 
+#: What to do about a device that is lost.
+RESTART = "restart the process: CUDA answers nothing else in this one"
+
 
 @dataclass(frozen=True, slots=True)
 class DeviceInfo:
@@ -113,7 +116,8 @@ class Driver(ABC):
 
     @abstractmethod
     def capture(self, work: Callable[[], None]) -> Any:
-        """A graph of everything that `work` asks of this driver; nothing of it is run."""
+        """A graph of everything that `work` asks of this driver, in place on the device; nothing of it is run. Freed by
+        `close`."""
 
     @abstractmethod
     def replay(self, graph: Any) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from tmlc.errors import CapacityError, DeviceError, KernelError, TargetError
-from tmlc.runtimes.cuda.driver import Address, DeviceInfo, Driver, KernelLaunch
+from tmlc.runtimes.cuda.driver import RESTART, Address, DeviceInfo, Driver, KernelLaunch
 
 LEAST_DRIVER = 12000  # what the calls of this file need
 STATIC_SHARED = 48 << 10  # bytes of shared memory that a kernel may use without asking
@@ -23,8 +23,45 @@ _FATAL = frozenset({
     "CUDA_ERROR_ILLEGAL_INSTRUCTION", "CUDA_ERROR_MISALIGNED_ADDRESS", "CUDA_ERROR_INVALID_ADDRESS_SPACE",
     "CUDA_ERROR_INVALID_PC", "CUDA_ERROR_LAUNCH_FAILED", "CUDA_ERROR_ECC_UNCORRECTABLE", "CUDA_ERROR_UNKNOWN",
     "CUDA_ERROR_NVLINK_UNCORRECTABLE", "CUDA_ERROR_CONTEXT_IS_DESTROYED", "CUDA_ERROR_DEVICE_UNAVAILABLE",
-    "CUDA_ERROR_CONTAINED", "CUDA_ERROR_DEINITIALIZED",
+    "CUDA_ERROR_CONTAINED", "CUDA_ERROR_DEINITIALIZED", "CUDA_ERROR_TENSOR_MEMORY_LEAK", "CUDA_ERROR_EXTERNAL_DEVICE",
+    "CUDA_ERROR_MPS_CLIENT_TERMINATED",
 })  # fmt: skip
+#: What to do about a driver that does not start, where it is known.
+_STARTING = {
+    "CUDA_ERROR_SYSTEM_NOT_READY": "start nvidia-fabricmanager, which GPUs behind an NVSwitch wait for",
+    "CUDA_ERROR_UNKNOWN": "load the kernel module nvidia_uvm, or restart the container that lost its devices",
+    "CUDA_ERROR_OPERATING_SYSTEM": "give this user access to the devices /dev/nvidia*",
+    "CUDA_ERROR_DEVICE_UNAVAILABLE": "end the process that has the device for itself: nvidia-smi -q -d COMPUTE says "
+    "whether it is lent to one alone",
+    "CUDA_ERROR_SYSTEM_DRIVER_MISMATCH": "reboot, or install the driver again",
+    "CUDA_ERROR_COMPAT_NOT_SUPPORTED_ON_DEVICE": "install the driver itself, not its compatibility package",
+}
+
+
+class Answers:
+    """The calls of a module of cuda-bindings. It has no name for what a newer driver answers and raises ValueError
+    then, which is a lost device here."""
+
+    def __init__(self, module: Any) -> None:
+        self._module = module
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._module, name)
+        if name.startswith("cu"):
+            found = self._named(found, name)
+        setattr(self, name, found)
+        return found
+
+    @staticmethod
+    def _named(call: Callable[..., tuple[Any, ...]], name: str) -> Callable[..., tuple[Any, ...]]:
+        def answered(*args: Any) -> tuple[Any, ...]:
+            try:
+                return call(*args)
+            except ValueError as error:
+                what = f"the GPU failed: {name}: {error}"
+                raise DeviceError(what, where="cuda runtime", fix=f"{RESTART}; update cuda-bindings") from error
+
+        return answered
 
 
 def load_bindings() -> Any:
@@ -51,18 +88,31 @@ class NvidiaDriver(Driver):
         bindings: the module that speaks to the driver; None imports cuda-bindings.
 
     Raises (when made):
-        TargetError: no bindings, no driver, one that is too old, or no device.
+        TargetError: no bindings, no driver, one that is too old or does not start, or no device that is free.
+        CapacityError: the device has not the memory for a context.
     """
 
     def __init__(self, bindings: Any = None) -> None:
-        self._c = bindings if bindings is not None else load_bindings()
-        self._closed = self._lost = self._capturing = False
+        self._c = Answers(bindings if bindings is not None else load_bindings())
+        self._closed = self._ready = self._capturing = False
         self._held: list[int] = []
         self._pinned: list[int] = []
         self._modules: list[Any] = []
+        self._graphs: list[Any] = []
+        self._events: list[Any] = []
+        self._stream: Any = None
         version = self._start()
         _, self._device = self._must(self._c.cuDeviceGet(0), "find a device")
         self._context = self._must(self._c.cuDevicePrimaryCtxRetain(self._device), "open a context")[1]
+        try:
+            self._describe(version)
+        except BaseException:
+            self.close()
+            raise
+        self._ready = True
+
+    def _describe(self, version: int) -> None:
+        """What the device is, and what every call needs."""
         self.activate()
         kinds = self._c.CUdevice_attribute
         major, minor = (
@@ -76,7 +126,7 @@ class NvidiaDriver(Driver):
         self.info = DeviceInfo(name, 10 * major + minor, version)
         flags = self._c.CUstream_flags.CU_STREAM_NON_BLOCKING
         self._stream = self._must(self._c.cuStreamCreate(flags), "make a stream")[1]
-        self._events = [self._must(self._c.cuEventCreate(0), "make an event")[1] for _ in range(2)]
+        self._events += [self._must(self._c.cuEventCreate(0), "make an event")[1] for _ in range(2)]
 
     def _start(self) -> int:
         """Starts the driver; its version."""
@@ -95,9 +145,7 @@ class NvidiaDriver(Driver):
                 where="cuda runtime",
                 fix="check nvidia-smi and CUDA_VISIBLE_DEVICES",
             )
-        if result.name in ("CUDA_ERROR_SYSTEM_DRIVER_MISMATCH", "CUDA_ERROR_COMPAT_NOT_SUPPORTED_ON_DEVICE"):
-            raise TargetError(f"the NVIDIA driver does not start: {result.name}", fix="reboot, or install it again")
-        self._must((result,), "start the driver")
+        self._must((result,), "start")
         version = int(self._must(self._c.cuDriverGetVersion(), "ask for the driver's version")[1])
         if version < LEAST_DRIVER:
             raise TargetError(
@@ -108,19 +156,23 @@ class NvidiaDriver(Driver):
             )
         return version
 
-    def _must(self, result: tuple[Any, ...], what: str) -> tuple[Any, ...]:
-        """The result of a call of the driver. Raises what `Driver` says."""
+    def _must(self, result: tuple[Any, ...], what: str, waited: bool = False) -> tuple[Any, ...]:
+        """The result of a call of the driver. Raises what `Driver` says, TargetError while the driver starts.
+
+        Args:
+            waited: the call waited for what was asked for before, so what it answers is of that, and ends the context.
+        """
         code = result[0]
         if int(code) == 0:
             return result
         name = code.name
-        if name in _FATAL:
-            self._lost = True
-            raise DeviceError(
-                f"the GPU failed: cannot {what}: {name}", where="cuda runtime", fix="load the package again"
-            )
         if name == "CUDA_ERROR_OUT_OF_MEMORY":
             raise CapacityError(f"the GPU has not the memory to {what}", where="cuda runtime", fix="free the device")
+        if not self._ready:
+            fix = _STARTING.get(name, "see nvidia-smi and dmesg")
+            raise TargetError(f"the NVIDIA driver cannot {what}: {name}", where="cuda runtime", fix=fix)
+        if waited or name in _FATAL:
+            raise DeviceError(f"the GPU failed: cannot {what}: {name}", where="cuda runtime", fix=RESTART)
         if name in ("CUDA_ERROR_NO_BINARY_FOR_GPU", "CUDA_ERROR_INVALID_IMAGE", "CUDA_ERROR_UNSUPPORTED_PTX_VERSION"):
             raise TargetError(
                 f"the driver refuses the machine code: cannot {what}: {name}",
@@ -177,8 +229,7 @@ class NvidiaDriver(Driver):
         self._must(self._c.cuMemcpyDtoDAsync(to, source, nbytes, self._stream), "copy on the device")
 
     def zero(self, address: int, nbytes: int) -> None:
-        stream = getattr(self, "_stream", 0)
-        self._must(self._c.cuMemsetD8Async(address, 0, nbytes, stream), "clear memory")
+        self._must(self._c.cuMemsetD8Async(address, 0, nbytes, self._stream), "clear memory")
 
     def launch(self, launch: KernelLaunch) -> None:
         values = [arg.value if isinstance(arg, Address) else arg for arg in launch.args] + [0] * launch.hidden
@@ -213,25 +264,31 @@ class NvidiaDriver(Driver):
             self._capturing = False
             ended = self._c.cuStreamEndCapture(self._stream)
         graph = self._must(ended, "capture a graph")[1]
-        made = self._must(self._c.cuGraphInstantiate(graph, 0), "make a graph")[1]
-        self._must(self._c.cuGraphDestroy(graph), "make a graph")
+        try:
+            made = self._must(self._c.cuGraphInstantiate(graph, 0), "make a graph")[1]
+        finally:
+            self._c.cuGraphDestroy(graph)
+        self._graphs.append(made)
+        # Otherwise its first replay would bring it to the device, and take longer for it.
+        self._must(self._c.cuGraphUpload(made, self._stream), "bring a graph to the device")
         return made
 
     def replay(self, graph: Any) -> None:
         self._must(self._c.cuGraphLaunch(graph, self._stream), "start a graph")
 
     def forget(self, graph: Any) -> None:
+        self._graphs.remove(graph)
         self._must(self._c.cuGraphExecDestroy(graph), "free a graph")
 
     def synchronize(self) -> None:
-        self._must(self._c.cuStreamSynchronize(self._stream), "finish a call")
+        self._must(self._c.cuStreamSynchronize(self._stream), "finish a call", waited=True)
 
     def timed(self, work: Callable[[], None]) -> float:
         begin, end = self._events[:2]
         self._must(self._c.cuEventRecord(begin, self._stream), "take the time")
         work()
         self._must(self._c.cuEventRecord(end, self._stream), "take the time")
-        self._must(self._c.cuEventSynchronize(end), "take the time")
+        self._must(self._c.cuEventSynchronize(end), "take the time", waited=True)
         return self.elapsed(begin, end)
 
     def mark(self) -> Any:
@@ -251,7 +308,10 @@ class NvidiaDriver(Driver):
             return
         self._closed = True
         self._c.cuCtxSetCurrent(self._context)
-        # Results are not looked at: on a lost device each call answers that it is lost.
+        # Results are not looked at: on a lost device each call answers that it is lost. The context outlives this where
+        # somebody else in the process has it too, and with it whatever is not freed here.
+        for graph in self._graphs:
+            self._c.cuGraphExecDestroy(graph)
         for address in self._held:
             self._c.cuMemFree(address)
         for address in self._pinned:
@@ -260,7 +320,8 @@ class NvidiaDriver(Driver):
             self._c.cuModuleUnload(module)
         for event in self._events:
             self._c.cuEventDestroy(event)
-        self._c.cuStreamDestroy(self._stream)
+        if self._stream is not None:
+            self._c.cuStreamDestroy(self._stream)
         self._c.cuDevicePrimaryCtxRelease(self._device)
 
 

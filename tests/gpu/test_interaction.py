@@ -91,7 +91,7 @@ def test_a_device_error_poisons_the_sessions_and_a_lost_device_ends_cleanly(tiny
             other.append(tokens=[1], logits="none")
         assert other.state == "poisoned"
         fresh = gpu.session()
-        with pytest.raises(DeviceError, match=r"device is lost.*\n  load the package again"):
+        with pytest.raises(DeviceError, match=r"device is lost.*\n  restart the process"):
             fresh.append(tokens=[1])
         for session in (bad, other, fresh):
             session.close()

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tmlc.emit.targets import find_target
 from tmlc.emit.triton.host_device import HostDevice
 from tmlc.errors import CapacityError, PackageError, PlanError, TargetError, TmlcError, UsageError
 from tmlc.package.reader import open_package
@@ -152,16 +153,35 @@ def test_noise_in_a_plan_is_an_error_or_a_plan_within_its_bounds(parsed, seed):
 
 @pytest.mark.parametrize(
     ("held", "device", "chosen"),
-    [([80, 90], 90, 90), ([80], 80, 80), ([80], 86, 80), ([80, 89], 89, 89), ([80], 89, 80), ([89, 120], 120, 120)],
+    [
+        ([80, 90], 90, 90), ([80], 80, 80), ([80], 86, 80), ([80, 89], 89, 89), ([80], 89, 80), ([89, 120], 120, 120),
+        ([100, 103], 103, 103), ([121, 120], 121, 121),
+    ],
 )
 def test_the_machine_code_that_a_device_runs(held, device, chosen):
     assert choose_architecture(held, device, "x") == chosen
 
 
-@pytest.mark.parametrize(("held", "device"), [([90], 80), ([89], 86), ([80], 90), ([90], 100), ([100], 120), ([], 90)])
-def test_another_architecture_is_one_clear_error(held, device):
-    with pytest.raises(TargetError, match=rf"GPU X is sm{device}.*\n  compile .* --target triton:sm{device}"):
+@pytest.mark.parametrize(
+    ("held", "device", "named"),
+    [
+        ([90], 80, "sm80"), ([89], 86, "sm80"), ([80], 90, "sm90"), ([90], 100, "sm100"), ([100], 103, "sm103"),
+        ([100], 120, "sm120"), ([120], 121, "sm121"), ([], 90, "sm90"), ([90], 89, "sm89"),
+    ],
+)  # fmt: skip
+def test_another_architecture_is_one_clear_error(held, device, named):
+    """It names a target that there is."""
+    with pytest.raises(TargetError, match=rf"GPU X is sm{device}.*\n  compile .* --target triton:{named}$"):
         choose_architecture(held, device, "GPU X")
+    assert find_target(f"triton:{named}").architectures == (int(named[2:]),)
+
+
+@pytest.mark.parametrize("device", [75, 87, 110, 130])
+def test_a_device_that_no_kernel_is_compiled_for_gets_no_target_named(device):
+    """87 is Tegra's: it does not run code for desktops and servers of its own major version."""
+    with pytest.raises(TargetError, match=r"use another GPU .* sm80 \(A100.*sm121 \(GB10") as caught:
+        choose_architecture([80, 90], device, "GPU X")
+    assert f"sm{device}" not in caught.value.fix
 
 
 def opened(package, machine, **more):
@@ -179,7 +199,14 @@ def opened(package, machine, **more):
     ("more", "error", "match"),
     [
         ({"info": DeviceInfo("GPU X", 75, 12080)}, TargetError, "has machine code for sm90; GPU X is sm75"),
-        ({"info": DeviceInfo("GPU X", 90, 11040)}, TargetError, r"supports CUDA 11\.4, the engine needs 1\d"),
+        (
+            {"info": DeviceInfo("GPU X", 90, 11040)}, TargetError,
+            r"supports CUDA 11\.4, the engine needs 1\d\.0.*\n  update the driver$",
+        ),
+        (
+            {"info": DeviceInfo("GPU X", 90, 11080)}, TargetError,
+            r"CUDA 11\.8, the engine needs 1\d\.0.*\n  update the driver, or compile with an assembler of its CUDA",
+        ),
         ({"nbytes": 4096}, CapacityError, r"needs \d+ bytes of device memory, 4096 of 4096 are free"),
         ({"kernels": {}}, TmlcError, "machine code that this device was not told of"),
     ],

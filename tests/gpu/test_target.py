@@ -9,9 +9,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import triton
 from click.testing import CliRunner
 from random_models import random_model
 from released import MODELS, write
+from triton import knobs
 
 import tmlc
 from tmlc.cli.main import cli
@@ -24,6 +26,7 @@ from tmlc.emit.triton.weights import stored_weights
 from tmlc.errors import REPORT, EmitError, KernelError, PipelineError, TargetError, UsageError
 from tmlc.ir.program import Fact, Method, Program
 from tmlc.kernels.triton import variants, versions
+from tmlc.kernels.triton.architectures import ARCHITECTURES
 from tmlc.kernels.triton.launch import Variant
 from tmlc.kernels.triton.layouts import unpack
 from tmlc.kernels.triton.variants import Compiled, variant_key
@@ -34,6 +37,7 @@ from tmlc.pipeline.registry import get_pass
 from tmlc.report.gpu_plan import plan_on_meta
 from tmlc.runtimes.cuda import nvidia
 from tmlc.runtimes.cuda.driver import DeviceInfo
+from tmlc.versions import release
 
 
 @pytest.mark.parametrize(
@@ -72,7 +76,7 @@ def test_an_fp8_package_says_what_a_reader_must_know(tiny, lab, tmp_path):
 def test_every_architecture_takes_fp8(tiny, tmp_path, monkeypatch):
     """The kernels take codes apart with integers, so that sm80, which has no e4m3 instructions, has them too."""
     monkeypatch.setattr(versions, "OLDEST", {})  # nothing is compiled
-    name = "triton:sm80+sm89+sm90+sm100+sm120"
+    name = "triton:" + "+".join(f"sm{sm}" for sm in ARCHITECTURES)
     done = tmlc.compile(tiny.checkpoint, tmp_path / "x", target=name, precision="fp8", dry_run=True)
     assert done.precision == "fp8" and all(row.kernel for row in done.coverage) and not (tmp_path / "x").exists()
 
@@ -167,7 +171,7 @@ def test_a_package_for_two_architectures_holds_a_plan_for_each(tiny, lab, tmp_pa
         assert held.json("engines/triton/plan.json")["architectures"] == ["sm80", "sm90"]
         for sm in (80, 90):
             code = held.json(f"engines/triton/sm{sm}/code.json")
-            assert code["driver"] == least_driver(sm)
+            assert code["driver"] == 12000, "these stand for machine code and name no assembler"
             assert {v["file"] for v in code["variants"]} == {
                 name for name in held.names() if name.startswith(f"engines/triton/sm{sm}/") and name.endswith(".cubin")
             }
@@ -325,8 +329,9 @@ def test_a_triton_that_makes_wrong_code_for_an_architecture_is_refused_before_an
     with pytest.raises(TargetError, match=r"Triton 3\.6\.0 makes wrong code for sm100") as caught:
         find_target("triton:sm90+sm100")
     assert "triton>=3.7" in caught.value.fix and find_target("triton:sm90+sm120").architectures == (90, 120)
-    with pytest.raises(TargetError, match="wrong code for sm100"):
-        variants.compile_variant(replace(some_variants(1)[0], sm=100))
+    for sm in (100, 103):
+        with pytest.raises(TargetError, match=f"wrong code for sm{sm}"):
+            variants.compile_variant(replace(some_variants(1)[0], sm=sm))
 
 
 def test_kept_machine_code_is_of_the_assembler_that_the_environment_names(monkeypatch, tmp_path):
@@ -344,9 +349,32 @@ def test_kept_machine_code_is_of_the_assembler_that_the_environment_names(monkey
     assert len(set(folders)) == 3
 
 
+@pytest.mark.parametrize("sm", [80, 90, 120])
+def test_the_driver_that_a_package_asks_for_is_that_of_the_assembler(sm, monkeypatch):
+    """The assemblers of the wheel one after the other. Below Blackwell the header of the machine code says the same,
+    which CUDA 13 changed (ELF's OS/ABI, 0x33 before, 0x41 since)."""
+    variant = replace(some_variants(1)[0], sm=sm)
+    seen = set()
+    for tool in (knobs.nvidia.ptxas, knobs.nvidia.ptxas_blackwell):
+        monkeypatch.setenv("TRITON_PTXAS_PATH", tool.path)
+        monkeypatch.setenv("TRITON_PTXAS_BLACKWELL_PATH", tool.path)
+        cubin = variants.compile_variant(variant).cubin
+        major = int(tool.version.partition(".")[0])
+        assert sm >= 100 or {0x33: 12, 0x41: 13}[cubin[7]] == major
+        assert least_driver(sm, [cubin], False) == max(1000 * major, ARCHITECTURES[sm].driver)
+        seen.add(major)
+    assert seen == ({12, 13} if release(triton.__version__) >= (3, 7) else {12})
+
+
+def test_launches_that_overlap_ask_for_a_driver_that_has_them_in_graphs():
+    assert (least_driver(90, [b"\x7fELF"], False), least_driver(90, [b"\x7fELF"], True)) == (12000, 12030)
+    assert least_driver(121, [b"\x7fELF"], True) == 12090
+
+
 def test_a_triton_in_doubt_is_named_to_whoever_compiles():
-    (note,) = versions.doubts((80, 90, 100, 120), "3.7.1")
-    assert "Triton 3.7.1 for sm100" in note and "compile with Triton 3.8 or newer" in note
+    notes = versions.doubts((80, 90, 100, 103, 120), "3.7.1")
+    assert [note.partition(":")[0] for note in notes] == ["Triton 3.7.1 for sm100", "Triton 3.7.1 for sm103"]
+    assert all("compile with Triton 3.8 or newer" in note for note in notes)
     assert versions.doubts((80, 90, 100, 120), "3.10.0") == ()
 
 
@@ -387,7 +415,7 @@ def test_every_kernel_of_nano_compiles_for_every_architecture_without_spills(tmp
     from tmlc.model_zoo.interaction import create_checkpoint
 
     create_checkpoint("nano", 0, tmp_path / "nano")
-    architectures = (80, 89, 90, 100, 120)
+    architectures = tuple(ARCHITECTURES)
     target = "triton:" + "+".join(f"sm{sm}" for sm in architectures)
     for precision in ("bf16", "fp8", "int8", "int4"):
         out = tmp_path / f"{precision}.tmlc"

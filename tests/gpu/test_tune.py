@@ -21,11 +21,12 @@ from tmlc.cli.main import cli
 from tmlc.emit.targets import find_target
 from tmlc.emit.triton.host_device import HostDevice, Kernel
 from tmlc.errors import CapacityError, EmitError, PackageError, TargetError, UsageError
+from tmlc.kernels.triton.architectures import ARCHITECTURES
 from tmlc.kernels.triton.bucket import Bucket
 from tmlc.kernels.triton.launch import Operand
 from tmlc.kernels.triton.layouts import FORMS
-from tmlc.kernels.triton.registry import ARCHITECTURES, Call, lower
-from tmlc.kernels.triton.tuning import FORM, SHARED_BYTES, Blocks, Shape, Tiles, rule, slices, table
+from tmlc.kernels.triton.registry import Call, lower
+from tmlc.kernels.triton.tuning import FORM, Blocks, Shape, Tiles, rule, slices, table
 from tmlc.kernels.triton.variants import Compiled, variant_key
 from tmlc.package.reader import open_package
 from tmlc.runtimes.cuda.driver import DeviceInfo
@@ -174,13 +175,13 @@ def test_the_rule_asks_for_a_row_at_once_and_the_weight_decides_the_order_of_sum
         assert made.block_k == rule(Shape(op, dtype, 90, m, k)).block_k == (FORMS[dtype].group or 128)
         count = slices(dtype, k, made.block_k, sm)
         turns = math.ceil(k / (count * made.block_k))
-        assert count == tuning.MOST_SLICES or count * made.block_k >= min(k, tuning.REACH[sm])
+        assert count == tuning.MOST_SLICES or count * made.block_k >= min(k, ARCHITECTURES[sm].reach)
         assert made.warps == min(8, count) and count <= tuning.MOST_SLICES
         assert (made.stages == 3) <= (turns > 1), "there is nothing for a second turn to wait for"
         # The tile's weights and 16 rows of activations, for each turn that is on the way.
         rows = made.block_m * (2 if op == "moe_gate_up" else 1)
         turn = count * made.block_k * (rows * {"bf16": 2}.get(dtype, 1) + 4 * 16)
-        assert (made.stages - 1) * turn <= SHARED_BYTES[sm], (op, dtype, m, k, made)
+        assert (made.stages - 1) * turn <= ARCHITECTURES[sm].shared_bytes, (op, dtype, m, k, made)
     if sm == 90:
         assert rule(Shape("linear", "bf16", 90, 1024, 1024)) == Blocks(16, 128, 8, 2)
         assert rule(Shape("linear", "bf16", 90, 1024, 2816)) == Blocks(16, 128, 8, 3)

@@ -10,11 +10,11 @@ from triton_harness import with_compiler_for
 
 import tmlc.kernels.triton.variants as variants_module
 from tmlc.errors import REPORT, EmitError
+from tmlc.kernels.triton.architectures import ARCHITECTURES
 from tmlc.kernels.triton.bucket import Bucket
 from tmlc.kernels.triton.launch import Pointer, Variant
-from tmlc.kernels.triton.registry import ARCHITECTURES, Call, launch, lower, supported
-from tmlc.kernels.triton.tuning import SHARED_BYTES
-from tmlc.kernels.triton.variants import Compiled, compile_variant, variant_key
+from tmlc.kernels.triton.registry import Call, launch, lower, supported
+from tmlc.kernels.triton.variants import Compiled, compile_variant, ptx_of, variant_key
 
 BUCKETS = (Bucket(1, 1), Bucket(1, 4), Bucket(16, 16))
 
@@ -36,7 +36,7 @@ def held(compiled: Compiled, variant: Variant) -> None:
     most, _ = EXCEPTIONS.get((variant.kernel, variant.sm), (0, ""))
     assert compiled.spill_bytes <= most, f"{variant} spills {compiled.spill_bytes} bytes"
     assert compiled.registers <= 255 and compiled.num_warps * 32 <= 1024
-    assert compiled.shared <= SHARED_BYTES[variant.sm], variant
+    assert compiled.shared <= ARCHITECTURES[variant.sm].shared_bytes, variant
     assert compiled.cubin[:4] == b"\x7fELF"
 
 
@@ -66,9 +66,10 @@ def test_attention_that_norms_or_turns_builds_over_caches_of_every_dtype():
 def test_what_does_not_fit_into_shared_memory_has_fewer_blocks_on_their_way_or_is_refused(monkeypatch):
     variant = next(one for one in variants(LARGE, 90, ("linear",)) if one.num_stages > 2)
     usual = compile_variant(variant)
-    monkeypatch.setitem(SHARED_BYTES, 90, usual.shared - 1)
+    there = ARCHITECTURES[90]
+    monkeypatch.setitem(ARCHITECTURES, 90, replace(there, shared_bytes=usual.shared - 1))
     assert compile_variant(variant).shared < usual.shared
-    monkeypatch.setitem(SHARED_BYTES, 90, 1024)
+    monkeypatch.setitem(ARCHITECTURES, 90, replace(there, shared_bytes=1024))
     with pytest.raises(EmitError, match="bytes of shared memory, a program on sm90 has 1024") as caught:
         compile_variant(variant)
     assert "--tuning" in caught.value.fix
@@ -159,6 +160,30 @@ def test_experts_of_the_sizes_of_qwen3_30b_build_without_spills():
         variant = lower(call).launches[-1].variant(sm)
         assert variant.kernel == "moe_down_sum_kernel"
         held(compile_variant(variant), variant)
+
+
+def same_ptx(sm: int, other: int, step: int) -> None:
+    """Of every `step`-th variant of both models."""
+    with_compiler_for(other)
+    held = [variant for model in MODELS.values() for variant in variants(model, sm)][::step]
+    for variant in held:
+        made, beside = (ptx_of(replace(variant, sm=one)) for one in (sm, other))
+        texts = [one.ptx.replace(f".target sm_{number}a", "") for one, number in ((made, sm), (beside, other))]
+        assert texts[0] == texts[1] != made.ptx, variant
+        assert made.shared == beside.shared
+    assert len(held) > 5
+
+
+@pytest.mark.parametrize(("sm", "other"), [(100, 103), (120, 121)])
+def test_kin_run_the_same_ptx(sm, other):
+    """What was seen of the PTX of sm_100 and sm_120 holds for sm_103 and sm_121, which run no code of theirs."""
+    same_ptx(sm, other, 60)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("sm", "other"), [(100, 103), (120, 121)])
+def test_kin_run_the_same_ptx_of_every_variant(sm, other):
+    same_ptx(sm, other, 1)
 
 
 @pytest.mark.slow

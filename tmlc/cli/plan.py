@@ -39,7 +39,7 @@ tmlc plan nano.tmlc --on rtx4090 --json
     "hardware",
     required=True,
     metavar="NAME",
-    help="h200, h100, b200, a100, l40s, rtx4090, rtx5090, or here: this machine, measured.",
+    help="h200, h100, b200, b300, a100, l40s, rtx4090, rtx5090, gb10, or here: this machine, measured.",
 )
 @click.option("--devices", default="1", show_default=True, metavar="N", help="How many: 4, 1,2,4 or 1-8.")
 @click.option(

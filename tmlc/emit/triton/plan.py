@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from triton import knobs
-
 from tmlc.emit.triton.lower import MethodLowering, Value
+from tmlc.kernels.triton.architectures import ARCHITECTURES
 from tmlc.kernels.triton.bucket import Bucket
 from tmlc.kernels.triton.launch import SPACES, Argument, Launch, Pointer, Variant
 from tmlc.kernels.triton.variants import Compiled, variant_key
@@ -15,6 +15,9 @@ from tmlc.runtimes.cuda.plan import FOLDER
 
 PLAN_VERSION = 1
 PLAN = f"{FOLDER}/plan.json"
+#: What machine code says of its assembler; those of CUDA 12 say it for Blackwell only, and Triton brings none older.
+_ASSEMBLER = re.compile(rb"Cuda compilation tools, release (\d+)\.")
+OVERLAP_DRIVER = 12030  # the first whose graphs keep a programmatic dependency (edge data of CUDA 12.3)
 
 
 def cubin_name(variant: Variant) -> str:
@@ -57,12 +60,13 @@ def _argument(value: Value) -> dict[str, Any]:
     return {"dtype": value.dtype, "rows": list(value.rows), "cols": value.cols}
 
 
-def least_driver(sm: int) -> int:
-    """The oldest driver (as `cuDriverGetVersion` counts: 12080 is CUDA 12.8) that loads this machine code: one that
-    knows the architecture, of the major version of the assembler."""
-    assembler = knobs.nvidia.ptxas_blackwell if sm >= 100 else knobs.nvidia.ptxas
-    major = int(str(assembler.version).partition(".")[0])
-    return max({80: 11010, 89: 11080, 90: 11080, 100: 12080, 120: 12080}[sm], 1000 * major)
+def least_driver(sm: int, cubins: Iterable[bytes], overlap: bool) -> int:
+    """The oldest driver (as `cuDriverGetVersion` counts: 12080 is CUDA 12.8) that runs this machine code: one that
+    knows the architecture, of the major version of the assembler, and for launches that overlap one that has them in
+    graphs."""
+    majors = {int(found[1]) if (found := _ASSEMBLER.search(cubin)) else 12 for cubin in cubins}
+    needs = [ARCHITECTURES[sm].driver, *(1000 * major for major in majors)]
+    return max([*needs, OVERLAP_DRIVER] if overlap else needs)
 
 
 def variants_json(compiled: Mapping[Variant, Compiled]) -> list[dict[str, Any]]:

@@ -29,10 +29,11 @@ from tmlc.emit.triton.chains import chains_of, glue
 from tmlc.emit.triton.lower import MethodLowering
 from tmlc.emit.triton.plan import PLAN, cubin_name, launches_json, least_driver, plan_json, variants_json
 from tmlc.emit.triton.weights import TritonWeight, stored_weights
+from tmlc.kernels.triton.architectures import ARCHITECTURES
 from tmlc.kernels.triton.bucket import Bucket
 from tmlc.kernels.triton.launch import Launch, Pointer, Variant
 from tmlc.kernels.triton.overlap import OVERLAP_FROM
-from tmlc.kernels.triton.registry import ARCHITECTURES, REFUSED, VIEWS, supported
+from tmlc.kernels.triton.registry import REFUSED, VIEWS, supported
 from tmlc.kernels.triton.tuning import Tiles, table
 from tmlc.kernels.triton.variants import Compiled
 from tmlc.kernels.triton.versions import check_triton, doubts
@@ -208,7 +209,9 @@ class TritonTarget(Target):
                 name: {b.name: launches_json(launches, sm, places, numbers) for b, launches in buckets.items()}
                 for name, buckets in lowered.launches[sm].items()
             }
-            head = {"version": plan["version"], "driver": least_driver(sm)}
+            overlap = any(launch.overlap for launch in lowered.all(sm))
+            driver = least_driver(sm, (figures.cubin for figures in own.values()), overlap)
+            head = {"version": plan["version"], "driver": driver}
             chains = {
                 key: launches_json(launches, sm, places, numbers) for key, launches in lowered.chains[sm].items()
             }

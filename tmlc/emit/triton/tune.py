@@ -16,11 +16,12 @@ from tmlc.emit.triton.plan import PLAN
 from tmlc.emit.triton.target import OVERLAP, Lowerings
 from tmlc.emit.triton.tune_timer import Sample, Timer
 from tmlc.errors import CapacityError, EmitError, KernelError, PackageError, TargetError
+from tmlc.kernels.triton.architectures import ARCHITECTURES, compile_for, running
 from tmlc.kernels.triton.launch import TRITON_NAMES, Aligned, Argument, Launch, Pointer, Variant
 from tmlc.kernels.triton.layouts import FORMS
 from tmlc.kernels.triton.norms import power
 from tmlc.kernels.triton.overlap import OVERLAP_FROM
-from tmlc.kernels.triton.tuning import SHARED_BYTES, Blocks, Shape, Tiles, rule, slices, turns_at_once
+from tmlc.kernels.triton.tuning import Blocks, Shape, Tiles, rule, slices, turns_at_once
 from tmlc.kernels.triton.variants import Compiled
 from tmlc.package.reader import Package
 from tmlc.runtimes.cuda.driver import Driver
@@ -248,7 +249,7 @@ def _figures(
         candidate.registers = max(candidate.registers, figures.registers)
         candidate.spill_bytes = max(candidate.spill_bytes, figures.spill_bytes)
         candidate.shared = max(candidate.shared, figures.shared)
-    most = SHARED_BYTES[one.shape.sm]
+    most = ARCHITECTURES[one.shape.sm].shared_bytes
     if candidate.spill_bytes:
         candidate.refused = f"spills {candidate.spill_bytes} bytes"
     elif candidate.shared > most:
@@ -265,10 +266,11 @@ def measure(tuned: Sequence[Tuned], compiled: dict[Variant, Compiled], driver: D
         TargetError: the device is of another architecture.
         CapacityError: it has not the memory.
     """
+    here = running(driver.info.architecture)
     for one in tuned:
-        if one.shape.sm != driver.info.architecture:
+        if [one.shape.sm] != here[-1:]:
             what = f"{driver.info.name} is sm{driver.info.architecture}, and sm{one.shape.sm} is to be tuned"
-            raise TargetError(what, where="--target", fix=f"name triton:sm{driver.info.architecture}")
+            raise TargetError(what, where="--target", fix=compile_for(driver.info.architecture, "name"))
     timer = Timer(driver, [sample for one in tuned for sample in one.samples])
     timed: dict[tuple[int, Launch], float] = {}  # a choice of stages says nothing of some launches
     total = sum(len(one.candidates) for one in tuned)
