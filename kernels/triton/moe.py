@@ -41,11 +41,14 @@ def gated(gate, up, alpha, limit, gate_cap, up_cap, ACT: tl.constexpr):
 
 @device
 def tile_pairs(order, tile_first, tile_count, tile_expert, index, ROWS: tl.constexpr):
-    """(pairs [ROWS], which of them are there, their expert) of tile `index`; a pair is row·top_k + choice."""
+    """(pairs [ROWS], which of them are there, their expert) of tile `index`; a pair is row·top_k + choice. They come
+    from the L2 cache: where launches overlap they are read before the wait, and what a multiprocessor kept of them may
+    be of the layer before."""
     lane = tl.arange(0, ROWS)
-    held = lane < tl.load(tile_count + index)
-    pair = tl.load(order + tl.load(tile_first + index) + lane, mask=held, other=0)
-    return pair, held, tl.load(tile_expert + index)
+    held = lane < tl.load(tile_count + index, cache_modifier=".cg")
+    first = tl.load(tile_first + index, cache_modifier=".cg")
+    pair = tl.load(order + first + lane, mask=held, other=0, cache_modifier=".cg")
+    return pair, held, tl.load(tile_expert + index, cache_modifier=".cg")
 
 
 @device
@@ -61,8 +64,8 @@ def of_somebody(counts, row, n, per):
 
 @device
 def chosen(experts, at, count_e):
-    """The expert of a pair; of a pair of nobody, any."""
-    return tl.minimum(tl.maximum(tl.load(experts + at).to(tl.int32), 0), count_e - 1)
+    """The expert of a pair; of a pair of nobody, any. From the L2 cache, as in `tile_pairs`."""
+    return tl.minimum(tl.maximum(tl.load(experts + at, cache_modifier=".cg").to(tl.int32), 0), count_e - 1)
 
 
 @device
@@ -312,7 +315,7 @@ def moe_down_sum_kernel(
     ids, shares = (), ()
     for j in tl.static_range(TOP_K):
         ids += (chosen(experts, row * TOP_K + j, count_e),)  # type: ignore[assignment]
-        shares += (tl.load(weights + row * TOP_K + j),)  # type: ignore[assignment]
+        shares += (tl.load(weights + row * TOP_K + j, cache_modifier=".cg"),)  # type: ignore[assignment]
     if TAPS > 0:
         slot = tl.load(slots + row)
     if OVERLAP and LINES > 0:

@@ -19,6 +19,7 @@ from tmlc.kernels.triton.launch import Variant
 from tmlc.kernels.triton.mode import FUNCTIONS, INTERPRET, PARAMETERS
 from tmlc.kernels.triton.overlap import with_wait
 from tmlc.kernels.triton.registry import load_kernels
+from tmlc.kernels.triton.swizzle import staggered
 from tmlc.kernels.triton.versions import check_triton
 
 #: What a thread can have at most; the launches here have up to 256 threads, so the register file holds them.
@@ -173,7 +174,7 @@ def _built(source: Any, target: Any, variant: Variant, stages: int, registers: i
         "maxnreg": registers,
     }  # fmt: skip
     try:
-        with _reproducible(), _waiting() if variant.overlap else nullcontext():
+        with _reproducible(), _staggering(), _waiting() if variant.overlap else nullcontext():
             return triton.compile(source, target=target, options=options)
     except Exception as error:
         where = f"{variant_key(variant)} {variant.constexprs}"
@@ -193,6 +194,16 @@ def _reproducible() -> Iterator[None]:
 
 
 @contextmanager
+def _staggering() -> Iterator[None]:
+    """Kernels that are compiled meanwhile have their tiles in shared memory staggered by rows (swizzle.py)."""
+    from triton.backends.nvidia.compiler import CUDABackend
+
+    before = CUDABackend.make_ttgir
+    with _instead(CUDABackend, "make_ttgir", staticmethod(lambda *args: staggered(before(*args)))):
+        yield
+
+
+@contextmanager
 def _waiting() -> Iterator[None]:
     """Kernels that are compiled meanwhile wait for the one before them."""
     from triton.backends.nvidia.compiler import CUDABackend
@@ -205,7 +216,7 @@ def _waiting() -> Iterator[None]:
 @contextmanager
 def _instead(owner: Any, name: str, other: Any) -> Iterator[None]:
     """`other` in the place of an attribute, meanwhile."""
-    before = getattr(owner, name)
+    before = vars(owner)[name]  # not what it gives: that a method is static would be lost
     setattr(owner, name, other)
     try:
         yield

@@ -12,14 +12,16 @@ import os
 import re
 import subprocess
 import tempfile
-from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from tmlc.errors import TmlcError, UsageError
 from tmlc.kernels.triton.bucket import Bucket
-from tmlc.kernels.triton.launch import Launch, Variant
+from tmlc.kernels.triton.launch import Launch, Pointer, Variant
 from tmlc.pipeline.pipeline import load_pipeline
 from tmlc.report.gpu_plan import lowered_model
 
@@ -37,6 +39,7 @@ KINDS = {
 #: What a warp waits at: for its asynchronous copies, or for other warps.
 WAITS = ("DEPBAR.LE", "BAR.")
 DISASSEMBLY_SECONDS = 60
+MEMORY = 1 << 36  # bytes of a file of holes: what nobody touches takes no memory
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,34 @@ def code_of(variant: Variant) -> Code:
     return Code(made.registers, made.spill_bytes, made.shared, *read_code(disassembled(made.cubin)))
 
 
+def turns_of(launch: Launch, sm: int) -> tuple[int, int]:
+    """Turns that shared memory takes for a program of a launch, and how many at the least (`Conflicts`): the second
+    one, where columns have several, for the first may have something else to do beside. It runs by its PTX over zeros,
+    one position of each session; (0, 0) where that gives it nothing to do."""
+    from tmlc.kernels.triton.ptx.conflicts import Conflicts
+    from tmlc.kernels.triton.ptx.host import PtxMachine
+
+    found = []
+    with PtxMachine(sm, MEMORY) as machine:
+        sizes: dict[tuple[str, str], int] = {}
+        for arg in launch.args:
+            if isinstance(arg, Pointer):
+                key = arg.space, arg.name
+                sizes[key] = max(sizes.get(key, 8), arg.offset + arg.nbytes)
+        held: dict[tuple[str, str], Any] = {key: machine.bytes(size) for key, size in sizes.items()}
+        for key in held:
+            if key[0] == "counts":
+                held[key].view(np.int32)[:] = 1
+        for programs in (1, min(2, launch.grid[1])):
+            machine.conflicts = Conflicts()
+            machine.run([replace(launch, grid=(1, programs, 1))], held)
+            found.append(machine.conflicts)
+    first, both = found
+    if launch.grid[1] == 1:
+        return first.turns, first.least
+    return both.turns - first.turns, both.least - first.least
+
+
 def launches_of(
     methods: Mapping[str, Mapping[Bucket, list[Launch]]], method: str, bucket: Bucket
 ) -> list[Launch]:
@@ -112,6 +143,7 @@ def main() -> None:
     parser.add_argument("--precision", default="bf16")
     parser.add_argument("--kernel", help="only variants of this one")
     parser.add_argument("--overlap", action="store_true", help="with the pass memory.overlap")
+    parser.add_argument("--turns", action="store_true", help="run a program of each by its PTX; count bank conflicts")
     chosen = parser.parse_args()
     os.environ["TMLC_CACHE"] = "off"
     steps = load_pipeline("triton")
@@ -126,14 +158,17 @@ def main() -> None:
             raise UsageError(what, where="--kernel", fix=f"use one of {', '.join(known)}")
     except TmlcError as error:
         parser.error(str(error))
-    times = Counter((launch.variant(sm), launch.grid) for launch in launches)
-    print(f"{'kernel':25} times  programs warps registers spilled shared", "early", *KINDS, "instructions")
-    for (variant, grid), count in times.items():
+    times: dict[tuple[Variant, tuple[int, ...]], list[Launch]] = {}
+    for launch in launches:
+        times.setdefault((launch.variant(sm), launch.grid), []).append(launch)
+    more = ("turns", "least") if chosen.turns else ()
+    print(f"{'kernel':25} times  programs warps registers spilled shared", "early", *KINDS, "instructions", *more)
+    for (variant, grid), same in times.items():
         if chosen.kernel in (None, variant.kernel):
-            code = code_of(variant)
+            code, count = code_of(variant), len(same)
             sizes = (variant.num_warps, code.registers, code.spill_bytes, code.shared, code.early)
-            numbers = (*sizes, *code.counts.values(), code.instructions)
-            widths = (5, 9, 7, 6, 5, *map(len, KINDS), 12)
+            numbers = (*sizes, *code.counts.values(), code.instructions, *(turns_of(same[0], sm) if more else ()))
+            widths = (5, 9, 7, 6, 5, *map(len, KINDS), 12, *map(len, more))
             row = " ".join(f"{number:>{width}}" for number, width in zip(numbers, widths, strict=True))
             print(f"{variant.kernel:25} {count:5} {grid[0] * grid[1] * grid[2]:9} {row}")
 

@@ -17,6 +17,7 @@ import numpy as np
 from tmlc.errors import KernelError
 from tmlc.kernels.triton.host_memory import DEFAULT_BYTES, Buffers, HostMemory
 from tmlc.kernels.triton.launch import Launch, Variant
+from tmlc.kernels.triton.ptx.conflicts import Conflicts
 from tmlc.kernels.triton.ptx.machine import Kernel, run_kernel
 from tmlc.kernels.triton.ptx.memory import BASE, Fault, Global
 from tmlc.kernels.triton.ptx.text import parse
@@ -24,11 +25,15 @@ from tmlc.kernels.triton.variants import Assembly, ptx_of
 
 
 class PtxMachine(HostMemory):
-    """Runs kernels as they are compiled for the architecture `sm`."""
+    """Runs kernels as they are compiled for the architecture `sm`.
 
-    def __init__(self, sm: int, nbytes: int = DEFAULT_BYTES) -> None:
+    Args:
+        conflicts: counts the turns of shared memory of all launches; slow.
+    """
+
+    def __init__(self, sm: int, nbytes: int = DEFAULT_BYTES, conflicts: Conflicts | None = None) -> None:
         super().__init__(nbytes)
-        self.sm = sm
+        self.sm, self.conflicts = sm, conflicts
         self._kernels: dict[Variant, tuple[Kernel, Assembly]] = {}
         self._before = np.zeros(0, np.int64)  # what the last launch wrote
 
@@ -57,8 +62,9 @@ class PtxMachine(HostMemory):
             try:
                 with np.errstate(all="ignore"):
                     run_kernel(
-                        kernel, launch.grid, 32 * assembly.num_warps, values, memory, assembly.shared, launch.overlap
-                    )
+                        kernel, launch.grid, 32 * assembly.num_warps, values, memory, assembly.shared, launch.overlap,
+                        self.conflicts,
+                    )  # fmt: skip
             except Fault as fault:
                 fix = "correct the kernel: docs/triton-kernels.md, “Checks without a GPU”, says what each hazard is"
                 raise KernelError(f"{launch.kernel}: {fault}", where=f"PTX for sm{self.sm}", fix=fix) from fault

@@ -102,7 +102,9 @@ def _load(op: tuple[str, ...], args: Args) -> Step:
     if op[1].startswith("shared"):
 
         def load(threads: Threads, at: Array | None) -> None:
-            found = threads.shared.load(threads.those(at), threads.address(source, at), size, count)
+            lanes, place = threads.those(at), threads.address(source, at)
+            threads.shared.turns(lanes, place, size * count)
+            found = threads.shared.load(lanes, place, size, count)
             for target, value in zip(targets, found, strict=True):
                 threads.write(target, value.view(KINDS[kind]), kind, at)
 
@@ -127,7 +129,9 @@ def _store(op: tuple[str, ...], args: Args) -> Step:
         lanes = threads.those(at)
         values = [threads.full(threads.read(source, f"u{8 * size}", at), at) for source in sources]
         if op[1].startswith("shared"):
-            threads.shared.store(lanes, threads.address(target, at), values, size)
+            place = threads.address(target, at)
+            threads.shared.turns(lanes, place, size * len(values))
+            threads.shared.store(lanes, place, values, size)
         elif op[1] == "global":
             threads.memory.store(threads.address(target, at), values, size, not threads.waited[lanes].all())
         else:

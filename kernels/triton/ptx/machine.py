@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from tmlc.errors import EmitError
 from tmlc.kernels.triton.ptx.arithmetic import KINDS
+from tmlc.kernels.triton.ptx.conflicts import Conflicts
 from tmlc.kernels.triton.ptx.instructions import BARRIERS, Step, step_of
 from tmlc.kernels.triton.ptx.memory import Fault, Global
 from tmlc.kernels.triton.ptx.text import Program, Special, unknown
@@ -57,6 +58,7 @@ def run_kernel(
     memory: Global,
     shared_bytes: int,
     overlap: bool = False,
+    conflicts: Conflicts | None = None,
 ) -> None:
     """Runs every program of a launch.
 
@@ -65,6 +67,7 @@ def run_kernel(
         args: the parameters' values, in order; hidden ones behind them are null pointers.
         shared_bytes: dynamic shared memory of a program.
         overlap: whether the launch may have begun before the one before it had ended.
+        conflicts: counts the turns of shared memory.
 
     Raises:
         Fault: a hazard, or an access that a GPU would refuse; says where.
@@ -79,7 +82,7 @@ def run_kernel(
     for begin in range(0, len(places), together):
         part = Threads(
             kernel.program, places[begin : begin + together], grid, threads, params, memory, shared_bytes, kernel.grain,
-            overlap,
+            overlap, conflicts,
         )  # fmt: skip
         _run(kernel, part)
         part.tensor.end()

@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from tmlc.kernels.triton.ptx.conflicts import Conflicts
+
 Array = npt.NDArray[Any]
 #: Addresses of global memory begin here, so that no small number is one.
 BASE = 1 << 40
@@ -110,12 +112,14 @@ class Shared:
         program, warp: of each thread.
         grain: bytes that are watched together: 1 where a kernel has accesses of less than 4.
         name: of the memory, for messages.
+        conflicts: counts the turns that accesses of threads take, where that is asked for.
     """
 
     def __init__(
-        self, programs: int, size: int, program: Array, warp: Array, grain: int, name: str = "shared memory"
-    ) -> None:
-        self.name = name
+        self, programs: int, size: int, program: Array, warp: Array, grain: int, name: str = "shared memory",
+        conflicts: Conflicts | None = None,
+    ) -> None:  # fmt: skip
+        self.name, self.conflicts = name, conflicts
         self.size = -(-max(size, 16) // 16) * 16
         self.memory = np.full(programs * self.size, 0xFF, np.uint8)
         self.program, self.warp, self.grain = program, warp, grain
@@ -182,13 +186,20 @@ class Shared:
         if any(_differ(view[flat // size + number], value) for number, value in enumerate(values)):
             raise Fault(f"two threads write different numbers to one place in {self.name}")
 
+    def turns(self, lanes: Array, addresses: Array, nbytes: int) -> None:
+        """An instruction asks for so many bytes at each address."""
+        if self.conflicts is not None:
+            self.conflicts.count(lanes, addresses, nbytes)
+
     def rows(self, lanes: Array, addresses: Array) -> Array:
         """16 bytes at each address, as uint16 [threads, 8]: rows of matrices."""
+        self.turns(lanes, addresses, 16)
         return np.stack(self.load(lanes, addresses, 4, 4), -1).view(np.uint16)
 
     def copy(self, lanes: Array, addresses: Array, data: Array) -> None:
         """Begins to copy data (uint8 [threads, bytes]) of an open group."""
         nbytes = data.shape[1]
+        self.turns(lanes, addresses, nbytes)
         flat = self._flat(lanes, addresses, nbytes, 1)
         self._watch_write(lanes, flat, nbytes, pending=True)
         self.copies.append(_Copy(lanes, flat, data, self.begun[lanes].copy()))

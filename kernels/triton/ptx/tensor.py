@@ -44,8 +44,9 @@ def store_matrices(shared: Shared, lanes: Array, addresses: Array, values: list[
     if transposed:
         rows = np.ascontiguousarray(rows.transpose(0, 1, 3, 2))
     words = rows.reshape(warps * per, 8).view(np.uint32)
-    own = lanes.reshape(-1, 32)[:, :per].reshape(-1)
-    shared.store(own, addresses.reshape(-1, 32)[:, :per].reshape(-1), [words[:, i] for i in range(4)], 4)
+    own, at = (each.reshape(-1, 32)[:, :per].reshape(-1) for each in (lanes, addresses))
+    shared.turns(own, at, 16)
+    shared.store(own, at, [words[:, i] for i in range(4)], 4)
 
 
 def _pairs(registers: list[Array]) -> Array:

@@ -6,6 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tmlc.kernels.triton.ptx.arithmetic import KINDS
+from tmlc.kernels.triton.ptx.conflicts import Conflicts
 from tmlc.kernels.triton.ptx.memory import Global, Shared
 from tmlc.kernels.triton.ptx.tensor_memory import TensorMemory
 from tmlc.kernels.triton.ptx.text import Address, Number, Operand, Program, Register, Special, float_of, unknown
@@ -27,6 +28,7 @@ class Threads:
         shared_bytes: of a program.
         grain: bytes of shared memory that are watched together.
         overlap: whether the launch before may still run until a program waits for it.
+        conflicts: of shared memory, where they are to be counted.
     """
 
     def __init__(
@@ -40,6 +42,7 @@ class Threads:
         shared_bytes: int,
         grain: int,
         overlap: bool,
+        conflicts: Conflicts | None,
     ) -> None:
         count = len(places)
         self.lanes = count * threads
@@ -54,7 +57,7 @@ class Threads:
             self.specials[f"%ctaid.{letter}"] = places[self.owner, axis]
             self.specials[f"%nctaid.{letter}"] = grid[axis]
         self.params, self.memory = params, memory
-        self.shared = Shared(count, shared_bytes, self.owner, tid // 32, grain)
+        self.shared = Shared(count, shared_bytes, self.owner, tid // 32, grain, conflicts=conflicts)
         self.tensor = TensorMemory(count, self.shared)
         self.waited = np.full(self.lanes, not overlap)  # for the launch before
 
