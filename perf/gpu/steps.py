@@ -21,6 +21,7 @@ from typing import Any
 import bare
 import brought
 import checks
+import floors
 import numpy as np
 import timing
 import yaml
@@ -191,13 +192,11 @@ class Subject:
         return {"copy_bytes_per_second": rate}
 
     def _kernels(self) -> dict[str, Any]:
-        effort, backend = self.settings.effort, self.backend
-        if effort.fill:
-            timing.fill(self.engine)
-        room, rows = timing.rotation(backend, self.config, effort), []
+        effort, backend, least = self.settings.effort, self.backend, floors.least_share(self.config)
+        self._fill()
+        room, rows = timing.rotation(backend, least, effort), []
         for method, bucket in timing.measured(backend, effort):
-            share = timing.expert_share(self.config, bucket.batch, bucket.n)
-            rows += timing.kernels(backend, method, bucket, self.rate, share, effort, room)
+            rows += timing.kernels(backend, method, bucket, self.rate, least, effort, room)
         self._clear()
         return {"rows": rows}
 
@@ -207,19 +206,20 @@ class Subject:
         for row in (self.results.get(self.name, "kernels") or {"rows": []})["rows"]:
             key = row["method"], row["bucket"]
             alone[key] = alone.get(key, 0.0) + row["count"] * row["seconds"]
+        self._fill()
         for method, bucket in timing.measured(backend, effort):
-            weights = timing.bucket_weights(backend, bucket, self.config)
             parts = alone.get((method, f"b{bucket.batch}n{bucket.n}"))
-            rows.append(timing.graph(backend, method, bucket, parts, weights, self.rate, effort.times))
+            rows.append(timing.graph(backend, method, bucket, parts, self.rate, effort.times))
         self._clear()
         return {"rows": rows}
 
     def _chains(self) -> dict[str, Any]:
-        effort, backend = self.settings.effort, self.backend
+        effort, chains = self.settings.effort, self.backend.chains.glue if self.backend.chains is not None else ()
+        self._fill()
         rows = [
-            timing.chain(backend, chain, timing.chain_weights(backend, chain, self.config), self.rate, effort.times)
-            for chain in (backend.chains.glue if backend.chains is not None else ())
-            if chain.batch in (1, 4)
+            timing.chain(self.engine, chain, self.rate, effort.times)
+            for chain in chains
+            if chain.batch in effort.sessions and chain.batch <= self.engine.slots.count
         ]
         self._clear()
         floors = {row["chain"]: row["weight_bytes"] / self.rate for row in rows if row["sessions"] == 1}
@@ -266,6 +266,10 @@ class Subject:
         from tmlc.emit.golden import TOLERANCE
 
         return checks.difference(self.streamed(), np.load(kept), max(TOLERANCE["bf16"], TOLERANCE[self.precision]))
+
+    def _fill(self) -> None:
+        if self.settings.effort.fill:
+            timing.fill(self.engine)
 
     def _clear(self) -> None:
         """Slots as new: what ran in them for measuring is no conversation."""

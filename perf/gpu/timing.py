@@ -12,19 +12,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from floors import Experts, part, spanned, weight_bytes, weights_read
 
 import tmlc
+from tmlc.runtimes.core.chains import Answering, Key, Listening, Writing
 from tmlc.runtimes.core.engine import Engine
 from tmlc.runtimes.core.tick import InteractionDriver
 from tmlc.runtimes.cuda.backend import CudaBackend
-from tmlc.runtimes.cuda.chains import Chain, Link
+from tmlc.runtimes.cuda.chains import Chain
 from tmlc.runtimes.cuda.driver import Address, Driver, KernelLaunch
-from tmlc.runtimes.cuda.plan import BucketInfo, LaunchInfo, PointerArg, up
+from tmlc.runtimes.cuda.plan import BucketInfo, PointerArg, up
 
-READ_SPACES = ("weight", "arena", "input", "output", "scratch")
 BUCKETS = ((1, 1), (1, 4), (1, 16), (4, 1))
 MOST_ROTATED = 8 << 30  # bytes of copies of one launch's weights
-MOST_FILLED = 1 << 16  # positions that are appended before kernels are timed
+MOST_FILLED = 1 << 16  # positions that are appended before anything is timed
+ROUNDS = 5  # of a graph by the device's clock and by the host's
+TEMPERATURE = 0.8
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,8 @@ class Effort:
         buckets: (sessions, positions) whose kernels and graphs are timed.
         ticks: of one session; a tenth of them for four, and method by method.
         most_seconds: of each run of ticks.
-        fill: whether caches are full while kernels are timed.
+        fill: whether caches are full while kernels and graphs are timed.
+        sessions: for how many the graphs of ticks are timed.
     """
 
     times: int = 50
@@ -50,73 +54,27 @@ class Effort:
     ticks: int = 10_000
     most_seconds: float = 120.0
     fill: bool = True
+    sessions: tuple[int, ...] = (1, 4)
 
 
-REHEARSAL = Effort(1, 2, 1 << 12, 1 << 16, ((1, 1),), 1, 1.0, False)
+REHEARSAL = Effort(1, 2, 1 << 12, 1 << 16, ((1, 1),), 1, 1.0, False, (1,))
 """For a device whose times mean nothing."""
 
 
 def repeated(driver: Driver, work: Callable[[], None], times: int) -> float:
-    """Seconds of one run, from `times` runs that follow each other (a few before them are not counted)."""
+    """Seconds of one run, from `times` runs that follow each other (a few ahead of them are not counted)."""
 
     def run(count: int) -> None:
         for _ in range(count):
             work()
 
-    run(min(3, times))
-    driver.synchronize()
-    return driver.timed(lambda: run(times)) / times
+    return driver.timed(lambda: run(times), ahead=lambda: run(min(3, times))) / times
 
 
 def bandwidth(driver: Driver, nbytes: int, times: int = 20) -> float:
     """Bytes a second that a copy inside device memory reads and writes."""
     source, to = driver.allocate(nbytes), driver.allocate(nbytes)
     return 2 * nbytes / repeated(driver, lambda: driver.copy(to, source, nbytes), times)
-
-
-# What a launch must move.
-
-
-def expert_share(config: dict[str, Any], batch: int, n: int) -> float:
-    """The part of the experts that a call of these sizes reads at most."""
-    chosen = (config["num_experts_per_tok"] + config["n_shared_experts"]) * batch * n
-    return min(1.0, chosen / (config["n_routed_experts"] + config["n_shared_experts"]))
-
-
-def part(kernel: str, share: float) -> float:
-    """The part of its weights that a kernel reads: of stacked experts `share`; of a table only rows, which count as
-    nothing."""
-    return share if kernel.startswith("moe_") else 0.0 if kernel == "embedding_kernel" else 1.0
-
-
-def weight_bytes(launch: LaunchInfo, kernel: str, share: float) -> int:
-    """Bytes of weights that a launch must read."""
-    sizes = [arg.nbytes for arg in launch.args if isinstance(arg, PointerArg) and arg.space == "weight"]
-    return int(sum(sizes) * part(kernel, share))
-
-
-def launch_bytes(launch: LaunchInfo, kernel: str, share: float) -> int:
-    """Bytes that a launch must move: its weights, and what its other pointers span. Caches are left out (what of them
-    is read depends on the session)."""
-    others = [a.nbytes for a in launch.args if isinstance(a, PointerArg) and a.space in READ_SPACES[1:]]
-    return weight_bytes(launch, kernel, share) + sum(others)
-
-
-def bucket_weights(backend: CudaBackend, bucket: BucketInfo, config: dict[str, Any]) -> int:
-    """Bytes of weights that a call of a bucket must read."""
-    share = expert_share(config, bucket.batch, bucket.n)
-    return sum(weight_bytes(x, backend.plan.variants[x.variant].kernel, share) for x in bucket.launches)
-
-
-def chain_weights(backend: CudaBackend, chain: Chain, config: dict[str, Any]) -> int:
-    """Bytes of weights that a chain's methods must read, each time that they run."""
-    total = 0
-    for link in chain.links:
-        if isinstance(link, Link):
-            found = backend.plan.methods[link.method].buckets
-            bucket = next(b for b in found if (b.batch, b.n) == (chain.batch, link.n))
-            total += bucket_weights(backend, bucket, config)
-    return total
 
 
 # Kernels by themselves.
@@ -134,10 +92,10 @@ class Rotation:
         self._base = driver.allocate(max(nbytes, 1))
 
     @staticmethod
-    def copies(bound: KernelLaunch, share: float, effort: Effort) -> int:
-        """How many a launch needs."""
+    def copies(bound: KernelLaunch, least: float, effort: Effort) -> int:
+        """How many a launch needs that reads this part of its weights at least."""
         whole = _weights(bound)
-        read = int(whole * share)
+        read = int(whole * least)
         return max(1, min(effort.launches, -(-effort.rotated // read), MOST_ROTATED // whole)) if read else 1
 
     def of(self, bound: KernelLaunch, count: int) -> list[KernelLaunch]:
@@ -162,13 +120,12 @@ def _weights(bound: KernelLaunch) -> int:
     return sum(up(arg.nbytes) for arg in bound.args if isinstance(arg, Address) and arg.space == "weight")
 
 
-def rotation(backend: CudaBackend, config: dict[str, Any], effort: Effort) -> Rotation:
-    """Room for the launch that needs the most."""
+def rotation(backend: CudaBackend, least: float, effort: Effort) -> Rotation:
+    """Room for the launch that needs the most. `least` is the part of the experts that any call reads."""
     most = 0
-    for bucket in measured(backend, effort):
-        share = expert_share(config, bucket[1].batch, bucket[1].n)
-        for info, bound in zip(bucket[1].launches, backend.launches(bucket[1]), strict=True):
-            read = part(backend.plan.variants[info.variant].kernel, share)
+    for _, bucket in measured(backend, effort):
+        for info, bound in zip(bucket.launches, backend.launches(bucket), strict=True):
+            read = part(backend.plan.variants[info.variant].kernel, least)
             most = max(most, (Rotation.copies(bound, read, effort) - 1) * _weights(bound))
     return Rotation(backend.driver, most)
 
@@ -182,28 +139,29 @@ def measured(backend: CudaBackend, effort: Effort) -> list[tuple[str, BucketInfo
 
 
 def fill(engine: Engine) -> None:
-    """Appends positions until the caches of the first slots are full, which kernels that run alone then meet."""
+    """Appends positions, others each time, until the caches of the first slots are full, as late in a conversation."""
     backend: Any = engine.backend
     buckets = [b for b in backend.plan.methods["decode"].buckets if b.batch <= engine.slots.count]
     bucket = max(buckets, key=lambda b: (min(b.batch, 4), b.n))
-    backend.rehearse(bucket)
-    for _ in range(-(-min(engine.manifest.context.limit, MOST_FILLED) // bucket.n)):
+    for seed in range(-(-min(engine.manifest.context.limit, MOST_FILLED) // bucket.n)):
+        backend.rehearse("decode", bucket, seed)
         backend.replay("decode", bucket)
     backend.driver.synchronize()
 
 
 def kernels(
-    backend: CudaBackend, method: str, bucket: BucketInfo, rate: float, share: float, effort: Effort, room: Rotation
+    backend: CudaBackend, method: str, bucket: BucketInfo, rate: float, least: float, effort: Effort, room: Rotation
 ) -> list[dict[str, Any]]:
     """Each launch of a bucket by itself: seconds, bytes, and the part of the floor that it reaches. Launches that
-    differ in addresses only (layers) are timed once and counted.
+    differ in addresses only (layers) are timed once and counted. `least` is the part of the experts that any call
+    reads; bytes are those of the experts that the launch reads.
 
     A graph holds `effort.launches` of one kernel, each over another copy of its weights; the fastest replay counts.
     Launches run in the order of the bucket, so each finds what those before it leave.
     """
-    driver = backend.driver
+    driver, experts = backend.driver, Experts(backend)
     rows: dict[Any, dict[str, Any]] = {}
-    backend.rehearse(bucket)
+    backend.rehearse(method, bucket)
     for info, bound in zip(bucket.launches, backend.launches(bucket), strict=True):
         variant = backend.plan.variants[info.variant]
         key = info.variant, info.grid, tuple(
@@ -212,32 +170,37 @@ def kernels(
         if key in rows:
             rows[key]["count"] += 1
             driver.launch(bound)
+            experts.behind(bound)
             continue
-        count = Rotation.copies(bound, part(variant.kernel, share), effort)
+        count = Rotation.copies(bound, part(variant.kernel, least), effort)
         seconds = _alone(driver, room.of(bound, count), effort)
-        moved = launch_bytes(info, variant.kernel, share)
+        share = experts.behind(bound)
+        weights = weight_bytes(bound, variant.kernel, share)
+        moved = weights + spanned(bound)
         rows[key] = {
             "method": method, "bucket": f"b{bucket.batch}n{bucket.n}", "kernel": variant.kernel,
             "variant": variant.name, "grid": list(info.grid), "count": 1, "seconds": seconds, "bytes": moved,
-            "weight_bytes": weight_bytes(info, variant.kernel, share), "copies": count,
-            "of_floor": moved / rate / seconds,
+            "weight_bytes": weights, "expert_share": share if variant.kernel.startswith("moe_") else None,
+            "copies": count, "of_floor": moved / rate / seconds,
         }  # fmt: skip
     driver.synchronize()
     return list(rows.values())
 
 
 def _alone(driver: Driver, launches: list[KernelLaunch], effort: Effort) -> float:
-    """Seconds of one launch in a graph of many."""
+    """Seconds of one launch in a graph of many, behind a replay of the same."""
 
     def work() -> None:
         for number in range(effort.launches):
             driver.launch(launches[number % len(launches)])
 
     graph = driver.capture(work)
-    try:
+
+    def replay() -> None:
         driver.replay(graph)
-        driver.synchronize()
-        return min(driver.timed(lambda: driver.replay(graph)) for _ in range(min(5, effort.times))) / effort.launches
+
+    try:
+        return min(driver.timed(replay, ahead=replay) for _ in range(min(5, effort.times))) / effort.launches
     finally:
         driver.forget(graph)
 
@@ -246,11 +209,12 @@ def _alone(driver: Driver, launches: list[KernelLaunch], effort: Effort) -> floa
 
 
 def graph(
-    backend: CudaBackend, method: str, bucket: BucketInfo, alone: float | None, weights: int, rate: float, times: int
+    backend: CudaBackend, method: str, bucket: BucketInfo, alone: float | None, rate: float, times: int
 ) -> dict[str, Any]:
     """A bucket's whole graph. `alone` is the sum of its kernels by themselves, if that is known: what the graph takes
-    beyond that is gaps and copies. `weights` are the bytes of weights that it must read."""
-    backend.rehearse(bucket)
+    beyond that is gaps and copies."""
+    backend.rehearse(method, bucket)
+    weights = weights_read(backend, backend.launches(bucket))
     seconds = repeated(backend.driver, lambda: backend.replay(method, bucket), times)
     return {
         "method": method, "bucket": f"b{bucket.batch}n{bucket.n}", "launches": len(bucket.launches),
@@ -258,23 +222,66 @@ def graph(
     }  # fmt: skip
 
 
-def chain(backend: CudaBackend, one: Chain, weights: int, rate: float, times: int) -> dict[str, Any]:
+def chain(engine: Engine, one: Chain, rate: float, times: int) -> dict[str, Any]:
     """The graph of a part of a tick, by the device's clock, and by the host's when it waits for each replay, as a tick
     does: what the second is longer is the gap that the host leaves."""
-    backend.rehearse_chain(one)
-    seconds = repeated(backend.driver, lambda: backend.replay_chain(one), times)
-    waited = []
-    for _ in range(times):
-        begun = time.perf_counter()
-        backend.replay_chain(one)
-        backend.driver.synchronize()
-        waited.append(time.perf_counter() - begun)
-    alone = statistics.median(waited)
+    backend: Any = engine.backend
+    stage(engine, one)
+    launches = backend.chain_launches(one)
+    weights = weights_read(backend, launches)
+    seconds, waited = both_clocks(backend.driver, lambda: backend.replay_chain(one), times)
     return {
-        "chain": one.name, "sessions": one.batch, "launches": len(backend.chain_launches(one)), "seconds": seconds,
-        "waited_seconds": alone, "host_gap_seconds": alone - seconds, "weight_bytes": weights,
+        "chain": one.name, "sessions": one.batch, "launches": len(launches), "seconds": seconds,
+        "waited_seconds": waited, "host_gap_seconds": waited - seconds, "weight_bytes": weights,
         "of_floor": weights / rate / seconds,
     }  # fmt: skip
+
+
+def stage(engine: Engine, chain: Chain) -> None:
+    """Runs a chain once for as many made-up sessions as it holds, in the first slots: its replays then repeat what was
+    uploaded."""
+    backend: Any = engine.backend
+    chains, layout, draw = backend.chains, engine.layout, np.random.default_rng(0)
+    below = backend.plan.methods["embed_text"].id_limits[0]
+    slots = [engine.slots.handle(index) for index in range(chain.batch)]
+
+    def key() -> Key:
+        seed, tick, number = draw.integers(0, 1 << 31, 3).tolist()
+        return seed, tick, number
+
+    def sound(*shape: int) -> np.ndarray:
+        return draw.standard_normal(shape, np.float32)
+
+    def tokens(count: int) -> list[int]:
+        return [int(v) for v in draw.integers(0, below, count)]
+
+    if chain.name in ("listen", "listen_text"):
+        typed = chains.typed if chain.name == "listen_text" else 0
+        heard = [sound(layout.audio_in, layout.hop) for _ in slots]
+        chains.listen([Listening(s, h, (), tokens(typed), key(), TEMPERATURE)
+                       for s, h in zip(slots, heard, strict=True)])  # fmt: skip
+    elif chain.name == "write":
+        chains.write([Writing(slot, tokens(1)[0], key(), TEMPERATURE) for slot in slots])
+    else:
+        spoken = layout.audio_out if chain.name == "speak" else 0
+        end = layout.end_of_tick_token_id
+        chains.answer([Answering(slot, [*tokens(1), end], sound(layout.hop), [key() for _ in range(spoken)])
+                       for slot in slots])  # fmt: skip
+
+
+def both_clocks(driver: Driver, replay: Callable[[], None], times: int) -> tuple[float, float]:
+    """Seconds of a replay, of some that follow each other by the device's clock, and of one that is waited for by the
+    host's: medians of rounds that take turns, since a replay finds what those before it have appended."""
+    rounds, blocks, waited = min(ROUNDS, times), [], []
+    for _ in range(rounds):
+        count = max(1, times // rounds)
+        blocks.append(repeated(driver, replay, count))
+        for _ in range(count):
+            begun = time.perf_counter()
+            replay()
+            driver.synchronize()
+            waited.append(time.perf_counter() - begun)
+    return statistics.median(blocks), statistics.median(waited)
 
 
 # Ticks.

@@ -23,7 +23,7 @@ from tmlc.errors import (
 )
 from tmlc.kernels.triton.architectures import ARCHITECTURES, compile_for, running
 from tmlc.package.reader import Package
-from tmlc.runtimes.core.backend import DTYPES, Backend, MethodSpec, check_inputs
+from tmlc.runtimes.core.backend import DTYPES, Backend, MethodSpec, TensorSpec, check_inputs
 from tmlc.runtimes.core.kernels import KernelTimer
 from tmlc.runtimes.core.placement import Placement, refuse_cpu_options
 from tmlc.runtimes.core.slots import Slot, SlotMemory
@@ -178,23 +178,20 @@ class CudaBackend(Backend):
             self._ticks[chain.key] = self.driver.capture(self.chain_work(chain))
         return self._memory
 
-    def rehearse(self, bucket: BucketInfo) -> None:
-        """Puts a full call of zeros in place, of the first slots (one again and again where there are fewer than the
-        bucket takes), so that kernels and graphs can be run for measuring. What the slots hold is lost."""
-        self._rehearse(bucket.in_bytes, bucket.batch, {bucket.counts: bucket.n})
-
-    def rehearse_chain(self, chain: Chain) -> None:
-        """The same for a chain, with as many positions everywhere as it takes."""
-        counts = {link.counts: link.n for link in chain.links if isinstance(link, Link)}
-        self._rehearse(chain.nbytes["input"], chain.batch, counts)
-
-    def _rehearse(self, nbytes: int, batch: int, counts: Mapping[int, int]) -> None:
-        assert self._memory is not None
-        self._in[:nbytes] = 0
-        self._in[: 8 * batch].view(np.int64)[:] = [self._memory.offset(k % self._memory.count) for k in range(batch)]
-        for at, n in counts.items():
-            self._in[at : at + 4 * batch].view(np.int32)[:] = n
-        self.driver.to_device(self._base["in"], self._in[:nbytes])
+    def rehearse(self, method: str, bucket: BucketInfo, seed: int = 0) -> None:
+        """Puts a full call of random rows in place, the same for a seed, of the first slots (one again and again where
+        there are fewer than the bucket takes), so that kernels and graphs can be run for measuring. Rows that are the
+        same would choose the same experts. What the slots hold is lost."""
+        memory, plan, draw = self._memory, self.plan.methods[method], np.random.default_rng(seed)
+        assert memory is not None
+        self.driver.synchronize()  # a graph that is under way copies from the buffer
+        self._in[: bucket.in_bytes] = 0
+        self._in[: 8 * bucket.batch].view(np.int64)[:] = [memory.offset(k % memory.count) for k in range(bucket.batch)]
+        self._in[bucket.counts : bucket.counts + 4 * bucket.batch].view(np.int32)[:] = bucket.n
+        for spec, at, below in zip(plan.spec.inputs, bucket.inputs, plan.id_limits, strict=True):
+            rows = self._argument(self._in, at, bucket, spec)
+            rows[:] = _made_up(spec, below, rows.shape, draw)
+        self.driver.to_device(self._base["in"], self._in[: bucket.in_bytes])
         self.driver.synchronize()
 
     def replay(self, method: str, bucket: BucketInfo) -> None:
@@ -446,6 +443,17 @@ class CudaBackend(Backend):
         self._ticks.clear()
         self._marked.clear()
         self.driver.close()
+
+
+def _made_up(spec: TensorSpec, below: int, shape: tuple[int, ...], draw: np.random.Generator) -> np.ndarray:
+    """Random values of an input: ids `below` a limit, keys of random numbers, rows that are normally distributed; a
+    float by itself is a temperature."""
+    kind = DTYPES[spec.dtype]
+    if spec.dtype == "f32":
+        return np.full(shape, 0.8, kind) if spec.cols == 1 else draw.standard_normal(shape, np.float32)
+    if spec.dtype == "bf16":  # as its bits
+        return (draw.standard_normal(shape, np.float32).view(np.uint32) >> 16).astype(kind)
+    return draw.integers(0, below or np.iinfo(kind).max, shape, kind, endpoint=not below)
 
 
 def _version(number: int) -> str:

@@ -132,8 +132,12 @@ class Driver(ABC):
         """Waits until all that was asked for is done."""
 
     @abstractmethod
-    def timed(self, work: Callable[[], None]) -> float:
-        """Seconds that the device takes for what `work` asks of this driver, by its own clock."""
+    def timed(self, work: Callable[[], None], ahead: Callable[[], None] | None = None) -> float:
+        """Seconds that the device takes for what `work` asks of this driver, by its own clock.
+
+        `ahead` is asked for before the clock starts: while the device is busy with it, the host asks for `work`.
+        Without it an idle device waits for the host, and that counts.
+        """
 
     @abstractmethod
     def mark(self) -> Any:

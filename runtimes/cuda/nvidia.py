@@ -283,8 +283,10 @@ class NvidiaDriver(Driver):
     def synchronize(self) -> None:
         self._must(self._c.cuStreamSynchronize(self._stream), "finish a call", waited=True)
 
-    def timed(self, work: Callable[[], None]) -> float:
+    def timed(self, work: Callable[[], None], ahead: Callable[[], None] | None = None) -> float:
         begin, end = self._events[:2]
+        if ahead is not None:
+            ahead()
         self._must(self._c.cuEventRecord(begin, self._stream), "take the time")
         work()
         self._must(self._c.cuEventRecord(end, self._stream), "take the time")

@@ -6,6 +6,7 @@ Kernels are not compiled here: a variant's machine code is its name, by which th
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import sys
 from collections.abc import Iterator
@@ -122,6 +123,21 @@ def decode(engine, parts):
     with engine.device():
         out = engine.backend.call("decode", slots, [np.concatenate(rows)])[0].copy()
     return np.split(out, np.cumsum([n for _, n in parts])[:-1])
+
+
+SCRIPTS = ("bare", "brought", "checks", "claims", "command", "floors", "jobs", "peers", "results", "steps", "suspects",
+           "timing")  # fmt: skip
+
+
+@pytest.fixture
+def perf(monkeypatch) -> Iterator[SimpleNamespace]:
+    """The scripts of perf/gpu, as run.py imports them."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "perf/gpu"))
+    for name in SCRIPTS:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    yield SimpleNamespace(**{name: importlib.import_module(name) for name in SCRIPTS})
+    for name in SCRIPTS:
+        sys.modules.pop(name, None)
 
 
 @pytest.fixture(autouse=True)

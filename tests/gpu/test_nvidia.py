@@ -253,6 +253,13 @@ def test_events_time_what_the_device_does(bindings):
     assert bindings.names()[-4:] == ["cuMemsetD8Async", "cuEventRecord", "cuEventSynchronize", "cuEventElapsedTime"]
 
 
+def test_the_device_is_busy_with_what_is_ahead_when_its_clock_starts(bindings):
+    """It passes the first event when that is done, and by then the host has asked for what is timed."""
+    driver = NvidiaDriver(bindings)
+    driver.timed(lambda: driver.zero(0x4000, 8), ahead=lambda: driver.replay("graph"))
+    assert bindings.names()[-6:-2] == ["cuGraphLaunch", "cuEventRecord", "cuMemsetD8Async", "cuEventRecord"]
+
+
 def test_missing_bindings_name_the_command_that_installs_them(monkeypatch):
     monkeypatch.setitem(sys.modules, "cuda.bindings", None)
     with pytest.raises(TargetError, match=r"needs cuda-bindings.*\n  install it with: pip install 'tmlc\[cuda\]'"):

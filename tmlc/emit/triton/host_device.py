@@ -174,7 +174,9 @@ class HostDevice(Driver):
     def synchronize(self) -> None:
         self._ask("synchronize")
 
-    def timed(self, work: Callable[[], None]) -> float:
+    def timed(self, work: Callable[[], None], ahead: Callable[[], None] | None = None) -> float:
+        if ahead is not None:
+            ahead()
         begun = time.perf_counter()
         work()
         return time.perf_counter() - begun
