@@ -114,13 +114,13 @@ def test_wrong_usage_of_the_modules_is_exit_2_with_the_reason(monkeypatch, capsy
 
 
 def test_turns_of_shared_memory_stand_behind_the_rest_where_they_are_asked_for(monkeypatch, capsys):
-    """Of a norm's launch of one program: its warps' sums pass through shared memory."""
+    """Of every product; those of `nano` take no turn too many."""
     monkeypatch.setenv("TMLC_CACHE", "off")
-    monkeypatch.setattr("sys.argv", ["module", "nano", "decode", "--kernel", "rms_norm_kernel", "--turns"])
+    monkeypatch.setattr("sys.argv", ["module", "nano", "decode", "--kernel", "linear_kernel", "--turns"])
     gpu_code.main()
-    head, row = (line.split() for line in capsys.readouterr().out.splitlines())
-    assert head[-3:] == ["instructions", "turns", "least"] and row[0] == "rms_norm_kernel"
-    assert 0 < int(row[-2]) == int(row[-1]) < int(row[-3])
+    head, *rows = (line.split() for line in capsys.readouterr().out.splitlines())
+    assert head[-3:] == ["instructions", "turns", "least"] and len(rows) > 1
+    assert all(0 < int(row[-1]) == int(row[-2]) for row in rows)
 
 
 @pytest.mark.parametrize(
