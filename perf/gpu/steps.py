@@ -222,9 +222,9 @@ class Subject:
             if chain.batch in effort.sessions and chain.batch <= self.engine.slots.count
         ]
         self._clear()
-        floors = {row["chain"]: row["weight_bytes"] / self.rate for row in rows if row["sessions"] == 1}
+        least = {row["chain"]: row["weight_bytes"] / self.rate for row in rows if row["sessions"] == 1}
         waited = {row["chain"]: row["waited_seconds"] for row in rows if row["sessions"] == 1}
-        return {"rows": rows, "tick_floor_ms": self._tick(floors), "tick_ms": self._tick(waited)}
+        return {"rows": rows, "tick_floor_ms": self._tick(least), "tick_ms": self._tick(waited)}
 
     def _tick(self, seconds: dict[str, float]) -> dict[str, float]:
         """Milliseconds of a tick that speaks and of a silent one, from those of its chains."""

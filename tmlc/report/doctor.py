@@ -149,7 +149,7 @@ def _triton(extras: dict[str, Any], found: list[str]) -> TargetState:
     version = installed("triton")
     without = versions.refused(version) if version is not None else []
     notes += [f"Triton {version} makes wrong code for sm{sm} and is refused for it" for sm in without]
-    missing += [versions.install(sm) for sm in without]
+    missing += dict.fromkeys(versions.install(sm) for sm in without)
     return TargetState("triton", compiles, runs, "; ".join(notes), "; ".join(missing))
 
 
