@@ -96,6 +96,11 @@ def compile_variant(variant: Variant) -> Compiled:
         for registers in (None, MOST_REGISTERS):
             if any(fault(best)) and (stages, registers) != (variant.num_stages, first):
                 best = min(best, _compiled(source, target, variant, stages, registers), key=fault)
+    # Last, tiles as Triton lays them: bank conflicts, the same bits, and addresses that may need fewer registers.
+    for registers in (None, MOST_REGISTERS):
+        if best.spill_bytes:
+            tiles = _compiled(source, target, variant, variant.num_stages, registers, by_rows=False)
+            best = min(best, tiles, key=fault)
     if best.shared > most:
         what = f"{variant.kernel} wants {best.shared} bytes of shared memory, a program on sm{variant.sm} has {most}"
         fix = f"compile with smaller blocks (--tuning), or report it: {variant.constexprs}"
@@ -155,8 +160,10 @@ def _waits_once(variant: Variant) -> bool:
     return variant.kernel == "router_logits_kernel" and fixed["EXPERTS"] * fixed["ROWS"] == 1
 
 
-def _compiled(source: Any, target: Any, variant: Variant, stages: int, registers: int | None) -> Compiled:
-    kernel = _built(source, target, variant, stages, registers)
+def _compiled(
+    source: Any, target: Any, variant: Variant, stages: int, registers: int | None, by_rows: bool = True
+) -> Compiled:
+    kernel = _built(source, target, variant, stages, registers, by_rows)
     meta = kernel.metadata
     if meta.global_scratch_size or meta.profile_scratch_size:
         what = f"{variant.kernel} asks for global scratch, which launches do not bring"
@@ -167,14 +174,17 @@ def _compiled(source: Any, target: Any, variant: Variant, stages: int, registers
     return Compiled(cubin, meta.name, meta.num_warps, meta.shared, used, stack + local, hidden)
 
 
-def _built(source: Any, target: Any, variant: Variant, stages: int, registers: int | None) -> Any:
-    """What Triton makes of a variant."""
+def _built(
+    source: Any, target: Any, variant: Variant, stages: int, registers: int | None, by_rows: bool = True
+) -> Any:
+    """What Triton makes of a variant; `by_rows`: with tiles in shared memory staggered by rows."""
     options = {
         "num_warps": variant.num_warps, "num_stages": stages, "enable_fp_fusion": False,
         "maxnreg": registers,
     }  # fmt: skip
     try:
-        with _reproducible(), _staggering(), _waiting() if variant.overlap else nullcontext():
+        tiles = _staggering() if by_rows else nullcontext()
+        with _reproducible(), tiles, _waiting() if variant.overlap else nullcontext():
             return triton.compile(source, target=target, options=options)
     except Exception as error:
         where = f"{variant_key(variant)} {variant.constexprs}"
