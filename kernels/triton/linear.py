@@ -32,7 +32,8 @@ def linear_kernel(
     gain, shift, gain_stride, shift_stride, taps, tail, slots, counts, start, channels, level,
     per, mixed, mixed_stride, part_m, part_l, part_acc, splits,
     FORM: tl.constexpr, GROUP: tl.constexpr, SLICES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
-    ROWS: tl.constexpr, LINES: tl.constexpr, OVERLAP: tl.constexpr, STEPS: tl.constexpr, COUNT: tl.constexpr,
+    ROWS: tl.constexpr, MASKED_K: tl.constexpr, ALONE: tl.constexpr, LINES: tl.constexpr, OVERLAP: tl.constexpr,
+    STEPS: tl.constexpr, COUNT: tl.constexpr,
     TAPS: tl.constexpr, RESIDUAL: tl.constexpr, EACH: tl.constexpr, DV: tl.constexpr, PARTS: tl.constexpr,
     GATED: tl.constexpr,
 ):  # fmt: skip
@@ -87,28 +88,31 @@ def linear_kernel(
             weights, tails, before = tails_before(
                 taps, tail, sessions, channel, convolved, channels, TAPS, ROWS // EACH
             )
+    from_row, x_mask = wide_row, live
+    if ALONE:
+        from_row, x_mask = tl.program_id(0).to(tl.int64), tl.program_id(0) < rows
     if norm is not None:
-        gain_off, shift_off = wide_row, wide_row
+        gain_off, shift_off = from_row, from_row
         if gain is not None:
-            gain_off, shift_off = wide_row * gain_stride, wide_row * shift_stride
+            gain_off, shift_off = from_row * gain_stride, from_row * shift_stride
         y, y_2 = normed_products(
             w, scales, zeros, wide_col * w_stride, wide_col * s_stride, (wide_col + m) * w_stride,
-            (wide_col + m) * s_stride, inside, x, norm, wide_row * x_stride, live, k, eps, gain, gain_off, shift,
-            shift_off, GATED, FORM, GROUP, SLICES, BLOCK_M, BLOCK_K, ROWS,
+            (wide_col + m) * s_stride, inside, x, norm, from_row * x_stride, x_mask, k, eps, gain, gain_off, shift,
+            shift_off, GATED, FORM, GROUP, SLICES, BLOCK_M, BLOCK_K, ROWS, MASKED_K, ALONE,
         )  # fmt: skip
     elif GATED:
         y, y_2 = two_products(
             w, scales, zeros, wide_col * w_stride, wide_col * s_stride, (wide_col + m) * w_stride,
-            (wide_col + m) * s_stride, inside, x, wide_row * x_stride, live, k, FORM, GROUP, SLICES, BLOCK_M, BLOCK_K,
-            ROWS,
+            (wide_col + m) * s_stride, inside, x, from_row * x_stride, x_mask, k, FORM, GROUP, SLICES, BLOCK_M,
+            BLOCK_K, ROWS, MASKED_K, ALONE,
         )  # fmt: skip
     else:
-        x_off = wide_row
+        x_off = from_row
         if PARTS == 0:
-            x_off = wide_row * x_stride
+            x_off = from_row * x_stride
         y = weight_product(
-            w, scales, zeros, wide_col * w_stride, wide_col * s_stride, inside, x, x_off, live, k, alpha,
-            FORM, GROUP, SLICES, BLOCK_M, BLOCK_K, ROWS, (part_m, part_l, part_acc, splits), DV, PARTS,
+            w, scales, zeros, wide_col * w_stride, wide_col * s_stride, inside, x, x_off, x_mask, k, alpha,
+            FORM, GROUP, SLICES, BLOCK_M, BLOCK_K, ROWS, MASKED_K, ALONE, (part_m, part_l, part_acc, splits), DV, PARTS,
         )  # fmt: skip
     if bias is not None:
         y += biases[:, None]
@@ -168,7 +172,8 @@ def linear_launch(
     # two products of codes beside the squares.
     two = gated and norm is not None and FORMS[weight.dtype].group > 0
     tile = FEW_ROWS if gain is not None or conv is not None or two else tile_rows(rows)
-    fixed |= {"ROWS": tile, "LINES": lines(weight, fixed), "OVERLAP": False}
+    alone = rows == 1 and fixed["FORM"] != "f32"
+    fixed |= {"ROWS": tile, "ALONE": alone, "LINES": lines(weight, fixed), "OVERLAP": False}
     values |= {
         "out": call.pointer(out) if isinstance(out, Operand) else out,
         "out_stride": out.stride if isinstance(out, Operand) else out_stride,

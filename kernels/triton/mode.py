@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import triton
+import triton.language as tl
 
 INTERPRET = os.environ.get("TRITON_INTERPRET", "") == "1"
 
@@ -33,3 +34,16 @@ def device(fn: Callable[..., Any]) -> Any:
     else:
         FUNCTIONS[name] = triton.jit(fn)
     return FUNCTIONS[name]
+
+
+# What comes before this is not moved behind what comes after it.
+_SETTLED = tl.constexpr("mov.b32 $0, $1;")
+_PTX = tl.constexpr(not INTERPRET)
+
+
+@device
+def settled(values):
+    """bf16 `values`"""
+    if _PTX:
+        values = tl.inline_asm_elementwise(_SETTLED, "=r,r", [values], tl.bfloat16, False, 2)
+    return values

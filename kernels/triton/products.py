@@ -10,9 +10,10 @@ from typing import Any
 
 import triton.language as tl
 
+from tmlc.kernels.triton.codes import STEP, fp8_values, half_values, whole_values
 from tmlc.kernels.triton.launch import Aligned, Operand
 from tmlc.kernels.triton.layouts import FORMS, weight_pointers
-from tmlc.kernels.triton.mode import device
+from tmlc.kernels.triton.mode import device, settled
 from tmlc.kernels.triton.parts import sum_of_parts
 from tmlc.kernels.triton.registry import Call
 from tmlc.kernels.triton.tuning import Blocks, slices
@@ -22,93 +23,147 @@ FEW_ROWS, ROWS = 8, 16
 
 
 @device
-def fp8_value(byte):
-    """bf16 value of e4m3 codes: exponent and mantissa moved into a float32, which is 2^120 too small. Needs no fp8
-    instructions, so it runs on every architecture. Subnormal codes become subnormal float32 numbers, which the
-    multiplication brings back exactly."""
-    wide = byte.to(tl.int32)
-    magnitude = ((wide & 127) << 20).to(tl.float32, bitcast=True) * 1.329227995784916e36
-    return tl.where(wide >= 128, -magnitude, magnitude).to(tl.bfloat16)
+def there(mask, first, BLOCK_K: tl.constexpr, MASKED_K: tl.constexpr):
+    """A mask [slices, other axes, BLOCK_K] of inputs from first [slices] on: `mask`, and where turns are not whole
+    those of MASKED_K inputs. Masks of single copies take five instructions beside each, but for those that the compiler
+    can tell."""
+    if MASKED_K > 0:
+        kk = first[:, None] + tl.arange(0, BLOCK_K)[None, :]
+        mask = mask & (kk < MASKED_K)[:, None, :]
+    return mask
+
+
+@device
+def normed_inputs(values, at_norm, at_gain, alpha, k_mask, mask, norm, gain):
+    """alpha·norm∘values∘(1 + gain), float32; `at_norm`, `at_gain`: where those of `values` are."""
+    taken = values
+    if norm is not None:
+        taken = values * tl.load(norm + at_norm, mask=k_mask, other=0.0)
+    if gain is not None:
+        taken = taken * (1.0 + tl.load(gain + at_gain, mask=mask, other=0.0))
+    if alpha is not None:
+        taken = taken * alpha
+    return taken
+
+
+@device
+def square_halves(values):
+    """Squares as two bf16 numbers, which hold 16 of their bits: their upper halves as they are (rounded, they would
+    take a slow conversion of single numbers to be subtracted), and the rest."""
+    squares = values * values
+    high = (squares.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
+    return high.to(tl.bfloat16), (squares - high).to(tl.bfloat16)
+
+
+@device
+def columns(row, ROWS: tl.constexpr):
+    """bf16 [slices, inputs, ROWS], each column [slices, inputs] of the only row."""
+    return tl.broadcast_to(settled(row)[:, :, None], (row.shape[0], row.shape[1], ROWS))
 
 
 @device
 def inputs(
     x, x_off, x_mask, first, k, alpha, norm, gain, gain_off, shift, shift_off, parts,
-    DV: tl.constexpr, PARTS: tl.constexpr, BLOCK_K: tl.constexpr,
+    DV: tl.constexpr, PARTS: tl.constexpr, BLOCK_K: tl.constexpr, MASKED_K: tl.constexpr, ALONE: tl.constexpr,
+    ROWS: tl.constexpr, SQUARES: tl.constexpr,
 ):  # fmt: skip
-    """[slices, inputs, rows] of the BLOCK_K inputs from first [slices] on: alpha·norm∘x∘(1 + gain) as bf16, float32 x
-    itself, and the shift as bf16 (where there is none, the first again). With PARTS the one row that is there is the
-    sum of these."""
+    """bf16 [slices, inputs, rows] of the BLOCK_K inputs from first [slices] on: alpha·norm∘x∘(1 + gain), with SQUARES
+    the two halves of x², and the shift. What is not asked for is the first again. With PARTS the one row that is there
+    is the sum of these.
+
+    With ALONE x_off, x_mask, gain_off and shift_off are of the only row, and each column of the result is that: it is
+    made by threads that have inputs of their own, where a dot's operand has a thread for each input and column.
+    """
     kk = first[:, None] + tl.arange(0, BLOCK_K)[None, :]
-    mask = x_mask[None, :, None] & (kk < k)[:, None, :]
-    if PARTS > 0:
-        values = tl.where(mask, sum_of_parts(parts, first, k, DV, PARTS, BLOCK_K)[:, None, :], 0.0)
+    if ALONE:
+        mask = tl.full(kk.shape, 1, tl.int1) & x_mask
+        if MASKED_K > 0:
+            mask = mask & (kk < MASKED_K)
+        if PARTS > 0:
+            values = sum_of_parts(parts, first, k, DV, PARTS, BLOCK_K)
+            if MASKED_K > 0:
+                values = tl.where(mask, values, 0.0)
+        else:
+            values = tl.load(x + x_off + kk, mask=mask, other=0.0)
+        taken = normed_inputs(values, kk, gain_off + kk, alpha, mask, mask, norm, gain)
+        rounded = columns(taken.to(tl.bfloat16), ROWS)
+        high, low, added = rounded, rounded, rounded
+        if SQUARES:
+            high, low = square_halves(values)
+            high, low = columns(high, ROWS), columns(low, ROWS)
+        if shift is not None:
+            moved = tl.load(shift + shift_off + kk, mask=mask, other=0.0)
+            added = columns(moved.to(tl.bfloat16), ROWS)
     else:
-        values = tl.load(x + x_off[None, :, None] + kk[:, None, :], mask=mask, other=0.0)
-    taken = values
-    if norm is not None:
-        taken = values * tl.load(norm + kk, mask=kk < k, other=0.0)[:, None, :]
-    if gain is not None:
-        taken = taken * (1.0 + tl.load(gain + gain_off[None, :, None] + kk[:, None, :], mask=mask, other=0.0))
-    if alpha is not None:
-        taken = taken * alpha
-    rounded = tl.trans(taken.to(tl.bfloat16), 0, 2, 1)
-    added = rounded
-    if shift is not None:
-        moved = tl.load(shift + shift_off[None, :, None] + kk[:, None, :], mask=mask, other=0.0)
-        added = tl.trans(moved.to(tl.bfloat16), 0, 2, 1)
-    return rounded, tl.trans(values, 0, 2, 1), added
+        at = kk[:, None, :]
+        mask = there(x_mask[None, :, None], first, BLOCK_K, MASKED_K)
+        k_mask = there(tl.full((1, 1, 1), 1, tl.int1), first, BLOCK_K, MASKED_K)
+        values = tl.load(x + x_off[None, :, None] + at, mask=mask, other=0.0)
+        at_gain = at
+        if gain is not None:
+            at_gain = gain_off[None, :, None] + at
+        taken = normed_inputs(values, at, at_gain, alpha, k_mask, mask, norm, gain)
+        rounded = tl.trans(taken.to(tl.bfloat16), 0, 2, 1)
+        high, low, added = rounded, rounded, rounded
+        if SQUARES:
+            high, low = square_halves(tl.trans(values, 0, 2, 1))
+        if shift is not None:
+            moved = tl.load(shift + shift_off[None, :, None] + at, mask=mask, other=0.0)
+            added = tl.trans(moved.to(tl.bfloat16), 0, 2, 1)
+    return rounded, high, low, added
 
 
 @device
-def add_squares(acc, x, ones):
-    """acc [slices, BLOCK_M, rows] + Σ x² over the inputs of x [slices, inputs, rows], the same number in all BLOCK_M:
-    a product with ones, so a row's sum is in one order whatever the number of rows is, and lies where the row's
-    products lie. A square is taken as two bf16 numbers, which hold 16 of its bits."""
-    squares = x * x
-    high = squares.to(tl.bfloat16)
-    low = (squares - high.to(tl.float32)).to(tl.bfloat16)
+def add_squares(acc, high, low, ones):
+    """acc [slices, BLOCK_M, rows] + Σ x² over the inputs of squares [slices, inputs, rows], the same number in all
+    BLOCK_M: a product with ones, so a row's sum is in one order whatever the number of rows is, and lies where the
+    row's products lie."""
     return tl.dot(ones, low, tl.dot(ones, high, acc))
 
 
 @device
 def group_numbers(scales, zeros, s_off, w_mask, first, k, FORM: tl.constexpr, GROUP: tl.constexpr):
-    """Scale and zero point [slices, BLOCK_M] of the group that begins at input `first` of each slice."""
+    """Of the group that begins at input `first` of each slice what products with `slice_values` are multiplied by, and
+    the zero point of 4-bit codes: [slices, BLOCK_M]."""
     mask = w_mask[None, :] & (first < k)[:, None]
     at = s_off[None, :] + (first // GROUP)[:, None]
     scale = tl.load(scales + at, mask=mask, other=0.0).to(tl.float32)
+    if FORM != "f8":
+        scale *= STEP
     if FORM == "i4":
-        zero = tl.load(zeros + at, mask=mask, other=0).to(tl.int32)
+        zero = tl.load(zeros + at, mask=mask, other=0)
     else:
-        zero = tl.zeros(scale.shape, tl.int32)
+        zero = scale
     return scale, zero
 
 
 @device
-def slice_values(w, w_off, w_mask, first, zero, k, FORM: tl.constexpr, BLOCK_K: tl.constexpr):
+def slice_values(
+    w, w_off, w_mask, first, zero, k, FORM: tl.constexpr, BLOCK_K: tl.constexpr, MASKED_K: tl.constexpr
+):  # fmt: skip
     """(bf16 [slices, BLOCK_M, inputs] of each slice's inputs: of 4-bit codes those of the first half of a group; of
     4-bit codes those of the second half, else the first again; what was loaded). Codes have no scale yet."""
     if FORM == "bf16":
         kk = first[:, None] + tl.arange(0, BLOCK_K)[None, :]
-        mask = w_mask[None, :, None] & (kk < k)[:, None, :]
+        mask = there(w_mask[None, :, None], first, BLOCK_K, MASKED_K)
         loaded = tl.load(w + w_off[None, :, None] + kk[:, None, :], mask=mask, other=0.0)
         low = loaded
         high = low
     else:
-        mask = w_mask[None, :, None] & (first < k)[:, None, None]
+        mask = w_mask[None, :, None]
+        if MASKED_K > 0:  # groups are whole
+            mask = mask & (first < MASKED_K)[:, None, None]
         if FORM == "i4":
             at = (first // 2)[:, None] + tl.arange(0, BLOCK_K // 2)[None, :]
             loaded = tl.load(w + w_off[None, :, None] + at[:, None, :], mask=mask, other=0)
-            byte = loaded.to(tl.int32)
-            low = ((byte & 15) * 16 - zero[:, :, None]).to(tl.float32).to(tl.bfloat16)
-            high = ((byte >> 4) * 16 - zero[:, :, None]).to(tl.float32).to(tl.bfloat16)
+            low, high = half_values(loaded, zero)
         else:
             kk = first[:, None] + tl.arange(0, BLOCK_K)[None, :]
             loaded = tl.load(w + w_off[None, :, None] + kk[:, None, :], mask=mask, other=0)
             if FORM == "i8":
-                low = (loaded.to(tl.int32) - 128).to(tl.float32).to(tl.bfloat16)
+                low = whole_values(loaded)
             else:
-                low = fp8_value(loaded)
+                low = fp8_values(loaded)
             high = low
     return low, high, loaded
 
@@ -116,27 +171,29 @@ def slice_values(w, w_off, w_mask, first, zero, k, FORM: tl.constexpr, BLOCK_K: 
 @device
 def slice_products(
     acc, squares, moved, w, w_off, w_mask, first, scale, zero, low, high, k,
-    SQUARES: tl.constexpr, SHIFT: tl.constexpr, FORM: tl.constexpr, BLOCK_K: tl.constexpr,
+    SQUARES: tl.constexpr, SHIFT: tl.constexpr, FORM: tl.constexpr, BLOCK_K: tl.constexpr, MASKED_K: tl.constexpr,
 ):  # fmt: skip
     """acc [slices, BLOCK_M, rows] + W·x of each slice's inputs, with SQUARES squares + Σ raw², with SHIFT moved +
-    W·shift. low: (x, raw, shift) of `inputs`; of 4-bit codes low and high are the halves of a group. Codes are
+    W·shift. low: of `inputs`; of 4-bit codes low and high are the halves of a group. Codes are
     multiplied as they are, and the product by their scale."""
-    low_x, low_raw, low_shift = low
-    high_x, high_raw, high_shift = high
-    low_value, high_value, loaded = slice_values(w, w_off, w_mask, first, zero, k, FORM, BLOCK_K)
+    low_x, low_square, low_rest, low_shift = low
+    high_x, high_square, high_rest, high_shift = high
+    low_value, high_value, loaded = slice_values(w, w_off, w_mask, first, zero, k, FORM, BLOCK_K, MASKED_K)
     if FORM == "bf16":
         acc = tl.dot(low_value, low_x, acc)
         if SHIFT:
             moved = tl.dot(low_value, low_shift, moved)
         if SQUARES:
-            squares = add_squares(squares, low_raw, tl.full(low_value.shape, 1.0, tl.float32).to(tl.bfloat16))
+            squares = add_squares(
+                squares, low_square, low_rest, tl.full(low_value.shape, 1.0, tl.float32).to(tl.bfloat16)
+            )
     else:
         if FORM == "i4":
             part = tl.dot(high_value, high_x, tl.dot(low_value, low_x))
-            acc += part * (scale * 0.0625)[:, :, None]
+            acc += part * scale[:, :, None]
             if SHIFT:
                 part = tl.dot(high_value, high_shift, tl.dot(low_value, low_shift))
-                moved += part * (scale * 0.0625)[:, :, None]
+                moved += part * scale[:, :, None]
         else:
             acc += tl.dot(low_value, low_x) * scale[:, :, None]
             if SHIFT:
@@ -145,9 +202,9 @@ def slice_products(
             # Triton lays the operands of a dot out by the width of what was loaded for them. Ones that seem to come
             # from the codes let x lie alike for both dots; else it is not copied asynchronously.
             ones = ((loaded | 1) & 1).to(tl.bfloat16)
-            squares = add_squares(squares, low_raw, ones)
+            squares = add_squares(squares, low_square, low_rest, ones)
             if FORM == "i4":
-                squares = add_squares(squares, high_raw, ones)
+                squares = add_squares(squares, high_square, high_rest, ones)
     return acc, squares, moved
 
 
@@ -156,7 +213,8 @@ def sliced_products(
     w, scales, zeros, w_off, s_off, w_off_2, s_off_2, w_mask, x, x_off, x_mask, k, alpha, norm,
     gain, gain_off, shift, shift_off, parts,
     TWO: tl.constexpr, FORM: tl.constexpr, GROUP: tl.constexpr, SLICES: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr, ROWS: tl.constexpr, DV: tl.constexpr = 0, PARTS: tl.constexpr = 0,
+    BLOCK_K: tl.constexpr, ROWS: tl.constexpr, MASKED_K: tl.constexpr, ALONE: tl.constexpr, DV: tl.constexpr = 0,
+    PARTS: tl.constexpr = 0,
 ):  # fmt: skip
     """float32 [BLOCK_M, ROWS] = W[rows of w_off] · (alpha·norm∘x∘(1 + gain))[rows of x_off]ᵀ, with TWO the same of
     w_off_2, with `norm` the sums of squares of x, and with `shift` W·shiftᵀ. A number of the last three that is not
@@ -189,25 +247,26 @@ def sliced_products(
         if FORM == "i4":
             low = inputs(
                 x, x_off, x_mask, first, k, alpha, norm, gain, gain_off, shift, shift_off, parts, DV, PARTS,
-                BLOCK_K // 2,
+                BLOCK_K // 2, MASKED_K, ALONE, ROWS, norm is not None,
             )  # fmt: skip
             high = inputs(
                 x, x_off, x_mask, first + BLOCK_K // 2, k, alpha, norm, gain, gain_off, shift, shift_off, parts, DV,
-                PARTS, BLOCK_K // 2,
+                PARTS, BLOCK_K // 2, MASKED_K, ALONE, ROWS, norm is not None,
             )  # fmt: skip
         else:
             low = inputs(
-                x, x_off, x_mask, first, k, alpha, norm, gain, gain_off, shift, shift_off, parts, DV, PARTS, BLOCK_K
-            )
+                x, x_off, x_mask, first, k, alpha, norm, gain, gain_off, shift, shift_off, parts, DV, PARTS, BLOCK_K,
+                MASKED_K, ALONE, ROWS, norm is not None,
+            )  # fmt: skip
             high = low
         acc, squares, moved = slice_products(
             acc, squares, moved, w, w_off, w_mask, first, now, at, low, high, k,
-            norm is not None, shift is not None, FORM, BLOCK_K,
+            norm is not None, shift is not None, FORM, BLOCK_K, MASKED_K,
         )  # fmt: skip
         if TWO:
             acc_2, squares, moved = slice_products(
                 acc_2, squares, moved, w, w_off_2, w_mask, first, now_2, at_2, low, high, k,
-                False, False, FORM, BLOCK_K,
+                False, False, FORM, BLOCK_K, MASKED_K,
             )  # fmt: skip
     total = tl.sum(acc, 0)
     total_2, square, added = total, total, total
@@ -224,12 +283,12 @@ def sliced_products(
 def weight_products(
     w, scales, zeros, w_off, s_off, w_off_2, s_off_2, w_mask, x, x_off, x_mask, k, alpha,
     TWO: tl.constexpr, FORM: tl.constexpr, GROUP: tl.constexpr, SLICES: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr, ROWS: tl.constexpr, parts=None, DV: tl.constexpr = 0, PARTS: tl.constexpr = 0,
+    BLOCK_K: tl.constexpr, ROWS: tl.constexpr, MASKED_K: tl.constexpr, ALONE: tl.constexpr, parts=None, DV: tl.constexpr = 0, PARTS: tl.constexpr = 0,
 ):  # fmt: skip
     """`sliced_products` of rows that are not normed."""
     total, total_2, _, _ = sliced_products(
         w, scales, zeros, w_off, s_off, w_off_2, s_off_2, w_mask, x, x_off, x_mask, k, alpha, None,
-        None, x_off, None, x_off, parts, TWO, FORM, GROUP, SLICES, BLOCK_M, BLOCK_K, ROWS, DV, PARTS,
+        None, x_off, None, x_off, parts, TWO, FORM, GROUP, SLICES, BLOCK_M, BLOCK_K, ROWS, MASKED_K, ALONE, DV, PARTS,
     )  # fmt: skip
     return total, total_2
 
@@ -261,7 +320,8 @@ def exact_product(
 def weight_product(
     w, scales, zeros, w_off, s_off, w_mask, x, x_off, x_mask, k, alpha,
     FORM: tl.constexpr, GROUP: tl.constexpr, SLICES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
-    ROWS: tl.constexpr, parts=None, DV: tl.constexpr = 0, PARTS: tl.constexpr = 0,
+    ROWS: tl.constexpr, MASKED_K: tl.constexpr, ALONE: tl.constexpr, parts=None, DV: tl.constexpr = 0,
+    PARTS: tl.constexpr = 0,
 ):  # fmt: skip
     """float32 [BLOCK_M, ROWS] = W[rows of w_off] · (alpha·x)[rows of x_off]ᵀ, weights of any form; with PARTS the one
     row of x is the sum of `parts` (parts.py)."""
@@ -272,7 +332,7 @@ def weight_product(
     else:
         y, _ = weight_products(
             w, scales, zeros, w_off, s_off, w_off, s_off, w_mask, x, x_off, x_mask, k, alpha,
-            False, FORM, GROUP, SLICES, BLOCK_M, BLOCK_K, ROWS, parts, DV, PARTS,
+            False, FORM, GROUP, SLICES, BLOCK_M, BLOCK_K, ROWS, MASKED_K, ALONE, parts, DV, PARTS,
         )  # fmt: skip
     return y
 
@@ -281,7 +341,7 @@ def weight_product(
 def two_products(
     w, scales, zeros, w_off, s_off, w_off_2, s_off_2, w_mask, x, x_off, x_mask, k,
     FORM: tl.constexpr, GROUP: tl.constexpr, SLICES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
-    ROWS: tl.constexpr,
+    ROWS: tl.constexpr, MASKED_K: tl.constexpr, ALONE: tl.constexpr,
 ):  # fmt: skip
     """`weight_product` of the rows of w_off, and of those of w_off_2."""
     if FORM == "f32":
@@ -290,7 +350,7 @@ def two_products(
     else:
         y, y_2 = weight_products(
             w, scales, zeros, w_off, s_off, w_off_2, s_off_2, w_mask, x, x_off, x_mask, k, None,
-            True, FORM, GROUP, SLICES, BLOCK_M, BLOCK_K, ROWS,
+            True, FORM, GROUP, SLICES, BLOCK_M, BLOCK_K, ROWS, MASKED_K, ALONE,
         )  # fmt: skip
     return y, y_2
 
@@ -326,7 +386,7 @@ def normed_products(
     w, scales, zeros, w_off, s_off, w_off_2, s_off_2, w_mask, x, norm, x_off, x_mask, k, eps,
     gain, gain_off, shift, shift_off,
     TWO: tl.constexpr, FORM: tl.constexpr, GROUP: tl.constexpr, SLICES: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_K: tl.constexpr, ROWS: tl.constexpr, MASKED_K: tl.constexpr, ALONE: tl.constexpr,
 ):  # fmt: skip
     """float32 [BLOCK_M, ROWS] = W[rows of w_off] · (rms_norm(x; norm, eps)∘(1 + gain) + shift)[rows of x_off]ᵀ, weights
     of any form: the product of norm∘x∘(1 + gain), at the end times one number for each row, and that of the shift. With
@@ -343,7 +403,8 @@ def normed_products(
     else:
         y, y_2, square, moved = sliced_products(
             w, scales, zeros, w_off, s_off, w_off_2, s_off_2, w_mask, x, x_off, x_mask, k, None, norm,
-            gain, gain_off, shift, shift_off, None, TWO, FORM, GROUP, SLICES, BLOCK_M, BLOCK_K, ROWS,
+            gain, gain_off, shift, shift_off, None, TWO, FORM, GROUP, SLICES, BLOCK_M, BLOCK_K, ROWS, MASKED_K,
+            ALONE,
         )  # fmt: skip
     inverse = 1.0 / tl.sqrt_rn(square / k + eps)
     y, y_2 = y * inverse, y_2 * inverse
@@ -367,10 +428,12 @@ def product_values(
     }  # fmt: skip
     if scales is None:
         values["s_stride"] = Aligned(0)
-    blocks = call.blocks(op, weight.dtype, m, weight.shape[-1])
+    k = weight.shape[-1]
+    blocks = call.blocks(op, weight.dtype, m, k)
+    count = slices(weight.dtype, k, blocks.block_k, call.sm)
     return values, {
         "FORM": form.family, "GROUP": form.group, "BLOCK_M": blocks.block_m, "BLOCK_K": blocks.block_k,
-        "SLICES": slices(weight.dtype, weight.shape[-1], blocks.block_k, call.sm),
+        "SLICES": count, "MASKED_K": k if k % (count * blocks.block_k) else 0,
     }, blocks  # fmt: skip
 
 

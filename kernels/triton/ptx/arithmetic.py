@@ -43,6 +43,16 @@ def bf16_values(bits: Array) -> Array:
     return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
 
 
+def _bf16_bits_of_doubles(values: Array) -> Array:
+    """float64 → bf16, nearest, ties to even: by way of a float32 that is rounded to odd, so that nothing is rounded
+    twice."""
+    near = values.astype(np.float32)
+    bits = np.ascontiguousarray(near).view(np.uint32)
+    inexact = near.astype(np.float64) != values
+    bits = bits - (np.abs(near).astype(np.float64) > np.abs(values)).astype(np.uint32)
+    return bf16_bits(np.where(inexact, bits | np.uint32(1), bits).view(np.float32))
+
+
 def _flush(values: Array) -> Array:
     return np.where(np.abs(values) < _SMALLEST, np.copysign(np.float32(0), values), values).astype(np.float32)
 
@@ -87,6 +97,8 @@ def rule(op: tuple[str, ...], count: int) -> Rule | None:
         return (kind, "u32", "u32"), kind, _field
     if name == "prmt" and len(op) == 2:
         return ("b32", "b32", "b32"), "b32", _permute
+    if op == ("lop3", "b32"):
+        return ("b32", "b32", "b32", "u32"), "b32", _three_bits
     if name == "selp":
         return (kind, kind, "pred"), kind, _choice
     if name == "setp":
@@ -116,7 +128,7 @@ def _extreme(real: Compute, strict: Compute) -> Callable[[str, tuple[str, ...]],
 
 
 #: The numbers of which a register of such a type holds two.
-_HALVES: dict[str, Any] = {"s16x2": np.uint16, "f32x2": np.float32}
+_HALVES: dict[str, Any] = {"s16x2": np.uint16, "f32x2": np.float32, "bf16x2": np.uint16}
 
 
 def _halves(compute: Compute, kind: str) -> Compute:
@@ -130,12 +142,16 @@ def _halves(compute: Compute, kind: str) -> Compute:
     return both
 
 
+def _bf16_product(a: Array, b: Array) -> Array:
+    return bf16_bits(bf16_values(a) * bf16_values(b))  # 16 bits, which a float32 holds
+
+
 def _sum(compute: Compute) -> Callable[[str, tuple[str, ...]], Compute | None]:
     return lambda kind, op: None if kind.startswith("bf16") else compute
 
 
 _BINARY: dict[str, Callable[[str, tuple[str, ...]], Compute | None]] = {
-    "add": _sum(np.add), "sub": _sum(np.subtract), "mul": lambda kind, op: None if "bf" in kind else np.multiply,
+    "add": _sum(np.add), "sub": _sum(np.subtract), "mul": lambda kind, op: np.multiply if "bf" not in kind else _bf16_product if op[1:] == ("rn", "bf16") else None,
     "div": _divide, "rem": lambda kind, op: lambda a, b: np.fmod(a, np.where(b == 0, 1, b)).astype(a.dtype),
     "min": _extreme(np.fmin, np.minimum), "max": _extreme(np.fmax, np.maximum),
     "and": lambda kind, op: np.bitwise_and, "or": lambda kind, op: np.bitwise_or,
@@ -192,7 +208,15 @@ def _product_sum(op: tuple[str, ...]) -> Rule | None:
 
         compute: Compute = _halves(fused, kind) if kind in _HALVES else fused
         return (kind, kind, kind), kind, _flushing(fused) if "ftz" in op else compute
+    if op[0] == "fma" and op[1:] in (("rn", "bf16"), ("rn", "bf16x2")):
+        return (kind, kind, kind), kind, _halves(_bf16_fused, kind) if kind in _HALVES else _bf16_fused
     return None
+
+
+def _bf16_fused(a: Array, b: Array, c: Array) -> Array:
+    """fma of bf16 numbers as bits; subnormal ones count. (A sum of more than 53 bits is rounded to them first.)"""
+    x, y, z = (bf16_values(value).astype(np.float64) for value in (a, b, c))
+    return _bf16_bits_of_doubles(x * y + z)
 
 
 def _shift(name: str, kind: str) -> Compute:
@@ -229,6 +253,16 @@ def _permute(a: Array, b: Array, selector: Array) -> Array:
         sign = np.where(byte >= 128, np.uint64(255), np.uint64(0))
         result |= np.where(choice >= 8, sign, byte) << np.uint64(8 * place)
     return result.astype(np.uint32)
+
+
+def _three_bits(a: Array, b: Array, c: Array, table: Array) -> Array:
+    """lop3: each bit is that of the table at a·4 + b·2 + c."""
+    result = np.zeros(np.broadcast(a, b, c, table).shape, np.uint32)
+    for place in range(8):
+        same = [value if place >> bit & 1 else ~value for bit, value in ((2, a), (1, b), (0, c))]
+        chosen = np.where(table >> np.uint32(place) & np.uint32(1) == 1, np.uint32(0xFFFFFFFF), np.uint32(0))
+        result |= same[0] & same[1] & same[2] & chosen
+    return result
 
 
 def _comparison(op: tuple[str, ...]) -> Rule | None:
