@@ -32,7 +32,7 @@ def linear_kernel(
     gain, shift, gain_stride, shift_stride, taps, tail, slots, counts, start, channels, level,
     per, mixed, mixed_stride, part_m, part_l, part_acc, splits,
     FORM: tl.constexpr, GROUP: tl.constexpr, SLICES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
-    ROWS: tl.constexpr, MASKED_K: tl.constexpr, ALONE: tl.constexpr, LINES: tl.constexpr, OVERLAP: tl.constexpr,
+    ROWS: tl.constexpr, MASKED_K: tl.constexpr, ONCE: tl.constexpr, ALONE: tl.constexpr, LINES: tl.constexpr, OVERLAP: tl.constexpr,
     STEPS: tl.constexpr, COUNT: tl.constexpr,
     TAPS: tl.constexpr, RESIDUAL: tl.constexpr, EACH: tl.constexpr, DV: tl.constexpr, PARTS: tl.constexpr,
     GATED: tl.constexpr,
@@ -98,13 +98,13 @@ def linear_kernel(
         y, y_2 = normed_products(
             w, scales, zeros, wide_col * w_stride, wide_col * s_stride, (wide_col + m) * w_stride,
             (wide_col + m) * s_stride, inside, x, norm, from_row * x_stride, x_mask, k, eps, gain, gain_off, shift,
-            shift_off, GATED, FORM, GROUP, SLICES, BLOCK_M, BLOCK_K, ROWS, MASKED_K, ALONE,
+            shift_off, GATED, FORM, GROUP, SLICES, BLOCK_M, BLOCK_K, ROWS, MASKED_K, ONCE, ALONE,
         )  # fmt: skip
     elif GATED:
         y, y_2 = two_products(
             w, scales, zeros, wide_col * w_stride, wide_col * s_stride, (wide_col + m) * w_stride,
             (wide_col + m) * s_stride, inside, x, from_row * x_stride, x_mask, k, FORM, GROUP, SLICES, BLOCK_M,
-            BLOCK_K, ROWS, MASKED_K, ALONE,
+            BLOCK_K, ROWS, MASKED_K, ONCE, ALONE,
         )  # fmt: skip
     else:
         x_off = from_row
@@ -112,7 +112,7 @@ def linear_kernel(
             x_off = from_row * x_stride
         y = weight_product(
             w, scales, zeros, wide_col * w_stride, wide_col * s_stride, inside, x, x_off, x_mask, k, alpha,
-            FORM, GROUP, SLICES, BLOCK_M, BLOCK_K, ROWS, MASKED_K, ALONE, (part_m, part_l, part_acc, splits), DV, PARTS,
+            FORM, GROUP, SLICES, BLOCK_M, BLOCK_K, ROWS, MASKED_K, ONCE, ALONE, (part_m, part_l, part_acc, splits), DV, PARTS,
         )  # fmt: skip
     if bias is not None:
         y += biases[:, None]

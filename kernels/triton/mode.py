@@ -36,14 +36,14 @@ def device(fn: Callable[..., Any]) -> Any:
     return FUNCTIONS[name]
 
 
-# What comes before this is not moved behind what comes after it.
-_SETTLED = tl.constexpr("mov.b32 $0, $1;")
+_HELD = tl.constexpr("mov.b32 $0, $1;")
 _PTX = tl.constexpr(not INTERPRET)
 
 
 @device
-def settled(values):
-    """bf16 `values`"""
+def held(values):
+    """float32 `values`, of which the compiler does not know that: what is made of them is not moved out of a loop, nor
+    into threads that would make it again. It takes no instruction."""
     if _PTX:
-        values = tl.inline_asm_elementwise(_SETTLED, "=r,r", [values], tl.bfloat16, False, 2)
+        values = tl.inline_asm_elementwise(_HELD, "=r,r", [values], tl.float32, False, 1)
     return values

@@ -74,7 +74,7 @@ def moe_gate_up_kernel(
     count_e, f, k, w_stride, s_stride, x_stride, alpha, limit, gate_cap, up_cap,
     weights, logits, inverses, logit_bias, learned, scale, routed, route_scale,
     GROUPED: tl.constexpr, ACT: tl.constexpr, FORM: tl.constexpr, GROUP: tl.constexpr, SLICES: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr, MASKED_K: tl.constexpr, SCORES: tl.constexpr, NORMALISE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr, MASKED_K: tl.constexpr, ONCE: tl.constexpr, SCORES: tl.constexpr, NORMALISE: tl.constexpr,
     TOP_K: tl.constexpr, SHARED: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """hidden[pair, f] = act(gate_e x, up_e x); grid (tiles of pairs, blocks of f).
@@ -142,7 +142,7 @@ def moe_gate_up_kernel(
     up_row = gate_row + f
     gate, up = two_products(
         w, scales, zeros, gate_row * w_stride, gate_row * s_stride, up_row * w_stride, up_row * s_stride, inside,
-        x, x_off, x_mask, k, FORM, GROUP, SLICES, BLOCK_M, BLOCK_K, ROWS, MASKED_K, ALONE,
+        x, x_off, x_mask, k, FORM, GROUP, SLICES, BLOCK_M, BLOCK_K, ROWS, MASKED_K, ONCE, ALONE,
     )  # fmt: skip
     if bias is not None:
         gate += tl.load(bias + gate_row, mask=inside, other=0.0)[:, None]
@@ -199,7 +199,7 @@ def moe_sort_kernel(
 def moe_down_kernel(
     parts, hidden, w, scales, zeros, bias, order, tile_first, tile_count, tile_expert, d, k, w_stride, s_stride,
     FORM: tl.constexpr, GROUP: tl.constexpr, SLICES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
-    ROWS: tl.constexpr, MASKED_K: tl.constexpr, LINES: tl.constexpr, OVERLAP: tl.constexpr,
+    ROWS: tl.constexpr, MASKED_K: tl.constexpr, ONCE: tl.constexpr, LINES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """parts[pair, d] = down_e hidden[pair] + bias of sorted pairs; grid (tiles of pairs, blocks of d)."""
     pair, held, expert = tile_pairs(order, tile_first, tile_count, tile_expert, tl.program_id(0), ROWS)
@@ -214,7 +214,7 @@ def moe_down_kernel(
         return
     y = weight_product(
         w, scales, zeros, down_row * w_stride, down_row * s_stride, inside, hidden, pair.to(tl.int64) * k, held, k,
-        None, FORM, GROUP, SLICES, BLOCK_M, BLOCK_K, ROWS, MASKED_K, False,
+        None, FORM, GROUP, SLICES, BLOCK_M, BLOCK_K, ROWS, MASKED_K, ONCE, False,
     )  # fmt: skip
     if bias is not None:
         y += tl.load(bias + down_row, mask=inside, other=0.0)[:, None]
@@ -263,15 +263,13 @@ def choices_products(
             low, high, _ = slice_values(w, off, inside, first, at_zero, k, FORM, BLOCK_K, MASKED_K)
             half: tl.constexpr = BLOCK_K // 2 if FORM == "i4" else BLOCK_K
             low_x, _, _, _ = inputs(
-                x, x_off, choice == j, first, k, None, None, None, x_off, None, x_off, None, 0, 0, half, MASKED_K, False,
-                COLS, False,
-            )  # fmt: skip
+                x, x_off, choice == j, first, None, None, None, x_off, None, x_off, half, MASKED_K
+                )
             codes = tl.dot(low, low_x, codes)
             if FORM == "i4":
                 high_x, _, _, _ = inputs(
-                    x, x_off, choice == j, first + half, k, None, None, None, x_off, None, x_off, None, 0, 0, half,
-                    MASKED_K, False, COLS, False,
-                )  # fmt: skip
+                    x, x_off, choice == j, first + half, None, None, None, x_off, None, x_off, half, MASKED_K
+                    )
                 codes = tl.dot(high, high_x, codes)
         if FORM == "bf16":
             acc = codes
@@ -302,7 +300,7 @@ def moe_down_sum_kernel(
     out, hidden, w, scales, zeros, bias, experts, weights, addend, counts, n, per, count_e, d, k, w_stride, s_stride,
     out_stride, addend_stride, taps, tail, slots, start, channels, level,
     TOP_K: tl.constexpr, FORM: tl.constexpr, GROUP: tl.constexpr, SLICES: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr, COLS: tl.constexpr, MASKED_K: tl.constexpr, LINES: tl.constexpr, OVERLAP: tl.constexpr,
+    BLOCK_K: tl.constexpr, COLS: tl.constexpr, MASKED_K: tl.constexpr, ONCE: tl.constexpr, LINES: tl.constexpr, OVERLAP: tl.constexpr,
     TAPS: tl.constexpr, RESIDUAL: tl.constexpr,
 ):  # fmt: skip
     """out[row] = addend + Σ_j weights_j·(down_e hidden[row, j] + bias), j ascending; grid (rows, blocks of d). With

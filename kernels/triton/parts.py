@@ -7,7 +7,7 @@ from typing import Any
 import triton.language as tl
 
 from tmlc.kernels.triton.launch import Pointer
-from tmlc.kernels.triton.mode import device
+from tmlc.kernels.triton.mode import device, held
 
 #: The largest score of no keys. No score is less, so differences of largest scores are never of infinities.
 LEAST = tl.constexpr(-3.4028234663852886e38)
@@ -37,9 +37,10 @@ def join(total_m, total_l, m, l):  # noqa: E741
 
 
 @device
-def sum_of_parts(parts, first, k, DV: tl.constexpr, PARTS: tl.constexpr, BLOCK_K: tl.constexpr):
-    """What attention gives in the columns first[slice].. of its only row: [slices, BLOCK_K]. parts: (part_m, part_l,
-    part_acc, splits) of `attention_kernel`.
+def read_parts(parts, first, k, DV: tl.constexpr, PARTS: tl.constexpr, BLOCK_K: tl.constexpr):
+    """The parts of the columns first[slice].. of attention's only row, as `add_parts` takes them: for each split its
+    largest scores, its sums, and its weighted sums of values. parts: (part_m, part_l, part_acc, splits) of
+    `attention_kernel`.
 
     GROUP columns that lie in one head read its largest scores and sums once.
     """
@@ -49,9 +50,7 @@ def sum_of_parts(parts, first, k, DV: tl.constexpr, PARTS: tl.constexpr, BLOCK_K
     begin = first[:, None] + (tl.arange(0, COUNT) * GROUP)[None, :]
     inner = tl.arange(0, GROUP)
     head = begin // DV
-    total_m = tl.full(begin.shape, LEAST, tl.float32)
-    total_l = tl.zeros(begin.shape, tl.float32)
-    total = tl.zeros((begin.shape[0], COUNT, GROUP), tl.float32)
+    read = ()
     for i in tl.static_range(PARTS):  # one behind the last adds nothing
         there = (begin < k) & (i < splits)
         part = head * splits + i
@@ -59,9 +58,21 @@ def sum_of_parts(parts, first, k, DV: tl.constexpr, PARTS: tl.constexpr, BLOCK_K
         l = tl.load(part_l + part, mask=there, other=0.0)  # noqa: E741
         at = part * DV + begin % DV
         acc = tl.load(part_acc + at[:, :, None] + inner[None, None, :], mask=there[:, :, None], other=0.0)
-        total_m, total_l, old, new = join(total_m, total_l, m, l)
-        total = total * old[:, :, None] + acc * new[:, :, None]
-    return tl.reshape(total / total_l[:, :, None], (begin.shape[0], BLOCK_K))
+        read += ((m, l, acc),)  # type: ignore[assignment]
+    return read
+
+
+@device
+def add_parts(read, PARTS: tl.constexpr, BLOCK_K: tl.constexpr):
+    """What attention gives in the columns of `read_parts`: [slices, BLOCK_K]."""
+    total_m = tl.full(read[0][0].shape, LEAST, tl.float32)
+    total_l = tl.zeros(read[0][1].shape, tl.float32)
+    total = tl.zeros(read[0][2].shape, tl.float32)
+    for i in tl.static_range(PARTS):
+        m, l, acc = read[i]  # noqa: E741
+        total_m, total_l, old, new = join(total_m, total_l, held(m), held(l))
+        total = total * old[:, :, None] + held(acc) * new[:, :, None]
+    return tl.reshape(total / total_l[:, :, None], (total.shape[0], BLOCK_K))
 
 
 @dataclass(frozen=True)

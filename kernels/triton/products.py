@@ -13,8 +13,8 @@ import triton.language as tl
 from tmlc.kernels.triton.codes import STEP, fp8_values, half_values, whole_values
 from tmlc.kernels.triton.launch import Aligned, Operand
 from tmlc.kernels.triton.layouts import FORMS, weight_pointers
-from tmlc.kernels.triton.mode import device, settled
-from tmlc.kernels.triton.parts import sum_of_parts
+from tmlc.kernels.triton.mode import device, held
+from tmlc.kernels.triton.parts import add_parts, read_parts
 from tmlc.kernels.triton.registry import Call
 from tmlc.kernels.triton.tuning import Blocks, slices
 
@@ -34,83 +34,123 @@ def there(mask, first, BLOCK_K: tl.constexpr, MASKED_K: tl.constexpr):
 
 
 @device
-def normed_inputs(values, at_norm, at_gain, alpha, k_mask, mask, norm, gain):
-    """alpha·norm∘values∘(1 + gain), float32; `at_norm`, `at_gain`: where those of `values` are."""
-    taken = values
-    if norm is not None:
-        taken = values * tl.load(norm + at_norm, mask=k_mask, other=0.0)
-    if gain is not None:
-        taken = taken * (1.0 + tl.load(gain + at_gain, mask=mask, other=0.0))
-    if alpha is not None:
-        taken = taken * alpha
-    return taken
+def square_halves(values):
+    """Squares in two parts that are or will be rounded to bf16, which hold 16 of their bits: their upper halves as they
+    are (rounded, they would take a slow conversion of single numbers to be subtracted), and the rest."""
+    squares = values * values
+    high = (squares.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
+    return high, squares - high
 
 
 @device
-def square_halves(values):
-    """Squares as two bf16 numbers, which hold 16 of their bits: their upper halves as they are (rounded, they would
-    take a slow conversion of single numbers to be subtracted), and the rest."""
-    squares = values * values
-    high = (squares.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
-    return high.to(tl.bfloat16), (squares - high).to(tl.bfloat16)
+def read_alone(
+    x, x_off, x_mask, first, k, norm, gain, gain_off, shift, shift_off, parts,
+    DV: tl.constexpr, PARTS: tl.constexpr, BLOCK_K: tl.constexpr, MASKED_K: tl.constexpr,
+):  # fmt: skip
+    """What `alone_inputs` takes: of the only row float32 [slices, BLOCK_K] from first [slices] on (or its parts), and the
+    norm's weight, gain and shift; of those that are not there the first again."""
+    kk = first[:, None] + tl.arange(0, BLOCK_K)[None, :]
+    mask = tl.full(kk.shape, 1, tl.int1) & x_mask
+    if MASKED_K > 0:
+        mask = mask & (kk < MASKED_K)
+    if PARTS > 0:
+        values = read_parts(parts, first, k, DV, PARTS, BLOCK_K)
+    else:
+        values = tl.load(x + x_off + kk, mask=mask, other=0.0)
+    weights, gains, shifts = values, values, values
+    if norm is not None:
+        weights = tl.load(norm + kk, mask=mask, other=0.0)
+    if gain is not None:
+        gains = tl.load(gain + gain_off + kk, mask=mask, other=0.0)
+    if shift is not None:
+        shifts = tl.load(shift + shift_off + kk, mask=mask, other=0.0)
+    return values, weights, gains, shifts
 
 
 @device
 def columns(row, ROWS: tl.constexpr):
-    """bf16 [slices, inputs, ROWS], each column [slices, inputs] of the only row."""
-    return tl.broadcast_to(settled(row)[:, :, None], (row.shape[0], row.shape[1], ROWS))
+    """bf16 [slices, inputs, ROWS], each column the only row [slices, inputs]."""
+    return tl.broadcast_to(row.to(tl.bfloat16)[:, :, None], (row.shape[0], row.shape[1], ROWS))
+
+
+@device
+def alone_inputs(
+    read, first, alpha, norm, gain, shift,
+    PARTS: tl.constexpr, BLOCK_K: tl.constexpr, MASKED_K: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """`inputs` of the only row, each column the same. It is made by threads that have inputs of their own: a dot's
+    operand has a thread for each input and column, which would make all of them."""
+    values, weights, gains, shifts = read
+    if PARTS > 0:
+        values = add_parts(values, PARTS, BLOCK_K)
+        if MASKED_K > 0:
+            kk = first[:, None] + tl.arange(0, BLOCK_K)[None, :]
+            values = tl.where(kk < MASKED_K, values, 0.0)
+    else:
+        values = held(values)
+    taken = values
+    if norm is not None:
+        taken = values * held(weights)
+    if gain is not None:
+        taken = taken * (1.0 + held(gains))
+    if alpha is not None:
+        taken = taken * alpha
+    rounded = columns(taken, ROWS)
+    high, low, added = rounded, rounded, rounded
+    if norm is not None:
+        high, low = square_halves(values)
+        high, low = columns(high, ROWS), columns(low, ROWS)
+    if shift is not None:
+        added = columns(held(shifts), ROWS)
+    return rounded, high, low, added
 
 
 @device
 def inputs(
-    x, x_off, x_mask, first, k, alpha, norm, gain, gain_off, shift, shift_off, parts,
-    DV: tl.constexpr, PARTS: tl.constexpr, BLOCK_K: tl.constexpr, MASKED_K: tl.constexpr, ALONE: tl.constexpr,
-    ROWS: tl.constexpr, SQUARES: tl.constexpr,
+    x, x_off, x_mask, first, alpha, norm, gain, gain_off, shift, shift_off,
+    BLOCK_K: tl.constexpr, MASKED_K: tl.constexpr,
 ):  # fmt: skip
-    """bf16 [slices, inputs, rows] of the BLOCK_K inputs from first [slices] on: alpha·norm∘x∘(1 + gain), with SQUARES
-    the two halves of x², and the shift. What is not asked for is the first again. With PARTS the one row that is there
-    is the sum of these.
-
-    With ALONE x_off, x_mask, gain_off and shift_off are of the only row, and each column of the result is that: it is
-    made by threads that have inputs of their own, where a dot's operand has a thread for each input and column.
-    """
-    kk = first[:, None] + tl.arange(0, BLOCK_K)[None, :]
-    if ALONE:
-        mask = tl.full(kk.shape, 1, tl.int1) & x_mask
-        if MASKED_K > 0:
-            mask = mask & (kk < MASKED_K)
-        if PARTS > 0:
-            values = sum_of_parts(parts, first, k, DV, PARTS, BLOCK_K)
-            if MASKED_K > 0:
-                values = tl.where(mask, values, 0.0)
-        else:
-            values = tl.load(x + x_off + kk, mask=mask, other=0.0)
-        taken = normed_inputs(values, kk, gain_off + kk, alpha, mask, mask, norm, gain)
-        rounded = columns(taken.to(tl.bfloat16), ROWS)
-        high, low, added = rounded, rounded, rounded
-        if SQUARES:
-            high, low = square_halves(values)
-            high, low = columns(high, ROWS), columns(low, ROWS)
-        if shift is not None:
-            moved = tl.load(shift + shift_off + kk, mask=mask, other=0.0)
-            added = columns(moved.to(tl.bfloat16), ROWS)
-    else:
-        at = kk[:, None, :]
-        mask = there(x_mask[None, :, None], first, BLOCK_K, MASKED_K)
-        k_mask = there(tl.full((1, 1, 1), 1, tl.int1), first, BLOCK_K, MASKED_K)
-        values = tl.load(x + x_off[None, :, None] + at, mask=mask, other=0.0)
-        at_gain = at
-        if gain is not None:
-            at_gain = gain_off[None, :, None] + at
-        taken = normed_inputs(values, at, at_gain, alpha, k_mask, mask, norm, gain)
-        rounded = tl.trans(taken.to(tl.bfloat16), 0, 2, 1)
-        high, low, added = rounded, rounded, rounded
-        if SQUARES:
-            high, low = square_halves(tl.trans(values, 0, 2, 1))
-        if shift is not None:
-            moved = tl.load(shift + shift_off[None, :, None] + at, mask=mask, other=0.0)
-            added = tl.trans(moved.to(tl.bfloat16), 0, 2, 1)
+    """bf16 [slices, inputs, rows] of the BLOCK_K inputs from first [slices] on: alpha·norm∘x∘(1 + gain), the two halves
+    of x² where there is a norm, and the shift. What is not asked for is the first again."""
+    kk = (first[:, None] + tl.arange(0, BLOCK_K)[None, :])[:, None, :]
+    mask = there(x_mask[None, :, None], first, BLOCK_K, MASKED_K)
+    values = tl.load(x + x_off[None, :, None] + kk, mask=mask, other=0.0)
+    taken = values
+    if norm is not None:
+        weighed = there(tl.full((1, 1, 1), 1, tl.int1), first, BLOCK_K, MASKED_K)
+        taken = values * tl.load(norm + kk, mask=weighed, other=0.0)
+    if gain is not None:
+        taken = taken * (1.0 + tl.load(gain + gain_off[None, :, None] + kk, mask=mask, other=0.0))
+    if alpha is not None:
+        taken = taken * alpha
+    rounded = tl.trans(taken.to(tl.bfloat16), 0, 2, 1)
+    high, low, added = rounded, rounded, rounded
+    if norm is not None:
+        high, low = square_halves(tl.trans(values, 0, 2, 1))
+        high, low = high.to(tl.bfloat16), low.to(tl.bfloat16)
+    if shift is not None:
+        moved = tl.load(shift + shift_off[None, :, None] + kk, mask=mask, other=0.0)
+        added = tl.trans(moved.to(tl.bfloat16), 0, 2, 1)
     return rounded, high, low, added
+
+
+@device
+def turn_inputs(
+    row, x, x_off, x_mask, first, k, alpha, norm, gain, gain_off, shift, shift_off, parts,
+    DV: tl.constexpr, PARTS: tl.constexpr, BLOCK_K: tl.constexpr, MASKED_K: tl.constexpr, ONCE: tl.constexpr,
+    ALONE: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """`inputs` of all rows, or with ALONE those of the only one, read before where there is one turn (`row`)."""
+    if ALONE:
+        read = row
+        if not ONCE:
+            read = read_alone(
+                x, x_off, x_mask, first, k, norm, gain, gain_off, shift, shift_off, parts, DV, PARTS, BLOCK_K, MASKED_K
+            )
+        made = alone_inputs(read, first, alpha, norm, gain, shift, PARTS, BLOCK_K, MASKED_K, ROWS)
+    else:
+        made = inputs(x, x_off, x_mask, first, alpha, norm, gain, gain_off, shift, shift_off, BLOCK_K, MASKED_K)
+    return made
 
 
 @device
@@ -213,7 +253,7 @@ def sliced_products(
     w, scales, zeros, w_off, s_off, w_off_2, s_off_2, w_mask, x, x_off, x_mask, k, alpha, norm,
     gain, gain_off, shift, shift_off, parts,
     TWO: tl.constexpr, FORM: tl.constexpr, GROUP: tl.constexpr, SLICES: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr, ROWS: tl.constexpr, MASKED_K: tl.constexpr, ALONE: tl.constexpr, DV: tl.constexpr = 0,
+    BLOCK_K: tl.constexpr, ROWS: tl.constexpr, MASKED_K: tl.constexpr, ONCE: tl.constexpr, ALONE: tl.constexpr, DV: tl.constexpr = 0,
     PARTS: tl.constexpr = 0,
 ):  # fmt: skip
     """float32 [BLOCK_M, ROWS] = W[rows of w_off] · (alpha·norm∘x∘(1 + gain))[rows of x_off]ᵀ, with TWO the same of
@@ -234,31 +274,37 @@ def sliced_products(
         scale, zero = group_numbers(scales, zeros, s_off, w_mask, first, k, FORM, GROUP)
         if TWO:
             scale_2, zero_2 = group_numbers(scales, zeros, s_off_2, w_mask, first, k, FORM, GROUP)
+    HALF: tl.constexpr = BLOCK_K // 2 if FORM == "i4" else BLOCK_K
+    low_row, high_row = first, first
+    if ALONE and ONCE:  # asked for before the weights, and used behind them: that takes no shared memory
+        low_row = read_alone(
+            x, x_off, x_mask, first, k, norm, gain, gain_off, shift, shift_off, parts, DV, PARTS, HALF, MASKED_K
+        )
+        if FORM == "i4":
+            high_row = read_alone(
+                x, x_off, x_mask, first + HALF, k, norm, gain, gain_off, shift, shift_off, parts, DV, PARTS, HALF,
+                MASKED_K,
+            )  # fmt: skip
     for start in range(0, k, SLICES * BLOCK_K):
         first = start + tl.arange(0, SLICES) * BLOCK_K
         # Scales come one turn ahead: asked for behind the codes, they would be waited for by themselves.
         now, now_2 = scale, scale_2
         at, at_2 = zero, zero_2
-        if FORM != "bf16":
+        if FORM != "bf16" and not ONCE:
             following = first + SLICES * BLOCK_K
             scale, zero = group_numbers(scales, zeros, s_off, w_mask, following, k, FORM, GROUP)
             if TWO:
                 scale_2, zero_2 = group_numbers(scales, zeros, s_off_2, w_mask, following, k, FORM, GROUP)
+        low = turn_inputs(
+            low_row, x, x_off, x_mask, first, k, alpha, norm, gain, gain_off, shift, shift_off, parts, DV, PARTS, HALF,
+            MASKED_K, ONCE, ALONE, ROWS,
+        )  # fmt: skip
+        high = low
         if FORM == "i4":
-            low = inputs(
-                x, x_off, x_mask, first, k, alpha, norm, gain, gain_off, shift, shift_off, parts, DV, PARTS,
-                BLOCK_K // 2, MASKED_K, ALONE, ROWS, norm is not None,
+            high = turn_inputs(
+                high_row, x, x_off, x_mask, first + HALF, k, alpha, norm, gain, gain_off, shift, shift_off, parts, DV,
+                PARTS, HALF, MASKED_K, ONCE, ALONE, ROWS,
             )  # fmt: skip
-            high = inputs(
-                x, x_off, x_mask, first + BLOCK_K // 2, k, alpha, norm, gain, gain_off, shift, shift_off, parts, DV,
-                PARTS, BLOCK_K // 2, MASKED_K, ALONE, ROWS, norm is not None,
-            )  # fmt: skip
-        else:
-            low = inputs(
-                x, x_off, x_mask, first, k, alpha, norm, gain, gain_off, shift, shift_off, parts, DV, PARTS, BLOCK_K,
-                MASKED_K, ALONE, ROWS, norm is not None,
-            )  # fmt: skip
-            high = low
         acc, squares, moved = slice_products(
             acc, squares, moved, w, w_off, w_mask, first, now, at, low, high, k,
             norm is not None, shift is not None, FORM, BLOCK_K, MASKED_K,
@@ -283,12 +329,12 @@ def sliced_products(
 def weight_products(
     w, scales, zeros, w_off, s_off, w_off_2, s_off_2, w_mask, x, x_off, x_mask, k, alpha,
     TWO: tl.constexpr, FORM: tl.constexpr, GROUP: tl.constexpr, SLICES: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr, ROWS: tl.constexpr, MASKED_K: tl.constexpr, ALONE: tl.constexpr, parts=None, DV: tl.constexpr = 0, PARTS: tl.constexpr = 0,
+    BLOCK_K: tl.constexpr, ROWS: tl.constexpr, MASKED_K: tl.constexpr, ONCE: tl.constexpr, ALONE: tl.constexpr, parts=None, DV: tl.constexpr = 0, PARTS: tl.constexpr = 0,
 ):  # fmt: skip
     """`sliced_products` of rows that are not normed."""
     total, total_2, _, _ = sliced_products(
         w, scales, zeros, w_off, s_off, w_off_2, s_off_2, w_mask, x, x_off, x_mask, k, alpha, None,
-        None, x_off, None, x_off, parts, TWO, FORM, GROUP, SLICES, BLOCK_M, BLOCK_K, ROWS, MASKED_K, ALONE, DV, PARTS,
+        None, x_off, None, x_off, parts, TWO, FORM, GROUP, SLICES, BLOCK_M, BLOCK_K, ROWS, MASKED_K, ONCE, ALONE, DV, PARTS,
     )  # fmt: skip
     return total, total_2
 
@@ -306,7 +352,9 @@ def exact_product(
         inside = kk < k
         values = tl.load(w + w_off[:, None] + kk[None, :], mask=w_mask[:, None] & inside[None, :], other=0.0)
         if PARTS > 0:
-            row = sum_of_parts(parts, start + tl.arange(0, 1), k, DV, PARTS, BLOCK_K)
+            row = add_parts(
+                read_parts(parts, start + tl.arange(0, 1), k, DV, PARTS, BLOCK_K), PARTS, BLOCK_K
+            )
             rows = tl.where(x_mask[None, :] & inside[:, None], tl.trans(row, 1, 0), 0.0)
         else:
             rows = tl.load(x + x_off[None, :] + kk[:, None], mask=x_mask[None, :] & inside[:, None], other=0.0)
@@ -320,7 +368,7 @@ def exact_product(
 def weight_product(
     w, scales, zeros, w_off, s_off, w_mask, x, x_off, x_mask, k, alpha,
     FORM: tl.constexpr, GROUP: tl.constexpr, SLICES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
-    ROWS: tl.constexpr, MASKED_K: tl.constexpr, ALONE: tl.constexpr, parts=None, DV: tl.constexpr = 0,
+    ROWS: tl.constexpr, MASKED_K: tl.constexpr, ONCE: tl.constexpr, ALONE: tl.constexpr, parts=None, DV: tl.constexpr = 0,
     PARTS: tl.constexpr = 0,
 ):  # fmt: skip
     """float32 [BLOCK_M, ROWS] = W[rows of w_off] · (alpha·x)[rows of x_off]ᵀ, weights of any form; with PARTS the one
@@ -332,7 +380,7 @@ def weight_product(
     else:
         y, _ = weight_products(
             w, scales, zeros, w_off, s_off, w_off, s_off, w_mask, x, x_off, x_mask, k, alpha,
-            False, FORM, GROUP, SLICES, BLOCK_M, BLOCK_K, ROWS, MASKED_K, ALONE, parts, DV, PARTS,
+            False, FORM, GROUP, SLICES, BLOCK_M, BLOCK_K, ROWS, MASKED_K, ONCE, ALONE, parts, DV, PARTS,
         )  # fmt: skip
     return y
 
@@ -341,7 +389,7 @@ def weight_product(
 def two_products(
     w, scales, zeros, w_off, s_off, w_off_2, s_off_2, w_mask, x, x_off, x_mask, k,
     FORM: tl.constexpr, GROUP: tl.constexpr, SLICES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
-    ROWS: tl.constexpr, MASKED_K: tl.constexpr, ALONE: tl.constexpr,
+    ROWS: tl.constexpr, MASKED_K: tl.constexpr, ONCE: tl.constexpr, ALONE: tl.constexpr,
 ):  # fmt: skip
     """`weight_product` of the rows of w_off, and of those of w_off_2."""
     if FORM == "f32":
@@ -350,7 +398,7 @@ def two_products(
     else:
         y, y_2 = weight_products(
             w, scales, zeros, w_off, s_off, w_off_2, s_off_2, w_mask, x, x_off, x_mask, k, None,
-            True, FORM, GROUP, SLICES, BLOCK_M, BLOCK_K, ROWS, MASKED_K, ALONE,
+            True, FORM, GROUP, SLICES, BLOCK_M, BLOCK_K, ROWS, MASKED_K, ONCE, ALONE,
         )  # fmt: skip
     return y, y_2
 
@@ -386,7 +434,7 @@ def normed_products(
     w, scales, zeros, w_off, s_off, w_off_2, s_off_2, w_mask, x, norm, x_off, x_mask, k, eps,
     gain, gain_off, shift, shift_off,
     TWO: tl.constexpr, FORM: tl.constexpr, GROUP: tl.constexpr, SLICES: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr, ROWS: tl.constexpr, MASKED_K: tl.constexpr, ALONE: tl.constexpr,
+    BLOCK_K: tl.constexpr, ROWS: tl.constexpr, MASKED_K: tl.constexpr, ONCE: tl.constexpr, ALONE: tl.constexpr,
 ):  # fmt: skip
     """float32 [BLOCK_M, ROWS] = W[rows of w_off] · (rms_norm(x; norm, eps)∘(1 + gain) + shift)[rows of x_off]ᵀ, weights
     of any form: the product of norm∘x∘(1 + gain), at the end times one number for each row, and that of the shift. With
@@ -404,7 +452,7 @@ def normed_products(
         y, y_2, square, moved = sliced_products(
             w, scales, zeros, w_off, s_off, w_off_2, s_off_2, w_mask, x, x_off, x_mask, k, None, norm,
             gain, gain_off, shift, shift_off, None, TWO, FORM, GROUP, SLICES, BLOCK_M, BLOCK_K, ROWS, MASKED_K,
-            ALONE,
+            ONCE, ALONE,
         )  # fmt: skip
     inverse = 1.0 / tl.sqrt_rn(square / k + eps)
     y, y_2 = y * inverse, y_2 * inverse
@@ -433,7 +481,7 @@ def product_values(
     count = slices(weight.dtype, k, blocks.block_k, call.sm)
     return values, {
         "FORM": form.family, "GROUP": form.group, "BLOCK_M": blocks.block_m, "BLOCK_K": blocks.block_k,
-        "SLICES": count, "MASKED_K": k if k % (count * blocks.block_k) else 0,
+        "SLICES": count, "MASKED_K": k if k % (count * blocks.block_k) else 0, "ONCE": k <= count * blocks.block_k,
     }, blocks  # fmt: skip
 
 
