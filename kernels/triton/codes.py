@@ -11,13 +11,10 @@ the sums behind them are told by 64: a power of two changes no bit of a product.
 
 import triton.language as tl
 
-from tmlc.kernels.triton.mode import INTERPRET, device
+from tmlc.kernels.triton.mode import COMPILED, device
 
 #: What `whole_values` and `half_values` have to be multiplied by. 2^133 / 64 is the largest power of two in bf16.
 STEP = tl.constexpr(64.0)
-
-#: In Triton's interpreter there are no instructions: there the same numbers come from arithmetic.
-_PTX = tl.constexpr(not INTERPRET)
 
 # Each byte goes to the high half of 16 bits; exponent and mantissa four bits down, where a bf16's begin: 2^120 too small.
 _FP8 = tl.constexpr(
@@ -73,7 +70,7 @@ fma.rn.bf16x2 $3, part, less, $6;
 @device
 def fp8_values(codes):
     """bf16 values of e4m3 codes (u8), exactly. Needs no fp8 instructions, so it runs on every architecture."""
-    if _PTX:
+    if COMPILED:
         values = tl.inline_asm_elementwise(_FP8, "=&r,=&r,r", [codes], tl.bfloat16, True, 4)
     else:
         wide = codes.to(tl.int32)
@@ -85,7 +82,7 @@ def fp8_values(codes):
 @device
 def whole_values(codes):
     """(code - 128) / 64 of codes (u8) as bf16, exactly."""
-    if _PTX:
+    if COMPILED:
         values = tl.inline_asm_elementwise(_BYTES, "=&r,=&r,r", [codes], tl.bfloat16, True, 4)
     else:
         values = ((codes.to(tl.int32) - 128).to(tl.float32) / 64).to(tl.bfloat16)
@@ -97,7 +94,7 @@ def half_values(codes, zero):
     """(code - zero/16) / 64 of the low and of the high halves of bytes (u8) as bf16, exactly; zero: u8, of the shape of
     `codes` in all but the last axis."""
     wide = tl.broadcast_to((zero.to(tl.float32) * -0.0009765625).to(tl.bfloat16)[:, :, None], codes.shape)
-    if _PTX:
+    if COMPILED:
         low, high = tl.inline_asm_elementwise(
             _HALVES, "=&r,=&r,=&r,=&r,r,r,r", [codes, wide], (tl.bfloat16, tl.bfloat16), True, 4
         )

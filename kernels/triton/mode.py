@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 
 INTERPRET = os.environ.get("TRITON_INTERPRET", "") == "1"
+#: For kernels: whether there are a GPU's instructions. Triton's interpreter has none.
+COMPILED = tl.constexpr(not INTERPRET)
 
 #: Every function by its name; names are unique over the room.
 FUNCTIONS: dict[str, Any] = {}
@@ -37,13 +39,12 @@ def device(fn: Callable[..., Any]) -> Any:
 
 
 _HELD = tl.constexpr("mov.b32 $0, $1;")
-_PTX = tl.constexpr(not INTERPRET)
 
 
 @device
 def held(values):
     """float32 `values`, of which the compiler does not know that: what is made of them is not moved out of a loop, nor
     into threads that would make it again. It takes no instruction."""
-    if _PTX:
+    if COMPILED:
         values = tl.inline_asm_elementwise(_HELD, "=r,r", [values], tl.float32, False, 1)
     return values

@@ -13,7 +13,7 @@ import triton.language as tl
 from tmlc.kernels.triton.codes import STEP, fp8_values, half_values, whole_values
 from tmlc.kernels.triton.launch import Aligned, Operand
 from tmlc.kernels.triton.layouts import FORMS, weight_pointers
-from tmlc.kernels.triton.mode import device, held
+from tmlc.kernels.triton.mode import COMPILED, device, held
 from tmlc.kernels.triton.parts import add_parts, read_parts
 from tmlc.kernels.triton.registry import Call
 from tmlc.kernels.triton.tuning import Blocks, slices
@@ -249,6 +249,35 @@ def slice_products(
 
 
 @device
+def add_two(a, b, x, y):
+    return a + x, b + y
+
+
+@device
+def add_three(a, b, c, x, y, z):
+    return a + x, b + y, c + z
+
+
+@device
+def sums_of_two(a, b):
+    """The sums of both over their slices, made together: each by itself would exchange and wait as often as both."""
+    if COMPILED:
+        sums = tl.reduce((a, b), 0, add_two)
+    else:
+        sums = tl.sum(a, 0), tl.sum(b, 0)
+    return sums
+
+
+@device
+def sums_of_three(a, b, c):
+    if COMPILED:
+        sums = tl.reduce((a, b, c), 0, add_three)
+    else:
+        sums = tl.sum(a, 0), tl.sum(b, 0), tl.sum(c, 0)
+    return sums
+
+
+@device
 def sliced_products(
     w, scales, zeros, w_off, s_off, w_off_2, s_off_2, w_mask, x, x_off, x_mask, k, alpha, norm,
     gain, gain_off, shift, shift_off, parts,
@@ -314,14 +343,19 @@ def sliced_products(
                 acc_2, squares, moved, w, w_off_2, w_mask, first, now_2, at_2, low, high, k,
                 False, False, FORM, BLOCK_K, MASKED_K,
             )  # fmt: skip
-    total = tl.sum(acc, 0)
+    tl.static_assert(not TWO or shift is None)
+    total = acc
     total_2, square, added = total, total, total
-    if TWO:
-        total_2 = tl.sum(acc_2, 0)
-    if norm is not None:
-        square = tl.sum(squares, 0)
-    if shift is not None:
-        added = tl.sum(moved, 0)
+    if TWO and norm is not None:
+        total, total_2, square = sums_of_three(acc, acc_2, squares)
+    elif TWO:
+        total, total_2 = sums_of_two(acc, acc_2)
+    elif shift is not None:
+        total, square, added = sums_of_three(acc, squares, moved)
+    elif norm is not None:
+        total, square = sums_of_two(acc, squares)
+    else:
+        total = tl.sum(acc, 0)
     return total, total_2, square, added
 
 
@@ -454,7 +488,7 @@ def normed_products(
             gain, gain_off, shift, shift_off, None, TWO, FORM, GROUP, SLICES, BLOCK_M, BLOCK_K, ROWS, MASKED_K,
             ONCE, ALONE,
         )  # fmt: skip
-    inverse = 1.0 / tl.sqrt_rn(square / k + eps)
+    inverse = tl.rsqrt(square * (1.0 / k) + eps)
     y, y_2 = y * inverse, y_2 * inverse
     if shift is not None:
         y += moved

@@ -162,6 +162,7 @@ _UNARY: dict[str, Callable[[str], Compute]] = {
     "ex2": lambda kind: lambda a: np.exp2(a.astype(np.float64)).astype(a.dtype),
     "lg2": lambda kind: lambda a: np.log2(a.astype(np.float64)).astype(a.dtype),
     "rcp": lambda kind: lambda a: (1 / a).astype(a.dtype), "sqrt": lambda kind: np.sqrt,
+    "rsqrt": lambda kind: lambda a: (1 / np.sqrt(a.astype(np.float64))).astype(a.dtype),
     "popc": lambda kind: lambda a: np.bitwise_count(a).astype(np.uint32),
 }  # fmt: skip
 
