@@ -29,8 +29,9 @@ MOST_EXPERTS = 1024
 MOST_RANKED = 128
 #: What chooses the experts of a row: 0, 1 or 2 are topk_router's scores, this is sink_router.
 SINKS = tl.constexpr(3)
-#: Inputs that a program reads at once, and of them those of one warp: 32 a thread of a row, and as many of an expert.
-MOST_INPUTS, WARP_INPUTS = 8192, 1024
+#: Inputs that a program reads at once, and of them those of one warp (8 a thread of a row, and as many of an expert),
+#: as long as it has no more warps than that.
+MOST_INPUTS, WARP_INPUTS, MOST_WARPS = 8192, 256, 8
 #: Programs from which one takes more experts, which share what it reads of a row, and then more rows.
 ENOUGH_PROGRAMS, PLENTY_OF_PROGRAMS = 132, 1056
 
@@ -205,7 +206,7 @@ def logits_launch(call: Call, logits: Pointer, inverses: Pointer | None) -> Laun
         "LINES": power(-(-min(k, MOST_INPUTS) // 32)), "OVERLAP": False,
     }  # fmt: skip
     grid = (-(-total // each) + (0 if inverses is None else per), -(-rows // per))
-    return launch("router_logits_kernel", grid, values, fixed, max(1, block // WARP_INPUTS))
+    return launch("router_logits_kernel", grid, values, fixed, max(1, min(MOST_WARPS, block // WARP_INPUTS)))
 
 
 def sink_values(

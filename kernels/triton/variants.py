@@ -153,9 +153,9 @@ def _source(variant: Variant) -> tuple[Any, Any]:
 
 
 def _waits_once(variant: Variant) -> bool:
-    """Whether a program of one warp asks for one row of each operand and has nothing else to do until it is there. The
-    assembler would hold it to 64 registers, so that 32 programs fit into a multiprocessor (there are never so many),
-    and wait for the loads in rounds."""
+    """Whether a program asks for one row of each operand and has nothing else to do until it is there. The assembler
+    would hold it to few registers, so that more programs fit into a multiprocessor than there are, and wait for the
+    loads in rounds."""
     fixed = dict(variant.constexprs)
     return variant.kernel == "router_logits_kernel" and fixed["EXPERTS"] * fixed["ROWS"] == 1
 

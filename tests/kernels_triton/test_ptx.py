@@ -82,6 +82,12 @@ def real(word: int) -> float:
         ("prmt.b32 d, a, b, 0x7050;", (0x33221100, 0x77665544), 0x77005500),
         ("prmt.b32 d, a, b, 0x8;", (0x80, 0), 0x808080FF),
         ("popc.b32 d, a;", (0xF0F0,), 8),
+        ("lop3.b32 d, a, b, c, 0xea;", (0b1100, 0b1010, 0b0001), 0b1001),  # a & b | c
+        ("lop3.b32 d, a, b, c, 0x96;", (0b1100, 0b1010, 0b0110), 0b0000),  # a ^ b ^ c
+        ("fma.rn.bf16x2 d, a, b, c;", (0x00400001, 0x7F007F00, 0x80008000), 0x3F803C80),  # subnormal numbers count
+        ("fma.rn.bf16x2 d, a, b, c;", (0x3F813F80, 0x3F813F80, 0x3F803B80), 0x40013F80),  # rounded once, ties to even
+        ("mov.b32 {s, %rs2}, a; fma.rn.bf16 s, s, %rs2, s; cvt.u32.u16 d, s;", (0x3F804040,), 0x40C0),
+        ("mov.b32 {s, %rs2}, a; mul.rn.bf16 s, s, %rs2; cvt.u32.u16 d, s;", (0x3F814040,), 0x4042),
         ("max.s32 d, a, b;", (-1, 1), 1),
         ("min.u32 d, a, b;", (-1, 1), 1),
         ("setp.lt.u32 p, a, b; selp.b32 d, 5, 6, p;", (-1, 1), 6),
@@ -116,6 +122,7 @@ ONE_NUMBER = "mov.b32 d, 0f7FC00000; setp.eq.s32 p, %r1, 7; selp.b32 d, a, d, p;
         ("max.f32 d, a, b;", (float("nan"), -3.0), -3.0),
         ("ex2.approx.ftz.f32 d, a;", (-130.0,), 0.0),
         ("ex2.approx.f32 d, a;", (-1.0,), 0.5),
+        ("rsqrt.approx.ftz.f32 d, a;", (16.0,), 0.25),
         ("mul.rn.ftz.f32 d, a, b;", (2.0**-100, 2.0**-40), 0.0),
         ("cvt.rpi.ftz.f32.f32 d, a;", (1.25,), 2.0),
         ("neg.f32 d, a;", (2.0,), -2.0),
@@ -247,7 +254,7 @@ def test_a_launch_that_overlaps_waits_before_it_reads_what_the_one_before_wrote(
 
 @pytest.mark.parametrize(
     "line",
-    ["sin.approx.f32 %r4, %r1;", "add.sat.f32 %r4, %r1, %r1;", "max.xorsign.abs.f32 %r4, %r1, %r1;",
+    ["sin.approx.f32 %r4, %r1;", "fma.rn.relu.bf16x2 %r4, %r1, %r1, %r1;", "mul.rn.bf16x2 %r4, %r1, %r1;", "add.sat.f32 %r4, %r1, %r1;", "max.xorsign.abs.f32 %r4, %r1, %r1;",
      "redux.sync.xor.b32 %r4, %r1, -1;", "tcgen05.shift.cta_group::1.down [%r4];",
      "tcgen05.alloc.cta_group::2.sync.aligned.shared::cta.b32 [%r4], 32;"],
 )  # fmt: skip
