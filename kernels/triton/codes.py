@@ -1,12 +1,12 @@
 """Codes of weights → bf16 numbers, four codes of a word at a time.
 
-The codes of a weight are taken apart for each call anew, so what that takes is issued as often as memory brings them:
-an H200 reads 19 bytes a turn of a multiprocessor, which issues 128 instructions of a thread in it. By the integer
-arithmetic of single codes it took 7 of them; by words e4m3 takes 2.5 a code, eight bits 1 and four bits 1.25.
+The codes of a weight are taken apart in each call anew, and what that takes is issued as fast as memory brings them:
+an H200 reads 19 bytes in a turn of a multiprocessor, which issues 128 instructions of single threads meanwhile. Integer
+arithmetic of single codes took 7 of them; by words e4m3 takes 2.5 a code, eight bits 1 and four bits 1.25.
 
-A whole number c put into the low bits of a bf16 is c·2^-133: subnormal up to 127, and the numbers behind it go on in the
-same steps up to 255. One multiply-add in bf16, which rounds nothing here, makes (c - zero)/64 of it. Tensor cores and
-the sums behind them are told by 64: a power of two changes no bit of a product.
+A whole number c put into the low bits of a bf16 is c·2^-133: subnormal up to 127, and the numbers behind it go on in
+the same steps up to 255. One multiply-add in bf16, which rounds nothing here, makes (c - zero)/64 of it. Sums of
+products are multiplied by 64 then, with their scale: a power of two changes no bit.
 """
 
 import triton.language as tl
@@ -16,7 +16,8 @@ from tmlc.kernels.triton.mode import COMPILED, device
 #: What `whole_values` and `half_values` have to be multiplied by. 2^133 / 64 is the largest power of two in bf16.
 STEP = tl.constexpr(64.0)
 
-# Each byte goes to the high half of 16 bits; exponent and mantissa four bits down, where a bf16's begin: 2^120 too small.
+# Each byte goes to the high half of 16 bits, exponent and mantissa four bits down, where a bf16 has them, and what is
+# read there is 2^120 too small.
 _FP8 = tl.constexpr(
     """{
 .reg .b32 code, much, none;

@@ -32,10 +32,9 @@ def linear_kernel(
     gain, shift, gain_stride, shift_stride, taps, tail, slots, counts, start, channels, level,
     per, mixed, mixed_stride, part_m, part_l, part_acc, splits,
     FORM: tl.constexpr, GROUP: tl.constexpr, SLICES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
-    ROWS: tl.constexpr, MASKED_K: tl.constexpr, ONCE: tl.constexpr, ALONE: tl.constexpr, LINES: tl.constexpr, OVERLAP: tl.constexpr,
-    STEPS: tl.constexpr, COUNT: tl.constexpr,
-    TAPS: tl.constexpr, RESIDUAL: tl.constexpr, EACH: tl.constexpr, DV: tl.constexpr, PARTS: tl.constexpr,
-    GATED: tl.constexpr,
+    ROWS: tl.constexpr, MASKED_K: tl.constexpr, ONCE: tl.constexpr, ALONE: tl.constexpr, LINES: tl.constexpr,
+    OVERLAP: tl.constexpr, STEPS: tl.constexpr, COUNT: tl.constexpr, TAPS: tl.constexpr, RESIDUAL: tl.constexpr,
+    EACH: tl.constexpr, DV: tl.constexpr, PARTS: tl.constexpr, GATED: tl.constexpr,
 ):  # fmt: skip
     """out[rows, m] = addend + factor·(cap·tanh((alpha·x) · Wᵀ + bias)/cap)), and then the steps; with `norm` of
     rms_norm(x) in the place of alpha·x, or with `gain` and `shift` of rms_norm(x)∘(1 + gain) + shift; grid (tiles of
@@ -112,7 +111,8 @@ def linear_kernel(
             x_off = from_row * x_stride
         y = weight_product(
             w, scales, zeros, wide_col * w_stride, wide_col * s_stride, inside, x, x_off, x_mask, k, alpha,
-            FORM, GROUP, SLICES, BLOCK_M, BLOCK_K, ROWS, MASKED_K, ONCE, ALONE, (part_m, part_l, part_acc, splits), DV, PARTS,
+            FORM, GROUP, SLICES, BLOCK_M, BLOCK_K, ROWS, MASKED_K, ONCE, ALONE, (part_m, part_l, part_acc, splits), DV,
+            PARTS,
         )  # fmt: skip
     if bias is not None:
         y += biases[:, None]

@@ -74,8 +74,8 @@ def moe_gate_up_kernel(
     count_e, f, k, w_stride, s_stride, x_stride, alpha, limit, gate_cap, up_cap,
     weights, logits, inverses, logit_bias, learned, scale, routed, route_scale,
     GROUPED: tl.constexpr, ACT: tl.constexpr, FORM: tl.constexpr, GROUP: tl.constexpr, SLICES: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr, MASKED_K: tl.constexpr, ONCE: tl.constexpr, SCORES: tl.constexpr, NORMALISE: tl.constexpr,
-    TOP_K: tl.constexpr, SHARED: tl.constexpr, PARTS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr, MASKED_K: tl.constexpr, ONCE: tl.constexpr,
+    SCORES: tl.constexpr, NORMALISE: tl.constexpr, TOP_K: tl.constexpr, SHARED: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """hidden[pair, f] = act(gate_e x, up_e x); grid (tiles of pairs, blocks of f).
 
@@ -300,7 +300,7 @@ def moe_down_sum_kernel(
     out, hidden, w, scales, zeros, bias, experts, weights, addend, counts, n, per, count_e, d, k, w_stride, s_stride,
     out_stride, addend_stride, taps, tail, slots, start, channels, level,
     TOP_K: tl.constexpr, FORM: tl.constexpr, GROUP: tl.constexpr, SLICES: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr, COLS: tl.constexpr, MASKED_K: tl.constexpr, ONCE: tl.constexpr, LINES: tl.constexpr, OVERLAP: tl.constexpr,
+    BLOCK_K: tl.constexpr, COLS: tl.constexpr, MASKED_K: tl.constexpr, LINES: tl.constexpr, OVERLAP: tl.constexpr,
     TAPS: tl.constexpr, RESIDUAL: tl.constexpr,
 ):  # fmt: skip
     """out[row] = addend + Σ_j weights_j·(down_e hidden[row, j] + bias), j ascending; grid (rows, blocks of d). With

@@ -139,6 +139,7 @@ def down_sum_launch(
         "hidden": hidden, "bias": None if bias is None else call.pointer(bias), "count_e": down.shape[0],
         "experts": call.pointer(experts, ("i32", "i64")),
     }  # fmt: skip
+    del fixed["ONCE"]  # the turns of all choices follow one another
     fixed |= {
         "TAPS": convolution[1]["TAPS"], "RESIDUAL": convolution[1]["RESIDUAL"], "TOP_K": top_k,
         "COLS": tile_rows(top_k), "LINES": lines(down, fixed) if early else 0, "OVERLAP": False,

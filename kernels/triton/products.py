@@ -16,7 +16,7 @@ from tmlc.kernels.triton.layouts import FORMS, weight_pointers
 from tmlc.kernels.triton.mode import COMPILED, device, held
 from tmlc.kernels.triton.parts import add_parts, read_parts
 from tmlc.kernels.triton.registry import Call
-from tmlc.kernels.triton.tuning import Blocks, slices
+from tmlc.kernels.triton.tuning import Blocks, turn_constants
 
 #: Rows of activations in a tile: where there are no more, and else. A row is a column of the same instructions in both.
 FEW_ROWS, ROWS = 8, 16
@@ -47,8 +47,8 @@ def read_alone(
     x, x_off, x_mask, first, k, norm, gain, gain_off, shift, shift_off, parts,
     DV: tl.constexpr, PARTS: tl.constexpr, BLOCK_K: tl.constexpr, MASKED_K: tl.constexpr,
 ):  # fmt: skip
-    """What `alone_inputs` takes: of the only row float32 [slices, BLOCK_K] from first [slices] on (or its parts), and the
-    norm's weight, gain and shift; of those that are not there the first again."""
+    """What `alone_inputs` takes: the only row, float32 [slices, BLOCK_K] from first [slices] on, or its parts; the
+    norm's weight, gain and shift, and of those that are not there the first again."""
     kk = first[:, None] + tl.arange(0, BLOCK_K)[None, :]
     mask = tl.full(kk.shape, 1, tl.int1) & x_mask
     if MASKED_K > 0:
@@ -282,15 +282,16 @@ def sliced_products(
     w, scales, zeros, w_off, s_off, w_off_2, s_off_2, w_mask, x, x_off, x_mask, k, alpha, norm,
     gain, gain_off, shift, shift_off, parts,
     TWO: tl.constexpr, FORM: tl.constexpr, GROUP: tl.constexpr, SLICES: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr, ROWS: tl.constexpr, MASKED_K: tl.constexpr, ONCE: tl.constexpr, ALONE: tl.constexpr, DV: tl.constexpr = 0,
-    PARTS: tl.constexpr = 0,
+    BLOCK_K: tl.constexpr, ROWS: tl.constexpr, MASKED_K: tl.constexpr, ONCE: tl.constexpr, ALONE: tl.constexpr,
+    DV: tl.constexpr = 0, PARTS: tl.constexpr = 0,
 ):  # fmt: skip
     """float32 [BLOCK_M, ROWS] = W[rows of w_off] · (alpha·norm∘x∘(1 + gain))[rows of x_off]ᵀ, with TWO the same of
     w_off_2, with `norm` the sums of squares of x, and with `shift` W·shiftᵀ. A number of the last three that is not
     asked for is the first again. With PARTS x is one row, the sum of `parts` (parts.py).
 
-    w_off, s_off: int64 [BLOCK_M], where a row of codes and of scales begins; x_off: int64 [ROWS]. SLICES·BLOCK_K
-    inputs are read at a time. Not for f32.
+    w_off, s_off: int64 [BLOCK_M], where a row of codes and of scales begins; x_off, x_mask, gain_off and shift_off are
+    [ROWS], with ALONE of the only row. SLICES·BLOCK_K inputs are read at a time, with ONCE all of them; MASKED_K is k
+    where the last turn is not whole, else 0. Not for f32.
     """
     acc = tl.zeros((SLICES, BLOCK_M, ROWS), tl.float32)
     acc_2 = tl.zeros((SLICES, BLOCK_M, ROWS), tl.float32)
@@ -363,12 +364,14 @@ def sliced_products(
 def weight_products(
     w, scales, zeros, w_off, s_off, w_off_2, s_off_2, w_mask, x, x_off, x_mask, k, alpha,
     TWO: tl.constexpr, FORM: tl.constexpr, GROUP: tl.constexpr, SLICES: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr, ROWS: tl.constexpr, MASKED_K: tl.constexpr, ONCE: tl.constexpr, ALONE: tl.constexpr, parts=None, DV: tl.constexpr = 0, PARTS: tl.constexpr = 0,
+    BLOCK_K: tl.constexpr, ROWS: tl.constexpr, MASKED_K: tl.constexpr, ONCE: tl.constexpr, ALONE: tl.constexpr,
+    parts=None, DV: tl.constexpr = 0, PARTS: tl.constexpr = 0,
 ):  # fmt: skip
     """`sliced_products` of rows that are not normed."""
     total, total_2, _, _ = sliced_products(
         w, scales, zeros, w_off, s_off, w_off_2, s_off_2, w_mask, x, x_off, x_mask, k, alpha, None,
-        None, x_off, None, x_off, parts, TWO, FORM, GROUP, SLICES, BLOCK_M, BLOCK_K, ROWS, MASKED_K, ONCE, ALONE, DV, PARTS,
+        None, x_off, None, x_off, parts, TWO, FORM, GROUP, SLICES, BLOCK_M, BLOCK_K, ROWS, MASKED_K, ONCE, ALONE,
+        DV, PARTS,
     )  # fmt: skip
     return total, total_2
 
@@ -402,8 +405,8 @@ def exact_product(
 def weight_product(
     w, scales, zeros, w_off, s_off, w_mask, x, x_off, x_mask, k, alpha,
     FORM: tl.constexpr, GROUP: tl.constexpr, SLICES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
-    ROWS: tl.constexpr, MASKED_K: tl.constexpr, ONCE: tl.constexpr, ALONE: tl.constexpr, parts=None, DV: tl.constexpr = 0,
-    PARTS: tl.constexpr = 0,
+    ROWS: tl.constexpr, MASKED_K: tl.constexpr, ONCE: tl.constexpr, ALONE: tl.constexpr, parts=None,
+    DV: tl.constexpr = 0, PARTS: tl.constexpr = 0,
 ):  # fmt: skip
     """float32 [BLOCK_M, ROWS] = W[rows of w_off] · (alpha·x)[rows of x_off]ᵀ, weights of any form; with PARTS the one
     row of x is the sum of `parts` (parts.py)."""
@@ -512,10 +515,9 @@ def product_values(
         values["s_stride"] = Aligned(0)
     k = weight.shape[-1]
     blocks = call.blocks(op, weight.dtype, m, k)
-    count = slices(weight.dtype, k, blocks.block_k, call.sm)
     return values, {
         "FORM": form.family, "GROUP": form.group, "BLOCK_M": blocks.block_m, "BLOCK_K": blocks.block_k,
-        "SLICES": count, "MASKED_K": k if k % (count * blocks.block_k) else 0, "ONCE": k <= count * blocks.block_k,
+        **turn_constants(weight.dtype, k, blocks.block_k, call.sm),
     }, blocks  # fmt: skip
 
 

@@ -160,6 +160,15 @@ def slices(dtype: str, k: int, block_k: int, sm: int) -> int:
     return max(1, min(MOST_SLICES, ARCHITECTURES[sm].reach // block_k, 1 << (-(-k // block_k) - 1).bit_length()))
 
 
+def turn_constants(dtype: str, k: int, block_k: int, sm: int) -> dict[str, int | bool]:
+    """What kernels know of the turns in which a program reads rows of k inputs: SLICES; MASKED_K, which is k where the
+    last turn is not whole, else 0; ONCE, whether there is a single one."""
+    count = slices(dtype, k, block_k, sm)
+    turn = count * block_k
+    known = dtype != "f32"  # whose product asks for none of it, so shapes share variants
+    return {"SLICES": count, "MASKED_K": k if known and k % turn else 0, "ONCE": known and k <= turn}
+
+
 def stages_that_fit(stages: int, turn: int, sm: int) -> int:
     """Stages (2 at least) of which one less turn of so many bytes fits into shared memory. No sum depends on them."""
     return max(2, min(stages, 1 + ARCHITECTURES[sm].shared_bytes // turn))

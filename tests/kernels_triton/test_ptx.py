@@ -254,7 +254,8 @@ def test_a_launch_that_overlaps_waits_before_it_reads_what_the_one_before_wrote(
 
 @pytest.mark.parametrize(
     "line",
-    ["sin.approx.f32 %r4, %r1;", "fma.rn.relu.bf16x2 %r4, %r1, %r1, %r1;", "mul.rn.bf16x2 %r4, %r1, %r1;", "add.sat.f32 %r4, %r1, %r1;", "max.xorsign.abs.f32 %r4, %r1, %r1;",
+    ["sin.approx.f32 %r4, %r1;", "fma.rn.relu.bf16x2 %r4, %r1, %r1, %r1;", "mul.rn.bf16x2 %r4, %r1, %r1;",
+     "add.sat.f32 %r4, %r1, %r1;", "max.xorsign.abs.f32 %r4, %r1, %r1;",
      "redux.sync.xor.b32 %r4, %r1, -1;", "tcgen05.shift.cta_group::1.down [%r4];",
      "tcgen05.alloc.cta_group::2.sync.aligned.shared::cta.b32 [%r4], 32;"],
 )  # fmt: skip

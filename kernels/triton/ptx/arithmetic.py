@@ -146,12 +146,18 @@ def _bf16_product(a: Array, b: Array) -> Array:
     return bf16_bits(bf16_values(a) * bf16_values(b))  # 16 bits, which a float32 holds
 
 
+def _multiply(kind: str, op: tuple[str, ...]) -> Compute | None:
+    if "bf" not in kind:
+        return np.multiply
+    return _bf16_product if op[1:] == ("rn", "bf16") else None
+
+
 def _sum(compute: Compute) -> Callable[[str, tuple[str, ...]], Compute | None]:
     return lambda kind, op: None if kind.startswith("bf16") else compute
 
 
 _BINARY: dict[str, Callable[[str, tuple[str, ...]], Compute | None]] = {
-    "add": _sum(np.add), "sub": _sum(np.subtract), "mul": lambda kind, op: np.multiply if "bf" not in kind else _bf16_product if op[1:] == ("rn", "bf16") else None,
+    "add": _sum(np.add), "sub": _sum(np.subtract), "mul": _multiply,
     "div": _divide, "rem": lambda kind, op: lambda a, b: np.fmod(a, np.where(b == 0, 1, b)).astype(a.dtype),
     "min": _extreme(np.fmin, np.minimum), "max": _extreme(np.fmax, np.maximum),
     "and": lambda kind, op: np.bitwise_and, "or": lambda kind, op: np.bitwise_or,

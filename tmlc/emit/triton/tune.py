@@ -21,7 +21,7 @@ from tmlc.kernels.triton.launch import TRITON_NAMES, Aligned, Argument, Launch, 
 from tmlc.kernels.triton.layouts import FORMS
 from tmlc.kernels.triton.norms import power
 from tmlc.kernels.triton.overlap import OVERLAP_FROM
-from tmlc.kernels.triton.tuning import Blocks, Shape, Tiles, rule, slices, turns_at_once
+from tmlc.kernels.triton.tuning import Blocks, Shape, Tiles, rule, turn_constants, turns_at_once
 from tmlc.kernels.triton.variants import Compiled
 from tmlc.package.reader import Package
 from tmlc.runtimes.cuda.driver import Driver
@@ -196,12 +196,13 @@ def with_blocks(launch: Launch, shape: Shape, blocks: Blocks) -> Launch:
     if shape.op == "attention":
         fixed["BLOCK_J"] = blocks.block_k
     else:
-        count = slices(shape.dtype, shape.k, blocks.block_k, shape.sm)
-        fixed |= {"BLOCK_M": blocks.block_m, "BLOCK_K": blocks.block_k, "SLICES": count}
+        turns = turn_constants(shape.dtype, shape.k, blocks.block_k, shape.sm)
+        fixed |= {"BLOCK_M": blocks.block_m, "BLOCK_K": blocks.block_k}
+        fixed |= {name: value for name, value in turns.items() if name in fixed}
         more = grid[1] - -(-shape.m // dict(launch.constexprs)["BLOCK_M"])  # programs that make no tile
         grid = (grid[0], -(-shape.m // blocks.block_m) + more, grid[2])
         if launch.kernel == "moe_down_sum_kernel":
-            stages = turns_at_once(shape.dtype, blocks, count, fixed["TOP_K"], grid[0] * grid[1], shape.sm)
+            stages = turns_at_once(shape.dtype, blocks, fixed["SLICES"], fixed["TOP_K"], grid[0] * grid[1], shape.sm)
     return replace(
         launch, constexprs=tuple(sorted(fixed.items())), grid=grid, num_warps=blocks.warps, num_stages=stages
     )
