@@ -260,16 +260,16 @@ def choices_products(
             at_zero = first
             if FORM == "i4":
                 at_zero = one_of(j, zero, TOP_K)
-            low, high, _ = slice_values(w, off, inside, first, at_zero, k, FORM, BLOCK_K, MASKED_K)
+            low, high, _ = slice_values(w, off, inside, first, at_zero, FORM, BLOCK_K, MASKED_K)
             half: tl.constexpr = BLOCK_K // 2 if FORM == "i4" else BLOCK_K
             low_x, _, _, _ = inputs(
                 x, x_off, choice == j, first, None, None, None, x_off, None, x_off, half, MASKED_K
-                )
+            )
             codes = tl.dot(low, low_x, codes)
             if FORM == "i4":
                 high_x, _, _, _ = inputs(
                     x, x_off, choice == j, first + half, None, None, None, x_off, None, x_off, half, MASKED_K
-                    )
+                )
                 codes = tl.dot(high, high_x, codes)
         if FORM == "bf16":
             acc = codes

@@ -35,8 +35,8 @@ def there(mask, first, BLOCK_K: tl.constexpr, MASKED_K: tl.constexpr):
 
 @device
 def square_halves(values):
-    """Squares in two parts that are or will be rounded to bf16, which hold 16 of their bits: their upper halves as they
-    are (rounded, they would take a slow conversion of single numbers to be subtracted), and the rest."""
+    """Squares in two parts that hold 16 of their bits when they are rounded to bf16: their upper halves, which stay as
+    they are (rounded here, they would take a slow conversion of single numbers to be subtracted), and the rest."""
     squares = values * values
     high = (squares.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
     return high, squares - high
@@ -178,9 +178,7 @@ def group_numbers(scales, zeros, s_off, w_mask, first, k, FORM: tl.constexpr, GR
 
 
 @device
-def slice_values(
-    w, w_off, w_mask, first, zero, k, FORM: tl.constexpr, BLOCK_K: tl.constexpr, MASKED_K: tl.constexpr
-):  # fmt: skip
+def slice_values(w, w_off, w_mask, first, zero, FORM: tl.constexpr, BLOCK_K: tl.constexpr, MASKED_K: tl.constexpr):
     """(bf16 [slices, BLOCK_M, inputs] of each slice's inputs: of 4-bit codes those of the first half of a group; of
     4-bit codes those of the second half, else the first again; what was loaded). Codes have no scale yet."""
     if FORM == "bf16":
@@ -210,15 +208,15 @@ def slice_values(
 
 @device
 def slice_products(
-    acc, squares, moved, w, w_off, w_mask, first, scale, zero, low, high, k,
+    acc, squares, moved, w, w_off, w_mask, first, scale, zero, low, high,
     SQUARES: tl.constexpr, SHIFT: tl.constexpr, FORM: tl.constexpr, BLOCK_K: tl.constexpr, MASKED_K: tl.constexpr,
 ):  # fmt: skip
-    """acc [slices, BLOCK_M, rows] + W·x of each slice's inputs, with SQUARES squares + Σ raw², with SHIFT moved +
+    """acc [slices, BLOCK_M, rows] + W·x of each slice's inputs, with SQUARES squares + Σ x², with SHIFT moved +
     W·shift. low: of `inputs`; of 4-bit codes low and high are the halves of a group. Codes are
     multiplied as they are, and the product by their scale."""
     low_x, low_square, low_rest, low_shift = low
     high_x, high_square, high_rest, high_shift = high
-    low_value, high_value, loaded = slice_values(w, w_off, w_mask, first, zero, k, FORM, BLOCK_K, MASKED_K)
+    low_value, high_value, loaded = slice_values(w, w_off, w_mask, first, zero, FORM, BLOCK_K, MASKED_K)
     if FORM == "bf16":
         acc = tl.dot(low_value, low_x, acc)
         if SHIFT:
@@ -336,12 +334,12 @@ def sliced_products(
                 PARTS, HALF, MASKED_K, ONCE, ALONE, ROWS,
             )  # fmt: skip
         acc, squares, moved = slice_products(
-            acc, squares, moved, w, w_off, w_mask, first, now, at, low, high, k,
+            acc, squares, moved, w, w_off, w_mask, first, now, at, low, high,
             norm is not None, shift is not None, FORM, BLOCK_K, MASKED_K,
         )  # fmt: skip
         if TWO:
             acc_2, squares, moved = slice_products(
-                acc_2, squares, moved, w, w_off_2, w_mask, first, now_2, at_2, low, high, k,
+                acc_2, squares, moved, w, w_off_2, w_mask, first, now_2, at_2, low, high,
                 False, False, FORM, BLOCK_K, MASKED_K,
             )  # fmt: skip
     tl.static_assert(not TWO or shift is None)
