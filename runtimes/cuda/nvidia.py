@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -137,6 +138,9 @@ class NvidiaDriver(Driver):
         )
         try:
             result = self._c.cuInit(0)[0]
+        except DeviceError as error:
+            what, fix = f"the NVIDIA driver does not start: {error.what}", "see nvidia-smi and dmesg; update cuda-bindings"
+            raise TargetError(what, where="cuda runtime", fix=fix) from error
         except Exception as error:  # cuda-bindings: the driver's library is not there
             raise nothing from error
         if result.name in ("CUDA_ERROR_NO_DEVICE", "CUDA_ERROR_STUB_LIBRARY"):
@@ -309,22 +313,18 @@ class NvidiaDriver(Driver):
         if self._closed:
             return
         self._closed = True
-        self._c.cuCtxSetCurrent(self._context)
-        # Results are not looked at: on a lost device each call answers that it is lost. The context outlives this where
-        # somebody else in the process has it too, and with it whatever is not freed here.
-        for graph in self._graphs:
-            self._c.cuGraphExecDestroy(graph)
-        for address in self._held:
-            self._c.cuMemFree(address)
-        for address in self._pinned:
-            self._c.cuMemFreeHost(address)
-        for module in self._modules:
-            self._c.cuModuleUnload(module)
-        for event in self._events:
-            self._c.cuEventDestroy(event)
-        if self._stream is not None:
-            self._c.cuStreamDestroy(self._stream)
-        self._c.cuDevicePrimaryCtxRelease(self._device)
+        # Results are not looked at, known or not: on a lost device each call answers that it is lost. The context
+        # outlives this where somebody else in the process has it too, and with it whatever is not freed here.
+        steps: list[tuple[Callable[..., Any], Any]] = [(self._c.cuCtxSetCurrent, self._context)]
+        steps += [(self._c.cuGraphExecDestroy, graph) for graph in self._graphs]
+        steps += [(self._c.cuMemFree, address) for address in self._held]
+        steps += [(self._c.cuMemFreeHost, address) for address in self._pinned]
+        steps += [(self._c.cuModuleUnload, module) for module in self._modules]
+        steps += [(self._c.cuEventDestroy, event) for event in self._events]
+        steps += [] if self._stream is None else [(self._c.cuStreamDestroy, self._stream)]
+        for call, what in [*steps, (self._c.cuDevicePrimaryCtxRelease, self._device)]:
+            with suppress(DeviceError):
+                call(what)
 
 
 def _ctype(kind: str) -> Any:

@@ -221,11 +221,19 @@ def test_whatever_a_wait_answers_is_of_what_ran_and_loses_the_device(bindings, c
         driver.synchronize(), driver.timed(lambda: None)
 
 
-def test_a_failed_kernel_loses_the_device_and_closing_it_raises_nothing(bindings):
+def test_a_driver_that_does_not_start_for_an_unknown_reason_is_there_all_the_same(bindings):
+    bindings.fail["cuInit"] = 4321
+    with pytest.raises(TargetError, match=r"the NVIDIA driver does not start: .*4321.*\n  see nvidia-smi") as caught:
+        NvidiaDriver(bindings)
+    assert "no NVIDIA driver" not in str(caught.value)
+
+
+@pytest.mark.parametrize("result", [Result.CUDA_ERROR_ILLEGAL_ADDRESS, 4321])
+def test_a_failed_kernel_loses_the_device_and_closing_it_raises_nothing(bindings, result):
     driver = NvidiaDriver(bindings)
     driver.allocate(64)
-    bindings.fail = dict.fromkeys(("cuStreamSynchronize", "cuMemFree"), Result.CUDA_ERROR_ILLEGAL_ADDRESS)
-    with pytest.raises(DeviceError, match="ILLEGAL_ADDRESS"):
+    bindings.fail = dict.fromkeys(("cuStreamSynchronize", "cuMemFree"), result)
+    with pytest.raises(DeviceError, match=str(int(result)) if result == 4321 else "ILLEGAL_ADDRESS"):
         driver.synchronize()
     driver.close()
     assert "cuDevicePrimaryCtxRelease" in bindings.names()
