@@ -139,7 +139,8 @@ class NvidiaDriver(Driver):
         try:
             result = self._c.cuInit(0)[0]
         except DeviceError as error:
-            what, fix = f"the NVIDIA driver does not start: {error.what}", "see nvidia-smi and dmesg; update cuda-bindings"
+            what = f"the NVIDIA driver does not start: {error.what}"
+            fix = "see nvidia-smi and dmesg; update cuda-bindings"
             raise TargetError(what, where="cuda runtime", fix=fix) from error
         except Exception as error:  # cuda-bindings: the driver's library is not there
             raise nothing from error
