@@ -38,6 +38,12 @@ def with_compiler_for(sm: int) -> None:
         pytest.skip(error.what)
 
 
+def with_triton(least: str, why: str) -> None:
+    """Skips a test of what only newer compilers do."""
+    if tuple(map(int, triton.__version__.split(".")[:2])) < tuple(map(int, least.split("."))):
+        pytest.skip(f"Triton {triton.__version__}: {why}")
+
+
 def bf16(values: np.ndarray) -> np.ndarray:
     """float32 values rounded to bf16, as float32."""
     return torch.from_numpy(np.ascontiguousarray(values, np.float32)).bfloat16().float().numpy()
