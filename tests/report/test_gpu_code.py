@@ -120,9 +120,18 @@ def test_turns_of_shared_memory_stand_behind_the_rest_where_they_are_asked_for(m
     monkeypatch.setenv("TMLC_CACHE", "off")
     monkeypatch.setattr("sys.argv", ["module", "nano", "decode", "--kernel", "linear_kernel", "--turns"])
     gpu_code.main()
-    head, *rows = (line.split() for line in capsys.readouterr().out.splitlines())
-    assert head[-3:] == ["instructions", "turns", "least"] and len(rows) > 1
+    head, *rows, last = (line.split() for line in capsys.readouterr().out.splitlines())
+    assert head[-4:] == ["instructions", "issue", "turns", "least"] and len(rows) > 1
     assert all(0 < int(row[-1]) == int(row[-2]) for row in rows)
+    assert int(last[0]) == sum(int(row[1]) * int(row[-3]) for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("programs", "warps", "turns"),
+    [(1, 1, 100), (1, 8, 200), (132, 4, 100), (133, 4, 200), (133, 1, 100), (264, 8, 400)],
+)
+def test_turns_of_issue_are_of_the_multiprocessor_with_the_most_programs(programs, warps, turns):
+    assert gpu_code.issue_of(programs, warps, 100, 132) == turns
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,10 @@
 """What the assembler makes of the kernels of a call: `python -m tmlc.report.gpu_code small decode` compiles each
 variant of the call's launches and prints a line for it, with what its machine code holds. No GPU, no weights.
 
-Of an instruction in a loop the counts say one: they are of the text, not of a run. Loads of a kernel that asks for all
-it reads at once stand before its first wait.
+Of an instruction in a loop the counts say one, and of one in a branch that is not taken too: they are of the text, not
+of a run. Loads of a kernel that asks for all it reads at once stand before its first wait. `issue` is how many turns
+the multiprocessor with the most programs takes to issue all instructions once, four warps in a turn; the last line is
+the sum over the call's launches.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from tmlc.errors import TmlcError, UsageError
+from tmlc.kernels.triton.architectures import ARCHITECTURES
 from tmlc.kernels.triton.bucket import Bucket
 from tmlc.kernels.triton.launch import Launch, Pointer, Variant
 from tmlc.pipeline.pipeline import load_pipeline
@@ -38,6 +41,7 @@ KINDS = {
 }
 #: What a warp waits at: for its asynchronous copies, or for other warps.
 WAITS = ("DEPBAR.LE", "BAR.")
+ISSUED = 4  # warps that a multiprocessor issues an instruction of in a turn, of every architecture of the table
 DISASSEMBLY_SECONDS = 60
 MEMORY = 1 << 36  # bytes of a file of holes: what nobody touches takes no memory
 
@@ -87,6 +91,14 @@ def code_of(variant: Variant) -> Code:
 
     made = compile_variant(variant)
     return Code(made.registers, made.spill_bytes, made.shared, *read_code(disassembled(made.cubin)))
+
+
+def issue_of(programs: int, warps: int, instructions: int, processors: int) -> int:
+    """Turns in which the multiprocessor with the most of a launch's programs issues each instruction of them once:
+    each of its four parts issues one of a warp's in a turn, and has the warps of a program in equal numbers, one at
+    least where there are fewer."""
+    most = -(-programs // processors)
+    return -(-most * warps // ISSUED) * instructions
 
 
 def turns_of(launch: Launch, sm: int) -> tuple[int, int]:
@@ -162,15 +174,22 @@ def main() -> None:
     for launch in launches:
         times.setdefault((launch.variant(sm), launch.grid), []).append(launch)
     more = ("turns", "least") if chosen.turns else ()
-    print(f"{'kernel':25} times  programs warps registers spilled shared", "early", *KINDS, "instructions", *more)
+    heads = ("early", *KINDS, "instructions", "issue", *more)
+    print(f"{'kernel':25} times  programs warps registers spilled shared", *(f"{head:>5}" for head in heads))
+    total = 0
     for (variant, grid), same in times.items():
         if chosen.kernel in (None, variant.kernel):
             code, count = code_of(variant), len(same)
             sizes = (variant.num_warps, code.registers, code.spill_bytes, code.shared, code.early)
-            numbers = (*sizes, *code.counts.values(), code.instructions, *(turns_of(same[0], sm) if more else ()))
-            widths = (5, 9, 7, 6, 5, *map(len, KINDS), 12, *map(len, more))
+            programs = grid[0] * grid[1] * grid[2]
+            issue = issue_of(programs, variant.num_warps, code.instructions, ARCHITECTURES[sm].processors)
+            total += count * issue
+            turns = turns_of(same[0], sm) if more else ()
+            numbers = (*sizes, *code.counts.values(), code.instructions, issue, *turns)
+            widths = (5, 9, 7, 6, *(max(5, len(head)) for head in heads))
             row = " ".join(f"{number:>{width}}" for number, width in zip(numbers, widths, strict=True))
-            print(f"{variant.kernel:25} {count:5} {grid[0] * grid[1] * grid[2]:9} {row}")
+            print(f"{variant.kernel:25} {count:5} {programs:9} {row}")
+    print(f"{total} turns to issue the instructions of all of them once")
 
 
 if __name__ == "__main__":
