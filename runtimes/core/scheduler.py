@@ -175,6 +175,11 @@ class Scheduler:
             self._asking[seat] = None
             self._woken.notify()
 
+    @property
+    def draining(self) -> bool:
+        """Whether `drain` was called: who sees it is admitted no more."""
+        return self._drain_at is not None
+
     def drain(self, grace: float) -> None:
         """Admits nobody any more; after `grace` seconds every session that is left ends (SHUTDOWN) with a snapshot.
 

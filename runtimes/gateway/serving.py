@@ -77,7 +77,6 @@ class Server:
         self._store = SnapshotStore(settings.snapshots) if settings.snapshots is not None else None
         self._stop = asyncio.Event()
         self._now = asyncio.Event()
-        self.draining = False
 
     def stop(self) -> None:
         """As a signal does: drain, and at the second call end at once."""
@@ -121,7 +120,7 @@ class Server:
             port = await _listen(public, settings.host, settings.port, self._tls)
             where = ""
             if settings.admin_port is not None:
-                health = Health(scheduler.stats, lambda: self.draining)
+                health = Health(scheduler.stats, lambda: scheduler.draining)
                 admin = web.AppRunner(make_admin(health, metrics), access_log=None)
                 admin_port = await _listen(admin, settings.admin_host, settings.admin_port, None)
                 where = f"http://{_shown(settings.admin_host)}:{admin_port}"
@@ -151,7 +150,6 @@ class Server:
         )
 
     async def _drain(self, scheduler: Scheduler) -> None:
-        self.draining = True
         log.info("draining", extra={"facts": {"seconds": self.settings.drain}})
         draining = asyncio.create_task(asyncio.to_thread(scheduler.drain, self.settings.drain))
         now = asyncio.create_task(self._now.wait())

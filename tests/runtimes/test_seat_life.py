@@ -164,7 +164,9 @@ def test_draining_admits_nobody_and_hands_everyone_a_snapshot(world):
     here = world()
     guest = here.guest()
     here.edges(2)
+    assert not here.scheduler.draining
     here.scheduler.drain(grace=0.3)
+    assert here.scheduler.draining
     with pytest.raises(CapacityError):
         here.guest()
     here.edges()
