@@ -8,6 +8,7 @@ up. Both sum in the same order, to the same bits.
 
 import triton.language as tl
 
+from tmlc.kernels.triton.activations import inputs
 from tmlc.kernels.triton.choice import ranked, sink_choice, store_sink_routes, store_topk_routes, topk_scores
 from tmlc.kernels.triton.elementwise import sigmoid
 from tmlc.kernels.triton.mode import device
@@ -15,7 +16,6 @@ from tmlc.kernels.triton.overlap import prefetch_rows, previous
 from tmlc.kernels.triton.products import (
     exact_product,
     group_numbers,
-    inputs,
     slice_values,
     two_products,
     weight_product,

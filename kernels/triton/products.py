@@ -10,147 +10,17 @@ from typing import Any
 
 import triton.language as tl
 
+from tmlc.kernels.triton.activations import read_alone, there, turn_inputs
 from tmlc.kernels.triton.codes import STEP, fp8_values, half_values, whole_values
 from tmlc.kernels.triton.launch import Aligned, Operand
 from tmlc.kernels.triton.layouts import FORMS, weight_pointers
-from tmlc.kernels.triton.mode import COMPILED, device, held
+from tmlc.kernels.triton.mode import COMPILED, device
 from tmlc.kernels.triton.parts import add_parts, read_parts
 from tmlc.kernels.triton.registry import Call
 from tmlc.kernels.triton.tuning import Blocks, turn_constants
 
 #: Rows of activations in a tile: where there are no more, and else. A row is a column of the same instructions in both.
 FEW_ROWS, ROWS = 8, 16
-
-
-@device
-def there(mask, first, BLOCK_K: tl.constexpr, MASKED_K: tl.constexpr):
-    """A mask [slices, other axes, BLOCK_K] of inputs from first [slices] on: `mask`, and where turns are not whole
-    those of MASKED_K inputs. Masks of single copies take five instructions beside each, but for those that the compiler
-    can tell."""
-    if MASKED_K > 0:
-        kk = first[:, None] + tl.arange(0, BLOCK_K)[None, :]
-        mask = mask & (kk < MASKED_K)[:, None, :]
-    return mask
-
-
-@device
-def square_halves(values):
-    """Squares in two parts that hold 16 of their bits when they are rounded to bf16: their upper halves, which stay as
-    they are (rounded here, they would take a slow conversion of single numbers to be subtracted), and the rest."""
-    squares = values * values
-    high = (squares.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
-    return high, squares - high
-
-
-@device
-def read_alone(
-    x, x_off, x_mask, first, k, norm, gain, gain_off, shift, shift_off, parts,
-    DV: tl.constexpr, PARTS: tl.constexpr, BLOCK_K: tl.constexpr, MASKED_K: tl.constexpr,
-):  # fmt: skip
-    """What `alone_inputs` takes: the only row, float32 [slices, BLOCK_K] from first [slices] on, or its parts; the
-    norm's weight, gain and shift, and of those that are not there the first again."""
-    kk = first[:, None] + tl.arange(0, BLOCK_K)[None, :]
-    mask = tl.full(kk.shape, 1, tl.int1) & x_mask
-    if MASKED_K > 0:
-        mask = mask & (kk < MASKED_K)
-    if PARTS > 0:
-        values = read_parts(parts, first, k, DV, PARTS, BLOCK_K)
-    else:
-        values = tl.load(x + x_off + kk, mask=mask, other=0.0)
-    weights, gains, shifts = values, values, values
-    if norm is not None:
-        weights = tl.load(norm + kk, mask=mask, other=0.0)
-    if gain is not None:
-        gains = tl.load(gain + gain_off + kk, mask=mask, other=0.0)
-    if shift is not None:
-        shifts = tl.load(shift + shift_off + kk, mask=mask, other=0.0)
-    return values, weights, gains, shifts
-
-
-@device
-def columns(row, ROWS: tl.constexpr):
-    """bf16 [slices, inputs, ROWS], each column the only row [slices, inputs]."""
-    return tl.broadcast_to(row.to(tl.bfloat16)[:, :, None], (row.shape[0], row.shape[1], ROWS))
-
-
-@device
-def alone_inputs(
-    read, first, alpha, norm, gain, shift,
-    PARTS: tl.constexpr, BLOCK_K: tl.constexpr, MASKED_K: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """`inputs` of the only row, each column the same. It is made by threads that have inputs of their own: a dot's
-    operand has a thread for each input and column, which would make all of them."""
-    values, weights, gains, shifts = read
-    if PARTS > 0:
-        values = add_parts(values, PARTS, BLOCK_K)
-        if MASKED_K > 0:
-            kk = first[:, None] + tl.arange(0, BLOCK_K)[None, :]
-            values = tl.where(kk < MASKED_K, values, 0.0)
-    else:
-        values = held(values)
-    taken = values
-    if norm is not None:
-        taken = values * held(weights)
-    if gain is not None:
-        taken = taken * (1.0 + held(gains))
-    if alpha is not None:
-        taken = taken * alpha
-    rounded = columns(taken, ROWS)
-    high, low, added = rounded, rounded, rounded
-    if norm is not None:
-        high, low = square_halves(values)
-        high, low = columns(high, ROWS), columns(low, ROWS)
-    if shift is not None:
-        added = columns(held(shifts), ROWS)
-    return rounded, high, low, added
-
-
-@device
-def inputs(
-    x, x_off, x_mask, first, alpha, norm, gain, gain_off, shift, shift_off,
-    BLOCK_K: tl.constexpr, MASKED_K: tl.constexpr,
-):  # fmt: skip
-    """bf16 [slices, inputs, rows] of the BLOCK_K inputs from first [slices] on: alpha·norm∘x∘(1 + gain), the two halves
-    of x² where there is a norm, and the shift. What is not asked for is the first again."""
-    kk = (first[:, None] + tl.arange(0, BLOCK_K)[None, :])[:, None, :]
-    mask = there(x_mask[None, :, None], first, BLOCK_K, MASKED_K)
-    values = tl.load(x + x_off[None, :, None] + kk, mask=mask, other=0.0)
-    taken = values
-    if norm is not None:
-        weighed = there(tl.full((1, 1, 1), 1, tl.int1), first, BLOCK_K, MASKED_K)
-        taken = values * tl.load(norm + kk, mask=weighed, other=0.0)
-    if gain is not None:
-        taken = taken * (1.0 + tl.load(gain + gain_off[None, :, None] + kk, mask=mask, other=0.0))
-    if alpha is not None:
-        taken = taken * alpha
-    rounded = tl.trans(taken.to(tl.bfloat16), 0, 2, 1)
-    high, low, added = rounded, rounded, rounded
-    if norm is not None:
-        high, low = square_halves(tl.trans(values, 0, 2, 1))
-        high, low = high.to(tl.bfloat16), low.to(tl.bfloat16)
-    if shift is not None:
-        moved = tl.load(shift + shift_off[None, :, None] + kk, mask=mask, other=0.0)
-        added = tl.trans(moved.to(tl.bfloat16), 0, 2, 1)
-    return rounded, high, low, added
-
-
-@device
-def turn_inputs(
-    row, x, x_off, x_mask, first, k, alpha, norm, gain, gain_off, shift, shift_off, parts,
-    DV: tl.constexpr, PARTS: tl.constexpr, BLOCK_K: tl.constexpr, MASKED_K: tl.constexpr, ONCE: tl.constexpr,
-    ALONE: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """`inputs` of all rows, or with ALONE those of the only one, read before where there is one turn (`row`)."""
-    if ALONE:
-        read = row
-        if not ONCE:
-            read = read_alone(
-                x, x_off, x_mask, first, k, norm, gain, gain_off, shift, shift_off, parts, DV, PARTS, BLOCK_K, MASKED_K
-            )
-        made = alone_inputs(read, first, alpha, norm, gain, shift, PARTS, BLOCK_K, MASKED_K, ROWS)
-    else:
-        made = inputs(x, x_off, x_mask, first, alpha, norm, gain, gain_off, shift, shift_off, BLOCK_K, MASKED_K)
-    return made
 
 
 @device
@@ -182,15 +52,13 @@ def slice_values(w, w_off, w_mask, first, zero, FORM: tl.constexpr, BLOCK_K: tl.
     """(bf16 [slices, BLOCK_M, inputs] of each slice's inputs: of 4-bit codes those of the first half of a group; of
     4-bit codes those of the second half, else the first again; what was loaded). Codes have no scale yet."""
     if FORM == "bf16":
-        kk = first[:, None] + tl.arange(0, BLOCK_K)[None, :]
-        mask = there(w_mask[None, :, None], first, BLOCK_K, MASKED_K)
-        loaded = tl.load(w + w_off[None, :, None] + kk[:, None, :], mask=mask, other=0.0)
+        kk = (first[:, None] + tl.arange(0, BLOCK_K)[None, :])[:, None, :]
+        mask = there(w_mask[None, :, None], kk, MASKED_K)
+        loaded = tl.load(w + w_off[None, :, None] + kk, mask=mask, other=0.0)
         low = loaded
         high = low
     else:
-        mask = w_mask[None, :, None]
-        if MASKED_K > 0:  # groups are whole
-            mask = mask & (first < MASKED_K)[:, None, None]
+        mask = there(w_mask[None, :, None], first[:, None, None], MASKED_K)  # groups are whole
         if FORM == "i4":
             at = (first // 2)[:, None] + tl.arange(0, BLOCK_K // 2)[None, :]
             loaded = tl.load(w + w_off[None, :, None] + at[:, None, :], mask=mask, other=0)
