@@ -43,7 +43,8 @@ def read_alone(
     DV: tl.constexpr, PARTS: tl.constexpr, BLOCK_K: tl.constexpr, MASKED_K: tl.constexpr,
 ):  # fmt: skip
     """What `alone_inputs` takes: the only row, float32 [slices, BLOCK_K] from first [slices] on, or its parts; the
-    norm's weight, gain and shift, and of those that are not there the first again."""
+    norm's weight, gain and shift, and of those that are not there the first again. x_mask: of the row, or of each slice
+    [slices, 1]."""
     kk = first[:, None] + tl.arange(0, BLOCK_K)[None, :]
     mask = there(tl.full(kk.shape, 1, tl.int1) & x_mask, kk, MASKED_K)
     if PARTS > 0:
@@ -123,18 +124,12 @@ def inputs(
 
 @device
 def turn_inputs(
-    row, x, x_off, x_mask, first, k, alpha, norm, gain, gain_off, shift, shift_off, parts,
-    DV: tl.constexpr, PARTS: tl.constexpr, BLOCK_K: tl.constexpr, MASKED_K: tl.constexpr, ONCE: tl.constexpr,
-    ALONE: tl.constexpr, ROWS: tl.constexpr,
+    row, x, x_off, x_mask, first, alpha, norm, gain, gain_off, shift, shift_off,
+    PARTS: tl.constexpr, BLOCK_K: tl.constexpr, MASKED_K: tl.constexpr, ALONE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """`inputs` of all rows, or with ALONE those of the only one, read before where there is one turn (`row`)."""
+    """`inputs` of all rows, or with ALONE those of the only one, which has been read (`row`)."""
     if ALONE:
-        read = row
-        if not ONCE:
-            read = read_alone(
-                x, x_off, x_mask, first, k, norm, gain, gain_off, shift, shift_off, parts, DV, PARTS, BLOCK_K, MASKED_K
-            )
-        made = alone_inputs(read, first, alpha, norm, gain, shift, PARTS, BLOCK_K, MASKED_K, ROWS)
+        made = alone_inputs(row, first, alpha, norm, gain, shift, PARTS, BLOCK_K, MASKED_K, ROWS)
     else:
         made = inputs(x, x_off, x_mask, first, alpha, norm, gain, gain_off, shift, shift_off, BLOCK_K, MASKED_K)
     return made

@@ -19,7 +19,6 @@ from tmlc.kernels.triton.kv_write import NO_TURNS, cache_row, new_rows, norms, t
 from tmlc.kernels.triton.launch import Aligned, Launch, Lowered, Operand, Pointer, Scratch
 from tmlc.kernels.triton.mode import device
 from tmlc.kernels.triton.norms import norm_scale, power
-from tmlc.kernels.triton.overlap import previous
 from tmlc.kernels.triton.parts import LEAST, WRITTEN, Parts, join, whole_power
 from tmlc.kernels.triton.position import rotated, turning
 from tmlc.kernels.triton.registry import Call, launch, lowering
@@ -67,7 +66,6 @@ def attention_kernel(
     RING: tl.constexpr, INT8: tl.constexpr, EXACT: tl.constexpr, RANKS: tl.constexpr, BLOCK_R: tl.constexpr,
     ALONE: tl.constexpr, PARALLEL: tl.constexpr, SPLIT: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr, ITEM: tl.constexpr, OFFSET: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
-    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """16 queries (rows × heads of one kv head) of a session over its cache; grid (sessions × tiles, kv heads, splits).
 
@@ -83,8 +81,6 @@ def attention_kernel(
     t = (tl.program_id(0) % tiles) * 16 + tl.arange(0, 16)
     i, head = t // group, g * group + t % group
     count, slot = tl.load(counts + session), tl.load(slots + session)
-    if OVERLAP:  # the host wrote these before the first launch
-        previous()
     # What does not depend on the position is asked for together with the session, of rows of no session too.
     row = session.to(tl.int64) * n + i
     inner, outer = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
@@ -412,7 +408,7 @@ def attention_launches(call: Call, scratch: Scratch) -> tuple[list[Launch], Part
     fixed = {
         **cached, "RING": capacity - sinks if window else 0, "EXACT": dtype == "f32", "RANKS": ranks, "ALONE": alone,
         "PARALLEL": parallel, "BLOCK_R": power(ranks or 1, 16), "SPLIT": split_size(capacity, window),
-        "BLOCK_J": blocks.block_k, "BLOCK_D": block_d, "BLOCK_V": block_v, "OVERLAP": False, **turning_by,
+        "BLOCK_J": blocks.block_k, "BLOCK_D": block_d, "BLOCK_V": block_v, **turning_by,
     }  # fmt: skip
     values = inside | last | dict.fromkeys(WRITTEN)
     if left is not None:

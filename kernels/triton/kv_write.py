@@ -9,7 +9,6 @@ import triton.language as tl
 from tmlc.kernels.triton.launch import Aligned, Launch, Pointer
 from tmlc.kernels.triton.mode import device
 from tmlc.kernels.triton.norms import norm_scale, power
-from tmlc.kernels.triton.overlap import previous
 from tmlc.kernels.triton.position import rotated, turning
 from tmlc.kernels.triton.registry import Call, launch
 
@@ -168,7 +167,7 @@ def prepare_kv_write_kernel(
     dv, own, capacity, sinks, k_stride, v_stride, q_stride, k_new_stride, v_new_stride, table_stride, shared_stride,
     eps,
     RING: tl.constexpr, INT8: tl.constexpr, HEADS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
-    ITEM: tl.constexpr, OFFSET: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, OVERLAP: tl.constexpr,
+    ITEM: tl.constexpr, OFFSET: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
     """kv_write_kernel of v and of keys that are normed (with norms), then turned (with a table); q_prepared: queries to
     which the same is done, dense, of rows of no session too. shared: the columns behind the `own` ones of each head of
@@ -178,8 +177,6 @@ def prepare_kv_write_kernel(
     under way."""
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(2)
     if part >= 2:
-        if OVERLAP:
-            previous()
         run = (part - 2) * tl.num_programs(1) + tl.program_id(1)
         found = read_heads(
             q, q_norm, table, None, row, heads, d, d, q_stride, table_stride, 0, run,
@@ -192,8 +189,6 @@ def prepare_kv_write_kernel(
         return
     session, i = row // n, row % n
     slot, count = tl.load(slots + session), tl.load(counts + session)
-    if OVERLAP:  # the host wrote these before the first launch
-        previous()
     live = (i < count) & (slot >= 0)
     written = tl.where(live, groups, 0)
     if part == 0:
@@ -276,4 +271,4 @@ def write_launch(call: Call, shared: dict[str, Any], cached: dict[str, Any], que
     q = call.operand("q")
     values |= {"q_prepared": queries, "q": call.pointer(q), "q_stride": Aligned(q.stride), "heads": q.cols // d}
     grid = (rows, runs, 2 + -(-(q.cols // d) // (run * runs)))
-    return launch("prepare_kv_write_kernel", grid, values, fixed | turns(call)[1] | {"OVERLAP": False}, warps)
+    return launch("prepare_kv_write_kernel", grid, values, fixed | turns(call)[1], warps)

@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tmlc.errors import REPORT, EmitError
+from tmlc.kernels.triton.overlap import UNWRITTEN
 
 ITEM_BYTES = {"f64": 8, "i64": 8, "f32": 4, "i32": 4, "bf16": 2, "f16": 2, "u8": 1}
 TRITON_NAMES = {
@@ -97,19 +98,24 @@ class Launch:
         return tuple(_type(arg) for arg in self.args)
 
     def variant(self, sm: int) -> "Variant":
-        return Variant(
-            self.kernel, self.constexprs, self.signature(), self.num_warps, self.num_stages, sm, self.overlap
-        )
+        early = None
+        if self.overlap:
+            pointers = ((k, arg) for k, arg in enumerate(self.args) if isinstance(arg, Pointer))
+            early = tuple(k for k, arg in pointers if arg.space in UNWRITTEN)
+        return Variant(self.kernel, self.constexprs, self.signature(), self.num_warps, self.num_stages, sm, early)
 
     def overlapping(self) -> "Launch":
         """The same launch, begun before the one before it has ended."""
-        fixed = tuple((name, True if name == "OVERLAP" else value) for name, value in self.constexprs)
-        return replace(self, constexprs=fixed, overlap=True)
+        return replace(self, overlap=True)
 
 
 @dataclass(frozen=True)
 class Variant:
-    """What one compilation makes machine code for; equal variants share it."""
+    """What one compilation makes machine code for; equal variants share it.
+
+    Attributes:
+        early: where launches overlap, the numbers of the arguments that no kernel writes to (overlap.py).
+    """
 
     kernel: str
     constexprs: tuple[tuple[str, Any], ...]
@@ -117,7 +123,7 @@ class Variant:
     num_warps: int
     num_stages: int
     sm: int
-    overlap: bool = False
+    early: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)

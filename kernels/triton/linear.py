@@ -8,11 +8,9 @@ import triton.language as tl
 from tmlc.kernels.triton.launch import Aligned, Launch, Lowered, Operand, Pointer
 from tmlc.kernels.triton.layouts import FORMS
 from tmlc.kernels.triton.mode import device
-from tmlc.kernels.triton.overlap import prefetch_rows, previous
 from tmlc.kernels.triton.parts import NO_COLUMNS, NO_PARTS, Parts
 from tmlc.kernels.triton.products import (
     FEW_ROWS,
-    lines,
     normed_products,
     product_values,
     tile_rows,
@@ -32,9 +30,9 @@ def linear_kernel(
     gain, shift, gain_stride, shift_stride, taps, tail, slots, counts, start, channels, level,
     per, mixed, mixed_stride, part_m, part_l, part_acc, splits,
     FORM: tl.constexpr, GROUP: tl.constexpr, SLICES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
-    ROWS: tl.constexpr, MASKED_K: tl.constexpr, ONCE: tl.constexpr, ALONE: tl.constexpr, LINES: tl.constexpr,
-    OVERLAP: tl.constexpr, STEPS: tl.constexpr, COUNT: tl.constexpr, TAPS: tl.constexpr, RESIDUAL: tl.constexpr,
-    EACH: tl.constexpr, DV: tl.constexpr, PARTS: tl.constexpr, GATED: tl.constexpr,
+    ROWS: tl.constexpr, MASKED_K: tl.constexpr, ONCE: tl.constexpr, ALONE: tl.constexpr, STEPS: tl.constexpr,
+    COUNT: tl.constexpr, TAPS: tl.constexpr, RESIDUAL: tl.constexpr, EACH: tl.constexpr, DV: tl.constexpr,
+    PARTS: tl.constexpr, GATED: tl.constexpr,
 ):  # fmt: skip
     """out[rows, m] = addend + factor·(cap·tanh((alpha·x) · Wᵀ + bias)/cap)), and then the steps; with `norm` of
     rms_norm(x) in the place of alpha·x, or with `gain` and `shift` of rms_norm(x)∘(1 + gain) + shift; grid (tiles of
@@ -49,17 +47,12 @@ def linear_kernel(
     col = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     live, inside = row < rows, col < m
     wide_row, wide_col = row.to(tl.int64), col.to(tl.int64)
-    if TAPS > 0:  # the host wrote these before the first launch
+    if TAPS > 0:
         if EACH == 1:
             slot = tl.load(slots + row, mask=live, other=-1)
             some = tl.load(counts + row, mask=live, other=0) > 0
         else:
             sessions = sessions_from(tl.program_id(0) * (ROWS // EACH), slots, counts, rows // EACH, ROWS // EACH)
-    if OVERLAP:
-        prefetch_rows(w, wide_col * w_stride, inside, k, FORM, LINES)
-        if GATED:
-            prefetch_rows(w, (wide_col + m) * w_stride, inside, k, FORM, LINES)
-        previous()
     mask = inside[:, None] & live[None, :]
     if bias is not None:
         biases = tl.load(bias + col, mask=inside, other=0.0)
@@ -173,7 +166,7 @@ def linear_launch(
     two = gated and norm is not None and FORMS[weight.dtype].group > 0
     tile = FEW_ROWS if gain is not None or conv is not None or two else tile_rows(rows)
     alone = rows == 1 and fixed["FORM"] != "f32"
-    fixed |= {"ROWS": tile, "ALONE": alone, "LINES": lines(weight, fixed), "OVERLAP": False}
+    fixed |= {"ROWS": tile, "ALONE": alone}
     values |= {
         "out": call.pointer(out) if isinstance(out, Operand) else out,
         "out_stride": out.stride if isinstance(out, Operand) else out_stride,

@@ -12,7 +12,6 @@ from tmlc.kernels.triton.activations import inputs
 from tmlc.kernels.triton.choice import ranked, sink_choice, store_sink_routes, store_topk_routes, topk_scores
 from tmlc.kernels.triton.elementwise import sigmoid
 from tmlc.kernels.triton.mode import device
-from tmlc.kernels.triton.overlap import prefetch_rows, previous
 from tmlc.kernels.triton.products import (
     exact_product,
     group_numbers,
@@ -41,14 +40,12 @@ def gated(gate, up, alpha, limit, gate_cap, up_cap, ACT: tl.constexpr):
 
 @device
 def tile_pairs(order, tile_first, tile_count, tile_expert, index, ROWS: tl.constexpr):
-    """(pairs [ROWS], which of them are there, their expert) of tile `index`; a pair is row·top_k + choice. They come
-    from the L2 cache: where launches overlap they are read before the wait, and what a multiprocessor kept of them may
-    be of the layer before."""
+    """(pairs [ROWS], which of them are there, their expert) of tile `index`; a pair is row·top_k + choice."""
     lane = tl.arange(0, ROWS)
-    held = lane < tl.load(tile_count + index, cache_modifier=".cg")
-    first = tl.load(tile_first + index, cache_modifier=".cg")
-    pair = tl.load(order + first + lane, mask=held, other=0, cache_modifier=".cg")
-    return pair, held, tl.load(tile_expert + index, cache_modifier=".cg")
+    held = lane < tl.load(tile_count + index)
+    first = tl.load(tile_first + index)
+    pair = tl.load(order + first + lane, mask=held, other=0)
+    return pair, held, tl.load(tile_expert + index)
 
 
 @device
@@ -64,8 +61,8 @@ def of_somebody(counts, row, n, per):
 
 @device
 def chosen(experts, at, count_e):
-    """The expert of a pair; of a pair of nobody, any. From the L2 cache, as in `tile_pairs`."""
-    return tl.minimum(tl.maximum(tl.load(experts + at, cache_modifier=".cg").to(tl.int32), 0), count_e - 1)
+    """The expert of a pair; of a pair of nobody, any."""
+    return tl.minimum(tl.maximum(tl.load(experts + at).to(tl.int32), 0), count_e - 1)
 
 
 @device
@@ -199,19 +196,15 @@ def moe_sort_kernel(
 def moe_down_kernel(
     parts, hidden, w, scales, zeros, bias, order, tile_first, tile_count, tile_expert, d, k, w_stride, s_stride,
     FORM: tl.constexpr, GROUP: tl.constexpr, SLICES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
-    ROWS: tl.constexpr, MASKED_K: tl.constexpr, ONCE: tl.constexpr, LINES: tl.constexpr, OVERLAP: tl.constexpr,
+    ROWS: tl.constexpr, MASKED_K: tl.constexpr, ONCE: tl.constexpr,
 ):  # fmt: skip
     """parts[pair, d] = down_e hidden[pair] + bias of sorted pairs; grid (tiles of pairs, blocks of d)."""
     pair, held, expert = tile_pairs(order, tile_first, tile_count, tile_expert, tl.program_id(0), ROWS)
-    some = tl.max(held.to(tl.int32), 0) > 0
+    if tl.max(held.to(tl.int32), 0) == 0:
+        return
     col = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = col < d
     down_row = expert.to(tl.int64) * d + col
-    if OVERLAP:  # what sorted the pairs had ended when the gate's kernel let this one begin
-        prefetch_rows(w, down_row * w_stride, inside & some, k, FORM, LINES)
-        previous()  # before any program may end: the next kernel relies on it
-    if not some:
-        return
     y = weight_product(
         w, scales, zeros, down_row * w_stride, down_row * s_stride, inside, hidden, pair.to(tl.int64) * k, held, k,
         None, FORM, GROUP, SLICES, BLOCK_M, BLOCK_K, ROWS, MASKED_K, ONCE, False,
@@ -300,8 +293,7 @@ def moe_down_sum_kernel(
     out, hidden, w, scales, zeros, bias, experts, weights, addend, counts, n, per, count_e, d, k, w_stride, s_stride,
     out_stride, addend_stride, taps, tail, slots, start, channels, level,
     TOP_K: tl.constexpr, FORM: tl.constexpr, GROUP: tl.constexpr, SLICES: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr, COLS: tl.constexpr, MASKED_K: tl.constexpr, LINES: tl.constexpr, OVERLAP: tl.constexpr,
-    TAPS: tl.constexpr, RESIDUAL: tl.constexpr,
+    BLOCK_K: tl.constexpr, COLS: tl.constexpr, MASKED_K: tl.constexpr, TAPS: tl.constexpr, RESIDUAL: tl.constexpr,
 ):  # fmt: skip
     """out[row] = addend + Σ_j weights_j·(down_e hidden[row, j] + bias), j ascending; grid (rows, blocks of d). With
     `taps` each row is a session's only one, and before the addend comes the convolution of `channels` columns from
@@ -312,19 +304,12 @@ def moe_down_sum_kernel(
     # A row of nobody goes all the way and reads and writes nothing: a branch would part these loads into rounds.
     live = of_somebody(counts, row, n, per)
     inside = (col < d) & live
-    # What chose the experts had ended when the gate's kernel let this one begin; without LINES that kernel chose them.
     ids, shares = (), ()
     for j in tl.static_range(TOP_K):
         ids += (chosen(experts, row * TOP_K + j, count_e),)  # type: ignore[assignment]
-        shares += (tl.load(weights + row * TOP_K + j, cache_modifier=".cg"),)  # type: ignore[assignment]
+        shares += (tl.load(weights + row * TOP_K + j),)  # type: ignore[assignment]
     if TAPS > 0:
         slot = tl.load(slots + row)
-    if OVERLAP and LINES > 0:
-        line = tl.arange(0, COLS * BLOCK_M)
-        at, place = tl.program_id(1) * BLOCK_M + line % BLOCK_M, line // BLOCK_M
-        there = live & (at < d) & (place < TOP_K)
-        prefetch_rows(w, (one_of(place, ids, TOP_K) * d + at).to(tl.int64) * w_stride, there, k, FORM, LINES)
-        previous()
     tl.assume(k > 0)
     if bias is not None:
         biased = one_of(choice, ids, TOP_K)[None, :] * d + col[:, None]

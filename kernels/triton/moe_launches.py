@@ -6,7 +6,7 @@ from typing import Any
 from tmlc.kernels.triton.conv import conv_launch
 from tmlc.kernels.triton.launch import Aligned, Launch, Lowered, Operand, Pointer, Scratch
 from tmlc.kernels.triton.norms import power
-from tmlc.kernels.triton.products import FEW_ROWS, ROWS, lines, product_values, tile_rows
+from tmlc.kernels.triton.products import FEW_ROWS, ROWS, product_values, tile_rows
 from tmlc.kernels.triton.registry import Call, launch, lowering
 from tmlc.kernels.triton.router import (
     SINKS,
@@ -85,7 +85,7 @@ def down_launch(call: Call, scratch: Scratch, hidden: Pointer, lists: dict[str, 
     down, bias = call.operand("down"), call.optional("down_bias")
     d, pairs = down.shape[1], call.rows(call.operand("x")) * call.operand("weights").cols
     product, fixed, blocks = product_values(call, down, "moe_down", d)
-    fixed |= {"ROWS": ROWS, "LINES": lines(down, fixed), "OVERLAP": False}
+    fixed |= {"ROWS": ROWS}
     parts = scratch.piece("f32", pairs * d)
     values = product | lists | {
         "parts": parts, "hidden": hidden, "d": Aligned(d), "bias": None if bias is None else call.pointer(bias),
@@ -125,11 +125,9 @@ def combine_launch(
 
 
 def down_sum_launch(
-    call: Call, hidden: Pointer, out: Operand | Pointer, addend: Operand | None, out_stride: int, conv: RowConv | None,
-    early: bool,
+    call: Call, hidden: Pointer, out: Operand | Pointer, addend: Operand | None, out_stride: int, conv: RowConv | None
 ) -> Launch:  # fmt: skip
-    """The second product and the weighted sum of few rows, and `addend` before it. `conv`: with one row a session.
-    `early`: whether the launch before the last chose the experts, so that weights are asked for before a wait."""
+    """The second product and the weighted sum of few rows, and `addend` before it. `conv`: with one row a session."""
     down, bias, experts = call.operand("down"), call.optional("down_bias"), call.operand("experts")
     d, rows, top_k = down.shape[1], call.rows(call.operand("x")), call.operand("weights").cols
     product, fixed, blocks = product_values(call, down, "moe_down", d)
@@ -142,7 +140,7 @@ def down_sum_launch(
     del fixed["ONCE"]  # the turns of all choices follow one another
     fixed |= {
         "TAPS": convolution[1]["TAPS"], "RESIDUAL": convolution[1]["RESIDUAL"], "TOP_K": top_k,
-        "COLS": tile_rows(top_k), "LINES": lines(down, fixed) if early else 0, "OVERLAP": False,
+        "COLS": tile_rows(top_k),
     }  # fmt: skip
     grid = (rows, -(-d // blocks.block_m))
     stages = turns_at_once(down.dtype, blocks, fixed["SLICES"], top_k, grid[0] * grid[1], call.sm)
@@ -162,7 +160,7 @@ def summed(
         product, parts = down_launch(call, scratch, hidden, lists)
         launches += [product, combine_launch(call, parts, to, addend, cols)]
     else:
-        launches.append(down_sum_launch(call, hidden, to, addend, cols, conv, choice is GIVEN))
+        launches.append(down_sum_launch(call, hidden, to, addend, cols, conv))
     return launches, source
 
 

@@ -1,68 +1,176 @@
 """Launches that begin before the one before them has ended (programmatic dependent launch, from sm90 on).
 
-Each kernel waits for the one before it (`griddepcontrol.wait`) and then lets the next one begin
-(`griddepcontrol.launch_dependents`). So at any time one kernel runs, and the next one has its programs in place: what a
-launch costs is hidden. Behind its wait a kernel sees everything that ran before it; before its wait, what the kernel
-before the last one wrote, for that one had ended when the last one let this one begin. Products and routers use the
-time before their wait to bring their weights into the L2 cache.
+A kernel lets the next one begin as its first instruction (`griddepcontrol.launch_dependents`), and waits for the one
+before it (`griddepcontrol.wait`) before it touches anything that a kernel writes. So as many kernels as fit have their
+programs in place, each with what it asks for before its wait on the way: that is what no kernel writes, weights, slots
+and counts. Behind its wait a kernel sees all that ran before it: the kernel before it has ended, which had waited for
+the one before that.
 
-Kernels get the wait as their first instruction, in PTX; those that call `previous` have it there.
+Kernels say nothing of it. `overlapping` puts both instructions into a kernel in Triton's GPU dialect, when Triton has
+decided which loads are asynchronous copies, and moves loads and copies of what no kernel writes before the wait.
+`from_l2` is for its PTX.
 """
 
 import re
-
-import triton.language as tl
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 
 from tmlc.errors import EmitError
-from tmlc.kernels.triton.mode import INTERPRET, device
 
 #: The first architecture that has it.
 OVERLAP_FROM = 90
-COMPILED = tl.constexpr(not INTERPRET)
-WAIT = "griddepcontrol.wait;"
-DEPENDENTS = "griddepcontrol.launch_dependents;"
-_ENTRY = re.compile(r"^\.visible \.entry [^{]*\{\n(?:[ \t]*\.(?:reg|local|shared)[^\n]*\n)*", re.MULTILINE)
+#: Spaces that no kernel writes to: the host wrote slots and counts before the first launch.
+UNWRITTEN = ("weight", "slots", "counts")
+_ASM = '    {name} = tt.elementwise_inline_asm "griddepcontrol.{what}; mov.u32 $0, 0;" {attrs} -> i32\n'
+_ATTRIBUTES = '{constraints = "=r", packed_element = 1 : i32, pure = false}'
+_FUNCTION = re.compile(r"^  tt\.func public @\w+\((?P<args>.*?)\) .*\{\n", re.MULTILINE)
+_LABEL = re.compile(r"^  (\^bb\d+)")
+_OP = re.compile(r'^\s*(?:(?P<results>%[^=]*?) = )?"?(?P<name>[a-z_]+\.[a-z_0-9.]+)')
+_VALUE = re.compile(r"%[A-Za-z0-9_]+")
+_QUOTED = re.compile(r'"[^"]*"')
+#: Ops that give the same wherever they stand.
+_PURE = (
+    "arith.", "math.", "tt.addptr", "tt.bitcast", "tt.broadcast", "tt.expand_dims", "tt.get_num_programs",
+    "tt.get_program_id", "tt.int_to_ptr", "tt.make_range", "tt.ptr_to_int", "tt.reshape", "tt.splat", "tt.trans",
+    "ttg.convert_layout", "ttg.memdesc_index",
+)  # fmt: skip
+_COPY, _COMMIT, _ALLOC = "ttg.async_copy_global_to_local", "ttg.async_commit_group", "ttg.local_alloc"
+_READS = ("tt.load", _COPY)
 
 
-@device
-def previous():
-    """Waits for the kernel before this one, and lets the next one begin."""
-    if COMPILED:
-        tl.inline_asm_elementwise(
-            "griddepcontrol.wait; griddepcontrol.launch_dependents; mov.u32 $0, 0;", "=r", [], tl.int32, False, 1
-        )
+@dataclass(frozen=True)
+class _Op:
+    """An op of a function's body with all its regions: the values that it makes and that it names, in order."""
+
+    text: str
+    name: str
+    results: tuple[str, ...]
+    operands: tuple[str, ...]
+
+    @property
+    def pure(self) -> bool:
+        """An allocation in shared memory is, which nothing is put into."""
+        return self.name.startswith(_PURE) or (self.name == _ALLOC and not self.operands)
 
 
-@device
-def prefetch_rows(w, w_off, w_mask, k, FORM: tl.constexpr, LINES: tl.constexpr):
-    """Asks for the first LINES·128 bytes of rows of weights; w_off: int64 [rows], in elements."""
-    if COMPILED:
-        if FORM == "f32":
-            at = tl.arange(0, LINES)[None, :] * 32
-            there = at < k
-        elif FORM == "bf16":
-            at = tl.arange(0, LINES)[None, :] * 64
-            there = at < k
-        elif FORM == "i4":
-            at = tl.arange(0, LINES)[None, :] * 128
-            there = at * 2 < k
-        else:
-            at = tl.arange(0, LINES)[None, :] * 128
-            there = at < k
-        address = w + tl.where(w_mask[:, None] & there, w_off[:, None] + at, 0)  # a line that is always there
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [address.to(tl.int64)], tl.int32, False, 1
-        )
+def overlapping(text: str, unwritten: Collection[int]) -> str:
+    """A kernel in Triton's GPU dialect that overlaps with the kernels around it. unwritten: numbers of its arguments
+    that point to what no kernel writes.
 
-
-def with_wait(ptx: str) -> str:
-    """PTX of a kernel that waits: as it is where it says so itself, else with the wait before everything.
-
-    Raises EmitError where the kernel's beginning is not found.
+    Raises:
+        EmitError: the text is not of one function, as Triton prints it.
     """
-    if WAIT in ptx:
-        return ptx
-    found = _ENTRY.search(ptx)
+    found = _FUNCTION.search(text)
+    end = text.find("\n  }", found.end()) + 1 if found else 0
+    if found is None or not end:
+        raise EmitError("a kernel in Triton's GPU dialect is not one function", fix="use Triton 3.6 to 3.9")
+    arguments = re.findall(r"(%\w+): ", found["args"])
+    blocks = _blocks(text[found.end() : end])
+    whole = all(number == "0" for number in re.findall(r"ttg\.async_wait .*?num = (\d+)", text))
+    _wait(blocks, "", set(), {arguments[number]: arguments[number] for number in unwritten}, whole)
+    begun = _ASM.format(name="%begun", what="launch_dependents", attrs=_ATTRIBUTES)
+    body = "".join(label + "".join(op.text for op in ops) for label, ops in blocks.values())
+    return text[: found.end()] + begun + body + text[end:]
+
+
+def from_l2(ptx: str) -> str:
+    """PTX of a kernel that overlaps, its loads before a wait from the L2 cache: what a multiprocessor kept of slots and
+    counts may be of the call before, and nothing promises that who has not waited finds it gone."""
+    waited, parts = False, []
+    for part in re.split(r"^(?=\$L)", ptx, flags=re.MULTILINE):
+        before, wait, behind = part.partition("griddepcontrol.wait")
+        if wait or not waited:
+            before = before.replace("ld.global.", "ld.global.cg.")
+        parts += [before, wait, behind]
+        waited |= bool(wait)
+    return "".join(parts)
+
+
+def _blocks(body: str) -> dict[str, tuple[str, list[_Op]]]:
+    """The blocks of a function by name (the first has none): the line with their label, and their ops."""
+    name = ""
+    blocks: dict[str, tuple[str, list[_Op]]] = {"": ("", [])}
+    for lines in _whole(body):
+        if label := _LABEL.match(lines):
+            name = label[1]
+            blocks[name] = (lines, [])
+        else:
+            blocks[name][1].append(_op(lines))
+    return blocks
+
+
+def _whole(body: str) -> Iterator[str]:
+    """Lines, those of an op and its regions together."""
+    depth, held = 0, ""
+    for line in body.splitlines(keepends=True):
+        plain = _QUOTED.sub("", line)
+        depth += plain.count("{") - plain.count("}")
+        held += line
+        if depth == 0:
+            yield held
+            held = ""
+
+
+def _op(lines: str) -> _Op:
+    found = _OP.match(lines)
     if found is None:
-        raise EmitError("the entry of a kernel is not where it was expected in its PTX", fix="use Triton 3.6 to 3.9")
-    return f"{ptx[: found.end()]}\t{WAIT}\n\t{DEPENDENTS}\n{ptx[found.end() :]}"
+        raise EmitError(f"not an op of Triton's GPU dialect: {lines[:80]!r}", fix="use Triton 3.6 to 3.9")
+    return _Op(
+        lines, found["name"], tuple(_VALUE.findall(found["results"] or "")), tuple(_VALUE.findall(lines[found.end() :]))
+    )
+
+
+def _wait(
+    blocks: dict[str, tuple[str, list[_Op]]], name: str, late: set[str], root: dict[str, str], whole: bool
+) -> None:
+    """Puts a wait into a block, or where it touches nothing that a kernel writes, into each of those that follow it.
+
+    Args:
+        late: values that are known behind the wait only; those of this block are added.
+        root: of pointers to what no kernel writes, the argument that they come from; likewise.
+        whole: whether threads that wait for asynchronous copies wait for all of them.
+    """
+    label, ops = blocks[name]
+    early = _early(ops, late, root, whole)
+    first = next(k for k, op in enumerate(ops) if k not in early and not op.pure)
+    last = ops[-1]
+    if first == len(ops) - 1 and last.name == "cf.cond_br":
+        following = re.findall(r"\^bb\d+", last.text)
+        ends = "".join(held[-1].text for _, held in blocks.values())
+        if len(set(following)) == 2 and all(len(re.findall(rf"\{one}\b", ends)) == 1 for one in following):
+            for one in following:
+                _wait(blocks, one, late, root, whole)
+            return
+    wait = _ASM.format(name=f"%waited{name.lstrip('^')}", what="wait", attrs=_ATTRIBUTES)
+    moved = [op for k, op in enumerate(ops) if k > first and k in early]
+    rest = [op for k, op in enumerate(ops) if k >= first and k not in early]
+    blocks[name] = label, [*ops[:first], *moved, _op(wait), *rest]
+
+
+def _early(ops: list[_Op], late: set[str], root: dict[str, str], whole: bool) -> set[int]:
+    """Numbers of the ops that stand before the wait: loads and copies of what no kernel writes, up to the block's first
+    loop or branch, and what they are made of."""
+    free: dict[int, _Op] = {}
+    over = False
+    for k, op in enumerate(ops):
+        over |= op.name.startswith(("scf.", "cf.", "tt.return"))
+        known = not over and late.isdisjoint(op.operands)
+        if known and (op.pure or op.name == _COMMIT or (op.name in _READS and op.operands[0] in root)):
+            free[k] = op
+            if op.pure and op.operands and op.operands[0] in root and "!tt.ptr" in op.text.rpartition(":")[2]:
+                root.update(dict.fromkeys(op.results, root[op.operands[0]]))
+        else:
+            late.update(op.results)
+    stay = [op for k, op in enumerate(ops) if op.name == _COPY and k not in free]
+    if stay and not whole:  # groups that are waited for by their number keep their order
+        free = {k: op for k, op in free.items() if op.name not in (_COPY, _COMMIT)}
+    wanted: set[str] = set()
+    early: set[int] = set()
+    copies = {result for op in free.values() if op.name == _COPY for result in op.results}
+    for k in sorted(free, reverse=True):
+        op = free[k]
+        closed = op.name == _COMMIT and op.operands and copies.issuperset(op.operands)
+        if op.name in _READS or closed or not wanted.isdisjoint(op.results):
+            early.add(k)
+            wanted.update(op.operands)
+    return early

@@ -172,7 +172,7 @@ def sliced_products(
             scale_2, zero_2 = group_numbers(scales, zeros, s_off_2, w_mask, first, k, FORM, GROUP)
     HALF: tl.constexpr = BLOCK_K // 2 if FORM == "i4" else BLOCK_K
     low_row, high_row = first, first
-    if ALONE and ONCE:  # asked for before the weights, and used behind them: that takes no shared memory
+    if ALONE:  # asked for before the turn's weights, and used behind them: that takes no shared memory
         low_row = read_alone(
             x, x_off, x_mask, first, k, norm, gain, gain_off, shift, shift_off, parts, DV, PARTS, HALF, MASKED_K
         )
@@ -183,23 +183,34 @@ def sliced_products(
             )  # fmt: skip
     for start in range(0, k, SLICES * BLOCK_K):
         first = start + tl.arange(0, SLICES) * BLOCK_K
-        # Scales come one turn ahead: asked for behind the codes, they would be waited for by themselves.
+        # Scales and the only row come one turn ahead: asked for behind the codes, they would be waited for.
         now, now_2 = scale, scale_2
         at, at_2 = zero, zero_2
+        low_now, high_now = low_row, high_row
+        following = first + SLICES * BLOCK_K
+        if ALONE and not ONCE:
+            more = x_mask & (following < k)[:, None]
+            low_row = read_alone(
+                x, x_off, more, following, k, norm, gain, gain_off, shift, shift_off, parts, DV, PARTS, HALF, MASKED_K
+            )
+            if FORM == "i4":
+                high_row = read_alone(
+                    x, x_off, more, following + HALF, k, norm, gain, gain_off, shift, shift_off, parts, DV, PARTS, HALF,
+                    MASKED_K,
+                )  # fmt: skip
         if FORM != "bf16" and not ONCE:
-            following = first + SLICES * BLOCK_K
             scale, zero = group_numbers(scales, zeros, s_off, w_mask, following, k, FORM, GROUP)
             if TWO:
                 scale_2, zero_2 = group_numbers(scales, zeros, s_off_2, w_mask, following, k, FORM, GROUP)
         low = turn_inputs(
-            low_row, x, x_off, x_mask, first, k, alpha, norm, gain, gain_off, shift, shift_off, parts, DV, PARTS, HALF,
-            MASKED_K, ONCE, ALONE, ROWS,
+            low_now, x, x_off, x_mask, first, alpha, norm, gain, gain_off, shift, shift_off, PARTS, HALF, MASKED_K,
+            ALONE, ROWS,
         )  # fmt: skip
         high = low
         if FORM == "i4":
             high = turn_inputs(
-                high_row, x, x_off, x_mask, first + HALF, k, alpha, norm, gain, gain_off, shift, shift_off, parts, DV,
-                PARTS, HALF, MASKED_K, ONCE, ALONE, ROWS,
+                high_now, x, x_off, x_mask, first + HALF, alpha, norm, gain, gain_off, shift, shift_off, PARTS, HALF,
+                MASKED_K, ALONE, ROWS,
             )  # fmt: skip
         acc, squares, moved = slice_products(
             acc, squares, moved, w, w_off, w_mask, first, now, at, low, high,
@@ -390,8 +401,3 @@ def product_values(
 def tile_rows(rows: int) -> int:
     """Rows of activations in a tile, for a call with so many."""
     return FEW_ROWS if rows <= FEW_ROWS else ROWS
-
-
-def lines(weight: Operand, fixed: dict[str, Any]) -> int:
-    """Lines of 128 bytes of a row that a program reads at a time; fixed: of `product_values`."""
-    return max(1, fixed["SLICES"] * fixed["BLOCK_K"] * FORMS[weight.dtype].bits // 8 // 128)

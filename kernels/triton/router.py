@@ -20,7 +20,6 @@ from tmlc.kernels.triton.choice import (
 from tmlc.kernels.triton.launch import Aligned, Launch, Lowered, Pointer, Scratch
 from tmlc.kernels.triton.mode import device
 from tmlc.kernels.triton.norms import power
-from tmlc.kernels.triton.overlap import prefetch_rows, previous
 from tmlc.kernels.triton.registry import Call, launch, lowering
 
 MOST_EXPERTS = 1024
@@ -63,8 +62,7 @@ def norm_row(
 @device
 def router_logits_kernel(
     logits, x, w, norm, normed, inverses, rows, total, k, w_stride, x_stride, normed_stride, per, each, eps,
-    EXPERTS: tl.constexpr, ROWS: tl.constexpr, PIECES: tl.constexpr, BLOCK_K: tl.constexpr, LINES: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    EXPERTS: tl.constexpr, ROWS: tl.constexpr, PIECES: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Logits [rows, total] = x · Wᵀ in float32; grid (runs of EXPERTS experts, runs of `per` rows).
 
@@ -77,10 +75,6 @@ def router_logits_kernel(
     first = tl.program_id(0) * each
     begin = tl.program_id(1) * per
     w_wide, x_wide = w_stride.to(tl.int64), x_stride.to(tl.int64)
-    if OVERLAP:
-        own = first + tl.arange(0, EXPERTS)
-        prefetch_rows(w, own.to(tl.int64) * w_wide, own < total, k, "f32", LINES)
-        previous()
     if norm is not None:
         extra = tl.program_id(0) - tl.cdiv(total, EXPERTS)
         if extra >= 0:
@@ -89,6 +83,11 @@ def router_logits_kernel(
                 wide = normed_stride.to(tl.int64)
                 norm_row(normed, inverses, x, norm, row, k, x_wide, wide, eps, PIECES, BLOCK_K)
             return
+    ONE: tl.constexpr = EXPERTS * PIECES == 1
+    if ONE:  # what it reads of weights, once for all rows
+        own = tl.load(w + first * w_wide + inner, mask=(inner < k) & (first < total), other=0.0)
+        if norm is not None:
+            learned = tl.load(norm + inner, mask=inner < k, other=0.0)
     for turn in range(begin, tl.minimum(begin + per, rows), ROWS):
         found = tl.zeros((EXPERTS * ROWS,), tl.float32)
         for r in tl.static_range(ROWS):
@@ -97,10 +96,16 @@ def router_logits_kernel(
                 for piece in tl.static_range(PIECES):
                     at = piece * BLOCK_K + inner
                     read = (at < k) & (first + e < total) & (turn + r < rows)
-                    wt = tl.load(w + (first + e) * w_wide + at, mask=read, other=0.0)
+                    if ONE:
+                        wt = own
+                    else:
+                        wt = tl.load(w + (first + e) * w_wide + at, mask=read, other=0.0)
                     xt = tl.load(x + (turn + r) * x_wide + at, mask=read, other=0.0)
                     if norm is not None:
-                        xt = xt * tl.load(norm + at, mask=at < k, other=0.0)
+                        if ONE:
+                            xt = xt * learned
+                        else:
+                            xt = xt * tl.load(norm + at, mask=at < k, other=0.0)
                     if PIECES == 1:
                         acc = wt * xt
                     else:
@@ -201,10 +206,7 @@ def logits_launch(call: Call, logits: Pointer, inverses: Pointer | None) -> Laun
             "norm": call.pointer(norm), "normed": call.pointer(normed), "normed_stride": Aligned(normed.stride),
             "eps": float(call.attrs["eps"]),
         }  # fmt: skip
-    fixed = {
-        "EXPERTS": each, "ROWS": at_once, "PIECES": -(-k // block), "BLOCK_K": block,
-        "LINES": power(-(-min(k, MOST_INPUTS) // 32)), "OVERLAP": False,
-    }  # fmt: skip
+    fixed = {"EXPERTS": each, "ROWS": at_once, "PIECES": -(-k // block), "BLOCK_K": block}
     grid = (-(-total // each) + (0 if inverses is None else per), -(-rows // per))
     return launch("router_logits_kernel", grid, values, fixed, max(1, min(MOST_WARPS, block // WARP_INPUTS)))
 

@@ -7,9 +7,6 @@ rows each takes one (`PtxMachine(sm, banks=True)` counts them).
 """
 
 import re
-import tempfile
-from pathlib import Path
-from typing import Any
 
 _LAYOUT = re.compile(
     r"^(?P<name>#shared\d*) = #ttg\.swizzled_shared<\{vec = (?!1,)\d+, perPhase = \d+, maxPhase = \d+, "
@@ -32,19 +29,3 @@ def by_rows(text: str) -> str:
         return found[0].replace(f"[{found['order']}]", f"[{order}]")
 
     return _LAYOUT.sub(ordered, text)
-
-
-def staggered(module: Any) -> Any:
-    """`by_rows` of Triton's own module."""
-    from triton._C.libtriton import ir
-
-    text = str(module)
-    changed = by_rows(text)
-    if changed == text:
-        return module
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "module.ttgir"
-        file.write_text(changed, "utf-8")
-        made = ir.parse_mlir_module(str(file), module.context)
-    made.context = module.context  # Triton's stages ask a module for it
-    return made

@@ -6,8 +6,9 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,12 @@ import triton
 
 from tmlc.errors import EmitError, TargetError
 from tmlc.kernels.triton.architectures import ARCHITECTURES
+from tmlc.kernels.triton.dialect import Rewrite, rewritten
 from tmlc.kernels.triton.launch import Variant
 from tmlc.kernels.triton.mode import FUNCTIONS, INTERPRET, PARAMETERS
-from tmlc.kernels.triton.overlap import with_wait
+from tmlc.kernels.triton.overlap import from_l2, overlapping
 from tmlc.kernels.triton.registry import load_kernels
-from tmlc.kernels.triton.swizzle import staggered
+from tmlc.kernels.triton.swizzle import by_rows
 from tmlc.kernels.triton.versions import check_triton
 
 #: What a thread can have at most; the launches here have up to 256 threads, so the register file holds them.
@@ -66,7 +68,7 @@ class Compiled:
 def variant_key(variant: Variant) -> str:
     """A short name that is the same for equal variants: kernel, architecture, digest of the rest."""
     body = [variant.constexprs, variant.signature, variant.num_warps, variant.num_stages]
-    body += ["overlap"] if variant.overlap else []
+    body += [] if variant.early is None else ["overlap", variant.early]
     digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
     return f"{variant.kernel}.sm{variant.sm}.{digest[:16]}"
 
@@ -99,7 +101,7 @@ def compile_variant(variant: Variant) -> Compiled:
     # Last, tiles as Triton lays them: bank conflicts, the same bits, and addresses that may need fewer registers.
     for registers in (None, MOST_REGISTERS):
         if best.spill_bytes:
-            tiles = _compiled(source, target, variant, variant.num_stages, registers, by_rows=False)
+            tiles = _compiled(source, target, variant, variant.num_stages, registers, staggered=False)
             best = min(best, tiles, key=fault)
     if best.shared > most:
         what = f"{variant.kernel} wants {best.shared} bytes of shared memory, a program on sm{variant.sm} has {most}"
@@ -161,9 +163,9 @@ def _waits_once(variant: Variant) -> bool:
 
 
 def _compiled(
-    source: Any, target: Any, variant: Variant, stages: int, registers: int | None, by_rows: bool = True
+    source: Any, target: Any, variant: Variant, stages: int, registers: int | None, staggered: bool = True
 ) -> Compiled:
-    kernel = _built(source, target, variant, stages, registers, by_rows)
+    kernel = _built(source, target, variant, stages, registers, staggered)
     meta = kernel.metadata
     if meta.global_scratch_size or meta.profile_scratch_size:
         what = f"{variant.kernel} asks for global scratch, which launches do not bring"
@@ -175,16 +177,18 @@ def _compiled(
 
 
 def _built(
-    source: Any, target: Any, variant: Variant, stages: int, registers: int | None, by_rows: bool = True
+    source: Any, target: Any, variant: Variant, stages: int, registers: int | None, staggered: bool = True
 ) -> Any:
-    """What Triton makes of a variant; `by_rows`: with tiles in shared memory staggered by rows."""
+    """What Triton makes of a variant; `staggered`: with tiles in shared memory staggered by rows."""
+    rewrites: list[Rewrite] = [by_rows] if staggered else []
+    if variant.early is not None:
+        rewrites.append(partial(overlapping, unwritten=variant.early))
     options = {
         "num_warps": variant.num_warps, "num_stages": stages, "enable_fp_fusion": False,
         "maxnreg": registers,
     }  # fmt: skip
     try:
-        tiles = _staggering() if by_rows else nullcontext()
-        with _reproducible(), tiles, _waiting() if variant.overlap else nullcontext():
+        with _reproducible(), _rewriting(rewrites, from_l2 if variant.early is not None else None):
             return triton.compile(source, target=target, options=options)
     except Exception as error:
         where = f"{variant_key(variant)} {variant.constexprs}"
@@ -204,22 +208,14 @@ def _reproducible() -> Iterator[None]:
 
 
 @contextmanager
-def _staggering() -> Iterator[None]:
-    """Kernels that are compiled meanwhile have their tiles in shared memory staggered by rows (swizzle.py)."""
+def _rewriting(dialect: list[Rewrite], ptx: Rewrite | None) -> Iterator[None]:
+    """Kernels that are compiled meanwhile are rewritten in Triton's GPU dialect, and in PTX."""
     from triton.backends.nvidia.compiler import CUDABackend
 
-    before = CUDABackend.make_ttgir
-    with _instead(CUDABackend, "make_ttgir", staticmethod(lambda *args: staggered(before(*args)))):
-        yield
-
-
-@contextmanager
-def _waiting() -> Iterator[None]:
-    """Kernels that are compiled meanwhile wait for the one before them."""
-    from triton.backends.nvidia.compiler import CUDABackend
-
-    before = CUDABackend.make_ptx
-    with _instead(CUDABackend, "make_ptx", lambda self, *args: with_wait(before(self, *args))):
+    made, written = CUDABackend.make_ttgir, CUDABackend.make_ptx
+    changed = (lambda *args: ptx(written(*args))) if ptx else written
+    kernels = staticmethod(lambda *args: rewritten(made(*args), *dialect))
+    with _instead(CUDABackend, "make_ttgir", kernels), _instead(CUDABackend, "make_ptx", changed):
         yield
 
 

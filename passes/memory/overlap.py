@@ -9,7 +9,7 @@ from tmlc.pipeline.registry import register_pass
 
 @register_pass("memory.overlap")
 class Overlap(Pass):
-    """Lets each kernel be in place, and bring its weights into the cache, while the one before it still runs
+    """Lets each kernel be in place, with the weights that it needs on the way, while those before it still run
     (programmatic dependent launch; architectures from sm90 on). No bit depends on it.
 
     Before memory.buckets, in a pipeline of one's own: no preset has it, for it has not run on a GPU. Writes

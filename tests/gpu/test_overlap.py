@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import tmlc
+from tmlc.emit.triton.tune import package_samples
 from tmlc.errors import EmitError
 from tmlc.kernels.triton.bucket import Bucket
-from tmlc.kernels.triton.launch import Operand, Variant
-from tmlc.kernels.triton.overlap import DEPENDENTS, WAIT, with_wait
-from tmlc.kernels.triton.registry import Call, lower
-from tmlc.kernels.triton.variants import compile_variant
+from tmlc.kernels.triton.launch import Variant
+from tmlc.kernels.triton.overlap import from_l2
+from tmlc.kernels.triton.overlap import overlapping as overlapping_text
+from tmlc.kernels.triton.variants import compile_variant, ptx_of, variant_key
 from tmlc.package.reader import open_package
 from tmlc.pipeline.pipeline import load_pipeline
-from tmlc.report.gpu_code import disassembled
+from tmlc.report.gpu_code import disassembled, launches_of
+from tmlc.report.gpu_plan import lowered_model
 
 FEATURE = "triton.overlap.v1"
 
@@ -32,13 +36,25 @@ def overlapping(tiny, lab, tmp_path_factory) -> Path:
     return out
 
 
+@pytest.fixture(scope="module")
+def decoding(tiny, lab) -> list[Variant]:
+    """The variants that the smallest model decodes one position with on sm90."""
+    steps = load_pipeline("triton").configure("memory.buckets", **lab.buckets)
+    steps = steps.before("memory.buckets", "memory.overlap")
+    _, lowered, sm = lowered_model(str(tiny.checkpoint), "triton:sm90", "bf16", steps)
+    launches = launches_of(lowered.launches[sm], "decode", Bucket(1, 1))
+    return list(dict.fromkeys(launch.variant(sm) for launch in launches))
+
+
 def test_only_architectures_that_have_it_overlap(overlapping, tiny):
     with open_package(overlapping) as held:
         assert FEATURE in held.manifest.required_features
         for sm, there in ((80, False), (90, True)):
-            variants = held.json(f"engines/triton/sm{sm}/code.json")["variants"]
-            products = [v for v in variants if "OVERLAP" in v["constexprs"]]
-            assert products and all(v["constexprs"]["OVERLAP"] is there for v in products)
+            made = {variant["name"] for variant in held.json(f"engines/triton/sm{sm}/code.json")["variants"]}
+            launches = [sample.launch for _, sample in package_samples(held, sm)]
+            assert {launch.overlap for launch in launches} == {there}
+            assert {variant_key(launch.variant(sm)) for launch in launches} <= made
+            assert not {variant_key(replace(launch, overlap=not there).variant(sm)) for launch in launches} & made
     with open_package(tiny.gpu) as held:
         assert FEATURE not in held.manifest.required_features
 
@@ -66,68 +82,129 @@ def instructions(variant: Variant) -> list[str]:
     return [line.split("*/")[1].split(";")[0] for line in disassembled(made.cubin).splitlines() if "*/" in line]
 
 
-def test_machine_code_waits_before_it_reads_anything_that_another_kernel_wrote(overlapping):
-    """A product asks for its weights first, and attention for its session's slot and count; all others wait at once,
-    among them the experts' second product where the first one chose them. The assembler calls the wait ACQBULK, and
-    what lets the next kernel begin PREEXIT."""
-    from tmlc.emit.triton.tune import package_samples
-
-    with open_package(overlapping) as held:
-        launches = {sample.launch.kernel: sample.launch for _, sample in package_samples(held, 90)}
-    for kernel in ("linear_kernel", "moe_gate_up_kernel", "moe_down_sum_kernel", "attention_kernel"):
-        before = before_the_wait(launches[kernel].variant(90))
-        assert ("CCTL" in " ".join(before)) == (kernel == "linear_kernel")
-        loads = sorted(name.split()[0] for name in before if "LDG" in name)
-        assert loads == (["LDG.E", "LDG.E.64"] if kernel == "attention_kernel" else [])
+#: In machine code: the wait, what lets the next kernel begin, loads and asynchronous copies.
+WAITS, BEGINS, LOADS = "ACQBULK", "PREEXIT", ("LDG.", "LDGSTS.")
 
 
-def test_experts_that_a_router_chose_ask_for_their_weights_before_they_wait():
-    """What chose them had ended when the launch before was let begin."""
-    rows = {name: Operand("arena", kind, (1, 0), cols, cols)
-            for name, kind, cols in (("x", "f32", 64), ("weights", "f32", 3), ("experts", "i32", 3))}  # fmt: skip
-    stacked = {name: Operand("weight", "bf16", (0, 4 * m), 64, 64, name=name, shape=(4, m, 64))
-               for name, m in (("gate_up", 128), ("down", 64))}  # fmt: skip
-    numbers = dict.fromkeys(("alpha", "limit", "gate_cap", "up_cap"), 0.0) | {"grouped_from": 0}
-    for n, kernel in ((1, "moe_down_sum_kernel"), (16, "moe_down_kernel")):
-        made = lower(Call("moe", rows | stacked, numbers, (rows["x"],), Bucket(1, n), 90)).launches
-        (launch,) = [one for one in made if one.kernel == kernel]
-        before = " ".join(before_the_wait(launch.overlapping().variant(90)))
-        assert "CCTL" in before and "LDG" in before
+def kind(line: str) -> str:
+    """The instruction of a line of machine code, without what it is guarded by."""
+    return re.sub(r"^@!?U?P\w+ ", "", line.strip()).split()[0]
 
 
-def before_the_wait(variant: Variant) -> list[str]:
-    """Loads, prefetches and exits before the wait; there is no store, and no program ends."""
-    names = instructions(variant)
-    wait = next(k for k, name in enumerate(names) if "ACQBULK" in name)
-    assert any("PREEXIT" in name for name in names[wait:])
-    assert not any("STG" in name or " EXIT" in name for name in names[:wait])
-    return [name for name in names[:wait] if "LDG" in name or "CCTL" in name]
+def test_machine_code_waits_before_it_reads_anything_that_another_kernel_wrote(decoding):
+    """The assembler moves no load over the wait: as many stand before it as in PTX, which the ticks of test_ptx.py run.
+    A product has its weights on the way then; whatever it is, a kernel lets the next one begin first of all."""
+    found: dict[str, list[str]] = {}
+    for variant in decoding:
+        kernel, ptx = variant.kernel, ptx_of(variant).ptx
+        names = instructions(variant)
+        assert sum(WAITS in name for name in names) == ptx.count("griddepcontrol.wait"), kernel
+        wait = next(k for k, name in enumerate(names) if WAITS in name)
+        early = names[:wait]
+        assert any(BEGINS in name for name in early) and not any("STG" in name or " EXIT" in name for name in early)
+        if ptx.count("griddepcontrol.wait") == 1:
+            before = ptx.partition("griddepcontrol.wait")[0]
+            loads = [name for name in map(kind, early) if name.startswith(LOADS)]
+            assert len(loads) == len(re.findall(r"ld\.global|cp\.async\.c[ag]", before)), kernel
+            found.setdefault(kernel, []).extend(loads)
+    assert any(name.startswith("LDGSTS") for name in found["linear_kernel"])
+    assert {"LDG.E.STRONG.GPU", "LDG.E.64.STRONG.GPU"} <= set(found["attention_kernel"]), "a count and a slot"
+    assert all("STRONG.GPU" in name or "LDGSTS" in name for loads in found.values() for name in loads), "from L2"
+    for kernel in ("moe_gate_up_kernel", "moe_down_sum_kernel"):  # whose weights are those of experts
+        assert found[kernel] and not any(name.startswith("LDGSTS") for name in found[kernel])
+    assert len(found) >= 5
 
 
-def test_programs_that_write_keys_ask_for_their_session_before_they_wait(overlapping):
-    """The others, which norm queries, wait at once; either wait lies before what its programs read and write."""
-    with open_package(overlapping) as held:
-        made = next(v for v in held.json("engines/triton/sm90/code.json")["variants"]
-                    if v["kernel"] == "prepare_kv_write_kernel")  # fmt: skip
-    constexprs = tuple(sorted(made["constexprs"].items()))
-    signature = tuple(made["signature"])
-    variant = Variant(made["kernel"], constexprs, signature, made["num_warps"], made["num_stages"], 90, True)
-    kinds = ("ACQBULK", "PREEXIT", "LDG.E.64", "LDG", "STG", " EXIT")
-    found = [next((kind for kind in kinds if kind in name), "") for name in instructions(variant)]
-    found = [kind for kind in found if kind]
-    waits = [k for k, kind in enumerate(found) if kind == "ACQBULK"]
-    assert all(found[k + 1] == "PREEXIT" for k in waits)
-    # What stands before each, from where its programs begin: which kind comes first is the assembler's choice.
-    starts = [max((j + 1 for j in range(k) if found[j] == " EXIT"), default=0) for k in waits]
-    asked = [found[start:k] for start, k in zip(starts, waits, strict=True)]
-    assert sorted(asked) == [[], ["LDG.E.64", "LDG"]]  # nothing; a slot and a count
-    assert found[-1] == " EXIT" and found.count("STG") >= 3
+def test_programs_that_part_wait_where_they_have_parted(decoding):
+    """Those of a router have a row of weights on the way, those that norm wait at once."""
+    router = next(variant for variant in decoding if variant.kernel == "router_logits_kernel")
+    parts = re.split(r"^\$L\w+:", ptx_of(router).ptx, flags=re.MULTILINE)
+    waits = (part.partition("griddepcontrol.wait") for part in parts)
+    norming, multiplying = sorted(before.count("ld.global") for before, wait, _ in waits if wait)
+    assert norming == 0 < multiplying
 
 
-def test_a_wait_is_put_before_everything_and_only_once():
-    ptx = ".version 8.7\n.visible .entry k(\n\t.param .u64 p\n)\n.reqntid 128\n{\n\t.reg .b32 \t%r<5>;\n\tld.global;\n"
-    made = with_wait(ptx).splitlines()
-    assert [line.strip() for line in made[6:9]] == [".reg .b32 \t%r<5>;", WAIT, DEPENDENTS]
-    assert made[9].strip() == "ld.global;" and with_wait(with_wait(ptx)) == with_wait(ptx)
-    with pytest.raises(EmitError, match="entry of a kernel"):
-        with_wait(".version 8.7\n")
+FUNCTION = """module {
+  tt.func public @k(%out: !tt.ptr<f32> loc("out"), %x: !tt.ptr<f32> loc("x"), %w: !tt.ptr<f32> loc("w")) attributes {} {
+    %0 = tt.get_program_id x : i32 loc(#loc)
+BODY    tt.return loc(#loc)
+  } loc(#loc)
+} loc(#loc)
+"""
+LOADS_OF = """    %a = tt.addptr %x, %0 : !tt.ptr<f32>, i32 loc(#loc)
+    %b = tt.load %a : !tt.ptr<f32> loc(#loc)
+    %c = tt.addptr %w, %0 : !tt.ptr<f32>, i32 loc(#loc)
+    %d = tt.load %c : !tt.ptr<f32> loc(#loc)
+"""
+COPIES = """    %y = tt.splat %x : !tt.ptr<f32> -> tensor<4x!tt.ptr<f32>> loc(#loc)
+    %m = ttg.local_alloc : () -> !ttg.memdesc<4xf32, #shared, #smem, mutable> loc(#loc)
+    %e = ttg.async_copy_global_to_local %y, %m : tensor<4x!tt.ptr<f32>> -> <4xf32, #shared, #smem, mutable> loc(#loc)
+    %f = ttg.async_commit_group tokens %e loc(#loc)
+    %v = tt.splat %w : !tt.ptr<f32> -> tensor<4x!tt.ptr<f32>> loc(#loc)
+    %n = ttg.local_alloc : () -> !ttg.memdesc<4xf32, #shared, #smem, mutable> loc(#loc)
+    %g = ttg.async_copy_global_to_local %v, %n : tensor<4x!tt.ptr<f32>> -> <4xf32, #shared, #smem, mutable> loc(#loc)
+    %h = ttg.async_commit_group tokens %g loc(#loc)
+    %i = ttg.async_wait %f, %h {num = NUM : i32} loc(#loc)
+"""
+
+
+def order(body: str, unwritten=(2,)) -> list[str]:
+    """What a function becomes: the first result of each op, of the wait `wait`, and the names of other ops."""
+    made = overlapping_text(FUNCTION.replace("BODY", body), unwritten)
+    lines = made[made.index("{} {") : made.index("\n  } loc")].splitlines()[1:]
+    held = [re.match(r"\s*(?:%(\w+?) = |(\S+))", line) for line in lines]
+    return ["wait" if (one[1] or "").startswith("waited") else one[1] or one[2] for one in held if one]
+
+
+def test_what_no_kernel_writes_is_asked_for_before_the_wait():
+    assert order(LOADS_OF) == ["begun", "0", "a", "c", "d", "wait", "b", "tt.return"]
+    assert order(LOADS_OF, ()) == ["begun", "0", "a", "wait", "b", "c", "d", "tt.return"]
+    assert order(LOADS_OF, (1, 2)) == ["begun", "0", "a", "b", "c", "d", "wait", "tt.return"]
+
+
+def test_an_address_that_comes_from_another_kernel_is_waited_for():
+    chosen = LOADS_OF.replace("%w, %0", "%w, %j")
+    chosen = chosen.replace("    %c", "    %j = arith.fptosi %b : f32 to i32 loc(#loc)\n    %c")
+    assert order(chosen) == ["begun", "0", "a", "wait", "b", "j", "c", "d", "tt.return"]
+    behind = "    scf.if %p {\n      tt.store %x, %q : !tt.ptr<f32>\n    } loc(#loc)\n"
+    found = order(behind + LOADS_OF)
+    assert found == ["begun", "0", "wait", "scf.if", "tt.store", "}", "a", "b", "c", "d", "tt.return"]
+
+
+def test_groups_of_copies_change_places_only_where_all_are_waited_for():
+    """A group that is waited for by how many may follow it keeps its place among them."""
+    early = ["v", "n", "g", "h"]
+    assert order(COPIES.replace("NUM", "0")) == ["begun", "0", "y", "m", *early, "wait", "e", "f", "i", "tt.return"]
+    stay = ["begun", "0", "y", "m", "wait", "e", "f", *early, "i", "tt.return"]
+    assert order(COPIES.replace("NUM", "1")) == stay
+    kept = order(COPIES.replace("NUM", "1"), (1, 2))
+    assert kept == ["begun", "0", "y", "m", "e", "f", *early, "wait", "i", "tt.return"]
+
+
+def test_branches_that_nothing_was_read_before_wait_by_themselves():
+    blocks = """    cf.cond_br %p, ^bb1, ^bb2 loc(#loc)
+  ^bb1:  // pred: ^bb0
+    tt.store %out, %q : !tt.ptr<f32> loc(#loc)
+    tt.return loc(#loc)
+  ^bb2:  // pred: ^bb0
+"""
+    found = order(blocks + LOADS_OF)
+    one, other = ["^bb1:", "wait", "tt.store", "tt.return"], ["^bb2:", "a", "c", "d", "wait", "b", "tt.return"]
+    assert found == ["begun", "0", "cf.cond_br", *one, *other]
+    # One that both come to is no place to wait.
+    found = order(blocks.replace("^bb1, ^bb2", "^bb1, ^bb1").replace("^bb2", "^bb3") + LOADS_OF)
+    assert found[:4] == ["begun", "0", "wait", "cf.cond_br"] and found.count("wait") == 1
+
+
+def test_loads_before_a_wait_come_from_the_l2_cache():
+    """Those of the first block, which may part before anybody waits, and of each block up to its wait."""
+    wait, load = "griddepcontrol.wait;\n", "ld.global.b32 { %r1 }, [ %rd1 + 0 ];\n"
+    cached = load.replace("global", "global.cg")
+    parted = f"{load}bra $L__BB0_2;\n{load}{wait}{load}$L__BB0_2:\n{load}{wait}{load}$L__BB0_3:\n{load}"
+    first, other = f"{cached}bra $L__BB0_2;\n{cached}{wait}{load}", f"$L__BB0_2:\n{cached}{wait}{load}"
+    assert from_l2(parted) == f"{first}{other}$L__BB0_3:\n{load}"
+
+
+def test_what_is_no_function_of_triton_is_refused():
+    with pytest.raises(EmitError, match="not one function"):
+        overlapping_text("module {}\n", ())

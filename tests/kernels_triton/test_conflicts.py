@@ -86,7 +86,7 @@ def test_tiles_as_triton_lays_them_have_many_and_the_same_results(form, monkeypa
     found = []
     for tiles in ("rows", "slices"):
         if tiles == "slices":
-            monkeypatch.setattr(variants, "staggered", lambda module: module)
+            monkeypatch.setattr(variants, "by_rows", lambda text: text)
         counted = Conflicts()
         with PtxMachine(90, conflicts=counted) as machine:
             draw, held = np.random.default_rng(0), {}

@@ -14,7 +14,7 @@ from tmlc.errors import EmitError, KernelError
 from tmlc.kernels.triton.ptx import host
 from tmlc.kernels.triton.ptx.host import PtxMachine
 from tmlc.kernels.triton.ptx.machine import Kernel, run_kernel
-from tmlc.kernels.triton.ptx.memory import BASE, Fault, Global
+from tmlc.kernels.triton.ptx.memory import BASE, CHUNK, Fault, Global
 from tmlc.kernels.triton.ptx.text import parse
 from tmlc.kernels.triton.registry import lower
 
@@ -34,10 +34,12 @@ HEAD = """.version 8.7
 """
 
 
-def execute(body: str, given: np.ndarray, threads: int = 32, programs: int = 1, overlap: bool = False, before=()):
-    """Runs a kernel over a copy of `given`, whose address is its first parameter; %rd3 is that of a thread's word."""
+def execute(body: str, given: np.ndarray, threads: int = 32, programs: int = 1, overlap: bool = False, written=()):
+    """Runs a kernel over a copy of `given`, whose address is its first parameter; %rd3 is that of a thread's word.
+    written: chunks that launches wrote."""
     memory = given.copy().view(np.uint8).reshape(-1)
-    held = Global(memory, [(BASE, BASE + memory.size)], np.array(before, np.int64))
+    chunks = np.isin(np.arange(-(-memory.size // CHUNK)), written)
+    held = Global(memory, [(BASE, BASE + memory.size)], chunks)
     kernel = Kernel(parse(HEAD.format(threads=threads) + body + "\n\tret;\n}\n"))
     with np.errstate(all="ignore"):
         run_kernel(kernel, (programs, 1, 1), threads, [BASE, 7], held, 1024, overlap)
@@ -234,22 +236,35 @@ def test_a_copy_that_nobody_waited_for_is_found(wait):
 @pytest.mark.parametrize(
     ("body", "fault"),
     [
-        ("ld.global.b32 %r4, [%rd3];\ngriddepcontrol.wait;", "reads what the launch before wrote"),
+        ("ld.global.cg.b32 %r4, [%rd3];\ngriddepcontrol.wait;", "reads what a launch wrote"),
+        ("ld.global.b32 %r4, [%rd3];\ngriddepcontrol.wait;", "reads what its multiprocessor may have kept"),
         ("st.global.b32 [%rd3], {%r1};\ngriddepcontrol.wait;", "writes, and has not waited"),
-        ("griddepcontrol.launch_dependents;\ngriddepcontrol.wait;", "lets the next launch begin"),
-        ("mov.b32 %r4, 0;", "ends, and has not waited"),
-        ("griddepcontrol.wait;\nld.global.b32 %r4, [%rd3];\nst.global.b32 [%rd3], {%r4};", ""),
+        ("griddepcontrol.launch_dependents;", "ends, and has not waited"),
+        ("griddepcontrol.launch_dependents;\ngriddepcontrol.wait;\nld.global.b32 %r4, [%rd3];\n"
+         "st.global.b32 [%rd3], {%r4};", ""),
     ],
-)
-def test_a_launch_that_overlaps_waits_before_it_reads_what_the_one_before_wrote(body, fault):
-    words = np.arange(32, dtype=np.uint32)
+)  # fmt: skip
+def test_a_launch_that_overlaps_waits_before_it_reads_what_another_wrote(body, fault):
+    words = np.arange(96, dtype=np.uint32)  # two chunks, of which threads read the first
     if fault:
         with pytest.raises(Fault, match=fault):
-            execute(body, words, overlap=True, before=[3])
+            execute(body, words, overlap=True, written=[0])
     else:
-        assert np.array_equal(execute(body, words, overlap=True, before=[3]), words)
-    if fault.startswith("reads"):  # what others wrote is there
-        execute(body, words, overlap=True, before=[64])
+        assert np.array_equal(execute(body, words, overlap=True, written=[0]), words)
+    if "launch wrote" in fault:  # what no launch wrote is there
+        execute(body, words, overlap=True, written=[1])
+        with pytest.raises(Fault, match=fault):  # that it has written some is remembered
+            held = "griddepcontrol.wait;\nst.global.b32 [%rd3], {%r1};"
+            again(held, body, words)
+
+
+def again(first: str, second: str, words: np.ndarray) -> None:
+    """Runs two kernels over the same memory, the second one overlapping."""
+    memory = words.copy().view(np.uint8)
+    held = Global(memory, [(BASE, BASE + memory.size)], np.zeros(-(-memory.size // CHUNK), np.bool_))
+    for body in (first, second):
+        kernel = Kernel(parse(HEAD.format(threads=32) + body + "\n\tret;\n}\n"))
+        run_kernel(kernel, (1, 1, 1), 32, [BASE, 7], held, 1024, True)
 
 
 @pytest.mark.parametrize(
@@ -369,25 +384,35 @@ def test_products_in_tiles_of_8_and_of_16_rows_have_the_same_bits(ptx):
     agree(ptx, "linear", sessions, {}, [Shape("f32", 33)], 2e-6, weights, cuts=(1, 9), activations={"x": bf16})
 
 
-def test_overlapping_launches_ask_for_weights_before_they_wait(ptx, monkeypatch):
-    """A product, a router and experts: prefetched inside the weights, then waited, then the same bits as ever."""
+def test_overlapping_launches_ask_for_what_no_kernel_writes_before_they_wait(ptx, monkeypatch):
+    """A product, a router and experts: weights are asked for, then waited, then the same bits as ever."""
     monkeypatch.setattr(triton_harness, "lower", lambda call: overlapping(lower(call)))
-    given = [Session({"x": draw(0, 3, 70)}, count=3)]
-    shared = {"norm": weight(1 + 0.3 * draw(7, 1, 70)), "weight": weight(draw(8, 11, 70))}
+    given = [Session({"x": draw(0, 3, 128)}, count=3)]
+    shared = {"norm": weight(1 + 0.3 * draw(7, 1, 128)), "weight": weight(draw(8, 11, 128))}
     routed = {"bias": weight(draw(2, 1, 10)), "scale": weight(np.array([[1.3]], np.float32))}
     attrs = {"eps": 1e-5, "top_k": 3, "n_shared": 1, "route_scale": 2.5}
-    results = [Shape("f32", 4), Shape("i64", 4), Shape("f32", 70)]
+    results = [Shape("f32", 4), Shape("i64", 4), Shape("f32", 128)]
     agree(ptx, "norm_router", given, attrs, results, 1e-5, shared | routed, cuts=(1,))
-    agree(ptx, "linear", given, {}, [Shape("f32", 11)], 2e-6, {"weight": weight(draw(8, 11, 70), "bf16")},
-          activations={"x": bf16})  # fmt: skip
+    agree(ptx, "linear", given, {}, [Shape("f32", 11)], 2e-6, {"weight": weight(draw(8, 11, 128), "bf16")},
+          cuts=(1,), activations={"x": bf16})  # fmt: skip
     attrs = {"eps": 1e-5, "scores": 1, "top_k": 4, "normalise": True, "groups": 1, "top_groups": 1, "scale": 1.0,
              "n_shared": 0}  # fmt: skip
     biases = {name: weight(draw(i, 1, 11)) for i, name in enumerate(("logit_bias", "bias"))}
     agree(ptx, "norm_topk_router", given, attrs, results, 1e-5, shared | biases, cuts=(1,))
-    asked = {v.kernel: a.ptx.partition("griddepcontrol.wait")[0].count("prefetch.global.L2")
-             for v, (_, a) in ptx._kernels.items() if v.overlap}  # fmt: skip
-    assert asked["router_logits_kernel"] and asked["linear_kernel"]
-    assert not asked["sink_router_kernel"] and not asked["topk_router_kernel"]
+    asked: dict[str, set[tuple[int, int]]] = {}
+    for variant, (_, assembly) in ptx._kernels.items():
+        if variant.early is not None:
+            asked.setdefault(variant.kernel, set()).update(before_the_waits(assembly.ptx))
+    assert asked["linear_kernel"] == {(0, 4)}, "weights are on their way, of one row and of several"
+    assert asked["router_logits_kernel"] == {(0, 0), (2, 0)}, "a row of weights and the norm's; who norms waits"
+    assert asked["sink_router_kernel"] == {(2, 0)}, "the bias, and the scale"
+    assert asked["topk_router_kernel"] == {(2, 0)}, "two biases"
+
+
+def before_the_waits(ptx: str) -> list[tuple[int, int]]:
+    """Loads and asynchronous copies that stand before each wait, behind the label before it."""
+    parts = [part.partition("griddepcontrol.wait") for part in re.split(r"^\$L\w+:", ptx, flags=re.MULTILINE)]
+    return [(before.count("ld.global"), len(re.findall("cp.async.c[ag]", before))) for before, wait, _ in parts if wait]
 
 
 def overlapping(lowered):

@@ -133,9 +133,9 @@ def test_what_spills_is_tried_with_all_registers_with_fewer_stages_and_with_one_
     asked = []
 
     def compiled(spills, shared=lambda stages: 0, other=24):
-        def made(source, target, variant, stages, registers, by_rows=True):
-            asked.append((stages, registers) if by_rows else (stages, registers, "Triton's tiles"))
-            spilled = spills(stages, registers) if by_rows else other
+        def made(source, target, variant, stages, registers, staggered=True):
+            asked.append((stages, registers) if staggered else (stages, registers, "Triton's tiles"))
+            spilled = spills(stages, registers) if staggered else other
             return Compiled(b"", "k", 4, shared(stages), 40, spilled, 2)
 
         monkeypatch.setattr(variants_module, "_compiled", made)
@@ -146,9 +146,9 @@ def test_what_spills_is_tried_with_all_registers_with_fewer_stages_and_with_one_
     assert compiled(lambda stages, registers: 8 * (stages > 3)) == 0
     assert asked == [(5, None), (5, 255), (4, None), (4, 255), (3, None)]
     assert compiled(lambda stages, registers: 16 - 8 * (stages == 4)) == 8
-    staggered = [(stages, registers) for stages in (5, 4, 3, 2, 6) for registers in (None, 255)]
-    assert asked == [*staggered, (5, None, "Triton's tiles"), (5, 255, "Triton's tiles")]
-    assert compiled(lambda stages, registers: 8, other=0) == 0 and asked == [*staggered, (5, None, "Triton's tiles")]
+    tried = [(stages, registers) for stages in (5, 4, 3, 2, 6) for registers in (None, 255)]
+    assert asked == [*tried, (5, None, "Triton's tiles"), (5, 255, "Triton's tiles")]
+    assert compiled(lambda stages, registers: 8, other=0) == 0 and asked == [*tried, (5, None, "Triton's tiles")]
     assert compiled(lambda stages, registers: 8 * (stages != 6), shared=lambda stages: 300_000 * (stages == 6)) == 8
 
 

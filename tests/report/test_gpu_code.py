@@ -33,9 +33,18 @@ TEXT = """
 
 
 def test_instructions_are_told_apart():
-    total, counts, early = read_code(TEXT)
-    assert (total, early) == (10, 2)
+    total, counts, early, ahead = read_code(TEXT)
+    assert (total, early, ahead) == (10, 2, 0)
     assert counts == {"loads": 2, "copies": 1, "stores": 1, "waits": 1, "barriers": 1, "dots": 1, "local": 0}
+
+
+def test_what_stands_before_a_wait_for_the_launch_before_is_counted_where_programs_part():
+    def ahead(*names: str) -> int:
+        return read_code("".join(f"        /*0000*/                   {name} ;\n" for name in names))[3]
+
+    assert ahead("LDG.E", "LDGSTS.E", "LDGDEPBAR", "ACQBULK", "LDG.E", "EXIT") == 2
+    assert ahead("ACQBULK", "LDG.E", "LDG.E", "EXIT", "LDG.E", "ACQBULK", "LDG.E", "EXIT") == 1
+    assert ahead("LDG.E", "EXIT") == 0, "a launch that waits for none"
 
 
 @pytest.mark.parametrize("sm", [80, 90])
@@ -124,6 +133,15 @@ def test_turns_of_shared_memory_stand_behind_the_rest_where_they_are_asked_for(m
     assert head[-4:] == ["instructions", "issue", "turns", "least"] and len(rows) > 1
     assert all(0 < int(row[-1]) == int(row[-2]) for row in rows)
     assert int(last[0]) == sum(int(row[1]) * int(row[-3]) for row in rows)
+
+
+def test_products_that_overlap_have_their_weights_on_the_way_before_they_wait(monkeypatch, capsys):
+    monkeypatch.setenv("TMLC_CACHE", "off")
+    monkeypatch.setattr("sys.argv", ["module", "nano", "decode", "--kernel", "linear_kernel", "--overlap"])
+    gpu_code.main()
+    head, *rows, _ = (line.split() for line in capsys.readouterr().out.splitlines())
+    ahead = head.index("ahead")
+    assert head[ahead + 1] == "early" and all(0 < int(row[ahead]) <= int(row[ahead + 1]) for row in rows)
 
 
 @pytest.mark.parametrize(

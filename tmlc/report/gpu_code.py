@@ -2,9 +2,9 @@
 variant of the call's launches and prints a line for it, with what its machine code holds. No GPU, no weights.
 
 Of an instruction in a loop the counts say one, and of one in a branch that is not taken too: they are of the text, not
-of a run. Loads of a kernel that asks for all it reads at once stand before its first wait. `issue` is how many turns
-the multiprocessor with the most programs takes to issue all instructions once, four warps in a turn; the last line is
-the sum over the call's launches.
+of a run. Loads of a kernel that asks for all it reads at once stand before its first wait (`early`), with --overlap
+some of them before it waits for the launch before (`ahead`). `issue` is how many turns the multiprocessor with the most
+programs takes to issue all instructions once, four warps in a turn; the last line is the sum over the call's launches.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ KINDS = {
 }
 #: What a warp waits at: for its asynchronous copies, or for other warps.
 WAITS = ("DEPBAR.LE", "BAR.")
+_DEPENDS = "ACQBULK"  # waits for the launch before
 ISSUED = 4  # warps that a multiprocessor issues an instruction of in a turn, of every architecture of the table
 DISASSEMBLY_SECONDS = 60
 MEMORY = 1 << 36  # bytes of a file of holes: what nobody touches takes no memory
@@ -55,6 +56,7 @@ class Code:
         instructions: in all.
         counts: of KINDS. (An asynchronous copy is no load here.)
         early: loads and copies before the first instruction of WAITS.
+        ahead: loads and copies before a wait for the launch before, at the one with the most; 0 where there is none.
     """
 
     registers: int
@@ -63,15 +65,22 @@ class Code:
     instructions: int
     counts: dict[str, int]
     early: int
+    ahead: int
 
 
-def read_code(text: str) -> tuple[int, dict[str, int], int]:
-    """(instructions, counts of KINDS, loads and copies before the first wait) of a disassembly."""
+def read_code(text: str) -> tuple[int, dict[str, int], int, int]:
+    """(instructions, counts of KINDS, `early`, `ahead`) of a disassembly."""
     found = [f"{name}." for name in _INSTRUCTION.findall(text)]
     counts = {kind: sum(name.startswith(names) for name in found) for kind, names in KINDS.items()}
+    asked = (*KINDS["loads"], *KINDS["copies"])
     first = next((at for at, name in enumerate(found) if name.startswith(WAITS)), len(found))
-    early = sum(name.startswith((*KINDS["loads"], *KINDS["copies"])) for name in found[:first])
-    return len(found), counts, early
+    early = sum(name.startswith(asked) for name in found[:first])
+    ahead = since = 0  # since the end of those programs that stand before
+    for name in found:
+        if name.startswith(_DEPENDS):
+            ahead = max(ahead, since)
+        since = 0 if name.startswith((_DEPENDS, "EXIT")) else since + name.startswith(asked)
+    return len(found), counts, early, ahead
 
 
 def disassembled(cubin: bytes) -> str:
@@ -174,13 +183,14 @@ def main() -> None:
     for launch in launches:
         times.setdefault((launch.variant(sm), launch.grid), []).append(launch)
     more = ("turns", "least") if chosen.turns else ()
-    heads = ("early", *KINDS, "instructions", "issue", *more)
+    heads = (*(["ahead"] if chosen.overlap else []), "early", *KINDS, "instructions", "issue", *more)
     print(f"{'kernel':25} times  programs warps registers spilled shared", *(f"{head:>5}" for head in heads))
     total = 0
     for (variant, grid), same in times.items():
         if chosen.kernel in (None, variant.kernel):
             code, count = code_of(variant), len(same)
-            sizes = (variant.num_warps, code.registers, code.spill_bytes, code.shared, code.early)
+            ahead = [code.ahead] if chosen.overlap else []
+            sizes = (variant.num_warps, code.registers, code.spill_bytes, code.shared, *ahead, code.early)
             programs = grid[0] * grid[1] * grid[2]
             issue = issue_of(programs, variant.num_warps, code.instructions, ARCHITECTURES[sm].processors)
             total += count * issue

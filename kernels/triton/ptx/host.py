@@ -6,7 +6,7 @@
 
 It takes what the interpreter takes (worker.py), compiles each variant for one architecture, and runs it thread by
 thread (machine.py). Beside the interpreter's checks it finds accesses that are not aligned, hazards in shared memory,
-copies that nobody waited for, and launches that overlap and read too early.
+copies that nobody waited for, and launches that overlap and read what a launch wrote before they wait.
 """
 
 from collections.abc import Iterable
@@ -19,7 +19,7 @@ from tmlc.kernels.triton.host_memory import DEFAULT_BYTES, Buffers, HostMemory
 from tmlc.kernels.triton.launch import Launch, Variant
 from tmlc.kernels.triton.ptx.conflicts import Conflicts
 from tmlc.kernels.triton.ptx.machine import Kernel, run_kernel
-from tmlc.kernels.triton.ptx.memory import BASE, Fault, Global
+from tmlc.kernels.triton.ptx.memory import BASE, CHUNK, Fault, Global
 from tmlc.kernels.triton.ptx.text import parse
 from tmlc.kernels.triton.variants import Assembly, ptx_of
 
@@ -35,7 +35,7 @@ class PtxMachine(HostMemory):
         super().__init__(nbytes)
         self.sm, self.conflicts = sm, conflicts
         self._kernels: dict[Variant, tuple[Kernel, Assembly]] = {}
-        self._before = np.zeros(0, np.int64)  # what the last launch wrote
+        self._written = np.zeros(-(-nbytes // CHUNK), np.bool_)
 
     def run(
         self, launches: Iterable[Launch], buffers: Buffers, signatures: Iterable[tuple[str, ...]] | None = None
@@ -58,7 +58,7 @@ class PtxMachine(HostMemory):
                 arg + BASE if kind[0] == "*" and not isinstance(arg, float) else arg
                 for kind, arg in zip(signature, args, strict=True)
             ]
-            memory = Global(self._base, [(first + BASE, last + BASE) for first, last in ranges], self._before)
+            memory = Global(self._base, [(first + BASE, last + BASE) for first, last in ranges], self._written)
             try:
                 with np.errstate(all="ignore"):
                     run_kernel(
@@ -68,7 +68,10 @@ class PtxMachine(HostMemory):
             except Fault as fault:
                 fix = "correct the kernel: docs/triton-kernels.md, “Checks without a GPU”, says what each hazard is"
                 raise KernelError(f"{launch.kernel}: {fault}", where=f"PTX for sm{self.sm}", fix=fix) from fault
-            self._before = memory.wrote()
+
+    def release(self, mark: int) -> None:
+        super().release(mark)
+        self._written[mark // CHUNK :] = False
 
     def _kernel(self, variant: Variant) -> tuple[Kernel, Assembly]:
         if variant not in self._kernels:

@@ -114,6 +114,8 @@ def _load(op: tuple[str, ...], args: Args) -> Step:
 
     def fetch(threads: Threads, at: Array | None) -> None:
         early = not threads.waited[threads.those(at)].all()
+        if early and "cg" not in op:
+            raise Fault("reads what its multiprocessor may have kept, and has not waited for the launch before")
         found = threads.memory.load(threads.address(source, at), size, count, early)
         for target, value in zip(targets, found, strict=True):
             threads.write(target, value.view(KINDS[kind]), kind, at)
@@ -259,18 +261,13 @@ def _reduce(op: tuple[str, ...], args: Args) -> Step:
 
 
 def _dependence(op: tuple[str, ...], args: Args) -> Step:
+    """That the next launch may begin changes nothing here: it waits by itself before it touches what is written."""
+
     def step(threads: Threads, at: Array | None) -> None:
-        lanes = threads.those(at)
         if op[1] == "wait":
-            threads.waited[lanes] = True
-        elif not threads.waited[lanes].all():
-            raise Fault("lets the next launch begin, and has not waited for the one before")
+            threads.waited[threads.those(at)] = True
 
     return step
-
-
-def _prefetch(op: tuple[str, ...], args: Args) -> Step:
-    return lambda threads, at: threads.memory.touch(threads.address(args[0], at))
 
 
 def _fence(op: tuple[str, ...], args: Args) -> Step:
@@ -386,7 +383,7 @@ def _arrivals(op: tuple[str, ...], args: Args) -> Step:
 _MAKERS: dict[str, Callable[[tuple[str, ...], Args], Step]] = {
     "mov": _move, "ld": _load, "st": _store, "cp.async": _copy, "ldmatrix": _matrices, "stmatrix": _matrices,
     "mma": _multiply, "wgmma.mma_async": _multiply_group, "shfl": _shuffle, "redux": _reduce,
-    "griddepcontrol": _dependence, "prefetch": _prefetch, "elect": _elect, "mbarrier": _arrivals,
+    "griddepcontrol": _dependence, "elect": _elect, "mbarrier": _arrivals,
     "fence.proxy": _fence,
     "tcgen05.alloc": _tensor_memory, "tcgen05.dealloc": _tensor_memory,
     "tcgen05.relinquish_alloc_permit": _tensor_memory, "tcgen05.ld": _tensor_move, "tcgen05.st": _tensor_move,

@@ -133,7 +133,7 @@ def _run(kernel: Kernel, threads: Threads) -> None:
                     meet(at + 1, lanes)
                 break
             if instruction.op[0] in ("ret", "exit"):
-                if not threads.waited[some].all():  # the next launch may begin then, and relies on what is before this
+                if not threads.waited[some].all():  # who waits for this launch relies on what is before it
                     raise Fault("a program ends, and has not waited for the launch before")
                 ended[some] = True
                 if mask is not None and not mask.all():

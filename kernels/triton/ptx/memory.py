@@ -19,6 +19,8 @@ from tmlc.kernels.triton.ptx.conflicts import Conflicts
 Array = npt.NDArray[Any]
 #: Addresses of global memory begin here, so that no small number is one.
 BASE = 1 << 40
+#: Bytes of global memory of which is known together whether a launch wrote any; buffers begin at multiples of it.
+CHUNK = 256
 _WARPS = 64  # stamps are epoch·64 + warp
 _MANY = _WARPS - 1
 _ON_ITS_WAY = np.iinfo(np.int32).max
@@ -44,19 +46,14 @@ class Global:
     Args:
         memory: uint8 array.
         ranges: (first, behind the last) address that may be touched.
-        written_before: what the launch before this one wrote, as `wrote` gives it.
+        written: bool, for each CHUNK bytes whether a launch wrote there; what this one writes is added.
     """
 
-    def __init__(self, memory: Array, ranges: Sequence[tuple[int, int]], written_before: Array) -> None:
-        self.memory = memory
+    def __init__(self, memory: Array, ranges: Sequence[tuple[int, int]], written: Array) -> None:
+        self.memory, self.written = memory, written
         merged = sorted(ranges)
         self.starts = np.array([first for first, _ in merged], np.int64)
         self.ends = np.maximum.accumulate(np.array([last for _, last in merged], np.int64))
-        self._written_before, self._written = written_before, [np.zeros(0, np.int64)]
-
-    def wrote(self) -> Array:
-        """Which words of four bytes, counted from BASE, were written, in order."""
-        return np.unique(np.concatenate(self._written))
 
     def _place(self, addresses: Array, size: int, count: int, what: str) -> Array:
         at = addresses.astype(np.int64)
@@ -71,12 +68,8 @@ class Global:
     def load(self, addresses: Array, size: int, count: int, early: bool) -> list[Array]:
         """`count` numbers of `size` bytes behind each other; `early`: before the wait for the launch before."""
         at = self._place(addresses, size, count, "reads")
-        if early and self._written_before.size:
-            for word in range(max(1, size * count // 4)):
-                asked = at // 4 + word
-                place = np.minimum(np.searchsorted(self._written_before, asked), self._written_before.size - 1)
-                if (self._written_before[place] == asked).any():
-                    raise Fault("reads what the launch before wrote, and has not waited for it")
+        if early and self.written[at // CHUNK].any():
+            raise Fault("reads what a launch wrote, and has not waited for the launch before")
         view = self.memory[: len(self.memory) // size * size].view(_WHOLE[size])
         return [view[at // size + number] for number in range(count)]
 
@@ -87,11 +80,7 @@ class Global:
         view = self.memory[: len(self.memory) // size * size].view(_WHOLE[size])
         for number, value in enumerate(values):
             view[at // size + number] = value
-        self._written += [at // 4 + word for word in range(max(1, size * len(values) // 4))]
-
-    def touch(self, addresses: Array) -> None:
-        """A prefetch: no result, but inside the operands."""
-        self._place(addresses, 1, 1, "prefetches")
+        self.written[at // CHUNK] = True
 
 
 @dataclass

@@ -24,6 +24,7 @@ from tmlc.emit.triton.build import frozen
 from tmlc.errors import DeviceError, KernelError, PackageError
 from tmlc.kernels.triton.launch import TRITON_NAMES, Argument, Launch, Pointer
 from tmlc.kernels.triton.mode import PARAMETERS
+from tmlc.kernels.triton.overlap import UNWRITTEN
 from tmlc.kernels.triton.registry import load_kernels
 from tmlc.kernels.triton.worker import Interpreter
 from tmlc.package.reader import Package
@@ -223,7 +224,7 @@ class HostDevice(Driver):
                 args.append(arg)
                 continue
             number, block, offset = self._block(arg.value, arg.nbytes)
-            name = ("state", "") if arg.space == "state" else ("scratch", str(number))
+            name = _POOL if arg.space == "state" else (arg.space if arg.space in UNWRITTEN else "scratch", str(number))
             buffers[name] = block
             if arg.space == "slots":
                 buffers[_SLOTS] = block[offset : offset + arg.nbytes].view(np.int64)
