@@ -26,7 +26,7 @@ _ATTRIBUTES = '{constraints = "=r", packed_element = 1 : i32, pure = false}'
 _FUNCTION = re.compile(r"^  tt\.func public @\w+\((?P<args>.*?)\) .*\{\n", re.MULTILINE)
 _LABEL = re.compile(r"^  (\^bb\d+)")
 _OP = re.compile(r'^\s*(?:(?P<results>%[^=]*?) = )?"?(?P<name>[a-z_]+\.[a-z_0-9.]+)')
-_VALUE = re.compile(r"%[A-Za-z0-9_]+")
+_VALUE = re.compile(r"%[A-Za-z0-9_$.-]+")
 _QUOTED = re.compile(r'"[^"]*"')
 #: Ops that give the same wherever they stand.
 _PURE = (
