@@ -34,6 +34,11 @@ _PURE = (
     "tt.get_program_id", "tt.int_to_ptr", "tt.make_range", "tt.ptr_to_int", "tt.reshape", "tt.splat", "tt.trans",
     "ttg.convert_layout", "ttg.memdesc_index",
 )  # fmt: skip
+#: Those that make addresses in a tensor of others in it, their first operand.
+_ADDRESSES = (
+    "tt.addptr", "tt.bitcast", "tt.broadcast", "tt.expand_dims", "tt.reshape", "tt.splat", "tt.trans",
+    "ttg.convert_layout",
+)  # fmt: skip
 _COPY, _COMMIT, _ALLOC = "ttg.async_copy_global_to_local", "ttg.async_commit_group", "ttg.local_alloc"
 _READS = ("tt.load", _COPY)
 
@@ -67,7 +72,7 @@ def overlapping(text: str, unwritten: Collection[int]) -> str:
     arguments = re.findall(r"(%\w+): ", found["args"])
     blocks = _blocks(text[found.end() : end])
     whole = all(number == "0" for number in re.findall(r"ttg\.async_wait .*?num = (\d+)", text))
-    _wait(blocks, "", set(), {arguments[number]: arguments[number] for number in unwritten}, whole)
+    _wait(blocks, "", set(), {arguments[number] for number in unwritten}, whole)
     begun = _ASM.format(name="%begun", what="launch_dependents", attrs=_ATTRIBUTES)
     body = "".join(label + "".join(op.text for op in ops) for label, ops in blocks.values())
     return text[: found.end()] + begun + body + text[end:]
@@ -121,17 +126,17 @@ def _op(lines: str) -> _Op:
 
 
 def _wait(
-    blocks: dict[str, tuple[str, list[_Op]]], name: str, late: set[str], root: dict[str, str], whole: bool
+    blocks: dict[str, tuple[str, list[_Op]]], name: str, late: set[str], unwritten: set[str], whole: bool
 ) -> None:
     """Puts a wait into a block, or where it touches nothing that a kernel writes, into each of those that follow it.
 
     Args:
         late: values that are known behind the wait only; those of this block are added.
-        root: of pointers to what no kernel writes, the argument that they come from; likewise.
+        unwritten: pointers to what no kernel writes; likewise.
         whole: whether threads that wait for asynchronous copies wait for all of them.
     """
     label, ops = blocks[name]
-    early = _early(ops, late, root, whole)
+    early = _early(ops, late, unwritten, whole)
     first = next(k for k, op in enumerate(ops) if k not in early and not op.pure)
     last = ops[-1]
     if first == len(ops) - 1 and last.name == "cf.cond_br":
@@ -139,7 +144,7 @@ def _wait(
         ends = "".join(held[-1].text for _, held in blocks.values())
         if len(set(following)) == 2 and all(len(re.findall(rf"\{one}\b", ends)) == 1 for one in following):
             for one in following:
-                _wait(blocks, one, late, root, whole)
+                _wait(blocks, one, late, unwritten, whole)
             return
     wait = _ASM.format(name=f"%waited{name.lstrip('^')}", what="wait", attrs=_ATTRIBUTES)
     moved = [op for k, op in enumerate(ops) if k > first and k in early]
@@ -147,18 +152,18 @@ def _wait(
     blocks[name] = label, [*ops[:first], *moved, _op(wait), *rest]
 
 
-def _early(ops: list[_Op], late: set[str], root: dict[str, str], whole: bool) -> set[int]:
+def _early(ops: list[_Op], late: set[str], unwritten: set[str], whole: bool) -> set[int]:
     """Numbers of the ops that stand before the wait: loads and copies of what no kernel writes, up to the block's first
     loop or branch, and what they are made of."""
     free: dict[int, _Op] = {}
     over = False
     for k, op in enumerate(ops):
         over |= op.name.startswith(("scf.", "cf.", "tt.return"))
-        known = not over and late.isdisjoint(op.operands)
-        if known and (op.pure or op.name == _COMMIT or (op.name in _READS and op.operands[0] in root)):
+        known, points = not over and late.isdisjoint(op.operands), op.operands[:1]
+        if known and (op.pure or op.name == _COMMIT or (op.name in _READS and unwritten.issuperset(points))):
             free[k] = op
-            if op.pure and op.operands and op.operands[0] in root and "!tt.ptr" in op.text.rpartition(":")[2]:
-                root.update(dict.fromkeys(op.results, root[op.operands[0]]))
+            if op.name in _ADDRESSES and unwritten.issuperset(points):
+                unwritten.update(op.results)
         else:
             late.update(op.results)
     stay = [op for k, op in enumerate(ops) if op.name == _COPY and k not in free]

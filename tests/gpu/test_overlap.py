@@ -163,6 +163,10 @@ def test_what_no_kernel_writes_is_asked_for_before_the_wait():
 
 
 def test_an_address_that_comes_from_another_kernel_is_waited_for():
+    either = LOADS_OF.replace("%b = tt.load %a", "%b = tt.load %s").replace(
+        "    %b", "    %s = arith.select %p, %w, %a : !tt.ptr<f32> loc(#loc)\n    %b"
+    )
+    assert order(either) == ["begun", "0", "a", "s", "c", "d", "wait", "b", "tt.return"], "of one that may be written"
     chosen = LOADS_OF.replace("%w, %0", "%w, %j")
     chosen = chosen.replace("    %c", "    %j = arith.fptosi %b : f32 to i32 loc(#loc)\n    %c")
     assert order(chosen) == ["begun", "0", "a", "wait", "b", "j", "c", "d", "tt.return"]
