@@ -62,6 +62,24 @@ def read_alone(
 
 
 @device
+def read_turn(
+    x, x_off, x_mask, first, k, norm, gain, gain_off, shift, shift_off, parts,
+    HALVES: tl.constexpr, DV: tl.constexpr, PARTS: tl.constexpr, BLOCK_K: tl.constexpr, MASKED_K: tl.constexpr,
+):  # fmt: skip
+    """`read_alone`, and with HALVES also of the BLOCK_K inputs behind those; else the first again."""
+    low = read_alone(
+        x, x_off, x_mask, first, k, norm, gain, gain_off, shift, shift_off, parts, DV, PARTS, BLOCK_K, MASKED_K
+    )
+    high = low
+    if HALVES:
+        high = read_alone(
+            x, x_off, x_mask, first + BLOCK_K, k, norm, gain, gain_off, shift, shift_off, parts, DV, PARTS, BLOCK_K,
+            MASKED_K,
+        )  # fmt: skip
+    return low, high
+
+
+@device
 def columns(row, ROWS: tl.constexpr):
     """bf16 [slices, inputs, ROWS], each column the only row [slices, inputs]."""
     return tl.broadcast_to(row.to(tl.bfloat16)[:, :, None], (row.shape[0], row.shape[1], ROWS))

@@ -10,7 +10,7 @@ from typing import Any
 
 import triton.language as tl
 
-from tmlc.kernels.triton.activations import read_alone, there, turn_inputs
+from tmlc.kernels.triton.activations import read_turn, there, turn_inputs
 from tmlc.kernels.triton.codes import STEP, fp8_values, half_values, whole_values
 from tmlc.kernels.triton.launch import Aligned, Operand
 from tmlc.kernels.triton.layouts import FORMS, weight_pointers
@@ -173,14 +173,10 @@ def sliced_products(
     HALF: tl.constexpr = BLOCK_K // 2 if FORM == "i4" else BLOCK_K
     low_row, high_row = first, first
     if ALONE:  # asked for before the turn's weights, and used behind them: that takes no shared memory
-        low_row = read_alone(
-            x, x_off, x_mask, first, k, norm, gain, gain_off, shift, shift_off, parts, DV, PARTS, HALF, MASKED_K
-        )
-        if FORM == "i4":
-            high_row = read_alone(
-                x, x_off, x_mask, first + HALF, k, norm, gain, gain_off, shift, shift_off, parts, DV, PARTS, HALF,
-                MASKED_K,
-            )  # fmt: skip
+        low_row, high_row = read_turn(
+            x, x_off, x_mask, first, k, norm, gain, gain_off, shift, shift_off, parts, FORM == "i4", DV, PARTS, HALF,
+            MASKED_K,
+        )  # fmt: skip
     for start in range(0, k, SLICES * BLOCK_K):
         first = start + tl.arange(0, SLICES) * BLOCK_K
         # Scales and the only row come one turn ahead: asked for behind the codes, they would be waited for.
@@ -190,14 +186,10 @@ def sliced_products(
         following = first + SLICES * BLOCK_K
         if ALONE and not ONCE:
             more = x_mask & (following < k)[:, None]
-            low_row = read_alone(
-                x, x_off, more, following, k, norm, gain, gain_off, shift, shift_off, parts, DV, PARTS, HALF, MASKED_K
-            )
-            if FORM == "i4":
-                high_row = read_alone(
-                    x, x_off, more, following + HALF, k, norm, gain, gain_off, shift, shift_off, parts, DV, PARTS, HALF,
-                    MASKED_K,
-                )  # fmt: skip
+            low_row, high_row = read_turn(
+                x, x_off, more, following, k, norm, gain, gain_off, shift, shift_off, parts, FORM == "i4", DV, PARTS,
+                HALF, MASKED_K,
+            )  # fmt: skip
         if FORM != "bf16" and not ONCE:
             scale, zero = group_numbers(scales, zeros, s_off, w_mask, following, k, FORM, GROUP)
             if TWO:
