@@ -1,21 +1,21 @@
 """Launches that begin before the one before them has ended (programmatic dependent launch, from sm90 on).
 
-A kernel lets the next one begin as its first instruction (`griddepcontrol.launch_dependents`), and waits for the one
-before it (`griddepcontrol.wait`) before it touches anything that a kernel writes. So as many kernels as fit have their
+A kernel lets the next one begin first (`griddepcontrol.launch_dependents`), and waits for the one before it
+(`griddepcontrol.wait`) before it touches anything that a kernel writes. So as many kernels as fit have their
 programs in place, each with what it asks for before its wait on the way: that is what no kernel writes, weights, slots
 and counts. Behind its wait a kernel sees all that ran before it: the kernel before it has ended, which had waited for
 the one before that.
 
 Kernels say nothing of it. `overlapping` puts both instructions into a kernel in Triton's GPU dialect, when Triton has
 decided which loads are asynchronous copies, and moves loads and copies of what no kernel writes before the wait.
-`from_l2` is for its PTX.
+`finished` is for its PTX.
 """
 
 import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
-from tmlc.errors import EmitError
+from tmlc.errors import REPORT, EmitError
 
 #: The first architecture that has it.
 OVERLAP_FROM = 90
@@ -28,6 +28,7 @@ _LABEL = re.compile(r"^  (\^bb\d+)")
 _OP = re.compile(r'^\s*(?:(?P<results>%[^=]*?) = )?"?(?P<name>[a-z_]+\.[a-z_0-9.]+)')
 _VALUE = re.compile(r"%[A-Za-z0-9_$.-]+")
 _QUOTED = re.compile(r'"[^"]*"')
+_PLAIN_LOAD = re.compile(r"ld\.global\.(?=v\d|[bfsu]\d)")
 #: Ops that give the same wherever they stand.
 _PURE = (
     "arith.", "math.", "tt.addptr", "tt.bitcast", "tt.broadcast", "tt.expand_dims", "tt.get_num_programs",
@@ -40,6 +41,7 @@ _ADDRESSES = (
     "ttg.convert_layout",
 )  # fmt: skip
 _COPY, _COMMIT, _ALLOC = "ttg.async_copy_global_to_local", "ttg.async_commit_group", "ttg.local_alloc"
+_PART = "ttg.memdesc_index"
 _READS = ("tt.load", _COPY)
 
 
@@ -78,16 +80,30 @@ def overlapping(text: str, unwritten: Collection[int]) -> str:
     return text[: found.end()] + begun + body + text[end:]
 
 
-def from_l2(ptx: str) -> str:
+def finished(ptx: str) -> str:
     """PTX of a kernel that overlaps, its loads before a wait from the L2 cache: what a multiprocessor kept of slots and
-    counts may be of the call before, and nothing promises that who has not waited finds it gone."""
-    waited, parts = False, []
-    for part in re.split(r"^(?=\$L)", ptx, flags=re.MULTILINE):
-        before, wait, behind = part.partition("griddepcontrol.wait")
-        if wait or not waited:
-            before = before.replace("ld.global.", "ld.global.cg.")
-        parts += [before, wait, behind]
-        waited |= bool(wait)
+    counts may be of the call before, and nothing promises that who has not waited finds it gone. (Asynchronous copies
+    before a wait are of weights.)
+
+    Raises:
+        EmitError: the next kernel could begin before each program has its tensor memory: it would take what this one
+            needs, and wait for it.
+    """
+    if "tcgen05.alloc" in ptx.partition("griddepcontrol.launch_dependents")[2]:
+        raise EmitError("a kernel lets the next one begin before it has its tensor memory", fix=REPORT)
+    parts = re.split(r"^(?=\$L)", ptx, flags=re.MULTILINE)
+    labels = {part.partition(":")[0]: k for k, part in enumerate(parts)}
+    unwaited, todo = set(), [0]
+    while todo:
+        k = todo.pop()
+        if k in unwaited or k == len(parts):
+            continue
+        unwaited.add(k)
+        before, wait, behind = parts[k].partition("griddepcontrol.wait")
+        todo += [labels[target] for target in re.findall(r"\bbra(?:\.uni)?\s+(\$\w+)", before)]
+        if not wait:
+            todo.append(k + 1)
+        parts[k] = _PLAIN_LOAD.sub("ld.global.cg.", before) + wait + behind
     return "".join(parts)
 
 
@@ -157,15 +173,23 @@ def _early(ops: list[_Op], late: set[str], unwritten: set[str], whole: bool) -> 
     loop or branch, and what they are made of."""
     free: dict[int, _Op] = {}
     over = False
+    buffers: dict[str, str] = {}  # parts of shared memory, and what they were allocated as
+    used: set[str] = set()  # of them by what stays: nothing is copied there before it
     for k, op in enumerate(ops):
         over |= op.name.startswith(("scf.", "cf.", "tt.return"))
         known, points = not over and late.isdisjoint(op.operands), op.operands[:1]
-        if known and (op.pure or op.name == _COMMIT or (op.name in _READS and unwritten.issuperset(points))):
+        reads = op.name in _READS and unwritten.issuperset(points)
+        if op.name == _COPY:
+            reads = reads and buffers.get(op.operands[1], "") not in {"", *used}
+        if known and (op.pure or op.name == _COMMIT or reads):
             free[k] = op
             if op.name in _ADDRESSES and unwritten.issuperset(points):
                 unwritten.update(op.results)
+            if op.name in (_ALLOC, _PART):
+                buffers.update({result: buffers.get(points[0], "") if points else result for result in op.results})
         else:
             late.update(op.results)
+            used.update(buffers[name] for name in op.operands if name in buffers)
     stay = [op for k, op in enumerate(ops) if op.name == _COPY and k not in free]
     if stay and not whole:  # groups that are waited for by their number keep their order
         free = {k: op for k, op in free.items() if op.name not in (_COPY, _COMMIT)}

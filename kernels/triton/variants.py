@@ -19,7 +19,7 @@ from tmlc.kernels.triton.architectures import ARCHITECTURES
 from tmlc.kernels.triton.dialect import Rewrite, rewritten
 from tmlc.kernels.triton.launch import Variant
 from tmlc.kernels.triton.mode import FUNCTIONS, INTERPRET, PARAMETERS
-from tmlc.kernels.triton.overlap import from_l2, overlapping
+from tmlc.kernels.triton.overlap import finished, overlapping
 from tmlc.kernels.triton.registry import load_kernels
 from tmlc.kernels.triton.swizzle import by_rows
 from tmlc.kernels.triton.versions import check_triton
@@ -188,7 +188,7 @@ def _built(
         "maxnreg": registers,
     }  # fmt: skip
     try:
-        with _reproducible(), _rewriting(rewrites, from_l2 if variant.early is not None else None):
+        with _reproducible(), _rewriting(rewrites, finished if variant.early is not None else None):
             return triton.compile(source, target=target, options=options)
     except Exception as error:
         where = f"{variant_key(variant)} {variant.constexprs}"

@@ -14,7 +14,7 @@ from tmlc.emit.triton.tune import package_samples
 from tmlc.errors import EmitError
 from tmlc.kernels.triton.bucket import Bucket
 from tmlc.kernels.triton.launch import Variant
-from tmlc.kernels.triton.overlap import from_l2
+from tmlc.kernels.triton.overlap import finished
 from tmlc.kernels.triton.overlap import overlapping as overlapping_text
 from tmlc.kernels.triton.variants import compile_variant, ptx_of, variant_key
 from tmlc.package.reader import open_package
@@ -60,19 +60,24 @@ def test_only_architectures_that_have_it_overlap(overlapping, tiny):
 
 
 def test_the_launches_are_those_without_overlap(overlapping, tiny, lab, machine, tmp_path):
-    plain = lab.compile(tiny.checkpoint, tmp_path / "plain.tmlc", "bf16", "triton:sm90")
+    """The interpreter runs them one behind the other; what overlaps runs as PTX in test_ptx.py."""
+    plain, only = tmp_path / "plain.tmlc", tmp_path / "only.tmlc"
+    lab.compile(tiny.checkpoint, plain, "bf16", "triton:sm90")
+    steps = load_pipeline("triton").configure("memory.buckets", **lab.buckets)
+    with lab.nothing_compiled():
+        tmlc.compile(
+            tiny.checkpoint, only, target="triton:sm90", precision="bf16",
+            pipeline=steps.before("memory.buckets", "memory.overlap"),
+        )  # fmt: skip
     tokens = [5, 9, 40, 3, 77]
     found = []
-    for package in (plain, overlapping):
+    # Of several architectures the host device takes the oldest: sm80, whose launches do not overlap.
+    for package, overlaps in ((plain, False), (only, True), (overlapping, False)):
         with lab.load(package, machine) as engine, engine.session() as session:
             found.append(np.concatenate([session.append(tokens=tokens[:4]), session.append(tokens=tokens[4:])]))
             bucket = engine.backend.plan.methods["decode"].buckets[0]
-            begun = {launch.overlap for launch in engine.backend.launches(bucket)}
-            # The host device takes the oldest architecture of a package.
-            assert begun == {False}
-            engine.backend._overlap = True
-            assert {launch.overlap for launch in engine.backend.launches(bucket)} == {True}
-    assert np.array_equal(*found)
+            assert {launch.overlap for launch in engine.backend.launches(bucket)} == {overlaps}
+    assert np.array_equal(found[0], found[1])
 
 
 def instructions(variant: Variant) -> list[str]:
@@ -101,7 +106,9 @@ def test_machine_code_waits_before_it_reads_anything_that_another_kernel_wrote(d
         assert sum(WAITS in name for name in names) == ptx.count("griddepcontrol.wait"), kernel
         wait = next(k for k, name in enumerate(names) if WAITS in name)
         early = names[:wait]
-        assert any(BEGINS in name for name in early) and not any("STG" in name or " EXIT" in name for name in early)
+        assert not any("STG" in name or " EXIT" in name for name in early)
+        first = next(k for k, name in enumerate(early) if BEGINS in name)
+        assert not any(kind(name).startswith(LOADS) for name in early[:first]), kernel
         if ptx.count("griddepcontrol.wait") == 1:
             before = ptx.partition("griddepcontrol.wait")[0]
             loads = [name for name in map(kind, early) if name.startswith(LOADS)]
@@ -185,6 +192,18 @@ def test_groups_of_copies_change_places_only_where_all_are_waited_for():
     assert kept == ["begun", "0", "y", "m", "e", "f", *early, "wait", "i", "tt.return"]
 
 
+def test_nothing_is_copied_to_where_something_else_is_used_before():
+    """A second tile into a buffer whose first one is read, and one into a buffer that is written by hand."""
+    copies = COPIES.replace("NUM", "0")
+    read = "    %j = ttg.local_load %n token %i : !ttg.memdesc<4xf32> -> tensor<4xf32> loc(#loc)\n"
+    second = copies[copies.index("    %g") :].replace("%g", "%k").replace("%h", "%l").replace("%i", "%o")
+    found = order(copies + read + second)
+    assert found.index("g") < found.index("wait") < found.index("j") < found.index("k") < found.index("l")
+    store = "    ttg.local_store %b, %n : tensor<4xf32> -> !ttg.memdesc<4xf32> loc(#loc)\n"
+    found = order(copies.replace("    %g", store + "    %g"))
+    assert found.index("wait") < found.index("ttg.local_store") < found.index("g") < found.index("h")
+
+
 def test_branches_that_nothing_was_read_before_wait_by_themselves():
     blocks = """    cf.cond_br %p, ^bb1, ^bb2 loc(#loc)
   ^bb1:  // pred: ^bb0
@@ -201,12 +220,24 @@ def test_branches_that_nothing_was_read_before_wait_by_themselves():
 
 
 def test_loads_before_a_wait_come_from_the_l2_cache():
-    """Those of the first block, which may part before anybody waits, and of each block up to its wait."""
+    """Those of all blocks that are come to without a wait, up to their wait, wherever they stand."""
     wait, load = "griddepcontrol.wait;\n", "ld.global.b32 { %r1 }, [ %rd1 + 0 ];\n"
     cached = load.replace("global", "global.cg")
-    parted = f"{load}bra $L__BB0_2;\n{load}{wait}{load}$L__BB0_2:\n{load}{wait}{load}$L__BB0_3:\n{load}"
-    first, other = f"{cached}bra $L__BB0_2;\n{cached}{wait}{load}", f"$L__BB0_2:\n{cached}{wait}{load}"
-    assert from_l2(parted) == f"{first}{other}$L__BB0_3:\n{load}"
+    parted = f"{load}@%p1 bra $L__BB0_2;\n{load}{wait}{load}$L__BB0_2:\n{load}{wait}{load}$L__BB0_3:\n{load}"
+    first, other = f"{cached}@%p1 bra $L__BB0_2;\n{cached}{wait}{load}", f"$L__BB0_2:\n{cached}{wait}{load}"
+    assert finished(parted) == f"{first}{other}$L__BB0_3:\n{load}"
+    later = f"bra.uni $L__BB0_3;\n$L__BB0_2:\n{load}{wait}{load}$L__BB0_3:\n{load}bra $L__BB0_2;\n"
+    assert finished(later) == later.replace(load, cached, 1).replace(f"3:\n{load}", f"3:\n{cached}")
+    named = "ld.global.L1::evict_last.b32 { %r1 }, [ %rd1 + 0 ];\n" + cached + wait
+    assert finished(named) == named, "what says itself where it comes from"
+
+
+def test_the_next_kernel_begins_when_this_one_has_its_tensor_memory():
+    """Else its programs could hold what these wait for."""
+    alloc, begin = "tcgen05.alloc.cta_group::1 [%r1], 64;\n", "griddepcontrol.launch_dependents;\n"
+    assert finished(alloc + begin) == alloc + begin
+    with pytest.raises(EmitError, match="tensor memory"):
+        finished(begin + alloc)
 
 
 def test_what_is_no_function_of_triton_is_refused():

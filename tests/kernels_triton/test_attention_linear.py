@@ -3,12 +3,14 @@ splits (one row) or a launch of its own does, alone, in company and cut."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from test_attention import DV, NORMS, WEIGHTS, H, attributes, session, with_tables
 from triton_harness import Session, Shape, agree, bits, draw, run, weight
 
-from tmlc.kernels.triton import parts
+from tmlc.kernels.triton import parts, tuning
 from tmlc.kernels.triton.bucket import Bucket
 from tmlc.kernels.triton.launch import Operand
 from tmlc.kernels.triton.registry import Call, lower
@@ -51,6 +53,21 @@ def test_attention_and_its_projection(machine, form, dtype, window, conv, normed
     agree(
         machine, "attention_linear_state", given, attrs, [Shape("f32", M)], FORMS[form], weights, cuts=(1, 2), batch=4,
         compared=["k_cache", "v_cache", *(["tail"] if conv else [])] if dtype == "f32" else [],
+    )  # fmt: skip
+
+
+def test_parts_of_several_turns(machine, monkeypatch):
+    """Programs that read 16 columns at a time, of which the next turn's are asked for a turn ahead."""
+    rule = tuning.rule
+    monkeypatch.setattr(tuning, "MOST_SLICES", 1)
+    monkeypatch.setattr(tuning, "rule", lambda shape: replace(rule(shape), block_k=16))
+    assert not tuning.turn_constants("bf16", H * DV, 16, 90)["ONCE"]
+    weights = WEIGHTS | {"weight": weight(draw(83, M, H * DV) * 0.2, "bf16")}
+    weights |= {"factor": weight(np.full((1, 1), 1.5))}
+    given = sessions("f32", 256, 0, False)
+    agree(
+        machine, "attention_linear_state", given, settings(False, window=0), [Shape("f32", M)], FORMS["bf16"], weights,
+        cuts=(1, 2), batch=4, compared=["k_cache", "v_cache"],
     )  # fmt: skip
 
 

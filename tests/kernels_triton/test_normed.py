@@ -14,6 +14,7 @@ from shapes import w, x
 from triton_harness import Session, Shape, agree, bits, draw, run, weight
 
 from tmlc.errors import EmitError
+from tmlc.kernels.triton import tuning
 from tmlc.kernels.triton.bucket import Bucket
 from tmlc.kernels.triton.registry import Call, lower
 
@@ -67,6 +68,29 @@ def test_gates_and_ups_of_a_product(machine, dtype, f, k, normed):
     ((wanted,),) = run(machine, "swiglu", halves, {}, [Shape("f32", f)])
     ((found,),) = run(machine, name, one, attrs, [Shape("f32", f)], weights)
     assert np.array_equal(bits(found), bits(wanted))
+
+
+PLAIN, NORMED = ("linear", "linear_swiglu"), ("norm_linear", "norm_linear_swiglu", "modulated_linear")
+FORMS = ("bf16", "f8g128", "i8g32", "i4g64")
+
+
+@pytest.mark.parametrize("k", [256, 300])
+@pytest.mark.parametrize(
+    ("op", "dtype"),
+    [*((op, dtype) for op in (*PLAIN, *NORMED) for dtype in FORMS), *((op, "i4g32") for op in PLAIN)],
+)
+def test_rows_of_several_turns(machine, monkeypatch, op, dtype, k):
+    """Programs that read one slice at a time: whole turns, and a last one that is not; the only row, which is read a
+    turn ahead, and others."""
+    normed = op in NORMED
+    monkeypatch.setattr(tuning, "MOST_SLICES", 1)
+    assert not tuning.turn_constants(dtype, k, 128 if dtype == "bf16" else tuning._GROUPS[dtype], 90)["ONCE"]
+    given = sessions(k, **(dict(gain=k, shift=k) if op == "modulated_linear" else {}))
+    weights = weights_of(20, k, dtype)
+    if not normed:
+        del weights["norm"]
+    m = 10 if "swiglu" in op else 20
+    agree(machine, op, given, EPS if normed else {}, [Shape("f32", m)], 2 * ROUNDED, weights, cuts=(1, 9))
 
 
 def test_steps_behind_a_product_of_normed_rows(machine):
