@@ -29,19 +29,18 @@ _OP = re.compile(r'^\s*(?:(?P<results>%[^=]*?) = )?"?(?P<name>[a-z_]+\.[a-z_0-9.
 _VALUE = re.compile(r"%[A-Za-z0-9_$.-]+")
 _QUOTED = re.compile(r'"[^"]*"')
 _PLAIN_LOAD = re.compile(r"ld\.global\.(?=v\d|[bfsu]\d)")
-#: Ops that give the same wherever they stand.
-_PURE = (
-    "arith.", "math.", "tt.addptr", "tt.bitcast", "tt.broadcast", "tt.expand_dims", "tt.get_num_programs",
-    "tt.get_program_id", "tt.int_to_ptr", "tt.make_range", "tt.ptr_to_int", "tt.reshape", "tt.splat", "tt.trans",
-    "ttg.convert_layout", "ttg.memdesc_index",
-)  # fmt: skip
-#: Those that make addresses in a tensor of others in it, their first operand.
+_COPY, _COMMIT, _ALLOC = "ttg.async_copy_global_to_local", "ttg.async_commit_group", "ttg.local_alloc"
+_PART = "ttg.memdesc_index"
+#: Ops that make addresses in a tensor of others in it, their first operand.
 _ADDRESSES = (
     "tt.addptr", "tt.bitcast", "tt.broadcast", "tt.expand_dims", "tt.reshape", "tt.splat", "tt.trans",
     "ttg.convert_layout",
 )  # fmt: skip
-_COPY, _COMMIT, _ALLOC = "ttg.async_copy_global_to_local", "ttg.async_commit_group", "ttg.local_alloc"
-_PART = "ttg.memdesc_index"
+#: Ops that give the same wherever they stand.
+_PURE = (
+    *_ADDRESSES, _PART, "arith.", "math.", "tt.get_num_programs", "tt.get_program_id", "tt.int_to_ptr",
+    "tt.make_range", "tt.ptr_to_int",
+)  # fmt: skip
 _READS = ("tt.load", _COPY)
 
 

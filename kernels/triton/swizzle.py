@@ -3,7 +3,7 @@
 Triton derives the order of the axes from how threads copy a tile. Where lanes and warps of a copy cover all rows of one
 slice, it takes the slices for the next axis behind the inputs, and staggers its chunks of 16 bytes by slice. Then the
 same chunk of all rows of a slice lies in the same banks, and a tensor core's read of 8 rows takes 8 turns. Staggered by
-rows each takes one (`PtxMachine(sm, banks=True)` counts them).
+rows each takes one (`PtxMachine(sm, conflicts=Conflicts())` counts them).
 """
 
 import re

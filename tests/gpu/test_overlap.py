@@ -18,7 +18,7 @@ from tmlc.kernels.triton.overlap import finished
 from tmlc.kernels.triton.overlap import overlapping as overlapping_text
 from tmlc.kernels.triton.variants import compile_variant, ptx_of, variant_key
 from tmlc.package.reader import open_package
-from tmlc.pipeline.pipeline import load_pipeline
+from tmlc.pipeline.pipeline import Pipeline, load_pipeline
 from tmlc.report.gpu_code import disassembled, launches_of
 from tmlc.report.gpu_plan import lowered_model
 
@@ -26,21 +26,24 @@ FEATURE = "triton.overlap.v1"
 
 
 @pytest.fixture(scope="module")
-def overlapping(tiny, lab, tmp_path_factory) -> Path:
+def steps(lab) -> Pipeline:
+    """With the buckets of the smallest model."""
+    plain = load_pipeline("triton").configure("memory.buckets", **lab.buckets)
+    return plain.before("memory.buckets", "memory.overlap")
+
+
+@pytest.fixture(scope="module")
+def overlapping(tiny, lab, steps, tmp_path_factory) -> Path:
     """The package of the smallest model for sm80 and sm90, with overlapping launches."""
     out = tmp_path_factory.mktemp("overlap") / "o.tmlc"
-    steps = load_pipeline("triton").configure("memory.buckets", **lab.buckets)
-    steps = steps.before("memory.buckets", "memory.overlap")
     with lab.nothing_compiled():
         tmlc.compile(tiny.checkpoint, out, target="triton:sm80+sm90", precision="bf16", pipeline=steps)
     return out
 
 
 @pytest.fixture(scope="module")
-def decoding(tiny, lab) -> list[Variant]:
+def decoding(tiny, steps) -> list[Variant]:
     """The variants that the smallest model decodes one position with on sm90."""
-    steps = load_pipeline("triton").configure("memory.buckets", **lab.buckets)
-    steps = steps.before("memory.buckets", "memory.overlap")
     _, lowered, sm = lowered_model(str(tiny.checkpoint), "triton:sm90", "bf16", steps)
     launches = launches_of(lowered.launches[sm], "decode", Bucket(1, 1))
     return list(dict.fromkeys(launch.variant(sm) for launch in launches))
@@ -59,16 +62,12 @@ def test_only_architectures_that_have_it_overlap(overlapping, tiny):
         assert FEATURE not in held.manifest.required_features
 
 
-def test_the_launches_are_those_without_overlap(overlapping, tiny, lab, machine, tmp_path):
+def test_the_launches_are_those_without_overlap(overlapping, tiny, lab, steps, machine, tmp_path):
     """The interpreter runs them one behind the other; what overlaps runs as PTX in test_ptx.py."""
     plain, only = tmp_path / "plain.tmlc", tmp_path / "only.tmlc"
     lab.compile(tiny.checkpoint, plain, "bf16", "triton:sm90")
-    steps = load_pipeline("triton").configure("memory.buckets", **lab.buckets)
     with lab.nothing_compiled():
-        tmlc.compile(
-            tiny.checkpoint, only, target="triton:sm90", precision="bf16",
-            pipeline=steps.before("memory.buckets", "memory.overlap"),
-        )  # fmt: skip
+        tmlc.compile(tiny.checkpoint, only, target="triton:sm90", precision="bf16", pipeline=steps)
     tokens = [5, 9, 40, 3, 77]
     found = []
     # Of several architectures the host device takes the oldest: sm80, whose launches do not overlap.

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import triton_harness
-from triton_harness import Session, Shape, agree, bf16, draw, run, weight, with_compiler_for
+from triton_harness import Session, Shape, agree, bf16, bits, draw, run, weight, with_compiler_for
 
 from tmlc.errors import EmitError, KernelError
 from tmlc.kernels.triton.ptx import host
@@ -40,10 +40,14 @@ def execute(body: str, given: np.ndarray, threads: int = 32, programs: int = 1, 
     memory = given.copy().view(np.uint8).reshape(-1)
     chunks = np.isin(np.arange(-(-memory.size // CHUNK)), written)
     held = Global(memory, [(BASE, BASE + memory.size)], chunks)
+    execute_over(held, body, threads, programs, overlap)
+    return memory.view(given.dtype).reshape(given.shape)
+
+
+def execute_over(held: Global, body: str, threads: int = 32, programs: int = 1, overlap: bool = False) -> None:
     kernel = Kernel(parse(HEAD.format(threads=threads) + body + "\n\tret;\n}\n"))
     with np.errstate(all="ignore"):
         run_kernel(kernel, (programs, 1, 1), threads, [BASE, 7], held, 1024, overlap)
-    return memory.view(given.dtype).reshape(given.shape)
 
 
 def computed(operation: str, *operands: int | float) -> int:
@@ -253,18 +257,11 @@ def test_a_launch_that_overlaps_waits_before_it_reads_what_another_wrote(body, f
         assert np.array_equal(execute(body, words, overlap=True, written=[0]), words)
     if "launch wrote" in fault:  # what no launch wrote is there
         execute(body, words, overlap=True, written=[1])
-        with pytest.raises(Fault, match=fault):  # that it has written some is remembered
-            held = "griddepcontrol.wait;\nst.global.b32 [%rd3], {%r1};"
-            again(held, body, words)
-
-
-def again(first: str, second: str, words: np.ndarray) -> None:
-    """Runs two kernels over the same memory, the second one overlapping."""
-    memory = words.copy().view(np.uint8)
-    held = Global(memory, [(BASE, BASE + memory.size)], np.zeros(-(-memory.size // CHUNK), np.bool_))
-    for body in (first, second):
-        kernel = Kernel(parse(HEAD.format(threads=32) + body + "\n\tret;\n}\n"))
-        run_kernel(kernel, (1, 1, 1), 32, [BASE, 7], held, 1024, True)
+        memory = words.copy().view(np.uint8)
+        held = Global(memory, [(BASE, BASE + memory.size)], np.zeros(-(-memory.size // CHUNK), np.bool_))
+        execute_over(held, "griddepcontrol.wait;\nst.global.b32 [%rd3], {%r1};", overlap=True)
+        with pytest.raises(Fault, match=fault):  # that a launch has written some is remembered
+            execute_over(held, body, overlap=True)
 
 
 @pytest.mark.parametrize(
@@ -399,6 +396,10 @@ def test_overlapping_launches_ask_for_what_no_kernel_writes_before_they_wait(ptx
              "n_shared": 0}  # fmt: skip
     biases = {name: weight(draw(i, 1, 11)) for i, name in enumerate(("logit_bias", "bias"))}
     agree(ptx, "norm_topk_router", given, attrs, results, 1e-5, shared | biases, cuts=(1,))
+    found = run(ptx, "linear", given, {}, [Shape("f32", 11)], {"weight": weight(draw(8, 11, 128), "bf16")})
+    monkeypatch.undo()
+    plain = run(ptx, "linear", given, {}, [Shape("f32", 11)], {"weight": weight(draw(8, 11, 128), "bf16")})
+    assert np.array_equal(bits(found[0][0]), bits(plain[0][0]))
     asked: dict[str, set[tuple[int, int]]] = {}
     for variant, (_, assembly) in ptx._kernels.items():
         if variant.early is not None:

@@ -70,8 +70,8 @@ class PtxMachine(HostMemory):
                 raise KernelError(f"{launch.kernel}: {fault}", where=f"PTX for sm{self.sm}", fix=fix) from fault
 
     def release(self, mark: int) -> None:
+        self._written[mark // CHUNK : -(-self.mark() // CHUNK)] = False  # the rest of it takes no memory
         super().release(mark)
-        self._written[mark // CHUNK :] = False
 
     def _kernel(self, variant: Variant) -> tuple[Kernel, Assembly]:
         if variant not in self._kernels:

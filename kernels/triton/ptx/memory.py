@@ -14,13 +14,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from tmlc.kernels.triton.host_memory import ALIGN
 from tmlc.kernels.triton.ptx.conflicts import Conflicts
 
 Array = npt.NDArray[Any]
 #: Addresses of global memory begin here, so that no small number is one.
 BASE = 1 << 40
-#: Bytes of global memory of which is known together whether a launch wrote any; buffers begin at multiples of it.
-CHUNK = 256
+#: Bytes of global memory of which is known together whether a launch wrote any: no two buffers share some.
+CHUNK = ALIGN
 _WARPS = 64  # stamps are epoch·64 + warp
 _MANY = _WARPS - 1
 _ON_ITS_WAY = np.iinfo(np.int32).max
